@@ -1,0 +1,669 @@
+// llama.h - a small Llama-style model with hand-written forward and backward passes, for the examples,
+// tests and benchmarks of snip.h. Plain C99, float32; include snip.h first.
+//
+// WHAT IT IS
+//   Token embedding; blocks of RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; final RMSNorm;
+//   output layer (tied or not); cross-entropy; AdamW. No biases. The seven linear layers of a block run
+//   through snip_linear_forward/backward; embedding, norms, attention and the output layer are float32.
+//
+// IN ORDER
+//     llama *g = llama_create(&config, batch, session);        registers and binds every linear layer
+//     do {
+//         llama_zero_grad(g);
+//         llama_forward (g, session, tokens, targets, sequences, 1 / (float)tokens_in_step, &loss_sum);
+//         llama_backward(g, session, tokens, sequences);
+//     } while (snip_next_pass(session, loss));
+//     llama_adamw(g, ...);  snip_end_step(session, ...);
+//
+// DETERMINISM
+//   Work is split over outputs only, and every sum has a fixed order: results are the same, bit for bit,
+//   for any number of threads.
+#ifndef LLAMA_H
+#define LLAMA_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#  include <omp.h>
+#  define LLAMA_PRAGMA(x) _Pragma(#x)
+#  define LLAMA_OMP(x) LLAMA_PRAGMA(omp x)
+#else
+#  define LLAMA_OMP(x)
+#endif
+
+typedef struct {
+    int vocab, dim, blocks, heads, kv_heads, ffn, seq;
+    int tied;               // 1: the output layer uses the embedding's weights
+    int stages;             // pipeline stages that the session balances; 0: 1
+    uint64_t seed;          // of the initial weights
+} llama_config;
+
+enum { LLAMA_Q, LLAMA_K, LLAMA_V, LLAMA_O, LLAMA_GATE, LLAMA_UP, LLAMA_DOWN, LLAMA_LINEARS };
+
+typedef struct {            // one parameter tensor
+    char name[40];
+    int64_t rows, cols, offset;         // offset in params, grads, m and v; vectors have rows = 1
+    int matrix;                         // weight decay applies
+    int layer;                          // index in the session, or -1
+} llama_tensor;
+
+typedef struct {            // a block's tensors and what its backward pass needs from the forward pass
+    int norm1, norm2, lin[LLAMA_LINEARS];
+    float *x, *n1, *rstd1, *q, *k, *v, *att, *lse;      // (R, dim) (R, dim) (R) (R, dim) (R, kv) (R, kv) (R, dim) (R, heads)
+    float *x2, *n2, *rstd2, *gate, *up, *act;           // (R, dim) (R, dim) (R) (R, ffn) (R, ffn) (R, ffn)
+} llama_block;
+
+typedef struct {
+    llama_config config;
+    int batch, threads;                 // most sequences per call; threads that scratch memory was made for
+    int n_tensors, embed, norm, output; // output == embed when tied
+    int64_t n_params;                   // floats in params, with the padding between tensors
+    llama_tensor *tensors;
+    llama_block *block;
+    float *params, *grads, *m, *v;
+    char failed[64];                    // the layer at which a call met NaN or infinity
+
+    void *memory;
+    size_t gemm_scratch_size;
+    float *x, *n, *rstd, *logits;       // (R, dim) (R, dim) (R) (chunk, vocab)
+    float *dx, *dn, *dq, *dk, *dv, *datt, *dgate, *dup, *dact;
+    float *rope, *scratch;              // (seq, head_dim): cos, then sin; per thread
+    double *row_loss, *partial;
+    void *gemm_scratch;
+    int64_t head_chunk, scratch_stride;
+} llama;
+
+static inline const char *llama_config_check(const llama_config *c) {     // NULL: fine
+    if (c->vocab < 2 || c->vocab > 65536) return "the vocabulary must have 2 to 65536 tokens";
+    if (c->dim < 1 || c->blocks < 1 || c->heads < 1 || c->kv_heads < 1 || c->ffn < 1 || c->seq < 1) return "every dimension must be at least 1";
+    if (c->dim > 65536 || c->ffn > 1 << 20 || c->seq > 1 << 20 || c->blocks > 1000) return "a dimension is too large";
+    if (c->dim % c->heads) return "--dim must be a multiple of --heads";
+    if (c->heads % c->kv_heads) return "--heads must be a multiple of --kv-heads";
+    if (c->dim / c->heads % 2) return "--dim / --heads must be even (RoPE turns pairs)";
+    if (c->stages < 0 || c->stages > c->blocks) return "--stages must not exceed --blocks";
+    return NULL;
+}
+
+// >>math -------------------------------------------------------------------------------------------
+static inline int llama_finite(double x) {      // by bits: holds under -Ofast, where isfinite() is folded to 1
+    uint64_t u;
+    memcpy(&u, &x, sizeof u);
+    return (u >> 52 & 0x7ff) != 0x7ff;
+}
+
+// exp to 2 ulp, without branches or libm calls, so that loops over it vectorize. NaN stays NaN.
+static inline float llama_exp(float x) {
+    union { float f; uint32_t u; } e, in;
+    in.f = x;
+    float t = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    t = (in.u & 0x7fffffffu) > 0x7f800000u ? 0.0f : t;
+    float y = t * 1.44269504f;
+    int32_t n = (int32_t)(y + (y < 0.0f ? -0.5f : 0.5f));
+    float r = t - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;         // t - n ln 2 in two parts
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    e.u = (uint32_t)(n + 127) << 23;
+    e.f *= p;
+    e.u = (in.u & 0x7fffffffu) > 0x7f800000u ? in.u : e.u;
+    return e.f;
+}
+
+// Sixteen partial sums: a fixed order that vectorizes without -ffast-math.
+#define LLAMA_LANES 16
+static inline float llama_sum_lanes(const float *a) {
+    float s[8], t[4];
+    for (int i = 0; i < 8; i++) s[i] = a[i] + a[i + 8];
+    for (int i = 0; i < 4; i++) t[i] = s[i] + s[i + 4];
+    return (t[0] + t[2]) + (t[1] + t[3]);
+}
+static inline float llama_dot(const float *a, const float *b, int64_t n) {
+    float acc[LLAMA_LANES] = { 0 };
+    int64_t i = 0;
+    for (; i + LLAMA_LANES <= n; i += LLAMA_LANES)
+        for (int j = 0; j < LLAMA_LANES; j++) acc[j] += a[i + j] * b[i + j];
+    for (int j = 0; i < n; i++, j++) acc[j] += a[i] * b[i];
+    return llama_sum_lanes(acc);
+}
+static inline float llama_sum(const float *a, int64_t n) {
+    float acc[LLAMA_LANES] = { 0 };
+    int64_t i = 0;
+    for (; i + LLAMA_LANES <= n; i += LLAMA_LANES)
+        for (int j = 0; j < LLAMA_LANES; j++) acc[j] += a[i + j];
+    for (int j = 0; i < n; i++, j++) acc[j] += a[i];
+    return llama_sum_lanes(acc);
+}
+static inline float llama_max(const float *a, int64_t n) {
+    float acc[LLAMA_LANES], best = a[0];
+    int64_t i = 0;
+    for (int j = 0; j < LLAMA_LANES; j++) acc[j] = best;
+    for (; i + LLAMA_LANES <= n; i += LLAMA_LANES)
+        for (int j = 0; j < LLAMA_LANES; j++) acc[j] = a[i + j] > acc[j] ? a[i + j] : acc[j];
+    for (; i < n; i++) best = a[i] > best ? a[i] : best;
+    for (int j = 0; j < LLAMA_LANES; j++) best = acc[j] > best ? acc[j] : best;
+    return best;
+}
+
+// C (m, n) = or += A (m, k) B (k, n), for attention's small matrices inside one thread. A is reached by
+// strides (ra, ca), so it may be a transposed view; a tile of C stays in registers while k runs.
+#define LLAMA_MR 4
+#ifdef __AVX2__
+#  define LLAMA_NR 16
+#else
+#  define LLAMA_NR 8
+#endif
+static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca,
+                            const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+    for (int64_t j = 0; j < n; j += LLAMA_NR) {
+        int64_t nj = n - j < LLAMA_NR ? n - j : LLAMA_NR;
+        for (int64_t i = 0; i < m; i += LLAMA_MR) {
+            int64_t mi = m - i < LLAMA_MR ? m - i : LLAMA_MR;
+            float acc[LLAMA_MR][LLAMA_NR] = { { 0 } };
+            if (mi == LLAMA_MR && nj == LLAMA_NR) {
+                const float *a0 = a + i * ra, *a1 = a0 + ra, *a2 = a1 + ra, *a3 = a2 + ra, *bp = b + j;
+                for (int64_t p = 0; p < k; p++, bp += ldb, a0 += ca, a1 += ca, a2 += ca, a3 += ca)
+                    for (int x = 0; x < LLAMA_NR; x++) {
+                        acc[0][x] += *a0 * bp[x];
+                        acc[1][x] += *a1 * bp[x];
+                        acc[2][x] += *a2 * bp[x];
+                        acc[3][x] += *a3 * bp[x];
+                    }
+            } else {
+                for (int64_t p = 0; p < k; p++)
+                    for (int64_t y = 0; y < mi; y++)
+                        for (int64_t x = 0; x < nj; x++) acc[y][x] += a[(i + y) * ra + p * ca] * b[p * ldb + j + x];
+            }
+            for (int64_t y = 0; y < mi; y++) {
+                float *row = c + (i + y) * ldc + j;
+                if (accumulate) for (int64_t x = 0; x < nj; x++) row[x] += acc[y][x];
+                else            for (int64_t x = 0; x < nj; x++) row[x] = acc[y][x];
+            }
+        }
+    }
+}
+
+// >>create -----------------------------------------------------------------------------------------
+static inline int llama_add_tensor(llama *g, const char *name, int64_t rows, int64_t cols, int matrix) {
+    llama_tensor *t = &g->tensors[g->n_tensors];
+    snprintf(t->name, sizeof t->name, "%s", name);
+    t->rows = rows;
+    t->cols = cols;
+    t->offset = g->n_params;
+    t->matrix = matrix;
+    t->layer = -1;
+    g->n_params += (rows * cols + 15) / 16 * 16;        // every tensor starts on a cache line
+    return g->n_tensors++;
+}
+
+// Hands out memory; with base NULL it only counts.
+static inline float *llama_take(unsigned char *base, size_t *used, int64_t floats) {
+    float *p = base ? (float *)(void *)(base + *used) : NULL;
+    *used += ((size_t)floats * sizeof(float) + 63) / 64 * 64;
+    return p;
+}
+
+static inline size_t llama_layout(llama *g, unsigned char *base) {
+    const llama_config *c = &g->config;
+    int64_t R = (int64_t)g->batch * c->seq, d = c->dim, f = c->ffn, hd = d / c->heads, kv = hd * c->kv_heads;
+    size_t used = 0;
+#define LLAMA_TAKE(p, n) (p) = llama_take(base, &used, (n))
+    LLAMA_TAKE(g->params, g->n_params); LLAMA_TAKE(g->grads, g->n_params);
+    LLAMA_TAKE(g->m, g->n_params);      LLAMA_TAKE(g->v, g->n_params);
+    for (int i = 0; i < c->blocks; i++) {
+        llama_block *b = &g->block[i];
+        LLAMA_TAKE(b->x, R * d);    LLAMA_TAKE(b->n1, R * d);    LLAMA_TAKE(b->rstd1, R); LLAMA_TAKE(b->q, R * d);
+        LLAMA_TAKE(b->k, R * kv);   LLAMA_TAKE(b->v, R * kv);    LLAMA_TAKE(b->att, R * d); LLAMA_TAKE(b->lse, R * c->heads);
+        LLAMA_TAKE(b->x2, R * d);   LLAMA_TAKE(b->n2, R * d);    LLAMA_TAKE(b->rstd2, R);
+        LLAMA_TAKE(b->gate, R * f); LLAMA_TAKE(b->up, R * f);    LLAMA_TAKE(b->act, R * f);
+    }
+    LLAMA_TAKE(g->x, R * d);   LLAMA_TAKE(g->n, R * d);   LLAMA_TAKE(g->rstd, R);
+    LLAMA_TAKE(g->dx, R * d);  LLAMA_TAKE(g->dn, R * d);  LLAMA_TAKE(g->dq, R * d); LLAMA_TAKE(g->datt, R * d);
+    LLAMA_TAKE(g->dk, R * kv); LLAMA_TAKE(g->dv, R * kv);
+    LLAMA_TAKE(g->dgate, R * f); LLAMA_TAKE(g->dup, R * f); LLAMA_TAKE(g->dact, R * f);
+    LLAMA_TAKE(g->logits, g->head_chunk * c->vocab);
+    LLAMA_TAKE(g->rope, c->seq * hd);
+    LLAMA_TAKE(g->scratch, g->scratch_stride * g->threads);
+    float *p;
+    LLAMA_TAKE(p, 2 * R);                                g->row_loss = (double *)(void *)p;
+    LLAMA_TAKE(p, 2 * (g->n_params / 4096 + 1));         g->partial = (double *)(void *)p;
+    LLAMA_TAKE(p, (int64_t)(g->gemm_scratch_size / 4 + 1)); g->gemm_scratch = p;
+#undef LLAMA_TAKE
+    return used;
+}
+
+static inline void llama_destroy(llama *g) {
+    if (!g) return;
+    free(g->memory);
+    free(g->tensors);
+    free(g->block);
+    free(g);
+}
+
+// Weights from N(0, 0.02^2), those that write to the residual stream scaled by 1/sqrt(2 blocks), norms 1.
+static inline void llama_init(llama *g) {
+    const double tau = 6.283185307179586;
+    for (int i = 0; i < g->n_tensors; i++) {
+        const llama_tensor *t = &g->tensors[i];
+        float *p = g->params + t->offset;
+        int64_t n = t->rows * t->cols;
+        size_t len = strlen(t->name);
+        int residual = strstr(t->name, ".attn.o.") || (len > 12 && strstr(t->name, ".mlp.down."));
+        double std = residual ? 0.02 / sqrt(2.0 * g->config.blocks) : 0.02;
+        snip_rng_key key = { g->config.seed, 0xffffffffu, (uint32_t)i };
+        if (!t->matrix) {
+            for (int64_t j = 0; j < n; j++) p[j] = 1.0f;
+            continue;
+        }
+        LLAMA_OMP(parallel for schedule(static))
+        for (int64_t j = 0; j < n; j += 2) {
+            uint32_t r[4];
+            snip_philox(key, (uint64_t)j, r);
+            double radius = std * sqrt(-2.0 * log((r[0] + 0.5) / 4294967296.0)), angle = tau * r[1] / 4294967296.0;
+            p[j] = (float)(radius * cos(angle));
+            if (j + 1 < n) p[j + 1] = (float)(radius * sin(angle));
+        }
+    }
+}
+
+// Registers the linear layers in session order "0.attn.q", "0.attn.k", ... and binds their moments.
+// NULL: out of memory, or the configuration is refused.
+static inline llama *llama_create(const llama_config *config, int batch, snip *session) {
+    static const char *const kind[LLAMA_LINEARS] = { "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down" };
+    if (llama_config_check(config) || batch < 1 || batch > 1 << 20) return NULL;
+    llama *g = (llama *)calloc(1, sizeof *g);
+    if (!g) return NULL;
+    g->config = *config;
+    const llama_config *c = &g->config;
+    int64_t d = c->dim, hd = d / c->heads, kv = hd * c->kv_heads, R = (int64_t)batch * c->seq;
+    const int64_t out[LLAMA_LINEARS] = { d, kv, kv, d, c->ffn, c->ffn, d }, in[LLAMA_LINEARS] = { d, d, d, d, d, d, c->ffn };
+    g->tensors = (llama_tensor *)calloc((size_t)c->blocks * 9 + 3, sizeof *g->tensors);
+    g->block = (llama_block *)calloc((size_t)c->blocks, sizeof *g->block);
+    if (!g->tensors || !g->block) { llama_destroy(g); return NULL; }
+
+    char name[40];
+    g->embed = llama_add_tensor(g, "embed.weight", c->vocab, d, 1);
+    for (int i = 0; i < c->blocks; i++) {
+        llama_block *b = &g->block[i];
+        for (int j = 0; j < LLAMA_LINEARS; j++) {
+            if (j == LLAMA_Q)    { snprintf(name, sizeof name, "blocks.%d.norm1.weight", i); b->norm1 = llama_add_tensor(g, name, 1, d, 0); }
+            if (j == LLAMA_GATE) { snprintf(name, sizeof name, "blocks.%d.norm2.weight", i); b->norm2 = llama_add_tensor(g, name, 1, d, 0); }
+            snprintf(name, sizeof name, "blocks.%d.%s.weight", i, kind[j]);
+            b->lin[j] = llama_add_tensor(g, name, out[j], in[j], 1);
+        }
+    }
+    g->norm = llama_add_tensor(g, "norm.weight", 1, d, 0);
+    g->output = c->tied ? g->embed : llama_add_tensor(g, "output.weight", c->vocab, d, 1);
+
+    g->batch = batch;
+    g->threads = 1;
+#ifdef _OPENMP
+    g->threads = omp_get_max_threads();
+#endif
+    g->head_chunk = (1 << 23) / c->vocab < R ? (1 << 23) / c->vocab : R;        // logits in pieces of at most 32 MB
+    int64_t chunk = g->head_chunk;
+    size_t s[3] = { snip_gemm_scratch(chunk, c->vocab, d), snip_gemm_scratch(chunk, d, c->vocab), snip_gemm_scratch(c->vocab, d, chunk) };
+    for (int i = 0; i < 3; i++) if (s[i] > g->gemm_scratch_size) g->gemm_scratch_size = s[i];
+    g->scratch_stride = (2 * hd + 64) * (((int64_t)c->seq + 15) / 16 * 16) + 64;
+    size_t size = llama_layout(g, NULL);
+    g->memory = calloc(size + 64, 1);
+    if (!g->memory) { llama_destroy(g); return NULL; }
+    llama_layout(g, (unsigned char *)g->memory + (64 - (uintptr_t)g->memory % 64));
+
+    for (int64_t t = 0; t < c->seq; t++)
+        for (int64_t i = 0; i < hd / 2; i++) {
+            double angle = (double)t * pow(10000.0, -2.0 * (double)i / (double)hd);
+            g->rope[t * hd + i] = (float)cos(angle);
+            g->rope[t * hd + hd / 2 + i] = (float)sin(angle);
+        }
+    llama_init(g);
+    for (int i = 0; i < c->blocks; i++)
+        for (int j = 0; j < LLAMA_LINEARS; j++) {
+            llama_tensor *t = &g->tensors[g->block[i].lin[j]];
+            snprintf(name, sizeof name, "%d.%s", i, kind[j]);
+            t->layer = snip_add_linear(session, name, t->rows, t->cols, c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0);
+            if (t->layer < 0 || snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset)) { llama_destroy(g); return NULL; }
+        }
+    return g;
+}
+
+// >>layers -----------------------------------------------------------------------------------------
+static inline void llama_fail(llama *g, const llama_tensor *t, const char *where) {
+    if (g->failed[0]) return;
+    const char *name = strncmp(t->name, "blocks.", 7) ? t->name : t->name + 7;     // "0.attn.q", as the session calls it
+    size_t len = strlen(name), tail = strlen(".weight");
+    snprintf(g->failed, sizeof g->failed, "%.*s (%s)", (int)(len > tail ? len - tail : len), name, where);
+}
+static inline snip_status llama_linear_fwd(llama *g, snip *s, int tensor, float *out, const float *inp, int64_t rows) {
+    const llama_tensor *t = &g->tensors[tensor];
+    snip_status st = snip_linear_forward(s, t->layer, out, inp, g->params + t->offset, NULL, rows);
+    if (st) llama_fail(g, t, "forward");
+    return st;
+}
+static inline snip_status llama_linear_bwd(llama *g, snip *s, int tensor, float *dinp, const float *dout, const float *inp, int64_t rows) {
+    const llama_tensor *t = &g->tensors[tensor];
+    snip_status st = snip_linear_backward(s, t->layer, dinp, g->grads + t->offset, NULL, dout, inp, g->params + t->offset, rows);
+    if (st) llama_fail(g, t, "backward");
+    return st;
+}
+
+static inline void llama_rmsnorm_fwd(float *out, float *rstd, const float *x, const float *w, int64_t R, int64_t d) {
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++) {
+        const float *xr = x + r * d;
+        float s = 1.0f / sqrtf(llama_dot(xr, xr, d) / (float)d + 1e-5f);
+        rstd[r] = s;
+        for (int64_t i = 0; i < d; i++) out[r * d + i] = xr[i] * s * w[i];
+    }
+}
+// dx += the gradient through the norm; dw accumulates.
+static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, const float *x, const float *w, const float *rstd,
+                                     int64_t R, int64_t d) {
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++) {
+        const float *xr = x + r * d, *dy = dout + r * d;
+        float acc[LLAMA_LANES] = { 0 }, s = rstd[r];
+        int64_t i = 0;
+        for (; i + LLAMA_LANES <= d; i += LLAMA_LANES)
+            for (int j = 0; j < LLAMA_LANES; j++) acc[j] += dy[i + j] * w[i + j] * xr[i + j];
+        for (int j = 0; i < d; i++, j++) acc[j] += dy[i] * w[i] * xr[i];
+        float mean = llama_sum_lanes(acc) * s * s * s / (float)d;
+        for (i = 0; i < d; i++) dx[r * d + i] += dy[i] * w[i] * s - xr[i] * mean;
+    }
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t c = 0; c < d; c += 64) {               // columns in parallel, rows in order
+        int64_t n = d - c < 64 ? d - c : 64;
+        float acc[64] = { 0 };
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t i = 0; i < n; i++) acc[i] += dout[r * d + c + i] * x[r * d + c + i] * rstd[r];
+        for (int64_t i = 0; i < n; i++) dw[c + i] += acc[i];
+    }
+}
+
+// Turns the pairs (i, i + hd/2) of every head by the position's angle, in place; sign -1 turns back.
+static inline void llama_rope(const llama *g, float *x, int64_t R, int64_t heads, float sign) {
+    int64_t hd = g->config.dim / g->config.heads, half = hd / 2;
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++) {
+        const float *co = g->rope + r % g->config.seq * hd, *si = co + half;
+        for (int64_t h = 0; h < heads; h++) {
+            float *a = x + (r * heads + h) * hd, *b = a + half;
+            for (int64_t i = 0; i < half; i++) {
+                float u = a[i], w = b[i], sn = sign * si[i];
+                a[i] = u * co[i] - w * sn;
+                b[i] = u * sn + w * co[i];
+            }
+        }
+    }
+}
+
+static inline float *llama_thread_scratch(const llama *g) {
+#ifdef _OPENMP
+    return g->scratch + omp_get_thread_num() * g->scratch_stride;
+#else
+    return g->scratch;
+#endif
+}
+
+// Both passes take one (sequence, key-value head) at a time and 32 query rows within it, so that scores
+// never take more than 32 x seq floats; the backward pass rebuilds them from the rows' log-sum-exp.
+#define LLAMA_QROWS 32
+
+static inline void llama_transpose_head(float *out, int64_t ld, const float *x, int64_t ldx, int64_t T, int64_t hd) {
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < hd; i++) out[i * ld + t] = x[t * ldx + i];
+}
+
+static inline void llama_attention_fwd(const llama *g, const llama_block *b, int64_t sequences) {
+    const llama_config *c = &g->config;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, ld = (T + 15) / 16 * 16;
+    float scale = 1.0f / sqrtf((float)hd);
+    LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
+    for (int64_t task = 0; task < sequences * G; task++) {
+        int64_t r0 = task / G * T, kvh = task % G;
+        float *kt = llama_thread_scratch(g), *s = kt + hd * ld;         // (hd, ld) (32, ld)
+        const float *v = b->v + r0 * kv + kvh * hd;
+        llama_transpose_head(kt, ld, b->k + r0 * kv + kvh * hd, kv, T, hd);
+        for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
+            for (int64_t i0 = 0; i0 < T; i0 += LLAMA_QROWS) {
+                int64_t m = T - i0 < LLAMA_QROWS ? T - i0 : LLAMA_QROWS, n = i0 + m;
+                llama_mm(m, n, hd, b->q + (r0 + i0) * d + h * hd, d, 1, kt, ld, s, ld, 0);
+                for (int64_t i = 0; i < m; i++) {
+                    float *row = s + i * ld;
+                    int64_t seen = i0 + i + 1;
+                    float top = llama_max(row, seen);
+                    for (int64_t j = 0; j < seen; j++) row[j] = llama_exp((row[j] - top) * scale);
+                    float total = llama_sum(row, seen), inv = 1.0f / total;
+                    for (int64_t j = 0; j < seen; j++) row[j] *= inv;
+                    for (int64_t j = seen; j < n; j++) row[j] = 0.0f;
+                    b->lse[(r0 + i0 + i) * H + h] = top * scale + logf(total);
+                }
+                llama_mm(m, hd, n, s, ld, 1, v, kv, b->att + (r0 + i0) * d + h * hd, d, 0);
+            }
+    }
+}
+
+static inline void llama_attention_bwd(llama *g, const llama_block *b, int64_t sequences) {
+    const llama_config *c = &g->config;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, ld = (T + 15) / 16 * 16;
+    float scale = 1.0f / sqrtf((float)hd);
+    memset(g->dk, 0, (size_t)(sequences * T * kv) * sizeof(float));
+    memset(g->dv, 0, (size_t)(sequences * T * kv) * sizeof(float));
+    LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
+    for (int64_t task = 0; task < sequences * G; task++) {
+        int64_t r0 = task / G * T, kvh = task % G;
+        float *kt = llama_thread_scratch(g), *vt = kt + hd * ld, *p = vt + hd * ld, *ds = p + LLAMA_QROWS * ld;
+        const float *k = b->k + r0 * kv + kvh * hd, *v = b->v + r0 * kv + kvh * hd;
+        float *dk = g->dk + r0 * kv + kvh * hd, *dv = g->dv + r0 * kv + kvh * hd;
+        llama_transpose_head(kt, ld, k, kv, T, hd);
+        llama_transpose_head(vt, ld, v, kv, T, hd);
+        for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
+            for (int64_t i0 = 0; i0 < T; i0 += LLAMA_QROWS) {
+                int64_t m = T - i0 < LLAMA_QROWS ? T - i0 : LLAMA_QROWS, n = i0 + m, at = (r0 + i0) * d + h * hd;
+                const float *q = b->q + at, *dout = g->datt + at;
+                llama_mm(m, n, hd, q, d, 1, kt, ld, p, ld, 0);
+                llama_mm(m, n, hd, dout, d, 1, vt, ld, ds, ld, 0);
+                for (int64_t i = 0; i < m; i++) {
+                    float *pr = p + i * ld, *dr = ds + i * ld;
+                    float lse = b->lse[(r0 + i0 + i) * H + h], along = llama_dot(dout + i * d, b->att + at + i * d, hd);
+                    int64_t seen = i0 + i + 1;
+                    for (int64_t j = 0; j < seen; j++) {
+                        pr[j] = llama_exp(pr[j] * scale - lse);
+                        dr[j] = pr[j] * (dr[j] - along) * scale;
+                    }
+                    for (int64_t j = seen; j < n; j++) pr[j] = dr[j] = 0.0f;
+                }
+                llama_mm(m, hd, n, ds, ld, 1, k, kv, g->dq + at, d, 0);
+                llama_mm(n, hd, m, ds, 1, ld, q, d, dk, kv, 1);
+                llama_mm(n, hd, m, p, 1, ld, dout, d, dv, kv, 1);
+            }
+    }
+}
+
+static inline void llama_swiglu_fwd(float *act, const float *gate, const float *up, int64_t R, int64_t f) {
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = r * f; i < (r + 1) * f; i++) act[i] = gate[i] / (1.0f + llama_exp(-gate[i])) * up[i];
+}
+static inline void llama_swiglu_bwd(float *dgate, float *dup, const float *dact, const float *gate, const float *up, int64_t R, int64_t f) {
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = r * f; i < (r + 1) * f; i++) {
+            float s = 1.0f / (1.0f + llama_exp(-gate[i])), x = gate[i];
+            dup[i] = dact[i] * x * s;
+            dgate[i] = dact[i] * up[i] * s * (1.0f + x * (1.0f - s));
+        }
+}
+static inline void llama_add(float *out, const float *a, const float *b, int64_t R, int64_t d) {
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t i = r * d; i < (r + 1) * d; i++) out[i] = a[i] + b[i];
+}
+
+// Output layer and cross-entropy, in pieces of head_chunk rows: *loss gets the sum over the rows. With
+// grad_scale != 0 the gradient of grad_scale * sum is taken at once: into g->dn, and into the output weights'.
+static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t R, float grad_scale, double *loss) {
+    static const snip_recipe f32 = SNIP_RECIPE_F32;
+    int64_t V = g->config.vocab, d = g->config.dim;
+    const llama_tensor *t = &g->tensors[g->output];
+    const float *w = g->params + t->offset;
+    for (int64_t r0 = 0; r0 < R; r0 += g->head_chunk) {
+        int64_t m = R - r0 < g->head_chunk ? R - r0 : g->head_chunk;
+        float *logits = g->logits;
+        snip_operand n = { &f32, g->n + r0 * d, NULL, d, 0 }, wt = { &f32, w, NULL, d, 0 };
+        snip_status st = snip_gemm(m, V, d, &n, &wt, logits, V, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
+        if (st) return st;
+        LLAMA_OMP(parallel for schedule(static))
+        for (int64_t r = 0; r < m; r++) {
+            float *row = logits + r * V, top = llama_max(row, V);
+            int32_t y = targets[r0 + r];
+            float at_target = row[y];
+            for (int64_t j = 0; j < V; j++) row[j] = llama_exp(row[j] - top);
+            float total = llama_sum(row, V), f = grad_scale / total;
+            g->row_loss[r0 + r] = log((double)total) + (double)top - (double)at_target;
+            if (grad_scale == 0.0f) continue;
+            for (int64_t j = 0; j < V; j++) row[j] *= f;
+            row[y] -= grad_scale;
+        }
+        if (grad_scale == 0.0f) continue;
+        snip_operand dl = { &f32, logits, NULL, V, 0 }, wk = { &f32, w, NULL, d, 1 };
+        st = snip_gemm(m, d, V, &dl, &wk, g->dn + r0 * d, d, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
+        if (st) return st;
+        dl.transposed = n.transposed = 1;
+        st = snip_gemm(V, d, m, &dl, &n, g->grads + t->offset, d, 1, NULL, g->gemm_scratch, SNIP_ISA_BEST);
+        if (st) return st;
+    }
+    double sum = 0;
+    for (int64_t r = 0; r < R; r++) sum += g->row_loss[r];
+    *loss = sum;
+    if (llama_finite(sum)) return SNIP_OK;
+    llama_fail(g, t, "loss");
+    return SNIP_NONFINITE;
+}
+
+// >>passes -----------------------------------------------------------------------------------------
+static inline void llama_zero_grad(llama *g) { memset(g->grads, 0, (size_t)g->n_params * sizeof(float)); }
+
+// tokens, targets: (sequences, seq). *loss: the sum over all tokens. grad_scale 0: validation, no
+// backward pass may follow. Stops at the first layer that meets NaN or infinity and names it in g->failed.
+static inline snip_status llama_forward(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int sequences,
+                                        float grad_scale, double *loss) {
+    const llama_config *c = &g->config;
+    int64_t R = (int64_t)sequences * c->seq, d = c->dim;
+    const float *embed = g->params + g->tensors[g->embed].offset;
+    float *x = c->blocks ? g->block[0].x : g->x, *y = g->dn;            // y: what a branch adds to the stream
+    snip_status st;
+    g->failed[0] = 0;
+    if (sequences < 1 || sequences > g->batch) return SNIP_BAD_ARGUMENT;
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t r = 0; r < R; r++) memcpy(x + r * d, embed + tokens[r] * d, (size_t)d * sizeof(float));
+    for (int i = 0; i < c->blocks; i++) {
+        llama_block *b = &g->block[i];
+        float *next = i + 1 < c->blocks ? g->block[i + 1].x : g->x;
+        llama_rmsnorm_fwd(b->n1, b->rstd1, b->x, g->params + g->tensors[b->norm1].offset, R, d);
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_Q], b->q, b->n1, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_K], b->k, b->n1, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_V], b->v, b->n1, R)) != SNIP_OK) return st;
+        llama_rope(g, b->q, R, c->heads, 1.0f);
+        llama_rope(g, b->k, R, c->kv_heads, 1.0f);
+        llama_attention_fwd(g, b, sequences);
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_O], y, b->att, R)) != SNIP_OK) return st;
+        llama_add(b->x2, b->x, y, R, d);
+        llama_rmsnorm_fwd(b->n2, b->rstd2, b->x2, g->params + g->tensors[b->norm2].offset, R, d);
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_GATE], b->gate, b->n2, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_UP], b->up, b->n2, R)) != SNIP_OK) return st;
+        llama_swiglu_fwd(b->act, b->gate, b->up, R, c->ffn);
+        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_DOWN], y, b->act, R)) != SNIP_OK) return st;
+        llama_add(next, b->x2, y, R, d);
+    }
+    llama_rmsnorm_fwd(g->n, g->rstd, g->x, g->params + g->tensors[g->norm].offset, R, d);
+    return llama_head(g, targets, R, grad_scale, loss);
+}
+
+// After llama_forward with the same tokens; gradients accumulate.
+static inline snip_status llama_backward(llama *g, snip *s, const int32_t *tokens, int sequences) {
+    const llama_config *c = &g->config;
+    int64_t R = (int64_t)sequences * c->seq, d = c->dim, f = c->ffn;
+    size_t row_bytes = (size_t)(R * d) * sizeof(float);
+    snip_status st;
+    memset(g->dx, 0, row_bytes);
+    llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[g->norm].offset, g->dn, g->x, g->params + g->tensors[g->norm].offset, g->rstd, R, d);
+    for (int i = c->blocks - 1; i >= 0; i--) {
+        llama_block *b = &g->block[i];
+        memset(g->dact, 0, (size_t)(R * f) * sizeof(float));
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_DOWN], g->dact, g->dx, b->act, R)) != SNIP_OK) return st;
+        llama_swiglu_bwd(g->dgate, g->dup, g->dact, b->gate, b->up, R, f);
+        memset(g->dn, 0, row_bytes);
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_UP], g->dn, g->dup, b->n2, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_GATE], g->dn, g->dgate, b->n2, R)) != SNIP_OK) return st;
+        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm2].offset, g->dn, b->x2, g->params + g->tensors[b->norm2].offset, b->rstd2, R, d);
+        memset(g->datt, 0, row_bytes);
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_O], g->datt, g->dx, b->att, R)) != SNIP_OK) return st;
+        llama_attention_bwd(g, b, sequences);
+        llama_rope(g, g->dq, R, c->heads, -1.0f);
+        llama_rope(g, g->dk, R, c->kv_heads, -1.0f);
+        memset(g->dn, 0, row_bytes);
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_V], g->dn, g->dv, b->n1, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_K], g->dn, g->dk, b->n1, R)) != SNIP_OK) return st;
+        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_Q], g->dn, g->dq, b->n1, R)) != SNIP_OK) return st;
+        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm1].offset, g->dn, b->x, g->params + g->tensors[b->norm1].offset, b->rstd1, R, d);
+    }
+    float *de = g->grads + g->tensors[g->embed].offset;
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t j = 0; j < d; j += 64) {               // columns in parallel: a token's rows add up in order
+        int64_t n = d - j < 64 ? d - j : 64;
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t k = 0; k < n; k++) de[tokens[r] * d + j + k] += g->dx[r * d + j + k];
+    }
+    return SNIP_OK;
+}
+
+// >>optimizer --------------------------------------------------------------------------------------
+// Global norm of the gradients, summed in pieces of 4096 in a fixed order.
+static inline double llama_grad_norm(llama *g) {
+    int64_t pieces = (g->n_params + 4095) / 4096;
+    LLAMA_OMP(parallel for schedule(static))
+    for (int64_t p = 0; p < pieces; p++) {
+        int64_t end = (p + 1) * 4096 < g->n_params ? (p + 1) * 4096 : g->n_params;
+        double acc[8] = { 0 };                          // n_params is a multiple of 16
+        for (int64_t i = p * 4096; i < end; i += 8)
+            for (int j = 0; j < 8; j++) acc[j] += (double)g->grads[i + j] * (double)g->grads[i + j];
+        g->partial[p] = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
+    }
+    double sum = 0;
+    for (int64_t p = 0; p < pieces; p++) sum += g->partial[p];
+    if (!llama_finite(sum))
+        for (int i = 0; i < g->n_tensors && !g->failed[0]; i++) {
+            const llama_tensor *t = &g->tensors[i];
+            for (int64_t j = 0; j < t->rows * t->cols; j++)
+                if (!llama_finite((double)g->grads[t->offset + j])) { llama_fail(g, t, "gradient"); break; }
+        }
+    return sqrt(sum);
+}
+
+// One AdamW update with gradients times grad_scale; decay on matrices only. step: 1 for the first.
+static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, double eps, double decay, int64_t step, double grad_scale) {
+    float b1 = (float)beta1, b2 = (float)beta2, e = (float)eps, scale = (float)grad_scale;
+    float c1 = (float)(1.0 / (1.0 - pow(beta1, (double)step))), c2 = (float)(1.0 / (1.0 - pow(beta2, (double)step))), rate = (float)lr;
+    for (int i = 0; i < g->n_tensors; i++) {
+        const llama_tensor *t = &g->tensors[i];
+        float *p = g->params + t->offset, *m = g->m + t->offset, *v = g->v + t->offset;
+        const float *dp = g->grads + t->offset;
+        float keep = 1.0f - (t->matrix ? (float)(lr * decay) : 0.0f);
+        int64_t n = t->rows * t->cols;
+        LLAMA_OMP(parallel for schedule(static) if (n > 4096))
+        for (int64_t j = 0; j < n; j++) {
+            float gr = dp[j] * scale;
+            m[j] = b1 * m[j] + (1.0f - b1) * gr;
+            v[j] = b2 * v[j] + (1.0f - b2) * gr * gr;
+            p[j] = p[j] * keep - rate * (m[j] * c1) / (sqrtf(v[j] * c2) + e);
+        }
+    }
+}
+#endif // LLAMA_H
