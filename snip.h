@@ -297,3 +297,2154 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #endif // SNIP_H
 
 // ================= END OF THE API. You need not read further to use the library. =====================
+#if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_IMPLEMENTATION_DONE)
+#define SNIP_IMPLEMENTATION_DONE
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include "snip_ilp.h"
+
+#ifndef SNIP_MALLOC
+#  define SNIP_MALLOC(size) malloc(size)
+#  define SNIP_FREE(ptr) free(ptr)
+#endif
+
+#ifdef _OPENMP
+#  define SNIPI_OMP(directive) _Pragma(#directive)
+#else
+#  define SNIPI_OMP(directive)
+#endif
+#if defined(__GNUC__) || defined(__clang__)
+#  define SNIPI_INLINE static inline __attribute__((always_inline))
+#else
+#  define SNIPI_INLINE static inline
+#endif
+#if defined(__clang__)
+#  define SNIPI_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#  define SNIPI_UNROLL _Pragma("GCC unroll 16")
+#else
+#  define SNIPI_UNROLL
+#endif
+#if !defined(SNIP_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#  define SNIPI_X86 1
+#  include <immintrin.h>
+#endif
+
+// A reduction's partial results are kept per chunk and added in order, so that the number of threads
+// cannot show in a sum.
+enum { SNIPI_CHUNKS = 64 };
+
+static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t snipi_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+static int64_t snipi_round_up(int64_t a, int64_t b) { return snipi_ceil_div(a, b) * b; }
+
+SNIPI_INLINE uint32_t snipi_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+SNIPI_INLINE float snipi_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+// -Ofast folds isnan() to 0, so finiteness is read off the bits.
+SNIPI_INLINE int snipi_nonfinite(float x) { return (snipi_bits(x) & 0x7F800000u) == 0x7F800000u; }
+static int snipi_nonfinite_f64(double x) {
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return (u & 0x7FF0000000000000u) == 0x7FF0000000000000u;
+}
+
+SNIP_API const char *snip_status_text(snip_status status) {
+    switch (status) {
+#define SNIP_X(code, text) case code: return text;
+        SNIP_STATUS_LIST(SNIP_X)
+#undef SNIP_X
+        case SNIP_STATUS_COUNT: break;
+    }
+    return "unknown status";
+}
+
+// >>codec-impl -------------------------------------------------------------------------------------
+// An element format is a binary float of `mantissa` bits with subnormals below 2^(1 - bias).
+typedef struct { int mantissa, bias, sign; uint32_t largest, nan; float max; int emax; } snipi_element;
+
+SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
+    snipi_element e4m3 = { 3, 7, 7, 0x7E, 0x7F, 448.0f, 8 }, e5m2 = { 2, 15, 7, 0x7B, 0x7F, 57344.0f, 15 };
+    snipi_element e2m1 = { 1, 1, 3, 7, 7, 6.0f, 2 }, e2m3 = { 3, 1, 5, 31, 31, 7.5f, 2 };
+    snipi_element e3m2 = { 2, 3, 5, 31, 31, 28.0f, 4 }, none = { 0, 0, 0, 0, 0, 0.0f, 0 };
+    switch (format) {
+        case SNIP_E4M3: case SNIP_UE4M3: return e4m3;
+        case SNIP_E5M2: return e5m2;
+        case SNIP_E2M1: return e2m1;
+        case SNIP_E2M3: return e2m3;
+        case SNIP_E3M2: return e3m2;
+        case SNIP_F32: case SNIP_BF16: case SNIP_UE8M0: break;
+    }
+    return none;
+}
+
+// Magnitude code before saturation of a finite |x| given as bits. Above the subnormals the exponent and
+// mantissa fields are rounded as one integer; below, adding 2^(24 - bias - mantissa) makes the float
+// adder round at the subnormal step. The sum's operand comes from bits, so it cannot fuse with a product.
+SNIPI_INLINE uint32_t snipi_encode_nearest(uint32_t a, int mantissa, int bias) {
+    int shift = 23 - mantissa;
+    uint32_t magic = (uint32_t)(127 + 24 - bias - mantissa) << 23;
+    uint32_t tiny = snipi_bits(snipi_float(a) + snipi_float(magic)) - magic;
+    uint32_t big = ((a + ((1u << (shift - 1)) - 1u) + ((a >> shift) & 1u)) >> shift) - ((uint32_t)(127 - bias) << mantissa);
+    return a < (uint32_t)(128 - bias) << 23 ? tiny : big;
+}
+// Stochastic: add uniform bits below the last kept place, then cut. Subnormals first become fixed-point
+// numbers with the same place values; what lies below 2^-23 of the smallest normal number is dropped.
+SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int mantissa, int bias) {
+    int shift = 23 - mantissa;
+    uint32_t smallest = (uint32_t)(128 - bias) << 23, r = random >> (32 - shift);
+    float fixed = snipi_float(a < smallest ? a : 0) * snipi_float((uint32_t)(127 + 22 + bias) << 23);
+    uint32_t tiny = ((uint32_t)(int32_t)fixed + r) >> shift;
+    uint32_t big = ((a + r) >> shift) - ((uint32_t)(127 - bias) << mantissa);
+    return a < smallest ? tiny : big;
+}
+static uint8_t snipi_encode(float x, snip_format format) {
+    snipi_element e = snipi_element_of(format);
+    uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu, code;
+    if (a > 0x7F800000u) return (uint8_t)e.nan;
+    code = snipi_encode_nearest(a, e.mantissa, e.bias);
+    return (uint8_t)((code < e.largest ? code : e.largest) | (u >> 31) << e.sign);
+}
+static float snipi_decode(uint32_t code, snip_format format) {
+    snipi_element e = snipi_element_of(format);
+    uint32_t a = code & ((1u << e.sign) - 1u), negative = code >> e.sign & 1u, bits, step;
+    if (e.sign == 7 && a > e.largest)
+        bits = format == SNIP_E5M2 && a == 0x7C ? 0x7F800000u : 0x7FC00000u;
+    else if (a >> e.mantissa)
+        bits = (a + ((uint32_t)(127 - e.bias) << e.mantissa)) << (23 - e.mantissa);
+    else {
+        step = (uint32_t)(128 - e.bias - e.mantissa) << 23;
+        bits = snipi_bits((float)(int32_t)a * snipi_float(step));
+    }
+    return snipi_float(bits | negative << 31);
+}
+
+SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3); }
+SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2); }
+SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1); }
+SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3); }
+SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2); }
+SNIP_API float snip_e4m3_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E4M3); }
+SNIP_API float snip_e5m2_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E5M2); }
+SNIP_API float snip_e2m1_to_f32(uint8_t c) { return snipi_decode(c & 15u, SNIP_E2M1); }
+SNIP_API float snip_e2m3_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E2M3); }
+SNIP_API float snip_e3m2_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E3M2); }
+
+SNIP_API uint8_t snip_ue4m3_from_f32(float x) {
+    uint8_t code = snipi_encode(x, SNIP_E4M3);
+    return (code & 0x80) ? 0 : code;
+}
+SNIP_API float snip_ue4m3_to_f32(uint8_t c) { return snipi_decode(c & 127u, SNIP_E4M3); }
+
+// Rounds up (cvt.rp): anything above a power of two takes the next; 2^-127 is a float32 subnormal.
+SNIP_API uint8_t snip_ue8m0_from_f32(float x) {
+    uint32_t a = snipi_bits(x) & 0x7FFFFFFFu, e = a >> 23;
+    if (a > 0x7F800000u) return 0xFF;
+    if (e == 0) return a > 0x00400000u;
+    e += (a & 0x007FFFFFu) != 0;
+    return (uint8_t)(e < 0xFE ? e : 0xFE);
+}
+SNIP_API float snip_ue8m0_to_f32(uint8_t c) {
+    return snipi_float(c == 0xFF ? 0x7FC00000u : c == 0 ? 0x00400000u : (uint32_t)c << 23);
+}
+SNIPI_INLINE uint32_t snipi_bf16_round(uint32_t u) {
+    uint32_t rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
+    return (u & 0x7FFFFFFFu) > 0x7F800000u ? u >> 16 | 0x40u : rounded;
+}
+SNIP_API uint16_t snip_bf16_from_f32(float x) { return (uint16_t)snipi_bf16_round(snipi_bits(x)); }
+SNIP_API float snip_bf16_to_f32(uint16_t c) { return snipi_float((uint32_t)c << 16); }
+
+SNIP_API const char *snip_format_name(snip_format format) {
+    switch (format) {
+        case SNIP_F32: return "f32";    case SNIP_BF16: return "bf16";
+        case SNIP_E4M3: return "fp8";   case SNIP_E5M2: return "e5m2";
+        case SNIP_E2M1: return "fp4";   case SNIP_E2M3: return "e2m3";
+        case SNIP_E3M2: return "e3m2";  case SNIP_UE8M0: return "ue8m0";
+        case SNIP_UE4M3: return "ue4m3";
+    }
+    return "?";
+}
+SNIP_API float snip_format_max(snip_format format) { return snipi_element_of(format).max; }
+SNIP_API int snip_format_bits(snip_format format) {
+    switch (format) {
+        case SNIP_F32: return 32;
+        case SNIP_BF16: return 16;
+        case SNIP_E2M1: return 4;
+        case SNIP_E4M3: case SNIP_E5M2: case SNIP_E2M3: case SNIP_E3M2: case SNIP_UE8M0: case SNIP_UE4M3: return 8;
+    }
+    return 0;
+}
+
+// >>random-impl ------------------------------------------------------------------------------------
+SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+    uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = key.step, c3 = key.tensor;
+    int round;
+    for (round = 0; round < 10; round++) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
+        c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+// Element i's sign is bit i % 32 of word i / 32 % 4 of counter i / 128.
+enum { SNIPI_SIGNS = 128 };
+
+SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {      // -x where the bit is set
+    return snipi_float(snipi_bits(x) ^ (signs[j >> 5] >> (j & 31) & 1u) << 31);
+}
+
+SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    int64_t b, blocks = snipi_ceil_div(n, SNIPI_SIGNS);
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (b = 0; b < blocks; b++) {
+        uint32_t signs[4];
+        int64_t i0 = b * SNIPI_SIGNS;
+        int j, m = (int)snipi_min(SNIPI_SIGNS, n - i0);
+        snip_philox(key, (uint64_t)b, signs);
+        for (j = 0; j < m; j++)
+            out[i0 + j] = x[i0 + j] + snipi_signed(shape ? scale * shape[i0 + j] : scale, signs, j);
+    }
+    return SNIP_OK;
+}
+
+SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    double part[SNIPI_CHUNKS], sum = 0;
+    int64_t blocks = snipi_ceil_div(n, SNIPI_SIGNS);
+    int c;
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+        part[c] = 0;
+        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+            uint32_t signs[4];
+            int64_t i0 = b * SNIPI_SIGNS;
+            int j, m = (int)snipi_min(SNIPI_SIGNS, n - i0);
+            float s = 0;
+            snip_philox(key, (uint64_t)b, signs);
+            for (j = 0; j < m; j++) s += snipi_signed(x[i0 + j], signs, j);
+            part[c] += (double)s;
+        }
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
+    *dot = sum;
+    return SNIP_OK;
+}
+
+// >>quantize-impl ----------------------------------------------------------------------------------
+// One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix with a row
+// and a column stride, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements.
+enum { SNIPI_RUN = 128 };
+
+typedef struct {
+    snip_recipe recipe;
+    const float *x, *weight;
+    int64_t rows, cols, row_stride, col_stride;
+    int64_t tile_rows, tile_cols, tiles_down, tiles_across;
+    void *codes, *scales;               // each may be NULL
+    float *out;                         // dequantized values, or NULL
+    int64_t ld_out;
+    float tensor_scale, tensor_inverse; // NVFP4's 1/S and S
+    snip_rng_key key;
+} snipi_quantizer;
+
+// Division that -Ofast (reciprocals, narrowing) cannot touch: in double and through memory. Rounding
+// the double quotient of two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
+static float snipi_divide(float a, float b) {
+    volatile double q = (double)a / (double)b;
+    return q > 3.4028234663852886e38 ? 3.4028234663852886e38f : (float)q;
+}
+
+typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte: the stored code, if any
+
+static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_bits) {
+    const float smallest = snipi_float(0x00800000u);        // 2^-126
+    snipi_element e = snipi_element_of(q->recipe.format);
+    float amax = snipi_float(amax_bits);
+    snipi_tile_scale t = { 1.0f, 1.0f, 0 };
+    uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
+    int k;
+    switch (q->recipe.scale) {
+        case SNIP_SCALE_NONE: break;
+        case SNIP_SCALE_F32:
+            if (a == 0) break;
+            if (a >= snipi_bits(e.max) - (126u << 23)) {    // amax >= max * 2^-126: a normal scale
+                t.scale = snipi_divide(amax, e.max);
+                t.inverse = snipi_divide(e.max, amax);
+            } else {
+                t.scale = smallest;
+                t.inverse = snipi_float((126u + 127u) << 23);
+            }
+            break;
+        case SNIP_SCALE_POW2:
+            if (a == 0) break;
+            // exponent(amax) - emax, one more if amax's mantissa exceeds max's
+            k = (int)(a >> 23) - 127 - e.emax + ((a & 0x7FFFFFu) > (max_bits & 0x7FFFFFu));
+            if (k < -126 || a < 0x00800000u) k = -126;
+            t.scale = snipi_float((uint32_t)(127 + k) << 23);
+            t.inverse = snipi_float((uint32_t)(127 - k) << 23);
+            break;
+        case SNIP_SCALE_UE8M0:
+            k = (int)(a >> 23) - 127 - e.emax;
+            if (k < -127 || a < 0x00800000u) k = -127;
+            t.byte = k + 127;
+            t.scale = snip_ue8m0_to_f32((uint8_t)t.byte);
+            t.inverse = snipi_float((uint32_t)(127 - k) << 23);
+            break;
+        case SNIP_SCALE_UE4M3: {
+            float sixth = snipi_float(0x3E2AAAABu);         // 1/6 in float32
+            t.byte = snip_ue4m3_from_f32(amax * (q->tensor_inverse * sixth));
+            t.scale = snip_ue4m3_to_f32((uint8_t)t.byte) * q->tensor_scale;
+            t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
+            break;
+        }
+    }
+    return t;
+}
+
+// x * 2^64 for a tile that lies near or below the smallest normal float, in integers: float hardware set to
+// flush subnormals (-Ofast does) would lose them.
+static float snipi_raise(float x) {
+    uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
+    if (a == 0 || a >= 0x7F800000u) return x;
+    if (a < 0x00800000u) {
+        while (a < 0x00800000u) { a <<= 1; shift++; }
+        return snipi_float(sign | (a + ((64u - shift) << 23)));
+    }
+    return snipi_float(sign | (a + (64u << 23)));
+}
+
+// Codes of a run, one to a byte, unsaturated count returned through *saturated.
+SNIPI_INLINE void snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e, uint8_t *code, int64_t *saturated) {
+    int i, over = 0;
+    for (i = 0; i < n; i++) {
+        uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu, finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
+        uint32_t c = random ? snipi_encode_stochastic(a, random[i], e.mantissa, e.bias) : snipi_encode_nearest(a, e.mantissa, e.bias);
+        over += (int)(finite & (c > e.largest));
+        c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
+        code[i] = (uint8_t)(a > 0x7F800000u ? e.nan : c);
+    }
+    *saturated += over;
+}
+static void snipi_encode_run_any(snip_format format, const float *x, int n, float inverse, const uint32_t *random, uint8_t *code, int64_t *saturated) {
+    switch (format) {       // constant formats, so that each loop is compiled for its own
+        case SNIP_E4M3:
+            if (random) snipi_encode_run(x, n, inverse, random, snipi_element_of(SNIP_E4M3), code, saturated);
+            else snipi_encode_run(x, n, inverse, NULL, snipi_element_of(SNIP_E4M3), code, saturated);
+            break;
+        case SNIP_E2M1:
+            if (random) snipi_encode_run(x, n, inverse, random, snipi_element_of(SNIP_E2M1), code, saturated);
+            else snipi_encode_run(x, n, inverse, NULL, snipi_element_of(SNIP_E2M1), code, saturated);
+            break;
+        case SNIP_E5M2: case SNIP_E2M3: case SNIP_E3M2:
+            snipi_encode_run(x, n, inverse, random, snipi_element_of(format), code, saturated);
+            break;
+        case SNIP_F32: case SNIP_BF16: case SNIP_UE8M0: case SNIP_UE4M3: break;
+    }
+}
+
+// A run of a logical row, contiguous: in place or gathered.
+SNIPI_INLINE const float *snipi_gather(const float *x, int64_t stride, int n, float *buffer) {
+    int i;
+    if (stride == 1) return x;
+    for (i = 0; i < n; i++) buffer[i] = x[i * stride];
+    return buffer;
+}
+
+static uint32_t snipi_amax(const float *x, int n, uint32_t amax, int64_t *nonfinite) {
+    int i, bad = 0;
+    uint32_t largest = 0;
+    for (i = 0; i < n; i++) {
+        uint32_t a = snipi_bits(x[i]) & 0x7FFFFFFFu;
+        uint32_t finite = a < 0x7F800000u ? a : 0;
+        bad += a >= 0x7F800000u;
+        largest = largest > finite ? largest : finite;
+    }
+    *nonfinite += bad;
+    return largest > amax ? largest : amax;
+}
+
+static void snipi_store_codes(snip_format format, uint8_t *row, int64_t col, const uint8_t *code, int n) {
+    int i = 0;
+    if (format != SNIP_E2M1) { memcpy(row + col, code, (size_t)n); return; }
+    if (col & 1) { row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | code[0] << 4); i = 1; }
+    for (; i + 1 < n; i += 2) row[(col + i) >> 1] = (uint8_t)(code[i] | code[i + 1] << 4);
+    if (i < n) row[(col + i) >> 1] = code[i];
+}
+
+// Q(x) - x of a run into the statistics; values = Q(x). Four sums per run keep float error far below the
+// estimates' own.
+static void snipi_accumulate(const float *x, const float *values, const float *weight, int n, snip_quant_stats *stats) {
+    double sum_sq = 0, err_sq = 0, dot = 0;
+    int i;
+    for (i = 0; i < n; i++) {
+        int finite = !snipi_nonfinite(x[i]);
+        float v = finite ? x[i] : 0.0f, d = finite ? values[i] - x[i] : 0.0f;
+        sum_sq += (double)v * (double)v;
+        err_sq += (double)d * (double)d;
+        if (weight) dot += (double)weight[i] * (double)d;
+    }
+    stats->sum_sq += sum_sq;
+    stats->err_sq += err_sq;
+    stats->dot += dot;
+}
+
+static size_t snipi_row_bytes(snip_format format, int64_t cols) {
+    return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
+}
+
+// Quantize the tile at (tile row, tile column) and add to stats.
+static void snipi_quantize_tile(const snipi_quantizer *q, int64_t tr, int64_t tc, const float lut[256], snip_quant_stats *stats, int want_sums) {
+    int64_t r0 = tr * q->tile_rows, r1 = snipi_min(q->rows, r0 + q->tile_rows);
+    int64_t c0 = tc * q->tile_cols, c1 = snipi_min(q->cols, c0 + q->tile_cols), r, c;
+    snip_format format = q->recipe.format;
+    float gathered[SNIPI_RUN], gathered_weight[SNIPI_RUN], values[SNIPI_RUN], raised[SNIPI_RUN];
+    uint8_t code[SNIPI_RUN];
+    uint32_t random[SNIPI_RUN + 8], amax = 0;
+    snipi_tile_scale t;
+    float inverse;
+    int i, low;
+    for (r = r0; r < r1; r++)
+        for (c = c0; c < c1; c += SNIPI_RUN) {
+            int n = (int)snipi_min(SNIPI_RUN, c1 - c);
+            amax = snipi_amax(snipi_gather(q->x + r * q->row_stride + c * q->col_stride, q->col_stride, n, gathered), n, amax, &stats->nonfinite);
+        }
+    if (snipi_float(amax) > stats->amax) stats->amax = snipi_float(amax);
+    t = snipi_scale_of(q, amax);
+    if (q->scales) {
+        if (q->recipe.scale == SNIP_SCALE_UE8M0 || q->recipe.scale == SNIP_SCALE_UE4M3) ((uint8_t *)q->scales)[tr * q->tiles_across + tc] = (uint8_t)t.byte;
+        else if (q->recipe.scale != SNIP_SCALE_NONE) ((float *)q->scales)[tr * q->tiles_across + tc] = t.scale;
+    }
+    low = amax < (uint32_t)(127 - 100) << 23 && q->recipe.scale != SNIP_SCALE_NONE;
+    inverse = low ? t.inverse * snipi_float((uint32_t)(127 - 64) << 23) : t.inverse;
+    for (r = r0; r < r1; r++)
+        for (c = c0; c < c1; c += SNIPI_RUN) {
+            int n = (int)snipi_min(SNIPI_RUN, c1 - c);
+            int64_t at = r * q->row_stride + c * q->col_stride;
+            const float *x = snipi_gather(q->x + at, q->col_stride, n, gathered), *scaled = x;
+            const uint32_t *words = NULL;
+            if (low) {
+                for (i = 0; i < n; i++) raised[i] = snipi_raise(x[i]);
+                scaled = raised;
+            }
+            if (q->recipe.rounding == SNIP_ROUND_STOCHASTIC) {
+                uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
+                int blocks = (int)(((element + (uint64_t)n + 3) >> 2) - first);
+                for (i = 0; i < blocks; i++) snip_philox(q->key, first + (uint64_t)i, random + 4 * i);
+                words = random + (element & 3);
+            }
+            snipi_encode_run_any(format, scaled, n, inverse, words, code, &stats->saturated);
+            if (q->codes) snipi_store_codes(format, (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(format, q->cols), c, code, n);
+            if (q->out || want_sums) {
+                for (i = 0; i < n; i++) values[i] = t.scale * lut[code[i]];
+                if (want_sums)
+                    snipi_accumulate(x, values, q->weight ? snipi_gather(q->weight + at, q->col_stride, n, gathered_weight) : NULL, n, stats);
+                if (q->out) memcpy(q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
+            }
+        }
+}
+
+// F32 and BF16: no scale, no tiles.
+static void snipi_quantize_plain_row(const snipi_quantizer *q, int64_t r, snip_quant_stats *stats, int want_sums) {
+    float gathered[SNIPI_RUN], gathered_weight[SNIPI_RUN], values[SNIPI_RUN];
+    int64_t c;
+    int i, bf16 = q->recipe.format == SNIP_BF16;
+    for (c = 0; c < q->cols; c += SNIPI_RUN) {
+        int n = (int)snipi_min(SNIPI_RUN, q->cols - c);
+        int64_t at = r * q->row_stride + c * q->col_stride;
+        const float *x = snipi_gather(q->x + at, q->col_stride, n, gathered);
+        uint32_t amax = snipi_amax(x, n, 0, &stats->nonfinite);
+        if (snipi_float(amax) > stats->amax) stats->amax = snipi_float(amax);
+        if (q->codes && bf16) {
+            uint16_t *code = (uint16_t *)q->codes + r * q->cols + c;
+            for (i = 0; i < n; i++) code[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
+        } else if (q->codes)
+            memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
+        if (q->out || want_sums) {
+            for (i = 0; i < n; i++) values[i] = bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x[i])) << 16) : x[i];
+            if (want_sums)
+                snipi_accumulate(x, values, q->weight ? snipi_gather(q->weight + at, q->col_stride, n, gathered_weight) : NULL, n, stats);
+            if (q->out) memcpy(q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
+        }
+    }
+}
+
+static void snipi_add_stats(snip_quant_stats *to, const snip_quant_stats *from) {
+    to->sum_sq += from->sum_sq;
+    to->err_sq += from->err_sq;
+    to->dot += from->dot;
+    if (from->amax > to->amax) to->amax = from->amax;
+    to->nonfinite += from->nonfinite;
+    to->saturated += from->saturated;
+}
+
+static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; }
+
+static int snipi_recipe_ok(const snip_recipe *r) {
+    if (!r || r->tile_rows < 0 || r->tile_cols < 0) return 0;
+    if (r->format < SNIP_F32 || r->format > SNIP_E3M2) return 0;
+    if ((int)r->scale < SNIP_SCALE_NONE || r->scale > SNIP_SCALE_UE4M3) return 0;
+    if (r->rounding != SNIP_ROUND_NEAREST_EVEN && r->rounding != SNIP_ROUND_STOCHASTIC) return 0;
+    if (snipi_plain(r->format)) return r->scale == SNIP_SCALE_NONE && r->rounding == SNIP_ROUND_NEAREST_EVEN;
+    return r->scale != SNIP_SCALE_UE4M3 || r->format == SNIP_E2M1;
+}
+static int64_t snipi_tile(int32_t tile, int64_t dimension) { return tile ? tile : snipi_max(1, dimension); }
+static int64_t snipi_tiles(const snip_recipe *r, int64_t rows, int64_t cols) {
+    return snipi_ceil_div(rows, snipi_tile(r->tile_rows, rows)) * snipi_ceil_div(cols, snipi_tile(r->tile_cols, cols));
+}
+// rows * cols * 4 must fit in int64_t, and ld reach over a row.
+static int snipi_shape_ok(int64_t rows, int64_t cols, int64_t ld) {
+    return rows >= 0 && cols >= 0 && ld >= cols && (cols == 0 || rows <= INT64_MAX / 8 / snipi_max(1, ld));
+}
+
+SNIP_API size_t snip_codes_bound(const snip_recipe *r, int64_t rows, int64_t cols) {
+    if (!snipi_recipe_ok(r) || !snipi_shape_ok(rows, cols, cols)) return 0;
+    return (size_t)rows * snipi_row_bytes(r->format, cols);
+}
+SNIP_API size_t snip_scales_bound(const snip_recipe *r, int64_t rows, int64_t cols) {
+    size_t tiles;
+    if (!snipi_recipe_ok(r) || !snipi_shape_ok(rows, cols, cols)) return 0;
+    tiles = (size_t)snipi_tiles(r, rows, cols);
+    switch (r->scale) {
+        case SNIP_SCALE_NONE: return 0;
+        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return tiles * sizeof(float);
+        case SNIP_SCALE_UE8M0: return tiles;
+        case SNIP_SCALE_UE4M3: return (tiles + 3) / 4 * 4 + sizeof(float);
+    }
+    return 0;
+}
+static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int64_t rows, int64_t cols) {
+    return (char *)(uintptr_t)scales + snip_scales_bound(r, rows, cols) - sizeof(float);
+}
+
+// NVFP4: S = 448 * 6 / amax of the tensor (1 for zeros), at most FLT_MAX; stored as 1/S.
+static void snipi_tensor_scale(snipi_quantizer *q) {
+    uint32_t part[SNIPI_CHUNKS], amax = 0;
+    int c;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        float gathered[SNIPI_RUN];
+        int64_t r, i, ignored = 0, end = q->rows * (c + 1) / SNIPI_CHUNKS;
+        part[c] = 0;
+        for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++)
+            for (i = 0; i < q->cols; i += SNIPI_RUN) {
+                int n = (int)snipi_min(SNIPI_RUN, q->cols - i);
+                part[c] = snipi_amax(snipi_gather(q->x + r * q->row_stride + i * q->col_stride, q->col_stride, n, gathered), n, part[c], &ignored);
+            }
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) amax = part[c] > amax ? part[c] : amax;
+    q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
+    q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
+    if (q->scales) memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+}
+
+// stats: counts and amax; the sums too if want_sums.
+static void snipi_quantize_all(snipi_quantizer *q, snip_quant_stats *stats, int want_sums) {
+    snip_quant_stats part[SNIPI_CHUNKS], zero;
+    float lut[256];
+    int64_t bands, group, groups;
+    int c, plain = snipi_plain(q->recipe.format);
+    memset(&zero, 0, sizeof zero);
+    if (stats) *stats = zero;
+    if (q->rows == 0 || q->cols == 0) return;
+    q->tile_rows = plain ? 1 : snipi_tile(q->recipe.tile_rows, q->rows);
+    q->tile_cols = snipi_tile(q->recipe.tile_cols, q->cols);
+    bands = q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
+    q->tiles_across = snipi_ceil_div(q->cols, q->tile_cols);
+    for (c = 0; c < 256 && !plain; c++) lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+    if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
+    // A transposed source is read a cache line of columns at a time: bands are taken in groups.
+    group = q->col_stride == 1 ? 1 : snipi_max(1, 16 / q->tile_rows);
+    groups = snipi_ceil_div(bands, group);
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t g, tc, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
+        snip_quant_stats local = zero;
+        for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
+            int64_t first = g * group, last = snipi_min(bands, first + group);
+            if (plain)
+                for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, tr, &local, want_sums);
+            else
+                for (tc = 0; tc < q->tiles_across; tc++)
+                    for (tr = first; tr < last; tr++) snipi_quantize_tile(q, tr, tc, lut, &local, want_sums);
+        }
+        part[c] = local;
+    }
+    if (stats)
+        for (c = 0; c < SNIPI_CHUNKS; c++) snipi_add_stats(stats, &part[c]);
+}
+
+static snip_status snipi_quantize_check(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld) {
+    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
+    if (rows > 0 && cols > 0 && !x) return SNIP_BAD_ARGUMENT;
+    return SNIP_OK;
+}
+static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                                           void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats, int want_sums) {
+    snipi_quantizer q;
+    if (rows > 0 && cols > 0 && (!codes || (!scales && recipe->scale != SNIP_SCALE_NONE))) return SNIP_BAD_ARGUMENT;
+    memset(&q, 0, sizeof q);
+    q.recipe = *recipe;
+    q.x = x; q.weight = weight;
+    q.rows = rows; q.cols = cols;
+    q.row_stride = row_stride; q.col_stride = col_stride;
+    q.codes = codes; q.scales = scales;
+    q.key = key;
+    snipi_quantize_all(&q, stats, want_sums);
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
+                                   void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
+    return status ? status : snipi_quantize_to_codes(recipe, x, rows, cols, ld, 1, codes, scales, key, weight, stats, stats != NULL);
+}
+SNIP_API snip_status snip_quantize_transposed(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
+                                   void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
+    return status ? status : snipi_quantize_to_codes(recipe, x, cols, rows, 1, ld, codes, scales, key, weight, stats, stats != NULL);
+}
+SNIP_API snip_status snip_fake_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
+                                   float *out, int64_t ld_out, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
+    snipi_quantizer q;
+    if (status) return status;
+    if (out && !snipi_shape_ok(rows, cols, ld_out)) return SNIP_BAD_ARGUMENT;
+    memset(&q, 0, sizeof q);
+    q.recipe = *recipe;
+    q.x = x; q.weight = weight;
+    q.rows = rows; q.cols = cols;
+    q.row_stride = ld; q.col_stride = 1;
+    q.out = out; q.ld_out = ld_out;
+    q.key = key;
+    snipi_quantize_all(&q, stats, stats != NULL);
+    return SNIP_OK;
+}
+
+// Reads scales and codes of a quantized [rows][cols] matrix.
+typedef struct {
+    const snip_recipe *recipe;
+    const uint8_t *codes;
+    const void *scales;
+    size_t row_bytes;
+    int64_t tile_rows, tile_cols, tiles_across;
+    float tensor_scale, lut[256];
+} snipi_reader;
+
+static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols) {
+    int c;
+    q->recipe = recipe;
+    q->codes = (const uint8_t *)codes;
+    q->scales = scales;
+    q->row_bytes = snipi_row_bytes(recipe->format, cols);
+    q->tile_rows = snipi_tile(recipe->tile_rows, rows);
+    q->tile_cols = snipi_tile(recipe->tile_cols, cols);
+    q->tiles_across = snipi_ceil_div(cols, q->tile_cols);
+    q->tensor_scale = 1.0f;
+    if (recipe->scale == SNIP_SCALE_UE4M3) memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
+    if (!snipi_plain(recipe->format))
+        for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
+}
+static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
+    int64_t i = row / q->tile_rows * q->tiles_across + tile_col;
+    switch (q->recipe->scale) {
+        case SNIP_SCALE_NONE: break;
+        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
+        case SNIP_SCALE_UE8M0: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
+        case SNIP_SCALE_UE4M3: return snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]) * q->tensor_scale;
+    }
+    return 1.0f;
+}
+// Elements [c0, c0 + n) of a row to out, `stride` apart.
+static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
+    const uint8_t *codes = q->codes + (size_t)row * q->row_bytes;
+    int64_t c = c0, end = c0 + n;
+    if (q->recipe->format == SNIP_F32) {
+        for (; c < end; c++, out += stride) *out = ((const float *)(const void *)codes)[c];
+        return;
+    }
+    if (q->recipe->format == SNIP_BF16) {
+        for (; c < end; c++, out += stride) *out = snip_bf16_to_f32(((const uint16_t *)(const void *)codes)[c]);
+        return;
+    }
+    while (c < end) {
+        int64_t tile = c / q->tile_cols, stop = snipi_min(end, (tile + 1) * q->tile_cols);
+        float scale = snipi_reader_scale(q, row, tile);
+        if (q->recipe->format == SNIP_E2M1)
+            for (; c < stop; c++, out += stride) *out = scale * q->lut[codes[c >> 1] >> (c & 1) * 4 & 15];
+        else
+            for (; c < stop; c++, out += stride) *out = scale * q->lut[codes[c]];
+    }
+}
+
+SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                     float *x, int64_t ld) {
+    snipi_reader q;
+    int64_t r;
+    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
+    if (rows == 0 || cols == 0) return SNIP_OK;
+    if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
+    snipi_reader_init(&q, recipe, codes, scales, rows, cols);
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (r = 0; r < rows; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+    return SNIP_OK;
+}
+
+// >>gemm-impl --------------------------------------------------------------------------------------
+// Both operands are packed into panels of `mr` and `nr` rows, k-block by k-block, and a register-tile
+// kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. S8 panels hold twice
+// the E2M1 values, an integer of at most 12: [k / 4][width][4]. A's are stored plus 12, unsigned, as the
+// x86 byte products want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the block).
+enum { SNIPI_KC_F32 = 256, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16 };
+
+typedef struct {
+    int f32_mr, f32_nr, s8_mr, s8_nr;
+    // c[mr][nr] += a[kc][mr] * b[kc][nr]
+    void (*f32)(int64_t kc, const float *a, const float *b, float *c, int64_t ldc);
+    // for each scale block of `block` along k: c = fmaf(sa * sb, exact integer sum, c)
+    void (*s8)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc);
+} snipi_kernels;
+
+static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
+    float acc[4][16];
+    int64_t k;
+    int i, j;
+    memset(acc, 0, sizeof acc);
+    for (k = 0; k < kc; k++, a += 4, b += 16)
+        for (i = 0; i < 4; i++)
+            for (j = 0; j < 16; j++) acc[i][j] += a[i] * b[j];
+    for (i = 0; i < 4; i++)
+        for (j = 0; j < 16; j++) c[i * ldc + j] += acc[i][j];
+}
+static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) {
+    int64_t k;
+    int i, j, t;
+    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16) {
+        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4;
+        int32_t acc[4][16];
+        for (i = 0; i < 4; i++) memcpy(acc[i], start, sizeof acc[i]);
+        for (step = 0; step < steps; step++, a += 16, b += 64)
+            for (i = 0; i < 4; i++)
+                for (j = 0; j < 16; j++)
+                    for (t = 0; t < 4; t++) acc[i][j] += (int32_t)a[4 * i + t] * b[4 * j + t];
+        for (i = 0; i < 4; i++)
+            for (j = 0; j < 16; j++) c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], c[i * ldc + j]);
+    }
+}
+
+// >>simd -------------------------------------------------------------------------------------------
+#ifdef SNIPI_X86
+#define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+
+SNIPI_TARGET_AVX2 static void snipi_kernel_f32_avx2(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
+    __m256 acc[6][2];
+    int64_t k;
+    int i;
+    SNIPI_UNROLL for (i = 0; i < 6; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
+    for (k = 0; k < kc; k++, a += 6, b += 16) {
+        __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+        SNIPI_UNROLL for (i = 0; i < 6; i++) {                      // acc[i][j] += a[i] * b[j]
+            __m256 ai = _mm256_broadcast_ss(a + i);
+            acc[i][0] = _mm256_fmadd_ps(ai, b0, acc[i][0]);
+            acc[i][1] = _mm256_fmadd_ps(ai, b1, acc[i][1]);
+        }
+    }
+    SNIPI_UNROLL for (i = 0; i < 6; i++) {
+        float *ci = c + i * ldc;
+        _mm256_storeu_ps(ci, _mm256_add_ps(_mm256_loadu_ps(ci), acc[i][0]));
+        _mm256_storeu_ps(ci + 8, _mm256_add_ps(_mm256_loadu_ps(ci + 8), acc[i][1]));
+    }
+}
+SNIPI_TARGET_AVX2 static void snipi_kernel_s8_avx2(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    int64_t k;
+    int i;
+    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16) {
+        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4;
+        __m256i acc[4][2];
+        SNIPI_UNROLL for (i = 0; i < 4; i++) {
+            acc[i][0] = _mm256_loadu_si256((const __m256i *)(const void *)start);
+            acc[i][1] = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+        }
+        for (step = 0; step < steps; step++, a += 16, b += 64) {
+            __m256i b0 = _mm256_loadu_si256((const __m256i *)(const void *)b), b1 = _mm256_loadu_si256((const __m256i *)(const void *)(b + 32));
+            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3; pairs reach at most 576
+                int32_t four;
+                __m256i ai;
+                memcpy(&four, a + 4 * i, 4);
+                ai = _mm256_set1_epi32(four);
+                acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(ai, b0), ones));
+                acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(ai, b1), ones));
+            }
+        }
+        SNIPI_UNROLL for (i = 0; i < 4; i++) {                      // c = fmaf(sa[i] * sb[j], acc[i][j], c)
+            float *ci = c + i * ldc;
+            __m256 s = _mm256_broadcast_ss(sa + i);
+            _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(acc[i][0]), _mm256_loadu_ps(ci)));
+            _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(acc[i][1]), _mm256_loadu_ps(ci + 8)));
+        }
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_kernel_f32_avx512(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
+    __m512 acc[12][2];
+    int64_t k;
+    int i;
+    SNIPI_UNROLL for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
+    for (k = 0; k < kc; k++, a += 12, b += 32) {
+        __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
+        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[i] * b[j]
+            __m512 ai = _mm512_set1_ps(a[i]);
+            acc[i][0] = _mm512_fmadd_ps(ai, b0, acc[i][0]);
+            acc[i][1] = _mm512_fmadd_ps(ai, b1, acc[i][1]);
+        }
+    }
+    SNIPI_UNROLL for (i = 0; i < 12; i++) {
+        float *ci = c + i * ldc;
+        _mm512_storeu_ps(ci, _mm512_add_ps(_mm512_loadu_ps(ci), acc[i][0]));
+        _mm512_storeu_ps(ci + 16, _mm512_add_ps(_mm512_loadu_ps(ci + 16), acc[i][1]));
+    }
+}
+// The two AVX-512 integer kernels differ in the byte product alone: acc[j] += a[4j + t] * b[4j + t], t = 0..3.
+#define SNIPI_KERNEL_S8_AVX512(name, attribute, dot4) \
+attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) { \
+    const __m512i ones = _mm512_set1_epi16(1); \
+    int64_t k; \
+    int i; \
+    (void)ones; \
+    for (k = 0; k < kc; k += block, sa += 12, sb += 32, start += 32) { \
+        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4; \
+        __m512i acc[12][2]; \
+        SNIPI_UNROLL for (i = 0; i < 12; i++) { acc[i][0] = _mm512_loadu_si512(start); acc[i][1] = _mm512_loadu_si512(start + 16); } \
+        for (step = 0; step < steps; step++, a += 48, b += 128) { \
+            __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64); \
+            SNIPI_UNROLL for (i = 0; i < 12; i++) { \
+                int32_t four; \
+                __m512i ai; \
+                memcpy(&four, a + 4 * i, 4); \
+                ai = _mm512_set1_epi32(four); \
+                acc[i][0] = dot4(acc[i][0], ai, b0); \
+                acc[i][1] = dot4(acc[i][1], ai, b1); \
+            } \
+        } \
+        SNIPI_UNROLL for (i = 0; i < 12; i++) { \
+            float *ci = c + i * ldc; \
+            __m512 s = _mm512_set1_ps(sa[i]); \
+            _mm512_storeu_ps(ci, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb)), _mm512_maskz_cvtepi32_ps(0xFFFF, acc[i][0]), _mm512_loadu_ps(ci))); \
+            _mm512_storeu_ps(ci + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb + 16)), _mm512_maskz_cvtepi32_ps(0xFFFF, acc[i][1]), _mm512_loadu_ps(ci + 16))); \
+        } \
+    } \
+}
+#define SNIPI_DOT4_BW(acc, x, y) _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), ones))
+SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, SNIPI_DOT4_BW)
+SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_epi32)
+#endif // SNIPI_X86
+
+SNIP_API int snip_isa_available(snip_isa isa) {
+#ifdef SNIPI_X86
+    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == SNIP_ISA_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == SNIP_ISA_AVX512) return avx512;
+    if (isa == SNIP_ISA_AVX512_VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
+#endif
+    return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
+}
+SNIP_API const char *snip_isa_name(snip_isa isa) {
+    switch (isa) {
+        case SNIP_ISA_BEST: return "best";
+        case SNIP_ISA_SCALAR: return "scalar";
+        case SNIP_ISA_AVX2: return "avx2";
+        case SNIP_ISA_AVX512: return "avx512";
+        case SNIP_ISA_AVX512_VNNI: return "avx512-vnni";
+        case SNIP_ISA_COUNT: break;
+    }
+    return "?";
+}
+static snip_isa snipi_best_isa(void) {
+    int isa;
+    for (isa = SNIP_ISA_COUNT - 1; isa > SNIP_ISA_SCALAR; isa--)
+        if (snip_isa_available((snip_isa)isa)) break;
+    return (snip_isa)isa;
+}
+static snipi_kernels snipi_kernels_of(snip_isa isa) {
+    snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar };
+#ifdef SNIPI_X86
+    if (isa == SNIP_ISA_AVX2) {
+        k.f32_mr = 6;
+        k.f32 = snipi_kernel_f32_avx2;
+        k.s8 = snipi_kernel_s8_avx2;
+    } else if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) {
+        k.f32_mr = k.s8_mr = 12;
+        k.f32_nr = k.s8_nr = 32;
+        k.f32 = snipi_kernel_f32_avx512;
+        k.s8 = isa == SNIP_ISA_AVX512_VNNI ? snipi_kernel_s8_vnni : snipi_kernel_s8_avx512;
+    }
+#else
+    (void)isa;
+#endif
+    return k;
+}
+
+// One operand of a GEMM on its way into panels.
+typedef struct {
+    snipi_reader reader;
+    const snip_operand *operand;
+    int64_t rows, k, ld;
+    int direct;                 // floats or BF16 read where the caller has them
+} snipi_side;
+
+static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64_t rows, int64_t k) {
+    side->operand = operand;
+    side->rows = rows;
+    side->k = k;
+    side->direct = snipi_plain(operand->recipe->format);
+    side->ld = operand->ld ? operand->ld : operand->transposed ? rows : k;
+    snipi_reader_init(&side->reader, operand->recipe, operand->codes, operand->scales, rows, k);
+}
+SNIPI_INLINE float snipi_load_plain(const void *codes, int bf16, int64_t i) {
+    return bf16 ? snip_bf16_to_f32(((const uint16_t *)codes)[i]) : ((const float *)codes)[i];
+}
+// Rows [row0, row0 + used) of k range [k0, k0 + kc) into panel[kc][width], zeros beyond `used`.
+static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, float *panel) {
+    const void *codes = side->operand->codes;
+    int bf16 = side->operand->recipe->format == SNIP_BF16, i;
+    int64_t k;
+    for (i = used; i < width; i++)
+        for (k = 0; k < kc; k++) panel[k * width + i] = 0.0f;
+    if (side->direct && side->operand->transposed) {
+        for (k = 0; k < kc; k++)
+            for (i = 0; i < used; i++) panel[k * width + i] = snipi_load_plain(codes, bf16, (k0 + k) * side->ld + row0 + i);
+        return;
+    }
+    for (i = 0; i < used; i++) {
+        if (side->direct)
+            for (k = 0; k < kc; k++) panel[k * width + i] = snipi_load_plain(codes, bf16, (row0 + i) * side->ld + k0 + k);
+        else
+            snipi_reader_row(&side->reader, row0 + i, k0, kc, panel + i, width);
+    }
+}
+// E2M1 rows into an S8 panel with one scale per (block, row), halved because the integers are doubled.
+static void snipi_pack_s8(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, int64_t block,
+                          int offset, uint8_t *panel, float *scales, int32_t *start) {
+    static const int8_t twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+    const snipi_reader *q = &side->reader;
+    int64_t k, b;
+    int i;
+    for (b = k = 0; k < kc; b++, k += block) {
+        int64_t length = snipi_min(block, kc - k), padded = (length + 3) / 4 * 4, t;
+        for (i = 0; i < width; i++) {
+            uint8_t *out = panel + 4 * i;
+            int32_t sum = 0;
+            const uint8_t *codes = i < used ? q->codes + (size_t)(row0 + i) * q->row_bytes : NULL;
+            for (t = 0; t < padded; t++) {
+                int64_t at = k0 + k + t;
+                int v = codes && t < length ? twice[codes[at >> 1] >> (at & 1) * 4 & 15] : 0;
+                sum += v;
+                out[t / 4 * 4 * width + (t & 3)] = (uint8_t)(v + offset);
+            }
+            scales[b * width + i] = i < used ? 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
+            if (start) start[b * width + i] = -12 * sum;
+        }
+        panel += padded * width;
+    }
+}
+
+// Length of the common scale block along k of two E2M1 operands, 0 if their tiles do not nest.
+static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
+    int64_t ta, tb, small, large;
+    if (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1 || k > (1 << 23)) return 0;
+    ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k));
+    tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
+    small = snipi_min(ta, tb);
+    large = snipi_max(ta, tb);
+    if (large % small && large < k) return 0;
+    return small >= k || small % SNIPI_MIN_BLOCK == 0 ? small : 0;
+}
+
+SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
+    size_t rows, per_row, scales = SNIPI_KC_S8 / SNIPI_MIN_BLOCK * (sizeof(float) + sizeof(int32_t));
+    if (m < 0 || n < 0 || k < 0) return 0;
+    rows = (size_t)(snipi_round_up(m, SNIPI_MAX_MR) + snipi_round_up(n, SNIPI_MAX_NR));
+    per_row = (size_t)snipi_max(SNIPI_KC_F32 * (int64_t)sizeof(float), snipi_round_up(k, 4));
+    return rows * (per_row + scales) + 8 * 64;
+}
+
+static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
+    int64_t ld, least;
+    if (!o || !o->recipe || !snipi_recipe_ok(o->recipe)) return 0;
+    if (!snipi_plain(o->recipe->format)) {
+        if (o->ld || o->transposed || !snipi_shape_ok(rows, k, k)) return 0;
+        return rows == 0 || k == 0 || (o->codes && (o->scales || o->recipe->scale == SNIP_SCALE_NONE));
+    }
+    least = o->transposed ? rows : k;
+    ld = o->ld ? o->ld : least;
+    return snipi_shape_ok(o->transposed ? k : rows, least, ld) && (rows == 0 || k == 0 || o->codes);
+}
+
+typedef struct {
+    snipi_side a, b;
+    snipi_kernels kernels;
+    int64_t m, n, k, block, ldc;        // block > 0: integer path
+    float *c;
+    char *panel_a, *panel_b;
+    float *scales_a, *scales_b;
+    int32_t *start;
+} snipi_gemm_job;
+
+// Panels of one k-block: index p of operand `side`.
+static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_t k0, int64_t kc) {
+    const snipi_side *side = is_b ? &g->b : &g->a;
+    int s8 = g->block > 0, width = is_b ? (s8 ? g->kernels.s8_nr : g->kernels.f32_nr) : (s8 ? g->kernels.s8_mr : g->kernels.f32_mr);
+    int used = (int)snipi_min(width, side->rows - p * width);
+    char *base = is_b ? g->panel_b : g->panel_a;
+    if (s8) {
+        int64_t blocks = snipi_ceil_div(kc, g->block);
+        snipi_pack_s8(side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
+                      (is_b ? g->scales_b : g->scales_a) + p * width * blocks, is_b ? g->start + p * width * blocks : NULL);
+    } else
+        snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)base + p * width * kc);
+}
+// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside.
+static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int64_t kc) {
+    int s8 = g->block > 0, mr = s8 ? g->kernels.s8_mr : g->kernels.f32_mr, nr = s8 ? g->kernels.s8_nr : g->kernels.f32_nr, i;
+    int rows = (int)snipi_min(mr, g->m - ip * mr), cols = (int)snipi_min(nr, g->n - jp * nr);
+    float aside[SNIPI_MAX_MR * SNIPI_MAX_NR], *c = g->c + ip * mr * g->ldc + jp * nr;
+    int whole = rows == mr && cols == nr;
+    float *target = whole ? c : aside;
+    int64_t ld = whole ? g->ldc : nr;
+    if (!whole) {
+        memset(aside, 0, sizeof aside);
+        for (i = 0; i < rows; i++) memcpy(aside + i * nr, c + i * g->ldc, (size_t)cols * sizeof(float));
+    }
+    if (s8) {
+        int64_t padded = snipi_round_up(kc, 4), blocks = snipi_ceil_div(kc, g->block);
+        g->kernels.s8(kc, g->block, (const uint8_t *)g->panel_a + ip * mr * padded, (const int8_t *)g->panel_b + jp * nr * padded,
+                      g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, target, ld);
+    } else
+        g->kernels.f32(kc, (const float *)(const void *)g->panel_a + ip * mr * kc, (const float *)(const void *)g->panel_b + jp * nr * kc, target, ld);
+    if (!whole)
+        for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
+}
+
+SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                               float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa) {
+    snipi_gemm_job g;
+    int64_t i, step, k0, mp, np, chunks_m, chunks_n;
+    uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64;
+    int mr, nr;
+    if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
+    if ((int)isa < 0 || isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
+    if (!snip_isa_available(isa)) return SNIP_UNSUPPORTED;
+    if (m == 0 || n == 0) return SNIP_OK;
+    if (!c || (k > 0 && !scratch)) return SNIP_BAD_ARGUMENT;
+    memset(&g, 0, sizeof g);
+    g.kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
+    g.m = m; g.n = n; g.k = k; g.c = c; g.ldc = ldc;
+    if (k > 0) {
+        snipi_side_init(&g.a, a, m, k);
+        snipi_side_init(&g.b, b, n, k);
+        g.block = snipi_s8_block(a, b, k);
+    }
+    mr = g.block ? g.kernels.s8_mr : g.kernels.f32_mr;
+    nr = g.block ? g.kernels.s8_nr : g.kernels.f32_nr;
+    mp = snipi_ceil_div(m, mr);
+    np = snipi_ceil_div(n, nr);
+    chunks_m = snipi_ceil_div(mp, SNIPI_CHUNK_PANELS);
+    chunks_n = snipi_ceil_div(np, SNIPI_CHUNK_PANELS);
+    step = !g.block ? (int64_t)SNIPI_KC_F32 : g.block >= SNIPI_KC_S8 ? g.block : SNIPI_KC_S8 / g.block * g.block;
+    if (k > 0) {
+        int64_t per_row = g.block ? snipi_round_up(snipi_min(step, k), 4) : snipi_min(step, k) * (int64_t)sizeof(float);
+        int64_t blocks = g.block ? snipi_ceil_div(snipi_min(step, k), g.block) : 0;
+        g.panel_a = (char *)at;
+        at += (uintptr_t)snipi_round_up(mp * mr * per_row, 64);
+        g.panel_b = (char *)at;
+        at += (uintptr_t)snipi_round_up(np * nr * per_row, 64);
+        g.scales_a = (float *)at;
+        at += (uintptr_t)snipi_round_up(mp * mr * blocks * 4, 64);
+        g.scales_b = (float *)at;
+        at += (uintptr_t)snipi_round_up(np * nr * blocks * 4, 64);
+        g.start = (int32_t *)at;
+    }
+    SNIPI_OMP(omp parallel private(k0))
+    {
+        if (!accumulate) {
+            SNIPI_OMP(omp for schedule(static))
+            for (i = 0; i < m; i++) {
+                if (bias) memcpy(c + i * ldc, bias, (size_t)n * sizeof(float));
+                else memset(c + i * ldc, 0, (size_t)n * sizeof(float));
+            }
+        }
+        for (k0 = 0; k0 < k; k0 += step) {
+            int64_t kc = snipi_min(step, k - k0), p, t;
+            SNIPI_OMP(omp for schedule(static))
+            for (p = 0; p < mp + np; p++) snipi_gemm_pack(&g, p >= mp, p >= mp ? p - mp : p, k0, kc);
+            SNIPI_OMP(omp for schedule(dynamic))
+            for (t = 0; t < chunks_m * chunks_n; t++) {
+                int64_t i0 = t % chunks_m * SNIPI_CHUNK_PANELS, j0 = t / chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
+                for (jp = j0; jp < snipi_min(np, j0 + SNIPI_CHUNK_PANELS); jp++)
+                    for (ip = i0; ip < snipi_min(mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(&g, ip, jp, kc);
+            }
+        }
+        if (accumulate && bias) {
+            SNIPI_OMP(omp for schedule(static))
+            for (i = 0; i < m; i++) {
+                int64_t j;
+                for (j = 0; j < n; j++) c[i * ldc + j] += bias[j];
+            }
+        }
+    }
+    return SNIP_OK;
+}
+
+// >>session-impl -----------------------------------------------------------------------------------
+// A measuring step runs the batch three times (snip_next_pass), all in desc.measure precision:
+//
+//   loss probe     noise sigma * xi on the operands X and W of every layer at once, sigma = 2% of their rms.
+//                  <xi, dA(noisy) - dA(clean)> / sigma estimates h_A = tr d2L/dA2 for each operand A by
+//                  itself (Hutchinson; cross terms vanish in expectation because the xi are independent).
+//   update probe   weights W + tau z, z = D xi / |W|, D the optimizer's sensitivity du/dg. The change of X
+//                  and dY of each layer is the model's Jacobian transposed times z, which says how an error
+//                  at the layer's outputs reaches every weight's next update. Kept as count-sketches.
+//   clean          statistics; its gradients are the ones the optimizer uses.
+//
+// Loss change if layer l's forward GEMM runs in format f, e_A = Q_f(A) - A:
+//   first  = <dX, e_X> + <dW, e_W>             second = (h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
+// Relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2:
+//   fwd    mean(dY_err^2) * |dY(tau) - dY|^2 / tau^2 / U^2
+//   dgrad  mean(dX_err^2) * |X(tau) - X|^2 / tau^2 / U^2
+//   wgrad  |D * dW_err|^2 / |W|^2 / U^2
+// dY_err, dX_err, dW_err: error of the GEMM's output in format f, measured on a sample of its rows.
+// Adam's learning rate cancels in the ratio, so D and u are taken at rate 1.
+//
+// Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
+// update_weight * update / horizon: their errors are zero-mean noise, which averages out over steps, while
+// the forward's repeat with the slowly moving weights.
+enum { SNIPI_SKETCH = 4096, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
+enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
+       SNIPI_ROLE_PROBE, SNIPI_ROLE_SKETCH_X, SNIPI_ROLE_SKETCH_DY };
+enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNIPI_SLOT_GEMM, SNIPI_SLOT_X, SNIPI_SLOT_W, SNIPI_SLOT_OUT,
+       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOTS };
+enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
+
+typedef struct {                // of one candidate format, over the step's micro-batches
+    double err_x, err_w, dot_x, dot_w;
+    double gemm_err[SNIP_GEMMS], gemm_count[SNIP_GEMMS];
+} snipi_measured;
+typedef struct { double count, first, first_var, second, update[SNIP_GEMMS]; } snipi_average;   // over measurements
+
+typedef struct {
+    char *name;
+    int64_t n, k;
+    int stage;
+    const float *m, *v;
+    snip_format format[SNIP_GEMMS];
+    unsigned char allow[SNIP_GEMMS];
+    int64_t nonfinite, saturated;
+    int64_t calls_forward, calls_backward;      // of this pass: tells micro-batches apart
+    double weight_sq, sensitivity_sq, sigma_x, sigma_w;
+    double noisy_x, noisy_w, clean_x, clean_w;  // <xi, dA> of the two passes
+    int64_t elements_x, elements_y;             // seen by this pass
+    float *sketch_x, *sketch_dy;
+    snipi_measured measured[SNIPI_CANDIDATES];
+    snipi_average average[SNIPI_CANDIDATES];
+    snip_estimate estimate[SNIPI_CANDIDATES];
+} snipi_layer;
+
+struct snip {
+    snip_desc desc;
+    snipi_layer *layers;
+    int n_layers, capacity;
+    void *slot[SNIPI_SLOTS];
+    size_t slot_size[SNIPI_SLOTS];
+    snip_mode mode;
+    snip_pass pass;
+    snip_status pending;        // of a measuring step that cannot be completed
+    int64_t step;
+    int plans;
+    double tau, loss, solve_seconds;
+    snip_adamw adamw;           // of the last step
+    char message[256];
+};
+
+static void *snipi_default_alloc(size_t size, void *user) { (void)user; return SNIP_MALLOC(size); }
+static void snipi_default_free(void *ptr, void *user) { (void)user; SNIP_FREE(ptr); }
+static void *snipi_alloc(snip *s, size_t size) {
+    void *p = s->desc.alloc.alloc_fn(size ? size : 1, s->desc.alloc.user);
+    if (p) memset(p, 0, size);
+    return p;
+}
+static void snipi_free(snip *s, void *p) { if (p) s->desc.alloc.free_fn(p, s->desc.alloc.user); }
+// Scratch that only ever grows.
+static void *snipi_reserve(snip *s, int slot, size_t size) {
+    if (size > s->slot_size[slot] || !s->slot[slot]) {
+        snipi_free(s, s->slot[slot]);
+        s->slot_size[slot] = 0;
+        s->slot[slot] = snipi_alloc(s, size);
+        if (s->slot[slot]) s->slot_size[slot] = size;
+    }
+    return s->slot[slot];
+}
+static float *snipi_reserve_floats(snip *s, int slot, int64_t n) { return (float *)snipi_reserve(s, slot, (size_t)n * sizeof(float)); }
+
+static snip_status snipi_fail(snip *s, snip_status status, const char *message) {
+    snprintf(s->message, sizeof s->message, "%s", message);
+    return status;
+}
+
+static int snipi_in_range(double x, double low, double high) { return !snipi_nonfinite_f64(x) && x >= low && x <= high; }
+
+static int snipi_recipes_ok(const snip_recipes *r) {
+    const snip_recipe *all[3];
+    int i;
+    all[0] = &r->activation; all[1] = &r->weight; all[2] = &r->gradient;
+    for (i = 0; i < 3; i++)
+        if (all[i]->format != (snip_format)0 && (!snipi_recipe_ok(all[i]) || snipi_plain(all[i]->format))) return 0;
+    return 1;
+}
+SNIP_API snip_status snip_desc_check(const snip_desc *d) {
+    if (!d || !snipi_in_range(d->budget, 0, 1) || d->n_stages < 0) return SNIP_BAD_ARGUMENT;
+    if ((int)d->high != 0 && !snipi_plain(d->high)) return SNIP_BAD_ARGUMENT;
+    if ((int)d->measure != 0 && !snipi_plain(d->measure)) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(d->loss_weight) || snipi_nonfinite_f64(d->update_weight)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
+    if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
+    if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
+    return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
+}
+
+static void snipi_begin_pass(snip *s, snip_pass pass) {
+    int l;
+    s->pass = pass;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_layer *layer = &s->layers[l];
+        layer->calls_forward = layer->calls_backward = layer->elements_x = layer->elements_y = 0;
+    }
+}
+static int snipi_probes_updates(const snip *s) { return s->desc.update_weight > 0; }
+static void snipi_begin_step(snip *s) {
+    int l, measure = s->desc.every > 0 && s->step > 0 && s->step % s->desc.every == 0;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_layer *layer = &s->layers[l];
+        layer->nonfinite = layer->saturated = 0;
+        if (!measure) continue;
+        memset(layer->measured, 0, sizeof layer->measured);
+        memset(layer->sketch_x, 0, SNIPI_SKETCH * sizeof(float));
+        memset(layer->sketch_dy, 0, SNIPI_SKETCH * sizeof(float));
+        layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = 0;
+    }
+    s->pending = SNIP_OK;
+    snipi_begin_pass(s, measure ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_ORDINARY);
+}
+
+SNIP_API snip *snip_create(const snip_desc *desc) {
+    snip_recipe fp8_tile = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK, fp4_tile = SNIP_RECIPE_FP4_TILE;
+    snip_recipe fp4_block = SNIP_RECIPE_FP4_BLOCK, fp4_stochastic = SNIP_RECIPE_FP4_TILE_SR;
+    snip_desc d;
+    snip *s;
+    if (snip_desc_check(desc)) return NULL;
+    d = *desc;
+    if (d.every == 0) d.every = 500;
+    if (d.n_stages == 0) d.n_stages = 1;
+    if ((int)d.high == 0) d.high = SNIP_BF16;
+    if ((int)d.measure == 0) d.measure = SNIP_F32;
+    if (d.loss_weight == 0) d.loss_weight = 1;
+    if (d.update_weight == 0) d.update_weight = 1;
+    if (d.horizon == 0) d.horizon = 100;
+    if (d.sample == 0) d.sample = 0.25;
+    if ((int)d.fp8.activation.format == 0) d.fp8.activation = fp8_tile;
+    if ((int)d.fp8.weight.format == 0) d.fp8.weight = fp8_block;
+    if ((int)d.fp8.gradient.format == 0) d.fp8.gradient = fp8_tile;
+    if ((int)d.fp4.activation.format == 0) d.fp4.activation = fp4_tile;
+    if ((int)d.fp4.weight.format == 0) d.fp4.weight = fp4_block;
+    if ((int)d.fp4.gradient.format == 0) d.fp4.gradient = fp4_stochastic;
+    if (!d.alloc.alloc_fn) { d.alloc.alloc_fn = snipi_default_alloc; d.alloc.free_fn = snipi_default_free; }
+    s = (snip *)d.alloc.alloc_fn(sizeof *s, d.alloc.user);
+    if (!s) return NULL;
+    memset(s, 0, sizeof *s);
+    s->desc = d;
+    return s;
+}
+SNIP_API void snip_destroy(snip *s) {
+    int i;
+    if (!s) return;
+    for (i = 0; i < s->n_layers; i++) {
+        snipi_free(s, s->layers[i].name);
+        snipi_free(s, s->layers[i].sketch_x);
+        snipi_free(s, s->layers[i].sketch_dy);
+    }
+    snipi_free(s, s->layers);
+    for (i = 0; i < SNIPI_SLOTS; i++) snipi_free(s, s->slot[i]);
+    s->desc.alloc.free_fn(s, s->desc.alloc.user);
+}
+
+SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, int64_t in_features, int stage) {
+    snipi_layer *layer;
+    size_t length;
+    int g;
+    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages) return -(int)SNIP_BAD_ARGUMENT;
+    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0) return -(int)SNIP_BAD_ARGUMENT;
+    for (g = 0; name[g]; g++)           // names go into plan files, one word each
+        if ((unsigned char)name[g] <= ' ') return -(int)SNIP_BAD_ARGUMENT;
+    if (g == 0 || g > 255) return -(int)SNIP_BAD_ARGUMENT;
+    if (s->n_layers == s->capacity) {
+        int capacity = s->capacity ? 2 * s->capacity : 64;
+        snipi_layer *grown = (snipi_layer *)snipi_alloc(s, (size_t)capacity * sizeof *grown);
+        if (!grown) return -(int)SNIP_OUT_OF_MEMORY;
+        if (s->n_layers) memcpy(grown, s->layers, (size_t)s->n_layers * sizeof *grown);
+        snipi_free(s, s->layers);
+        s->layers = grown;
+        s->capacity = capacity;
+    }
+    layer = &s->layers[s->n_layers];
+    memset(layer, 0, sizeof *layer);
+    length = (size_t)g + 1;
+    layer->name = (char *)snipi_alloc(s, length);
+    layer->sketch_x = (float *)snipi_alloc(s, SNIPI_SKETCH * sizeof(float));
+    layer->sketch_dy = (float *)snipi_alloc(s, SNIPI_SKETCH * sizeof(float));
+    if (!layer->name || !layer->sketch_x || !layer->sketch_dy) {
+        snipi_free(s, layer->name);
+        snipi_free(s, layer->sketch_x);
+        snipi_free(s, layer->sketch_dy);
+        return -(int)SNIP_OUT_OF_MEMORY;
+    }
+    memcpy(layer->name, name, length);
+    layer->n = out_features;
+    layer->k = in_features;
+    layer->stage = stage;
+    for (g = 0; g < SNIP_GEMMS; g++) {
+        layer->format[g] = s->desc.high;
+        layer->allow[g] = SNIPI_ALLOW_FP8 | SNIPI_ALLOW_FP4;
+    }
+    return s->n_layers++;
+}
+
+static snipi_layer *snipi_layer_at(const snip *s, int layer) { return s && layer >= 0 && layer < s->n_layers ? &s->layers[layer] : NULL; }
+
+SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !m || !v) return SNIP_BAD_ARGUMENT;
+    l->m = m;
+    l->v = v;
+    return SNIP_OK;
+}
+static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
+    if ((int)gemm < 0 || gemm > SNIP_GEMMS) return 0;
+    *first = gemm == SNIP_GEMMS ? 0 : (int)gemm;
+    *last = gemm == SNIP_GEMMS ? SNIP_GEMMS - 1 : (int)gemm;
+    return 1;
+}
+SNIP_API snip_status snip_allow(snip *s, int layer, snip_gemm_kind gemm, int fp8, int fp4) {
+    int first, last, l, g;
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4)) return SNIP_BAD_ARGUMENT;
+    for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
+        for (g = first; g <= last; g++) s->layers[l].allow[g] = (unsigned char)((fp8 ? SNIPI_ALLOW_FP8 : 0) | (fp4 ? SNIPI_ALLOW_FP4 : 0));
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_set_format(snip *s, int layer, snip_gemm_kind gemm, snip_format format) {
+    int first, last, l, g;
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1) return SNIP_BAD_ARGUMENT;
+    for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
+        for (g = first; g <= last; g++) s->layers[l].format[g] = format;
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_set_mode(snip *s, snip_mode mode) {
+    if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return SNIP_BAD_ARGUMENT;
+    s->mode = mode;
+    return SNIP_OK;
+}
+
+// ---- one GEMM of a layer in one format
+static snip_rng_key snipi_key(const snip *s, const snipi_layer *l, int64_t micro, int role) {
+    snip_rng_key key;
+    key.seed = s->desc.seed;
+    key.step = (uint32_t)s->step;
+    key.tensor = (uint32_t)((micro * s->n_layers + (l - s->layers)) * SNIPI_ROLES + role);
+    return key;
+}
+typedef enum { SNIPI_ACTIVATION, SNIPI_WEIGHT, SNIPI_GRADIENT } snipi_kind;
+typedef struct { const float *x; int64_t rows, cols; int transposed; snipi_kind kind; int role; } snipi_tensor;
+
+static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind kind) {
+    const snip_recipes *set = format == SNIP_E4M3 ? &s->desc.fp8 : &s->desc.fp4;
+    snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16;
+    if (format == SNIP_F32) return f32;
+    if (format == SNIP_BF16) return bf16;
+    return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
+}
+static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
+    int64_t part[SNIPI_CHUNKS], sum = 0;
+    int c;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t i, end = n * (c + 1) / SNIPI_CHUNKS, bad = 0;
+        for (i = n * c / SNIPI_CHUNKS; i < end; i++) bad += snipi_nonfinite(x[i]);
+        part[c] = bad;
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
+    return sum;
+}
+// Quantize a tensor into the scratch of operand `slot`. F32 stays where it is.
+static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t, int slot, snip_recipe *recipe, snip_operand *out) {
+    int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
+    snip_quant_stats counts;
+    snip_status status;
+    void *codes, *scales;
+    *recipe = snipi_recipe_of(s, format, t->kind);
+    memset(out, 0, sizeof *out);
+    out->recipe = recipe;
+    if (format == SNIP_F32) {
+        out->codes = t->x;
+        out->transposed = t->transposed;
+        l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
+        return SNIP_OK;
+    }
+    codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
+    scales = snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
+    if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
+    out->codes = codes;
+    out->scales = scales;
+    status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1, codes, scales,
+                                     snipi_key(s, l, micro, t->role), NULL, &counts, 0);
+    l->nonfinite += counts.nonfinite;
+    l->saturated += counts.saturated;
+    return status;
+}
+// c[m][n] (+)= a * b^T in `format`, contiguous.
+static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *a, const snipi_tensor *b,
+                                    float *c, int accumulate, const float *bias) {
+    int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows, k = a->transposed ? a->rows : a->cols;
+    snip_recipe recipe_a, recipe_b;
+    snip_operand oa, ob;
+    snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
+    void *scratch;
+    if (status || (status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob)) != SNIP_OK) return status;
+    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
+    if (!scratch) return SNIP_OUT_OF_MEMORY;
+    return snip_gemm(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa);
+}
+static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, int transposed, snipi_kind kind, int role) {
+    snipi_tensor t;
+    t.x = x; t.rows = rows; t.cols = cols; t.transposed = transposed; t.kind = kind; t.role = role;
+    return t;
+}
+static snip_status snipi_fwd(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(x, rows, l->k, 0, SNIPI_ACTIVATION, SNIPI_ROLE_X), b = snipi_tensor_of(w, l->n, l->k, 0, SNIPI_WEIGHT, SNIPI_ROLE_W);
+    return snipi_layer_gemm(s, l, micro, format, &a, &b, out, 0, bias);
+}
+static snip_status snipi_dgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(dy, rows, l->n, 0, SNIPI_GRADIENT, SNIPI_ROLE_DY), b = snipi_tensor_of(w, l->n, l->k, 1, SNIPI_WEIGHT, SNIPI_ROLE_W_T);
+    return snipi_layer_gemm(s, l, micro, format, &a, &b, dx, accumulate, NULL);
+}
+// dy may hold a selection of the output features, [rows][features].
+static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, const float *dy, int64_t features, const float *x, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(dy, rows, features, 1, SNIPI_GRADIENT, SNIPI_ROLE_DY_T), b = snipi_tensor_of(x, rows, l->k, 1, SNIPI_ACTIVATION, SNIPI_ROLE_X_T);
+    return snipi_layer_gemm(s, l, micro, format, &a, &b, dw, accumulate, NULL);
+}
+
+// ---- measuring
+static double snipi_sum_sq(const float *x, int64_t n) {
+    double part[SNIPI_CHUNKS], sum = 0;
+    int c;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
+        double local = 0;
+        for (i = n * c / SNIPI_CHUNKS; i < end; i++) local += (double)x[i] * (double)x[i];
+        part[c] = local;
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
+    return sum;
+}
+static void snipi_add_to(float *to, const float *from, int64_t n) {
+    int64_t i;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (i = 0; i < n; i++) to[i] += from[i];
+}
+
+// Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
+// bucket (i % 4096) xor h(c) with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation
+// sqrt(2 / 4096) and the sketch of a difference is the difference of sketches. Each thread owns blocks of buckets and
+// visits the chunks in order: the sums do not depend on the number of threads.
+static void snipi_sketch_add(float *sketch, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key) {
+    enum { BLOCKS = SNIPI_SKETCH / SNIPI_SIGNS };
+    int64_t first = offset / SNIPI_SKETCH, last = snipi_ceil_div(offset + n, SNIPI_SKETCH);
+    int block;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (block = 0; block < BLOCKS; block++) {
+        int64_t chunk;
+        for (chunk = first; chunk < last; chunk++) {
+            uint32_t hash[4], signs[4];
+            int64_t from;
+            int low, high, j, j0, j1;
+            snip_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
+            low = (int)(hash[0] % SNIPI_SIGNS);
+            high = (int)(hash[1] % BLOCKS);
+            from = chunk * SNIPI_SKETCH + (int64_t)(block ^ high) * SNIPI_SIGNS;      // elements that land in this block of buckets
+            j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset - from));
+            j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset + n - from));
+            if (j0 >= j1) continue;
+            snip_philox(key, (uint64_t)from / SNIPI_SIGNS, signs);
+            for (j = j0; j < j1; j++) sketch[block * SNIPI_SIGNS + (j ^ low)] += snipi_signed(factor * x[from - offset + j], signs, j);
+        }
+    }
+}
+
+// D = du/dg at learning rate 1, from the optimizer's state alone: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps).
+// Where v is 0 no gradient has ever arrived and none is expected: D = 0.
+typedef struct { float numerator, v_scale, eps; } snipi_sensitivity;
+static snipi_sensitivity snipi_sensitivity_of(const snip_adamw *o) {
+    snipi_sensitivity d;
+    d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
+    d.v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    d.eps = (float)o->eps;
+    return d;
+}
+SNIPI_INLINE float snipi_sensitivity_at(snipi_sensitivity d, float v) { return v > 0 ? d.numerator / (sqrtf(v * d.v_scale) + d.eps) : 0.0f; }
+static void snipi_sensitivities(snipi_sensitivity d, const float *v, int64_t n, float *out) {
+    int64_t i;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (i = 0; i < n; i++) out[i] = snipi_sensitivity_at(d, v[i]);
+}
+
+// The weights a probe pass runs on: the caller's plus noise.
+static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) {
+    int64_t n = l->n * l->k;
+    float *noisy = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
+    if (!noisy) return NULL;
+    if (s->pass == SNIP_PASS_LOSS_PROBE)
+        snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
+    else {
+        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), l->v, n, noisy);
+        snip_noise_add(noisy, w, n, (float)(s->tau / sqrt(l->weight_sq)), noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
+    }
+    return noisy;
+}
+static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, const float *x, int64_t n) {
+    float *noisy = snipi_reserve_floats(s, SNIPI_SLOT_X, n);
+    if (noisy) snip_noise_add(noisy, x, n, (float)l->sigma_x, NULL, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X));
+    return noisy;
+}
+
+// A sample of output rows, at equal distances.
+static int64_t snipi_sample_rows(const snip *s, int64_t rows) {
+    return snipi_min(rows, snipi_max(16, (int64_t)ceil((double)rows * s->desc.sample)));
+}
+static double snipi_distance_sq(const float *a, const float *b, int64_t rows, int64_t samples, int64_t cols, const float *v, snipi_sensitivity d) {
+    double sum = 0;
+    int64_t i, j;
+    for (i = 0; i < samples; i++) {         // row i of a against sampled row of b, weighted by D where v is given
+        int64_t at = i * rows / samples * cols;
+        double row = 0;
+        for (j = 0; j < cols; j++) {
+            float e = a[i * cols + j] - b[at + j];
+            if (v) e *= snipi_sensitivity_at(d, v[at + j]);
+            row += (double)e * (double)e;
+        }
+        sum += row;
+    }
+    return sum;
+}
+static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
+
+// Errors of the forward or dgrad GEMM's output in each candidate format against `exact`, on sampled rows of `operand`.
+static snip_status snipi_measure_rows(snip *s, snipi_layer *l, int64_t micro, snip_gemm_kind gemm, const float *operand, int64_t rows, const float *w, const float *bias, const float *exact) {
+    int64_t samples = snipi_sample_rows(s, rows), in = gemm == SNIP_FWD ? l->k : l->n, out = gemm == SNIP_FWD ? l->n : l->k, i, nonfinite = l->nonfinite, saturated = l->saturated;
+    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, samples * in), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * out);
+    snipi_sensitivity none = { 0, 0, 0 };
+    snip_status status = SNIP_OK;
+    int f;
+    if (!picked || !result) return SNIP_OUT_OF_MEMORY;
+    for (i = 0; i < samples; i++) memcpy(picked + i * in, operand + i * rows / samples * in, (size_t)in * sizeof(float));
+    for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        snipi_measured *q = &l->measured[f];
+        status = gemm == SNIP_FWD ? snipi_fwd(s, l, micro, snipi_candidates[f], result, picked, w, bias, samples)
+                                  : snipi_dgrad(s, l, micro, snipi_candidates[f], result, 0, picked, w, samples);
+        q->gemm_err[gemm] += snipi_distance_sq(result, exact, rows, samples, out, NULL, none);
+        q->gemm_count[gemm] += (double)samples * (double)out;
+    }
+    l->nonfinite = nonfinite;
+    l->saturated = saturated;
+    return status;
+}
+// |D * dW_err|^2 on sampled output features, scaled up to all of them.
+static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
+    int64_t samples = snipi_sample_rows(s, l->n), i, r, nonfinite = l->nonfinite, saturated = l->saturated;
+    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
+    snip_status status = SNIP_OK;
+    int f;
+    if (!picked || !result) return SNIP_OUT_OF_MEMORY;
+    for (r = 0; r < rows; r++)
+        for (i = 0; i < samples; i++) picked[r * samples + i] = dy[r * l->n + i * l->n / samples];
+    for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        status = snipi_wgrad(s, l, micro, snipi_candidates[f], result, 0, picked, samples, x, rows);
+        l->measured[f].gemm_err[SNIP_WGRAD] += snipi_distance_sq(result, exact, l->n, samples, l->k, l->v, snipi_sensitivity_of(&s->adamw)) * ((double)l->n / (double)samples);
+    }
+    l->nonfinite = nonfinite;
+    l->saturated = saturated;
+    return status;
+}
+
+static snip_status snipi_finish_call(snipi_layer *l, int64_t nonfinite_before, snip_status status) {
+    return status ? status : l->nonfinite != nonfinite_before ? SNIP_NONFINITE : SNIP_OK;
+}
+static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
+    return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
+}
+
+SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    const float *x = inp, *w = weight;
+    snip_status status;
+    int64_t micro, nonfinite;
+    if (!snipi_linear_args(l, out, inp, weight, rows)) return SNIP_BAD_ARGUMENT;
+    nonfinite = l->nonfinite;
+    if (s->mode != SNIP_TRAIN)
+        return snipi_finish_call(l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
+    micro = l->calls_forward++;
+    if (s->pass == SNIP_PASS_ORDINARY)
+        return snipi_finish_call(l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
+    if (s->pass == SNIP_PASS_LOSS_PROBE) {
+        if (micro == 0) {
+            l->weight_sq = snipi_sum_sq(weight, l->n * l->k);
+            l->sigma_w = 0.02 * sqrt(l->weight_sq / (double)(l->n * l->k));
+            l->sigma_x = rows ? 0.02 * sqrt(snipi_sum_sq(inp, rows * l->k) / (double)(rows * l->k)) : 0;
+        }
+        x = snipi_probe_input(s, l, micro, inp, rows * l->k);
+    }
+    if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
+    if (!x || !w) return SNIP_OUT_OF_MEMORY;
+    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s))
+        snipi_sketch_add(l->sketch_x, inp, rows * l->k, l->elements_x, s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_X));
+    l->elements_x += rows * l->k;
+    status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
+    if (!status && s->pass == SNIP_PASS_CLEAN && snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_FWD, inp, rows, weight, bias, out);
+    return snipi_finish_call(l, nonfinite, status);
+}
+
+// The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
+static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows) {
+    int64_t nx = rows * l->k, nw = l->n * l->k;
+    const float *x = inp, *w = weight;
+    float *own;
+    double dot = 0;
+    snip_status status;
+    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE, f;
+    if (loss_probe) x = snipi_probe_input(s, l, micro, inp, nx);
+    if (!clean) w = snipi_probe_weight(s, l, weight);
+    own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, nw));
+    if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
+    if (!loss_probe && snipi_probes_updates(s))
+        snipi_sketch_add(l->sketch_dy, dout, rows * l->n, l->elements_y, clean ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_DY));
+
+    l->elements_y += rows * l->n;
+    status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
+    if (status) return status;
+    if (dinp) snipi_add_to(dinp, own, nx);
+    if (s->pass != SNIP_PASS_UPDATE_PROBE) {
+        snip_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), &dot);
+        *(clean ? &l->clean_x : &l->noisy_x) += dot;
+    }
+    if (clean) {
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
+            snip_quant_stats stats;
+            snip_fake_quantize(&recipe, inp, rows, l->k, l->k, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_X), own, &stats);
+            l->measured[f].err_x += stats.err_sq;
+            l->measured[f].dot_x += stats.dot;
+        }
+        if (snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_DGRAD, dout, rows, weight, NULL, own);
+        if (status) return status;
+    }
+
+    status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, dout, l->n, x, rows);
+    if (status) return status;
+    if (dweight) snipi_add_to(dweight, own, nw);
+    if (s->pass != SNIP_PASS_UPDATE_PROBE) {
+        snip_noise_dot(own, nw, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W), &dot);
+        *(clean ? &l->clean_w : &l->noisy_w) += dot;
+    }
+    if (clean) {
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_WEIGHT);
+            snip_quant_stats stats;
+            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), own, &stats);
+            l->measured[f].err_w = stats.err_sq;
+            l->measured[f].dot_w += stats.dot;
+        }
+        if (snipi_probes_updates(s)) status = snipi_measure_wgrad(s, l, micro, dout, inp, rows, own);
+    }
+    return status;
+}
+
+SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
+                                          const float *inp, const float *weight, int64_t rows) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    snip_status status = SNIP_OK;
+    int64_t micro, nonfinite, i, j;
+    if (!snipi_linear_args(l, dout, inp, weight, rows) || s->mode != SNIP_TRAIN) return SNIP_BAD_ARGUMENT;
+    nonfinite = l->nonfinite;
+    micro = l->calls_backward++;
+    if (s->pass == SNIP_PASS_ORDINARY) {
+        if (dinp) status = snipi_dgrad(s, l, micro, l->format[SNIP_DGRAD], dinp, 1, dout, weight, rows);
+        if (dweight && !status) status = snipi_wgrad(s, l, micro, l->format[SNIP_WGRAD], dweight, 1, dout, l->n, inp, rows);
+    } else
+        status = snipi_measure_backward(s, l, micro, dinp, dweight, dout, inp, weight, rows);
+    if (dbias && !status)
+        for (j = 0; j < rows; j++)
+            for (i = 0; i < l->n; i++) dbias[i] += dout[j * l->n + i];
+    return snipi_finish_call(l, nonfinite, status);
+}
+
+// ---- passes, costs, the plan
+// Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
+static snip_status snipi_prepare_update_probe(snip *s) {
+    double sum = 0;
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_layer *layer = &s->layers[l];
+        int64_t n = layer->n * layer->k;
+        float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
+        char message[160];
+        if (!layer->v) {
+            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call snip_bind_adamw", layer->name);
+            return snipi_fail(s, SNIP_NOT_BOUND, message);
+        }
+        if (!d) return SNIP_OUT_OF_MEMORY;
+        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), layer->v, n, d);
+        layer->sensitivity_sq = snipi_sum_sq(d, n);
+        if (layer->weight_sq > 0) sum += layer->sensitivity_sq / (layer->weight_sq * layer->weight_sq);
+    }
+    s->tau = sum > 0 ? 0.01 / sqrt(sum / s->n_layers) : 0;
+    return SNIP_OK;
+}
+SNIP_API int snip_next_pass(snip *s, double loss) {
+    int again = 0;
+    if (!s) return 0;
+    switch (s->pass) {
+        case SNIP_PASS_ORDINARY: break;
+        case SNIP_PASS_LOSS_PROBE:
+            if (snipi_probes_updates(s)) {
+                s->pending = snipi_prepare_update_probe(s);
+                snipi_begin_pass(s, s->pending ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
+            } else
+                snipi_begin_pass(s, SNIP_PASS_CLEAN);
+            again = 1;
+            break;
+        case SNIP_PASS_UPDATE_PROBE:
+            snipi_begin_pass(s, SNIP_PASS_CLEAN);
+            again = 1;
+            break;
+        case SNIP_PASS_CLEAN: s->loss = loss; break;
+    }
+    return again;
+}
+
+// sum_j |u_j|^2 / |W_j|^2 of the update just made, at learning rate 1.
+static double snipi_update_sq(const snip *s, const snip_adamw *o) {
+    float m_scale = (float)(1 / (1 - pow(o->beta1, (double)o->step))), v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step))), eps = (float)o->eps;
+    double sum = 0;
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        double part[SNIPI_CHUNKS], u_sq = 0;
+        int64_t n = layer->n * layer->k;
+        int c;
+        SNIPI_OMP(omp parallel for schedule(static))
+        for (c = 0; c < SNIPI_CHUNKS; c++) {
+            int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
+            double local = 0;
+            for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
+                float u = layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps);
+                local += (double)u * (double)u;
+            }
+            part[c] = local;
+        }
+        for (c = 0; c < SNIPI_CHUNKS; c++) u_sq += part[c];
+        if (layer->weight_sq > 0) sum += u_sq / layer->weight_sq;
+    }
+    return sum;
+}
+static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
+
+static void snipi_estimate_layer(const snip *s, snipi_layer *l, int f, double update_sq, double grad_scale) {
+    const snipi_measured *q = &l->measured[f];
+    snip_estimate *e = &l->estimate[f];
+    double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
+    double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
+    e->loss_first = q->dot_x + q->dot_w;
+    e->loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
+    e->update[SNIP_FWD] = snipi_ratio(q->gemm_err[SNIP_FWD], q->gemm_count[SNIP_FWD]) * snipi_sum_sq(l->sketch_dy, SNIPI_SKETCH) * probe;
+    e->update[SNIP_DGRAD] = snipi_ratio(q->gemm_err[SNIP_DGRAD], q->gemm_count[SNIP_DGRAD]) * snipi_sum_sq(l->sketch_x, SNIPI_SKETCH) * probe;
+    e->update[SNIP_WGRAD] = snipi_ratio(q->gemm_err[SNIP_WGRAD], l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
+}
+// Moving averages over measurements; the first-order term, whose sign moves with the batch, is shrunk by its own variance.
+static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
+    snipi_average *a = &l->average[f];
+    snip_estimate *e = &l->estimate[f];
+    double rate, d, first;
+    int g;
+    a->count += 1;
+    rate = a->count < 3 ? 1 / a->count : 1.0 / 3;
+    d = e->loss_first - a->first;
+    a->first += rate * d;
+    a->first_var = (1 - rate) * (a->first_var + rate * d * d);
+    a->second += rate * (e->loss_second - a->second);
+    for (g = 0; g < SNIP_GEMMS; g++) a->update[g] += rate * (e->update[g] - a->update[g]);
+    first = a->count < 2 ? 0.5 * a->first : a->first * snipi_ratio(a->first * a->first, a->first * a->first + a->first_var);
+    for (g = 0; g < SNIP_GEMMS; g++) e->cost[g] = s->desc.update_weight > 0 ? s->desc.update_weight * a->update[g] / (g == SNIP_FWD ? 1 : s->desc.horizon) : 0;
+    if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, s->loss);
+}
+
+static int snipi_candidate_of(unsigned option, int g) { return (int)(option >> g & 1u); }       // bit g: gemm g in FP4
+
+// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly.
+static snip_status snipi_solve(snip *s) {
+    int n = s->n_layers, l, g, stage;
+    unsigned o;
+    size_t options_size = (size_t)n * 8 * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
+    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + 2 * stages_size + (size_t)n * sizeof(int) * 9;
+    char *memory = (char *)snipi_alloc(s, size);
+    snip_ilp_option *options = (snip_ilp_option *)(void *)memory;
+    snip_ilp_group *groups;
+    double *target, *most;
+    int *choice, *ids;
+    snip_ilp_problem problem;
+    snip_ilp_result result;
+    snip_ilp_status solved;
+    if (!memory) return SNIP_OUT_OF_MEMORY;
+    groups = (snip_ilp_group *)(void *)(memory + options_size);
+    target = (double *)(void *)(memory + options_size + groups_size);
+    most = target + s->desc.n_stages;
+    choice = (int *)(void *)(most + s->desc.n_stages);
+    ids = choice + n;
+    for (l = 0; l < n; l++) {
+        snipi_layer *layer = &s->layers[l];
+        snip_ilp_option *list = options + 8 * l;
+        double least = 0, best_gain = 0;
+        int count = 0, i;
+        for (o = 0; o < 8; o++) {
+            int allowed = 1;
+            snip_ilp_option option = { 0, 0 };
+            for (g = 0; g < SNIP_GEMMS; g++) {
+                int fp4 = snipi_candidate_of(o, g);
+                if (!(layer->allow[g] & (fp4 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) allowed = 0;
+                option.cost += layer->estimate[fp4].cost[g];
+                option.gain += fp4 ? (double)layer->n * (double)layer->k : 0;
+            }
+            if (!allowed) continue;
+            if (s->desc.per_layer) {        // FP4 wherever it is allowed, or nowhere
+                unsigned wanted = 0, forced = 0;
+                for (g = 0; g < SNIP_GEMMS; g++) {
+                    if (layer->allow[g] & SNIPI_ALLOW_FP4) wanted |= 1u << g;
+                    if (!(layer->allow[g] & SNIPI_ALLOW_FP8)) forced |= 1u << g;
+                }
+                if (o != wanted && o != forced) continue;
+            }
+            ids[8 * l + count] = (int)o;
+            list[count++] = option;
+            if (option.gain > best_gain) best_gain = option.gain;
+        }
+        for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
+        for (i = 0; i < count; i++) list[i].cost -= least;      // a constant per layer changes no choice; costs may not be negative
+        groups[l].options = list;
+        groups[l].n_options = count;
+        groups[l].stage = layer->stage;
+        target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
+        most[layer->stage] += best_gain;
+    }
+    memset(&problem, 0, sizeof problem);
+    problem.n_groups = n;
+    problem.groups = groups;
+    problem.n_stages = s->desc.n_stages;
+    problem.stage_target = target;
+    solved = snip_ilp_solve(&problem, NULL, choice, &result);
+    if (solved == SNIP_ILP_OPTIMAL || solved == SNIP_ILP_FEASIBLE) {
+        for (l = 0; l < n; l++)
+            for (g = 0; g < SNIP_GEMMS; g++) s->layers[l].format[g] = snipi_candidates[snipi_candidate_of((unsigned)ids[8 * l + choice[l]], g)];
+        s->plans++;
+        s->solve_seconds = result.seconds;
+        snipi_free(s, memory);
+        return SNIP_OK;
+    }
+    if (solved == SNIP_ILP_INFEASIBLE)
+        for (stage = 0; stage < s->desc.n_stages; stage++)
+            if (most[stage] < target[stage]) {
+                snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
+                         100 * s->desc.budget * most[stage] / target[stage], 100 * s->desc.budget * (1 - most[stage] / target[stage]), 100 * s->desc.budget);
+                break;
+            }
+    snipi_free(s, memory);
+    return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
+}
+
+SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
+    snip_status status;
+    int l, f;
+    if (!s || !adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
+        !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr)) return SNIP_BAD_ARGUMENT;
+    status = s->pending;
+    s->adamw = *adamw;
+    s->step++;
+    if (s->pass == SNIP_PASS_CLEAN && s->n_layers) {
+        double update_sq = snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, grad_scale = adamw->grad_scale > 0 ? adamw->grad_scale : 1;
+        for (l = 0; l < s->n_layers; l++)
+            for (f = 0; f < SNIPI_CANDIDATES; f++) {
+                snipi_estimate_layer(s, &s->layers[l], f, update_sq, grad_scale);
+                snipi_average_layer(s, &s->layers[l], f);
+            }
+        status = snipi_solve(s);
+    }
+    snipi_begin_step(s);
+    return status;
+}
+
+SNIP_API snip_pass snip_current_pass(const snip *s) { return s ? s->pass : SNIP_PASS_ORDINARY; }
+SNIP_API int64_t snip_step(const snip *s) { return s ? s->step : 0; }
+SNIP_API int snip_plans(const snip *s) { return s ? s->plans : 0; }
+SNIP_API double snip_solve_seconds(const snip *s) { return s ? s->solve_seconds : 0; }
+SNIP_API int snip_layers(const snip *s) { return s ? s->n_layers : 0; }
+SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
+SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
+    const snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !info) return SNIP_BAD_ARGUMENT;
+    info->name = l->name;
+    info->out_features = l->n;
+    info->in_features = l->k;
+    info->stage = l->stage;
+    memcpy(info->format, l->format, sizeof info->format);
+    info->fp8 = l->estimate[0];
+    info->fp4 = l->estimate[1];
+    info->nonfinite = l->nonfinite;
+    info->saturated = l->saturated;
+    return SNIP_OK;
+}
+SNIP_API double snip_share(const snip *s, snip_format format) {
+    double in_format = 0, all = 0;
+    int l, g;
+    for (l = 0; l < snip_layers(s); l++)
+        for (g = 0; g < SNIP_GEMMS; g++) {
+            double flops = (double)s->layers[l].n * (double)s->layers[l].k;
+            all += flops;
+            if (s->layers[l].format[g] == format) in_format += flops;
+        }
+    return all > 0 ? in_format / all : 0;
+}
+
+// ---- plan and state files
+// Names are "block.part.kind": a table of blocks x kinds, other names one to a line.
+static const char *snipi_kind_of(const char *name) { const char *dot = strrchr(name, '.'); return dot ? dot + 1 : name; }
+static int snipi_block_length(const char *name) { const char *dot = strchr(name, '.'); return dot ? (int)(dot - name) : 0; }
+static int snipi_same_block(const char *a, const char *b) { int n = snipi_block_length(a); return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0; }
+static char snipi_mark(snip_format f) { return f == SNIP_E2M1 ? '4' : f == SNIP_E4M3 ? '8' : f == SNIP_BF16 ? 'b' : 'f'; }
+
+SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
+    enum { MOST = 32 };
+    const char *kinds[MOST];
+    int n_kinds = 0, l, k, i;
+    if (!s || !file) return SNIP_BAD_ARGUMENT;
+    for (l = 0; l < s->n_layers; l++) {
+        const char *kind = snipi_kind_of(s->layers[l].name);
+        for (k = 0; k < n_kinds && strcmp(kinds[k], kind); k++) { }
+        if (k == n_kinds && n_kinds < MOST) kinds[n_kinds++] = kind;
+    }
+    fprintf(file, "plan after step %lld: fp4 %.1f%%, fp8 %.1f%% of the linear layers' FLOPs\n", (long long)s->step, 100 * snip_share(s, SNIP_E2M1), 100 * snip_share(s, SNIP_E4M3));
+    fprintf(file, "  fwd dgrad wgrad: 4 fp4, 8 fp8, b bf16, f f32\n  %-8s", "block");
+    for (k = 0; k < n_kinds; k++) fprintf(file, " %-6s", kinds[k]);
+    fprintf(file, "\n");
+    for (l = 0; l < s->n_layers; l++) {
+        const char *name = s->layers[l].name;
+        for (i = 0; i < l && !snipi_same_block(s->layers[i].name, name); i++) { }
+        if (i < l) continue;            // block already printed
+        fprintf(file, "  %-8.*s", snipi_block_length(name), name);
+        for (k = 0; k < n_kinds; k++) {
+            for (i = l; i < s->n_layers; i++)
+                if (snipi_same_block(s->layers[i].name, name) && !strcmp(snipi_kind_of(s->layers[i].name), kinds[k])) break;
+            if (i == s->n_layers) fprintf(file, " %-6s", "");
+            else fprintf(file, " %c%c%c   ", snipi_mark(s->layers[i].format[0]), snipi_mark(s->layers[i].format[1]), snipi_mark(s->layers[i].format[2]));
+        }
+        fprintf(file, "\n");
+    }
+    return ferror(file) ? SNIP_IO : SNIP_OK;
+}
+
+static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {      // FNV-1a
+    const unsigned char *p = (const unsigned char *)data;
+    size_t i;
+    for (i = 0; i < size; i++) hash = (hash ^ p[i]) * 0x100000001B3u;
+    return hash;
+}
+#define SNIPI_HASH_START 0xCBF29CE484222325u
+
+// A text file: header, one line a layer, and a hash of all lines before it.
+static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
+    if (line == 0)
+        return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f\n", s->n_layers, (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1));
+    return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n, (long long)s->layers[line - 1].k,
+                    snip_format_name(s->layers[line - 1].format[0]), snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
+}
+SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
+    char text[512], *aside;
+    uint64_t hash = SNIPI_HASH_START;
+    FILE *file;
+    size_t length;
+    int line, ok;
+    if (!s || !path) return SNIP_BAD_ARGUMENT;
+    length = strlen(path) + 5;
+    aside = (char *)snipi_alloc(s, length);
+    if (!aside) return SNIP_OUT_OF_MEMORY;
+    snprintf(aside, length, "%s.tmp", path);
+    file = fopen(aside, "wb");
+    ok = file != NULL;
+    for (line = 0; ok && line <= s->n_layers; line++) {
+        int n = snipi_plan_line(s, line, text, sizeof text);
+        hash = snipi_hash(hash, text, (size_t)n);
+        ok = fwrite(text, 1, (size_t)n, file) == (size_t)n;
+    }
+    if (ok) ok = fprintf(file, "end %016llx\n", (unsigned long long)hash) > 0;
+    if (file) {
+        ok = fclose(file) == 0 && ok;
+        if (ok) ok = rename(aside, path) == 0;
+        if (!ok) remove(aside);
+    }
+    snipi_free(s, aside);
+    if (!ok) {
+        snprintf(s->message, sizeof s->message, "%.200s: cannot be written", path);
+        return SNIP_IO;
+    }
+    return SNIP_OK;
+}
+static snip_status snipi_plan_fail(snip *s, FILE *file, unsigned char *formats, snip_status status, const char *path, const char *reason) {
+    if (file) fclose(file);
+    snipi_free(s, formats);
+    snprintf(s->message, sizeof s->message, "%.150s: %.100s", path, reason);
+    return status;
+}
+SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
+    char text[512], name[256], format[SNIP_GEMMS][8];
+    uint64_t hash = SNIPI_HASH_START;
+    unsigned long long stored;
+    unsigned char *formats;
+    long long n, k;
+    FILE *file;
+    int line, layers, g, tail = 0;
+    if (!s || !path) return SNIP_BAD_ARGUMENT;
+    formats = (unsigned char *)snipi_alloc(s, (size_t)s->n_layers * SNIP_GEMMS);
+    if (!formats) return SNIP_OUT_OF_MEMORY;
+    file = fopen(path, "rb");
+    if (!file) return snipi_plan_fail(s, NULL, formats, SNIP_IO, path, "cannot be opened");
+    for (line = 0; line <= s->n_layers; line++) {
+        if (!fgets(text, sizeof text, file)) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
+        hash = snipi_hash(hash, text, strlen(text));
+        if (line == 0) {
+            if (sscanf(text, "snip-plan 1 layers %d", &layers) != 1) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "is not a snip plan");
+            if (layers != s->n_layers) return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path, "is for a model with another number of layers");
+            continue;
+        }
+        if (sscanf(text, "%255s %lld %lld %7s %7s %7s", name, &n, &k, format[0], format[1], format[2]) != 6) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "has a damaged line");
+        if (strcmp(name, s->layers[line - 1].name) || n != s->layers[line - 1].n || k != s->layers[line - 1].k)
+            return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path, "is for a model with other layers");
+        for (g = 0; g < SNIP_GEMMS; g++) {
+            static const snip_format known[4] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
+            int i;
+            for (i = 0; i < 4 && strcmp(format[g], snip_format_name(known[i])); i++) { }
+            if (i == 4) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "names an unknown precision");
+            formats[(line - 1) * SNIP_GEMMS + g] = (unsigned char)known[i];
+        }
+    }
+    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
+    if (stored != hash || fgetc(file) != EOF) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "does not match its checksum");
+    for (line = 0; line < s->n_layers; line++)
+        for (g = 0; g < SNIP_GEMMS; g++) s->layers[line].format[g] = (snip_format)formats[line * SNIP_GEMMS + g];
+    fclose(file);
+    snipi_free(s, formats);
+    return SNIP_OK;
+}
+
+// State: header, one record a layer, hash. In the machine's own byte order.
+typedef struct { char magic[8]; uint64_t layers, model; int64_t step, plans; snip_adamw adamw; } snipi_state_header;
+typedef struct { int64_t format[SNIP_GEMMS]; snipi_average average[SNIPI_CANDIDATES]; snip_estimate estimate[SNIPI_CANDIDATES]; } snipi_state_layer;
+
+static uint64_t snipi_model_hash(const snip *s) {
+    uint64_t hash = SNIPI_HASH_START;
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        int64_t dims[3];
+        dims[0] = s->layers[l].n; dims[1] = s->layers[l].k; dims[2] = s->layers[l].stage;
+        hash = snipi_hash(hash, s->layers[l].name, strlen(s->layers[l].name) + 1);
+        hash = snipi_hash(hash, dims, sizeof dims);
+    }
+    return snipi_hash(hash, &s->desc.seed, sizeof s->desc.seed);
+}
+SNIP_API size_t snip_state_size(const snip *s) {
+    return s ? sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) + sizeof(uint64_t) : 0;
+}
+SNIP_API snip_status snip_state_save(const snip *s, void *state) {
+    snipi_state_header header;
+    unsigned char *at = (unsigned char *)state;
+    uint64_t hash;
+    int l, g;
+    if (!s || !state || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE)) return SNIP_BAD_ARGUMENT;
+    memset(&header, 0, sizeof header);
+    memcpy(header.magic, "SNIPST1", 8);
+    header.layers = (uint64_t)s->n_layers;
+    header.model = snipi_model_hash(s);
+    header.step = s->step;
+    header.plans = s->plans;
+    header.adamw = s->adamw;
+    memcpy(at, &header, sizeof header);
+    at += sizeof header;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_state_layer record;
+        memset(&record, 0, sizeof record);
+        for (g = 0; g < SNIP_GEMMS; g++) record.format[g] = s->layers[l].format[g];
+        memcpy(record.average, s->layers[l].average, sizeof record.average);
+        memcpy(record.estimate, s->layers[l].estimate, sizeof record.estimate);
+        memcpy(at, &record, sizeof record);
+        at += sizeof record;
+    }
+    hash = snipi_hash(SNIPI_HASH_START, state, (size_t)(at - (unsigned char *)state));
+    memcpy(at, &hash, sizeof hash);
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
+    snipi_state_header header;
+    const unsigned char *at = (const unsigned char *)state;
+    uint64_t hash;
+    int l, g;
+    if (!s || !state) return SNIP_BAD_ARGUMENT;
+    if (size < sizeof header + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
+    memcpy(&header, at, sizeof header);
+    memcpy(&hash, at + size - sizeof hash, sizeof hash);
+    if (memcmp(header.magic, "SNIPST1", 8)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
+    if (hash != snipi_hash(SNIPI_HASH_START, state, size - sizeof hash)) return snipi_fail(s, SNIP_CORRUPT, "session state does not match its checksum");
+    if (header.layers != (uint64_t)s->n_layers || header.model != snipi_model_hash(s) || size != snip_state_size(s))
+        return snipi_fail(s, SNIP_MISMATCH, "session state belongs to another model or seed");
+    s->step = header.step;
+    s->plans = (int)header.plans;
+    s->adamw = header.adamw;
+    at += sizeof header;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_state_layer record;
+        memcpy(&record, at, sizeof record);
+        at += sizeof record;
+        for (g = 0; g < SNIP_GEMMS; g++) s->layers[l].format[g] = (snip_format)record.format[g];
+        memcpy(s->layers[l].average, record.average, sizeof record.average);
+        memcpy(s->layers[l].estimate, record.estimate, sizeof record.estimate);
+    }
+    snipi_begin_step(s);
+    return SNIP_OK;
+}
+
+#endif // SNIP_IMPLEMENTATION
