@@ -1232,27 +1232,53 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
             snipi_reader_row(&side->reader, row0 + i, k0, kc, panel + i, width);
     }
 }
+// Twice the two E2M1 values of a byte, as two bytes, plus an offset each.
+static void snipi_pair_table(uint16_t pairs[256], int offset) {
+    static const int8_t twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+    int i;
+    for (i = 0; i < 256; i++) pairs[i] = (uint16_t)((twice[i & 15] + offset) & 255) | (uint16_t)(((twice[i >> 4] + offset) & 255) << 8);
+}
 // E2M1 rows into an S8 panel with one scale per (block, row), halved because the integers are doubled.
 static void snipi_pack_s8(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, int64_t block,
-                          int offset, uint8_t *panel, float *scales, int32_t *start) {
-    static const int8_t twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
+                          int offset, const uint16_t pairs[256], uint8_t *panel, float *scales, int32_t *start) {
     const snipi_reader *q = &side->reader;
+    uint32_t zeros = (uint32_t)offset * 0x01010101u;
     int64_t k, b;
     int i;
     for (b = k = 0; k < kc; b++, k += block) {
-        int64_t length = snipi_min(block, kc - k), padded = (length + 3) / 4 * 4, t;
+        int64_t length = snipi_min(block, kc - k), whole = length / 4, padded = (length + 3) / 4 * 4, t;
         for (i = 0; i < width; i++) {
             uint8_t *out = panel + 4 * i;
-            int32_t sum = 0;
-            const uint8_t *codes = i < used ? q->codes + (size_t)(row0 + i) * q->row_bytes : NULL;
-            for (t = 0; t < padded; t++) {
-                int64_t at = k0 + k + t;
-                int v = codes && t < length ? twice[codes[at >> 1] >> (at & 1) * 4 & 15] : 0;
-                sum += v;
-                out[t / 4 * 4 * width + (t & 3)] = (uint8_t)(v + offset);
+            const uint8_t *codes = q->codes + (size_t)(row0 + i) * q->row_bytes + (k0 + k) / 2;
+            if (i >= used) {
+                for (t = 0; t < padded / 4; t++) memcpy(out + t * 4 * width, &zeros, 4);
+                scales[b * width + i] = 0.0f;
+                if (start) start[b * width + i] = 0;
+                continue;
             }
-            scales[b * width + i] = i < used ? 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
-            if (start) start[b * width + i] = -12 * sum;
+            for (t = 0; t < whole; t++) {
+                uint16_t two[2];
+                two[0] = pairs[codes[2 * t]];
+                two[1] = pairs[codes[2 * t + 1]];
+                memcpy(out + t * 4 * width, two, 4);
+            }
+            if (length & 3) {
+                int rest = (int)(length & 3);
+                uint16_t two[2];
+                two[0] = pairs[codes[2 * t]];
+                two[1] = rest > 2 ? pairs[codes[2 * t + 1]] : (uint16_t)zeros;
+                memcpy(out + t * 4 * width, two, 4);
+                if (rest & 1) out[t * 4 * width + rest] = (uint8_t)offset;      // an odd row's last byte holds one code
+            }
+            scales[b * width + i] = 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols);
+            if (start) {
+                int32_t sum = 0;
+                for (t = 0; t < padded / 4; t++) {
+                    const uint8_t *four = out + t * 4 * width;
+                    sum += (int8_t)four[0] + (int8_t)four[1] + (int8_t)four[2] + (int8_t)four[3];
+                }
+                start[b * width + i] = -12 * sum;
+            }
         }
         panel += padded * width;
     }
@@ -1298,6 +1324,7 @@ typedef struct {
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
     int32_t *start;
+    uint16_t pairs_a[256], pairs_b[256];
 } snipi_gemm_job;
 
 // Panels of one k-block: index p of operand `side`.
@@ -1308,7 +1335,7 @@ static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_
     char *base = is_b ? g->panel_b : g->panel_a;
     if (s8) {
         int64_t blocks = snipi_ceil_div(kc, g->block);
-        snipi_pack_s8(side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
+        snipi_pack_s8(side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, is_b ? g->pairs_b : g->pairs_a, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
                       (is_b ? g->scales_b : g->scales_a) + p * width * blocks, is_b ? g->start + p * width * blocks : NULL);
     } else
         snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)base + p * width * kc);
@@ -1354,6 +1381,8 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
         snipi_side_init(&g.a, a, m, k);
         snipi_side_init(&g.b, b, n, k);
         g.block = snipi_s8_block(a, b, k);
+        snipi_pair_table(g.pairs_a, 12);
+        snipi_pair_table(g.pairs_b, 0);
     }
     mr = g.block ? g.kernels.s8_mr : g.kernels.f32_mr;
     nr = g.block ? g.kernels.s8_nr : g.kernels.f32_nr;
