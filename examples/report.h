@@ -120,71 +120,62 @@ static const char *report_name(const report_run *r) { return r->name && *r->name
 
 enum { REPORT_LEVELS = 30 };      // colours of a divergence
 typedef enum { REPORT_PLAN, REPORT_DLOSS, REPORT_DUPDATE } report_what;
-typedef struct { int rows, cols, *row, *col, *row_layer, *col_layer, common /* prefix of all blocks */, gutter, head, pitch, tall, tier, slant; } report_grid;
+typedef struct {
+    const char *name, *block, *key, *kind;          // "block.part.kind": key is part.kind; what is missing is empty
+    int n_block, n_part, row, col, opens_row, opens_col;    // cell[y].opens_row is the layer that names row y, and so on
+} report_cell;
+typedef struct { report_cell *cell; int rows, cols, gutter, head, pitch, tall, slant; } report_grid;
 
-// "block.part.kind": everything before part is the block; what is missing is empty.
-static void report_split(const char *name, int *block, int *part, int *kind)
+static void report_parse(report_cell *c, const char *name)
 {
-    const char *k = strrchr(name, '.'), *p = k;
-    while (p && p > name && p[-1] != '.') p--;
-    *kind = k ? (int)(k - name) + 1 : 0;
-    *part = p && p > name ? (int)(p - name) : *kind;
-    *block = *part > 0 ? *part - 1 : 0;
+    const char *dot = strrchr(name, '.');
+    c->name = c->block = c->key = name;
+    c->kind = dot ? dot + 1 : name;
+    while (dot && dot > name && dot[-1] != '.') dot--;
+    if (dot && dot > name) c->key = dot; else c->key = c->kind;
+    c->n_block = c->key > name ? (int)(c->key - name) - 1 : 0;
+    c->n_part = c->kind > c->key ? (int)(c->kind - c->key) - 1 : 0;
 }
-static const char *report_layer(const report_run *r, int i) { return r->layers[i].name ? r->layers[i].name : ""; }
-
 static int report_grid_make(report_grid *g, const report_run *r)    // nonzero: out of memory
 {
-    int n = r->n_layers > 0 && r->layers ? r->n_layers : 0, label = 4, kinds = 0, parts = 0, b, p, k, b2, p2, k2;
-    int *m = (int *)malloc(((size_t)n * 4 + 1) * sizeof *m);
+    int n = r->n_layers > 0 && r->layers ? r->n_layers : 0, longest = 4, kinds = 0, parts = 0, flat = 0, common = 1 << 30;
+    report_cell *c = (report_cell *)calloc((size_t)n + 1, sizeof *c);
     memset(g, 0, sizeof *g);
-    if (!m) return 1;
-    g->row = m; g->col = m + n; g->row_layer = m + 2 * n; g->col_layer = m + 3 * n;
+    g->cell = c;
+    if (!c) return 1;
     for (int i = 0; i < n; i++) {
-        const char *name = report_layer(r, i), *other;
-        report_split(name, &b, &p, &k);
         int y = 0, x = 0;
-        for (; y < g->rows; y++) {
-            report_split(other = report_layer(r, g->row_layer[y]), &b2, &p2, &k2);
-            if (b == b2 && !memcmp(name, other, (size_t)b)) break;
+        report_parse(&c[i], r->layers[i].name ? r->layers[i].name : "");
+        while (y < g->rows && (c[i].n_block != c[c[y].opens_row].n_block || memcmp(c[i].block, c[c[y].opens_row].block, (size_t)c[i].n_block))) y++;
+        while (x < g->cols && strcmp(c[i].key, c[c[x].opens_col].key)) x++;
+        if (y == g->rows) c[g->rows++].opens_row = i;
+        if (x == g->cols) c[g->cols++].opens_col = i;
+        c[i].row = y; c[i].col = x;
+        for (int j = 0; j < i && !flat && n < 4000; j++) flat = c[j].row == y && c[j].col == x;
+    }
+    if (g->cols > 24 || flat) {                     // names without structure, or a name used twice: one layer per row
+        g->rows = n; g->cols = 1;
+        for (int i = 0; i < n; i++) {
+            c[i].n_block = (int)strlen(c[i].name); c[i].n_part = c[i].col = c[i].opens_col = 0; c[i].row = c[i].opens_row = i;
+            c[i].key = c[i].kind = c[i].name + c[i].n_block;
         }
-        for (; x < g->cols; x++) {
-            report_split(other = report_layer(r, g->col_layer[x]), &b2, &p2, &k2);
-            if (!strcmp(name + p, other + p2)) break;
-        }
-        if (y == g->rows) g->row_layer[g->rows++] = i;
-        if (x == g->cols) g->col_layer[g->cols++] = i;
-        g->row[i] = y; g->col[i] = x;
     }
-    int flat = g->cols > 24;                        // names without structure, or one name twice: one layer per row
-    for (int i = 0; i < n && !flat && n < 4000; i++)
-        for (int j = 0; j < i && !flat; j++) flat = g->row[i] == g->row[j] && g->col[i] == g->col[j];
-    if (flat) for (int i = g->cols = 0; i < n; i++) { g->row[i] = g->row_layer[i] = i; g->col[i] = 0; g->col_layer[0] = 0; g->cols = 1; }
-    if (flat) g->rows = n;
-    for (int y = 0; y < g->rows; y++) {             // "model.layers." goes without saying
-        const char *name = report_layer(r, g->row_layer[y]), *first = report_layer(r, g->row_layer[0]);
-        int same = 0, dot = 0;
-        report_split(name, &b, &p, &k);
-        for (; same < b && name[same] == first[same]; same++) if (name[same] == '.') dot = same + 1;
-        if (!y || dot < g->common) g->common = dot;
-        if (flat) g->common = 0;
+    for (int i = 0; i < n; i++) {                   // "model.layers." before every block goes without saying
+        int dot = 0;
+        for (int j = 0; j < c[i].n_block && c[i].block[j] == c[0].block[j]; j++) if (c[i].block[j] == '.') dot = j + 1;
+        if (dot < common) common = dot;
     }
-    for (int y = 0; y < g->rows; y++) {
-        report_split(report_layer(r, g->row_layer[y]), &b, &p, &k);
-        int len = flat ? (int)strlen(report_layer(r, g->row_layer[y])) : b - g->common;
-        if (len > label) label = len;
+    for (int i = 0; i < n; i++) {
+        int kind = (int)strlen(c[i].kind);
+        c[i].block += common; c[i].n_block -= common;
+        if (c[i].n_block > longest) longest = c[i].n_block;
+        if (kind > kinds) kinds = kind;
+        parts |= c[i].n_part > 0;
     }
-    for (int x = 0; x < g->cols && !flat; x++) {
-        const char *name = report_layer(r, g->col_layer[x]);
-        report_split(name, &b, &p, &k);
-        if ((int)strlen(name + k) > kinds) kinds = (int)strlen(name + k);
-        if (k > p) parts = 1;
-    }
-    g->gutter = 18 + 7 * (label > 18 ? 19 : label);
+    g->gutter = 18 + 7 * (longest > 18 ? 19 : longest);
     g->pitch = g->rows <= 16 ? 24 : g->rows <= 32 ? 18 : g->rows <= 64 ? 12 : 6;
-    g->tier = flat ? -1 : parts;
     g->slant = kinds > 6 || g->cols > 8;
-    g->head = flat ? 8 : (parts ? 24 : 0) + (g->slant ? 16 + 5 * (kinds > 14 ? 15 : kinds) : 22);
+    g->head = (parts ? 24 : 0) + (g->slant ? 16 + 5 * (kinds > 14 ? 15 : kinds) : 22);
     g->tall = g->head + g->rows * g->pitch + (g->cols <= 8 ? 14 : 4);
     return 0;
 }
@@ -220,51 +211,44 @@ static int report_decades(const report_run *r, report_what what, int *lo, int *h
     return 1;
 }
 
-static int report_same_part(const report_run *r, const report_grid *g, int x, int y)
+static int report_same_part(const report_cell *a, const report_cell *b)
 {
-    const char *a = report_layer(r, g->col_layer[x]), *b = report_layer(r, g->col_layer[y]);
-    int block, p, k, p2, k2;
-    report_split(a, &block, &p, &k);
-    report_split(b, &block, &p2, &k2);
-    return k - p == k2 - p2 && !memcmp(a + p, b + p2, (size_t)(k - p));
+    return a->n_part == b->n_part && !memcmp(a->key, b->key, (size_t)a->n_part);
 }
 // The inside of a map's <svg>, whose width is that of the cells; row names hang out to the left.
 static void report_map(FILE *f, const report_run *r, const report_grid *g, report_what what, int fp4, int lo, int hi)
 {
     static const char *const gemm[3] = { "forward", "dgrad", "wgrad" };
     double w = 100.0 / g->cols, inner = w * (g->cols > 1 ? 0.93 : 0.985);
-    int b, p, k, parts = what == REPORT_DLOSS ? 1 : 3;
-    for (int x = 0; x < g->cols && g->tier >= 0; x++) {
-        const char *name = report_layer(r, g->col_layer[x]);
-        report_split(name, &b, &p, &k);
-        int n = 1;
-        if (k > p && (x == 0 || !report_same_part(r, g, x - 1, x))) {       // the part's name stands over its columns
-            while (x + n < g->cols && report_same_part(r, g, x, x + n)) n++;
+    int parts = what == REPORT_DLOSS ? 1 : 3, h = g->pitch - (g->pitch > 16 ? 4 : g->pitch > 8 ? 2 : 1);
+    const report_cell *c = g->cell;
+    for (int x = 0; x < g->cols; x++) {
+        const report_cell *a = &c[c[x].opens_col];
+        if (a->n_part && (x == 0 || !report_same_part(a, &c[c[x - 1].opens_col]))) {        // the part's name, over its columns
+            int n = 1;
+            while (x + n < g->cols && report_same_part(a, &c[c[x + n].opens_col])) n++;
             fprintf(f, "<line x1=\"%.2f%%\" x2=\"%.2f%%\" y1=\"18\" y2=\"18\"/><text x=\"%.2f%%\" y=\"11\" text-anchor=\"middle\">",
                     x * w, (x + n - 1) * w + inner, x * w + ((n - 1) * w + inner) / 2);
-            report_tail(f, name + p, k - p - 1, 8 * n);
+            report_tail(f, a->key, a->n_part, 8 * n);
             fputs("</text>\n", f);
         }
         if (g->slant) fprintf(f, "<svg x=\"%.2f%%\" y=\"%d\" overflow=\"visible\"><text class=\"t\" transform=\"rotate(-40)\">", x * w + inner * .4, g->head - 7);
         else fprintf(f, "<text class=\"t\" x=\"%.2f%%\" y=\"%d\" text-anchor=\"middle\">", x * w + inner / 2, g->head - 8);
-        report_tail(f, name + k, (int)strlen(name + k), 14);
+        report_tail(f, a->kind, (int)strlen(a->kind), 14);
         fputs(g->slant ? "</text></svg>\n" : "</text>\n", f);
     }
-    if (g->tier >= 0) fprintf(f, "<text x=\"-10\" y=\"%d\" text-anchor=\"end\">block</text>\n", g->head - 8);
-    int h = g->pitch - (g->pitch > 16 ? 4 : g->pitch > 8 ? 2 : 1), every = g->pitch >= 13 ? 1 : g->pitch >= 7 ? 2 : 5;
-    for (int y = 0; y < g->rows; y += every) {
-        const char *name = report_layer(r, g->row_layer[y]);
-        report_split(name, &b, &p, &k);
+    if (g->rows && *c->key) fprintf(f, "<text x=\"-10\" y=\"%d\" text-anchor=\"end\">block</text>\n", g->head - 8);
+    for (int y = 0; y < g->rows; y += g->pitch >= 13 ? 1 : g->pitch >= 7 ? 2 : 5) {
         fprintf(f, "<text class=\"t\" x=\"-10\" y=\"%d\" dy=\".36em\" text-anchor=\"end\">", g->head + y * g->pitch + h / 2);
-        report_tail(f, name + g->common, g->tier < 0 ? (int)strlen(name) : b - g->common, 18);
+        report_tail(f, c[c[y].opens_row].block, c[c[y].opens_row].n_block, 18);
         fputs("</text>\n", f);
     }
     for (int i = 0; i < r->n_layers; i++) {
         const snip_layer_info *l = &r->layers[i];
-        double x = g->col[i] * w, part = inner / parts, v[3];
-        int y = g->head + g->row[i] * g->pitch;
+        double x = c[i].col * w, part = inner / parts, v[3];
+        int y = g->head + c[i].row * g->pitch;
         fputs("<g><title>", f);
-        report_text(f, report_layer(r, i));
+        report_text(f, g->cell[i].name);
         if (what == REPORT_PLAN) fprintf(f, " (%.0f × %.0f, stage %d):", (double)l->out_features, (double)l->in_features, l->stage);
         else fprintf(f, " in %s:", fp4 ? "FP4" : "FP8");
         for (int j = 0; j < parts; j++) {
@@ -301,7 +285,7 @@ static void report_shares(const report_run *r, double share[6])
 {
     double total = 0, flops;
     for (int k = 0; k < 6; k++) share[k] = 0;
-    for (int i = 0; i < r->n_layers * 3; i++, total += flops) {
+    for (int i = 0; r->layers && i < r->n_layers * 3; i++, total += flops) {
         flops = (double)r->layers[i / 3].out_features * (double)r->layers[i / 3].in_features;
         share[report_format(r->layers[i / 3].format[i % 3])] += flops = flops > 0 ? flops : 1;
     }
@@ -336,7 +320,7 @@ static int report_write_plan_svg(FILE *f, const report_run *run)
                 left, height - 22);
     }
     fputs("</svg>\n", f);
-    free(g.row);
+    free(g.cell);
     return fflush(f) != 0 || ferror(f) != 0;
 }
 
@@ -344,6 +328,11 @@ static int report_write_plan_svg(FILE *f, const report_run *run)
 typedef enum { REPORT_LOSS, REPORT_LATE, REPORT_SHARE, REPORT_SPEED } report_view;
 typedef struct { double x0, x1, y0, y1; int cut; } report_box;
 
+static double report_val(const report_run *r, int i)
+{
+    double v = report_at(r->val_loss, i);
+    return report_ok(v) && v >= 0 && report_ok(report_at(r->step, i)) ? v : REPORT_NONE;
+}
 static double report_raw(const report_run *r, report_view view, int i)
 {
     double v = report_at(view == REPORT_SHARE ? r->fp4_share : view == REPORT_SPEED ? r->tokens_per_s : r->loss, i);
@@ -411,21 +400,23 @@ static void report_frame(report_box *b, const report_run *runs, int n_runs, repo
     if (view == REPORT_LATE) b->x0 = (b->x0 + b->x1) / 2;
     for (int k = 0; k < n_runs; k++) {
         const report_run *r = &runs[k];
-        double run_most = -REPORT_NONE;
-        int per = r->n > 1000 ? (r->n + 499) / 500 : 1, seen = 0;
+        double worst = -REPORT_NONE;
+        int per = r->n > 1000 ? r->n / 500 : 1, started = 0;
         for (int i = 0; i < r->n; i++) {
-            double s = i % per && i != r->n - 1 ? REPORT_NONE : report_smooth(r, view, i), v = view <= REPORT_LATE ? report_at(r->val_loss, i) : REPORT_NONE, x = report_at(r->step, i);
-            if (!report_ok(x) || x < b->x0) continue;
-            if (!seen && report_ok(s)) { seen = 1; if (s > first) first = s; }
+            double v[2] = { REPORT_NONE, REPORT_NONE };
+            if (!report_ok(report_at(r->step, i)) || r->step[i] < b->x0) continue;
+            if (i % per == 0 || i == r->n - 1) v[0] = report_smooth(r, view, i);
+            if (view <= REPORT_LATE) v[1] = report_val(r, i);
             for (int j = 0; j < 2; j++) {
-                double t = j ? v : s;
-                if (!report_ok(t) || (j && t < 0)) continue;
-                if (t < least) least = t;
-                if (t > run_most) run_most = t;
+                if (!report_ok(v[j])) continue;
+                if (!started && v[j] > first) first = v[j];
+                if (v[j] < least) least = v[j];
+                if (v[j] > worst) worst = v[j];
+                started = 1;
             }
         }
-        if (run_most > most) most = run_most;
-        if (report_ok(run_most) && run_most < calmest) calmest = run_most;
+        if (worst > most) most = worst;
+        if (report_ok(worst) && worst < calmest) calmest = worst;
     }
     if (!report_ok(least)) { least = 0; most = calmest = first = 1; }
     // A run that diverges must not press the others flat: the frame ends above the starting loss, or above the calm runs.
@@ -488,11 +479,10 @@ static void report_chart(FILE *f, const report_run *runs, int n_runs, report_vie
     fputs("</svg>\n", f);
     for (int k = 0; k < n_runs && view <= REPORT_LATE; k++) {
         int count = 0, seen = 0;
-        for (int i = 0; i < runs[k].n; i++) count += report_ok(report_at(runs[k].val_loss, i)) && runs[k].val_loss[i] >= 0;
+        for (int i = 0; i < runs[k].n; i++) count += report_ok(report_val(&runs[k], i));
         for (int i = 0; i < runs[k].n; i++) {
-            double v = report_at(runs[k].val_loss, i), x = report_at(runs[k].step, i);
-            if (!report_ok(v) || v < 0 || (count - ++seen) % (count / 100 + 1)) continue;
-            if (!report_ok(x) || x < b.x0 || v > b.y1) continue;
+            double v = report_val(&runs[k], i), x = report_ok(v) ? runs[k].step[i] : 0;
+            if (!report_ok(v) || (count - ++seen) % (count / 100 + 1) || x < b.x0 || v > b.y1) continue;
             fprintf(f, "<circle class=\"%s\" cx=\"%.2f%%\" cy=\"%.2f%%\" r=\"3.2\"><title>", report_color(runs, k), report_x(&b, x) / 10, report_y(&b, v) / 10);
             report_text(f, report_name(&runs[k]));
             fprintf(f, ", step %g: validation loss %.4f</title></circle>\n", x, v);
@@ -649,7 +639,7 @@ static void report_layers(FILE *f, const report_run *r, const report_grid *g, in
           "<th>Update F, FP8</th><th>D</th><th>W</th><th>Update F, FP4</th><th>D</th><th>W</th></tr></thead><tbody>\n", f);
     for (int i = 0; i < r->n_layers; i++) {
         fputs("<tr><th>", f);
-        report_text(f, report_layer(r, i));
+        report_text(f, g->cell[i].name);
         fputs("</th><td>", f);
         for (int j = 0; j < 3; j++) fprintf(f, "%s%s", j ? " " : "", report_formats[report_format(r->layers[i].format[j])].name);
         for (int j = 0; j < 8; j++) {
@@ -726,7 +716,7 @@ static int report_write_html(FILE *f, const char *title, const report_run *runs,
             report_grid g;
             if (runs[k].n_layers <= 0 || !runs[k].layers || (k == hero) == pass) continue;
             failed = report_grid_make(&g, &runs[k]);
-            if (!failed) { report_layers(f, &runs[k], &g, k == hero); free(g.row); }
+            if (!failed) { report_layers(f, &runs[k], &g, k == hero); free(g.cell); }
         }
     fputs("</main></body></html>\n", f);
     return failed || fflush(f) != 0 || ferror(f) != 0;

@@ -285,6 +285,8 @@ static void test_lengths(void)
     free(t);
     report_run empty = { NULL, 4, NULL, NULL, NULL, NULL, NULL, 0, NULL, 2, NULL };
     sound_both(&empty, 1, "NULL arrays");
+    empty.n_layers = 3;
+    sound_both(&empty, 1, "NULL layers");
     sample s[8];
     report_run runs[8];
     for (int i = 0; i < 8; i++) {
@@ -343,15 +345,15 @@ static void test_names(void)
     for (int i = 0; i < 8; i++) snprintf(s.names[i], sizeof s.names[i], "%d.%s", i / 4, gpt2[i % 4]), s.layers[i].name = s.names[i];
     report_grid g;
     check(!report_grid_make(&g, &s.run) && g.rows == 2 && g.cols == 4, "names: attn.proj and mlp.proj are two columns");
-    free(g.row);
+    free(g.cell);
     s.run.n_layers = 70;
     for (int i = 0; i < 70; i++) snprintf(s.names[i], sizeof s.names[i], "linear%d", i), s.layers[i].name = s.names[i];
     check(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1, "names: without structure, one row each");
-    free(g.row);
+    free(g.cell);
     sound_both(&s.run, 1, "flat names");
     for (int i = 0; i < 70; i++) s.layers[i].name = "0.attn.q";
     check(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1, "names: one name many times, one row each");
-    free(g.row);
+    free(g.cell);
     for (int i = 0; i < 28; i++) s.layers[i].format[0] = (snip_format)(i % 12);
     sound_both(&s.run, 1, "any format");
     sample_free(&s);
