@@ -322,22 +322,22 @@ typedef struct {
     double rounding;      // how far a choice's integer sum can be from its true one, both in units
 } snipi_ilp_unit;
 
-// A lattice is accepted only if its rounding is small beside the tolerance of the targets; else 2^60 <= most < 2^61.
-static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *list, int n, int try_lattice) {
+// Counts in the given step (of values scaled as those in like) if the rounding is small beside the tolerance of the target; else in
+// a power of two, with 2^60 <= most < 2^61. step 0: the latter at once.
+static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *list, int n, double step, const snipi_ilp_values *like) {
     snipi_ilp_values v = snipi_ilp_values_of(p, list, n, 0);
+    snipi_ilp_power own = v.scale;
     snipi_ilp_unit u;
-    double lattice = try_lattice ? snipi_ilp_common_unit(&v) : 0;
     int i, exponent = 0;
     memset(&u, 0, sizeof u);
-    u.scale = v.scale;
-    if (lattice > 0) {
-        snipi_ilp_lattice_error(&v, lattice, &u.rounding, &u.most);
-        if (u.most < 1e9 && u.rounding <= 0.05 * SNIPI_ILP_TOLERANCE * u.most) {
-            u.per_unit = 1 / lattice;
-            u.lattice = 1;
-            return u;
-        }
+    if (step > 0) {
+        u.scale = v.scale = like->scale;
+        snipi_ilp_lattice_error(&v, step, &u.rounding, &u.most);
+        u.per_unit = 1 / step;
+        u.lattice = u.most < 1e9 && u.rounding <= 0.05 * SNIPI_ILP_TOLERANCE * u.most;
+        if (u.lattice) return u;
     }
+    u.scale = v.scale = own;
     u.most = 0;
     for (i = 0; i < n; i++) u.most += snipi_ilp_times(snipi_ilp_largest_value(&v, &p->groups[list[i]]), v.scale);
     (void)frexp(u.most, &exponent);
@@ -512,7 +512,7 @@ static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     for (g = 0; g < k->n; g++) gain += k->items[k->first[g]].gain;
     if (k->mu > 0)
         for (i = 0; i < m; i++)
-            if (s[i].slope <= k->mu) { gain += s[i].gain; snipi_ilp_swap(&s[taken++], &s[i]); }
+            if (s[i].slope < k->mu) { gain += s[i].gain; snipi_ilp_swap(&s[taken++], &s[i]); }
     k->theta = k->mu;
     if (gain < k->need) {
         taken += snipi_ilp_select(s + taken, m - taken, k->need - gain);
@@ -846,7 +846,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
     v.down = (snipi_ilp_point *)snipi_ilp_take(run, c->downs + 1, sizeof *v.down);
     t->state = (snipi_ilp_state *)snipi_ilp_take(run, 1, sizeof *t->state);
     if (!v.up || !v.down || !t->state) goto done;
-    t->states = 1;
+    t->states = c->rows > 0 || k->lack <= 0;  // with nothing to decide, the base stays, if it will do
     t->state[0].gain = 0, t->state[0].cost = 0, t->state[0].parent = -1, t->state[0].move = -1;
     for (row = 0; row < c->rows && t->states; row++) {
         const snipi_ilp_move *move = c->move + c->row[row].first;
@@ -1067,13 +1067,33 @@ static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
     return 1;
 }
 
-// Makes pick meet the total, then takes the best single downgrades while the surplus allows any.
+// Makes pick meet the total by upgrades, the cheapest that suffices or else the largest, then takes the best single downgrades while
+// the surplus allows any.
 static void snipi_ilp_union_polish(snipi_ilp_union *u) {
     int64_t surplus = snipi_ilp_union_surplus(u);
     int p, i, j, pass, moved = 1;
-    for (p = 0; p < u->parts && surplus < 0; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        for (i = 0; i < k->n; i++) u->pick[p][i] = (int)(k->first[i + 1] - k->first[i]) - 1;
+    for (pass = 0; surplus < 0; pass++) {
+        int part = 0, group = 0, item = 0;
+        int64_t largest = 0;
+        double least = SNIPI_ILP_HUGE;
+        for (p = 0; p < u->parts; p++) {
+            const snipi_ilp_sack *k = &u->part[p];
+            int64_t gain = snipi_ilp_gain(k, u->pick[p]), others = surplus - (gain >> u->shift[p]);
+            for (i = 0; i < k->n; i++) {
+                const snipi_ilp_item *o = k->items + k->first[i], *b = o + u->pick[p][i];
+                int last = (int)(k->first[i + 1] - k->first[i]) - 1;
+                if (pass == 8) { u->pick[p][i] = last; continue; }
+                for (j = u->pick[p][i] + 1; j <= last; j++) {
+                    int64_t more = (gain + (o[j].gain - b->gain)) >> u->shift[p];
+                    double cost = o[j].cost - b->cost;
+                    if (others + more >= 0 ? cost < least : least >= SNIPI_ILP_HUGE && others + more - surplus > largest) {
+                        if (others + more >= 0) least = cost;
+                        largest = others + more - surplus, part = p, group = i, item = j;
+                    }
+                }
+            }
+        }
+        if (pass < 8 && largest > 0) u->pick[part][group] = item;
         surplus = snipi_ilp_union_surplus(u);
     }
     for (pass = 0; pass < 8 && moved; pass++) {
@@ -1295,12 +1315,12 @@ static void snipi_ilp_read(const snip_ilp_problem *p, const int *list, const sni
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
     snipi_ilp_split split;
     snipi_ilp_union u;
-    snipi_ilp_values costs;
+    snipi_ilp_values costs, gains;
     snipi_ilp_unit all, unit;
     snipi_ilp_item *items = NULL;
     size_t *first = NULL, options = 0;
     int *base = NULL, *pick = NULL, i, q, done = 0, bits;
-    double left = 0, excess, bound;
+    double left = 0, excess, bound, step;
     int64_t most = 0;
     memset(&u, 0, sizeof u);
     if (!snipi_ilp_split_make(run, p, &split)) goto done;
@@ -1316,8 +1336,12 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     if (!u.part || !u.pick || !u.shift || !items || !first || !base || !pick) goto done;
     costs = snipi_ilp_values_of(p, split.order, p->n_groups, 1);
     run->cost_step = snipi_ilp_cost_step(&costs);
-    memset(&all, 0, sizeof all);
-    if (split.coupled) all = snipi_ilp_unit_of(p, split.order, p->n_groups, 1);
+    gains = snipi_ilp_values_of(p, split.order, p->n_groups, 0);
+    step = split.coupled ? snipi_ilp_common_unit(&gains) : 0;
+    for (q = 0; q < u.parts && step > 0; q++)                 // a total needs one unit for all parts
+        if (!snipi_ilp_unit_of(p, split.order + split.start[q], split.start[q + 1] - split.start[q], step, &gains).lattice) step = 0;
+    all = snipi_ilp_unit_of(p, split.order, p->n_groups, step, &gains);
+    if (!all.lattice) step = 0;
     bits = all.bits;
     options = 0;
     for (q = 0; q < u.parts; q++) {
@@ -1329,7 +1353,11 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
         k->first = first + from + q;
         k->base = base + from;
         u.pick[q] = pick + from;
-        unit = split.coupled && all.lattice ? all : snipi_ilp_unit_of(p, split.order + from, n, !split.coupled);
+        if (!split.coupled) {
+            gains = snipi_ilp_values_of(p, split.order + from, n, 0);
+            step = snipi_ilp_common_unit(&gains);
+        }
+        unit = snipi_ilp_unit_of(p, split.order + from, n, step, &gains);
         snipi_ilp_read(p, split.order + from, &unit, costs.scale, split.target[q], k);
         u.shift[q] = unit.bits;
         if (unit.bits < bits) bits = unit.bits;

@@ -84,6 +84,7 @@ static void instance_free(instance *x) {
 
 static double next_up(double x) {             // the next double: by bits, so that no mode of the compiler matters
     uint64_t bits;
+    if (!(x > 0)) return DBL_MIN;             // -Ofast takes the denormals for zeros
     memcpy(&bits, &x, sizeof bits);
     bits++;
     memcpy(&x, &bits, sizeof bits);
