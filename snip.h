@@ -198,6 +198,7 @@ typedef struct {
     const void *codes, *scales;
     int64_t ld;             // F32 and BF16: elements from row to row; 0: contiguous. Other formats: 0
     int transposed;         // F32 and BF16 only: stored [k][rows]
+    int round_bf16;         // F32 only: elements are rounded to BF16 on the way in
 } snip_operand;
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k);    // bytes; 64-byte aligned is fastest
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -1199,7 +1200,7 @@ typedef struct {
     snipi_reader reader;
     const snip_operand *operand;
     int64_t rows, k, ld;
-    int direct;                 // floats or BF16 read where the caller has them
+    int direct, round_bf16;     // direct: floats or BF16 read where the caller has them
 } snipi_side;
 
 static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64_t rows, int64_t k) {
@@ -1207,30 +1208,33 @@ static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64
     side->rows = rows;
     side->k = k;
     side->direct = snipi_plain(operand->recipe->format);
+    side->round_bf16 = operand->round_bf16;
     side->ld = operand->ld ? operand->ld : operand->transposed ? rows : k;
     snipi_reader_init(&side->reader, operand->recipe, operand->codes, operand->scales, rows, k);
 }
-SNIPI_INLINE float snipi_load_plain(const void *codes, int bf16, int64_t i) {
-    return bf16 ? snip_bf16_to_f32(((const uint16_t *)codes)[i]) : ((const float *)codes)[i];
-}
 // Rows [row0, row0 + used) of k range [k0, k0 + kc) into panel[kc][width], zeros beyond `used`.
 static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, float *panel) {
-    const void *codes = side->operand->codes;
+    const float *x = (const float *)side->operand->codes;
+    const uint16_t *x16 = (const uint16_t *)side->operand->codes;
     int bf16 = side->operand->recipe->format == SNIP_BF16, i;
-    int64_t k;
+    int64_t k, across = side->operand->transposed ? 1 : side->ld, along = side->operand->transposed ? side->ld : 1;
     for (i = used; i < width; i++)
         for (k = 0; k < kc; k++) panel[k * width + i] = 0.0f;
-    if (side->direct && side->operand->transposed) {
-        for (k = 0; k < kc; k++)
-            for (i = 0; i < used; i++) panel[k * width + i] = snipi_load_plain(codes, bf16, (k0 + k) * side->ld + row0 + i);
-        return;
-    }
-    for (i = 0; i < used; i++) {
-        if (side->direct)
-            for (k = 0; k < kc; k++) panel[k * width + i] = snipi_load_plain(codes, bf16, (row0 + i) * side->ld + k0 + k);
-        else
-            snipi_reader_row(&side->reader, row0 + i, k0, kc, panel + i, width);
-    }
+    if (!side->direct)
+        for (i = 0; i < used; i++) snipi_reader_row(&side->reader, row0 + i, k0, kc, panel + i, width);
+    else if (side->operand->transposed)
+        for (k = 0; k < kc; k++) {
+            int64_t at = row0 + (k0 + k) * along;
+            for (i = 0; i < used; i++) panel[k * width + i] = bf16 ? snip_bf16_to_f32(x16[at + i]) : x[at + i];
+        }
+    else
+        for (i = 0; i < used; i++) {
+            int64_t at = (row0 + i) * across + k0;
+            if (bf16) for (k = 0; k < kc; k++) panel[k * width + i] = snip_bf16_to_f32(x16[at + k]);
+            else for (k = 0; k < kc; k++) panel[k * width + i] = x[at + k];
+        }
+    if (side->round_bf16)
+        for (k = 0; k < kc * width; k++) panel[k] = snipi_float(snipi_bf16_round(snipi_bits(panel[k])) << 16);
 }
 // Twice the two E2M1 values of a byte, as two bytes, plus an offset each.
 static void snipi_pair_table(uint16_t pairs[256], int offset) {
@@ -1306,7 +1310,7 @@ SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
 
 static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
     int64_t ld, least;
-    if (!o || !o->recipe || !snipi_recipe_ok(o->recipe)) return 0;
+    if (!o || !o->recipe || !snipi_recipe_ok(o->recipe) || (o->round_bf16 && o->recipe->format != SNIP_F32)) return 0;
     if (!snipi_plain(o->recipe->format)) {
         if (o->ld || o->transposed || !snipi_shape_ok(rows, k, k)) return 0;
         return rows == 0 || k == 0 || (o->codes && (o->scales || o->recipe->scale == SNIP_SCALE_NONE));
@@ -1707,9 +1711,8 @@ typedef struct { const float *x; int64_t rows, cols; int transposed; snipi_kind 
 
 static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind kind) {
     const snip_recipes *set = format == SNIP_E4M3 ? &s->desc.fp8 : &s->desc.fp4;
-    snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16;
-    if (format == SNIP_F32) return f32;
-    if (format == SNIP_BF16) return bf16;
+    snip_recipe f32 = SNIP_RECIPE_F32;
+    if (snipi_plain(format)) return f32;
     return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
 }
 static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
@@ -1718,13 +1721,18 @@ static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
         int64_t i, end = n * (c + 1) / SNIPI_CHUNKS, bad = 0;
-        for (i = n * c / SNIPI_CHUNKS; i < end; i++) bad += snipi_nonfinite(x[i]);
+        for (i = n * c / SNIPI_CHUNKS; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
+            int j, run = 0;             // a constant trip count: vectorized even at -O2
+            for (j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
+            bad += run;
+        }
+        for (; i < end; i++) bad += snipi_nonfinite(x[i]);
         part[c] = bad;
     }
     for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
     return sum;
 }
-// Quantize a tensor into the scratch of operand `slot`. F32 stays where it is.
+// Quantize a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
 static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t, int slot, snip_recipe *recipe, snip_operand *out) {
     int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
     snip_quant_stats counts;
@@ -1733,9 +1741,10 @@ static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_fo
     *recipe = snipi_recipe_of(s, format, t->kind);
     memset(out, 0, sizeof *out);
     out->recipe = recipe;
-    if (format == SNIP_F32) {
+    if (snipi_plain(format)) {
         out->codes = t->x;
         out->transposed = t->transposed;
+        out->round_bf16 = format == SNIP_BF16;
         l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
         return SNIP_OK;
     }

@@ -1,0 +1,205 @@
+// fidelity - snip's estimates beside the truth.
+//
+// Trains a small Llama in bfloat16, stops, and on fresh batches compares what one measuring step says of every
+// linear layer with what quantizing that layer really does, from the same weights, batch and optimizer state:
+//   loss     L' - L when the layer's forward GEMM alone runs in the format
+//   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
+//            three of the layer's GEMMs run in the format; u is the AdamW update
+// Both are means over the batches. The options are the trainer's; --steps defaults to 400 here.
+//
+//   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N]
+//
+// Prints, tab-separated: fidelity, loss|weight, estimator, format, fwd|dgrad|wgrad|all, Spearman, Kendall, median of
+// estimate / truth, standard deviation of its log10 (both over the layers where estimate and truth are positive).
+#if !defined(_WIN32) && !defined(_POSIX_C_SOURCE)
+#  define _POSIX_C_SOURCE 200809L
+#endif
+#define SNIP_IMPLEMENTATION
+#include "../snip.h"
+#include "../examples/llama.h"
+#include "../examples/trainer.h"
+
+enum { BATCHES = 3, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS };
+static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8;
+static const snip_format formats[FORMATS] = { SNIP_E4M3, SNIP_E2M1 };
+
+typedef struct { double truth, estimate; } pair;
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+// Ranks, ties averaged.
+static void ranks(const double *x, int n, double *rank) {
+    for (int i = 0; i < n; i++) {
+        int below = 0, equal = 0;
+        for (int j = 0; j < n; j++) { below += x[j] < x[i]; equal += x[j] == x[i]; }
+        rank[i] = below + 0.5 * (equal - 1);
+    }
+}
+static double correlation(const double *x, const double *y, int n) {
+    double mx = 0, my = 0, xy = 0, xx = 0, yy = 0;
+    for (int i = 0; i < n; i++) { mx += x[i] / n; my += y[i] / n; }
+    for (int i = 0; i < n; i++) { xy += (x[i] - mx) * (y[i] - my); xx += (x[i] - mx) * (x[i] - mx); yy += (y[i] - my) * (y[i] - my); }
+    return xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : 0;
+}
+static void report(const char *what, const char *estimator, snip_format format, const char *gemm, const pair *p, int n) {
+    double *x = (double *)tr_alloc((size_t)n * 5 * sizeof *x), *y = x + n, *rx = y + n, *ry = rx + n, *ratio = ry + n;
+    double agree = 0, mean = 0, spread = 0;
+    int positive = 0;
+    for (int i = 0; i < n; i++) { x[i] = p[i].estimate; y[i] = p[i].truth; }
+    ranks(x, n, rx);
+    ranks(y, n, ry);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < i; j++) agree += ((x[i] > x[j]) - (x[i] < x[j])) * ((y[i] > y[j]) - (y[i] < y[j]));
+    for (int i = 0; i < n; i++) if (x[i] > 0 && y[i] > 0) ratio[positive++] = x[i] / y[i];
+    qsort(ratio, (size_t)positive, sizeof *ratio, by_value);
+    for (int i = 0; i < positive; i++) mean += log10(ratio[i]) / positive;
+    for (int i = 0; i < positive; i++) spread += (log10(ratio[i]) - mean) * (log10(ratio[i]) - mean) / positive;
+    printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, snip_format_name(format), gemm, correlation(rx, ry, n),
+           n > 1 ? agree / (0.5 * n * (n - 1)) : 0, positive ? ratio[positive / 2] : 0, sqrt(spread));
+    free(x);
+}
+
+static void check(snip_status status, const snip *s, const char *where) {
+    if (status) tr_stop("%s: %s", where, snip_message(s)[0] ? snip_message(s) : snip_status_text(status));
+}
+static double run_batch(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int batch, int backward) {
+    double sum, n = (double)batch * g->config.seq;
+    if (backward) llama_zero_grad(g);
+    check(llama_forward(g, s, tokens, targets, batch, backward ? (float)(1 / n) : 0.0f, &sum), s, "forward");
+    if (backward) check(llama_backward(g, s, tokens, batch), s, "backward");
+    return sum / n;
+}
+// Relative squared difference of the next update under gradients `a` and `b`, over the linear layers.
+static double update_difference(const llama *g, const float *a, const float *b, int64_t step) {
+    double c1 = 1 / (1 - pow(BETA1, (double)step)), c2 = 1 / (1 - pow(BETA2, (double)step)), difference = 0, size = 0;
+    for (int t = 0; t < g->n_tensors; t++) {
+        const llama_tensor *q = &g->tensors[t];
+        double d_sq = 0, u_sq = 0, w_sq = 0;
+        if (q->layer < 0) continue;
+        for (int64_t i = q->offset; i < q->offset + q->rows * q->cols; i++) {
+            double ua = (BETA1 * g->m[i] + (1 - BETA1) * a[i]) * c1 / (sqrt((BETA2 * g->v[i] + (1 - BETA2) * a[i] * a[i]) * c2) + EPS);
+            double ub = (BETA1 * g->m[i] + (1 - BETA1) * b[i]) * c1 / (sqrt((BETA2 * g->v[i] + (1 - BETA2) * b[i] * b[i]) * c2) + EPS);
+            d_sq += (ua - ub) * (ua - ub);
+            u_sq += ua * ua;
+            w_sq += (double)g->params[i] * g->params[i];
+        }
+        difference += d_sq / w_sq;
+        size += u_sq / w_sq;
+    }
+    return difference / size;
+}
+
+int main(int argc, char **argv) {
+    static const char *const gemm_name[TRUTHS] = { "fwd", "dgrad", "wgrad", "all" };
+    tr_program = "fidelity";
+    static tr_options o;
+    char *args[64];
+    int n_args = 0;
+    args[n_args++] = argv[0];
+    static char steps_default[] = "--steps=400", seq_default[] = "--seq=256", lr_default[] = "--lr=1e-3";
+    args[n_args++] = steps_default; args[n_args++] = seq_default; args[n_args++] = lr_default;
+    if (argc > 60) tr_die("too many options");
+    for (int i = 1; i < argc; i++) args[n_args++] = argv[i];
+    tr_parse(&o, n_args, args);
+#ifdef _OPENMP
+    if (o.threads) omp_set_num_threads((int)o.threads);
+#endif
+    static tr_data d;
+    tr_load_data(&d, &o);
+    llama_config config = { d.vocab, (int)o.dim, (int)o.blocks, (int)o.heads, (int)o.kv_heads, (int)o.ffn, (int)o.seq, (int)o.tied, 0, (uint64_t)o.seed };
+    if (llama_config_check(&config)) tr_die("%s", llama_config_check(&config));
+    snip_desc desc, truth_desc;
+    memset(&desc, 0, sizeof desc);
+    desc.every = (int)o.steps;
+    desc.seed = (uint64_t)o.seed;
+    truth_desc = desc;
+    truth_desc.every = -1;
+    truth_desc.high = SNIP_F32;
+    snip *s = snip_create(&desc), *t = snip_create(&truth_desc);
+    llama *g = llama_create(&config, (int)o.batch, s), *h = llama_create(&config, (int)o.batch, t);
+    if (!s || !t || !g || !h) tr_stop("out of memory");
+    int n = snip_layers(s);
+    size_t tokens_n = (size_t)(o.batch * o.seq), bytes = (size_t)g->n_params * sizeof(float);
+    int32_t *tokens = (int32_t *)tr_alloc(tokens_n * sizeof *tokens), *targets = (int32_t *)tr_alloc(tokens_n * sizeof *targets);
+    double before = tr_now(), loss = 0, ordinary_s = 0, measuring_s = 0;
+    for (int64_t step = 1; step <= o.steps; step++) {
+        double t0 = tr_now();
+        for (int64_t j = 0; j < o.batch; j++) tr_train_sequence(&d, (uint64_t)o.seed, step, j, o.seq, tokens + j * o.seq, targets + j * o.seq);
+        do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
+        double norm = llama_grad_norm(g), scale = norm > 1 ? 1 / norm : 1, lr = o.lr * (step < o.warmup ? (double)step / (double)o.warmup : 1);
+        llama_adamw(g, lr, BETA1, BETA2, EPS, 0.1, step, scale);
+        snip_adamw update = { lr, BETA1, BETA2, EPS, step, scale };
+        check(snip_end_step(s, &update), s, "training");
+        ordinary_s += tr_now() - t0;
+        if (step % 50 == 0) fprintf(stderr, "step %lld  loss %.4f  %.1f s\n", (long long)step, loss, tr_now() - before);
+    }
+
+    float *params = (float *)tr_alloc(4 * bytes), *m = params + g->n_params, *v = m + g->n_params, *clean = v + g->n_params;
+    memcpy(params, g->params, bytes);
+    memcpy(m, g->m, bytes);
+    memcpy(v, g->v, bytes);
+    void *state = tr_alloc(snip_state_size(s));
+    check(snip_state_save(s, state), s, "state");
+    memcpy(h->params, params, bytes);
+    memcpy(h->m, m, bytes);
+    memcpy(h->v, v, bytes);
+    pair *loss_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS)), *weight_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
+    memset(loss_pair, 0, sizeof(pair) * (size_t)(n * FORMATS));
+    memset(weight_pair, 0, sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
+    for (int batch = 0; batch < BATCHES; batch++) {
+        for (int64_t j = 0; j < o.batch; j++) tr_train_sequence(&d, (uint64_t)o.seed + 77, batch + 1, j, o.seq, tokens + j * o.seq, targets + j * o.seq);
+        double t0 = tr_now();
+        do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
+        llama_adamw(g, o.lr, BETA1, BETA2, EPS, 0, o.steps + 1, 1);
+        snip_adamw update = { o.lr, BETA1, BETA2, EPS, o.steps + 1, 1 };
+        check(snip_end_step(s, &update), s, "measuring");
+        measuring_s += tr_now() - t0;
+        double base = run_batch(h, t, tokens, targets, (int)o.batch, 1);
+        memcpy(clean, h->grads, bytes);
+        for (int l = 0; l < n; l++) {
+            snip_layer_info info;
+            snip_layer(s, l, &info);
+            for (int f = 0; f < FORMATS; f++) {
+                const snip_estimate *e = f ? &info.fp4 : &info.fp8;
+                loss_pair[f * n + l].estimate += (e->loss_first + e->loss_second) / BATCHES;
+                for (int k = 0; k < TRUTHS; k++) {
+                    pair *p = &weight_pair[(f * TRUTHS + k) * n + l];
+                    p->estimate += (k < ALL ? e->update[k] : e->update[0] + e->update[1] + e->update[2]) / BATCHES;
+                    snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
+                    double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);
+                    snip_set_format(t, l, SNIP_GEMMS, SNIP_F32);
+                    p->truth += update_difference(h, h->grads, clean, o.steps + 1) / BATCHES;
+                    if (k == SNIP_FWD) loss_pair[f * n + l].truth += (changed - base) / BATCHES;
+                }
+            }
+            fprintf(stderr, "\rbatch %d of %d, layer %d of %d  %.1f s ", batch + 1, BATCHES, l + 1, n, tr_now() - before);
+        }
+        memcpy(g->params, params, bytes);
+        memcpy(g->m, m, bytes);
+        memcpy(g->v, v, bytes);
+        check(snip_state_load(s, state, snip_state_size(s)), s, "state");
+    }
+    fprintf(stderr, "\n");
+    for (int l = 0; l < n && !o.quiet; l++) {
+        snip_layer_info info;
+        snip_layer(s, l, &info);
+        printf("%-12s", info.name);
+        for (int f = 0; f < FORMATS; f++) {
+            printf("  %s loss %+.2e est %+.2e  update", snip_format_name(formats[f]), loss_pair[f * n + l].truth, loss_pair[f * n + l].estimate);
+            for (int k = 0; k < TRUTHS; k++) printf(" %s %.2e/%.2e", gemm_name[k], weight_pair[(f * TRUTHS + k) * n + l].truth, weight_pair[(f * TRUTHS + k) * n + l].estimate);
+        }
+        printf("\n");
+    }
+    printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)o.steps, loss,
+           1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / BATCHES, measuring_s / BATCHES / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
+    for (int f = 0; f < FORMATS; f++) report("loss", "adjoint", formats[f], "fwd", loss_pair + f * n, n);
+    for (int f = 0; f < FORMATS; f++)
+        for (int k = 0; k < TRUTHS; k++) report("weight", "adjoint", formats[f], gemm_name[k], weight_pair + (f * TRUTHS + k) * n, n);
+    llama_destroy(g);
+    llama_destroy(h);
+    snip_destroy(s);
+    snip_destroy(t);
+    return 0;
+}
