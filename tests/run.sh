@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# run.sh - runs built test programs and the shell tests, and adds up their closing lines.
+#     CC=gcc BUILD=build tests/run.sh test_ilp test_gemm ...
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+build=${BUILD:-build}
+passed=0 failed=0 skipped=0
+one() {                 # name, command...
+    local name=$1 log=$build/$1.log start=$SECONDS status line
+    shift
+    "$@" > "$log" 2>&1
+    status=$?
+    line=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$log" | tail -n 1)
+    if [ -z "$line" ]; then
+        line="0 passed, 1 failed"
+        echo "$name: no result (exit status $status)"
+        tail -n 20 "$log"
+    elif [ $status -ne 0 ] || ! echo "$line" | grep -q ' 0 failed'; then
+        grep -iE 'fail' "$log" | head -n 20
+        case $line in *" 0 failed"*) line="${line%% *} passed, 1 failed" ;; esac
+    fi
+    grep -iE '^skip' "$log" | sed "s/^/$name: /"
+    set -- $(echo "$line" | tr -cd '0-9 ')
+    passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + ${3:-0}))
+    printf '%-20s %s  (%d s)\n' "$name" "$line" $((SECONDS - start))
+}
+for t in "$@"; do one "$t" "$build/$t"; done
+one test_trainer "$here/test_trainer.sh" "$build/train_llama"
+one test_headers "$here/test_headers.sh"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ] && [ $passed -gt 0 ]
