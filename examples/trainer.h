@@ -39,7 +39,8 @@ static inline void tr_die_with(int status, const char *format, va_list args) {
     vfprintf(stderr, format, args);
     fputs("\n", stderr);
     if (tr_unfinished[0]) unlink(tr_unfinished);
-    exit(status);
+    fflush(stdout);
+    _exit(status);                          // not exit(): memory still in use is no leak to be reported
 }
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2), noreturn))
