@@ -94,15 +94,16 @@ static inline int llama_finite(double x) {      // by bits: holds under -Ofast, 
     return (u >> 52 & 0x7ff) != 0x7ff;
 }
 
-// exp to 2 ulp, without branches or libm calls, so that loops over it vectorize. NaN stays NaN.
+// exp to 2 ulp between -87 and 87, its ends beyond; NaN stays NaN. Choices are made on integers, which compilers
+// turn into selects (a comparison of floats may trap and keeps the branch), so that loops over it vectorize.
 static inline float llama_exp(float x) {
-    union { float f; uint32_t u; } e, in;
+    union { float f; uint32_t u; } in, t, half, e;
     in.f = x;
-    float t = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    t = (in.u & 0x7fffffffu) > 0x7f800000u ? 0.0f : t;
-    float y = t * 1.44269504f;
-    int32_t n = (int32_t)(y + (y < 0.0f ? -0.5f : 0.5f));
-    float r = t - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;         // t - n ln 2 in two parts
+    uint32_t sign = in.u & 0x80000000u, a = in.u & 0x7fffffffu;
+    t.u = sign | (a < 0x42ae0000u ? a : 0x42ae0000u);
+    half.u = sign | 0x3f000000u;
+    int32_t n = (int32_t)(t.f * 1.44269504f + half.f);
+    float r = t.f - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;        // t - n ln 2 in two parts
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -112,7 +113,7 @@ static inline float llama_exp(float x) {
     p = p * r * r + r + 1.0f;
     e.u = (uint32_t)(n + 127) << 23;
     e.f *= p;
-    e.u = (in.u & 0x7fffffffu) > 0x7f800000u ? in.u : e.u;
+    e.u |= (0u - (uint32_t)(a > 0x7f800000u)) & 0x7fc00000u;
     return e.f;
 }
 
