@@ -40,7 +40,7 @@
 extern "C" {
 #endif
 
-// Sections: >>api >>run >>check >>numbers >>sack >>lp >>greedy >>core >>curve >>states >>tree >>single >>join >>solve
+// Sections: >>api >>run >>check >>numbers >>sack >>lp >>greedy >>core >>curve >>states >>single >>join >>solve
 
 // >>api
 
@@ -172,38 +172,6 @@ static void snipi_ilp_give_since(snipi_ilp_run *run, const snipi_ilp_block *mark
     while (run->newest != mark) snipi_ilp_give(run, run->newest + 1);
 }
 
-// A sum and its rounding error. volatile keeps -Ofast from simplifying the error to zero.
-typedef struct { double high, low; } snipi_ilp_sum;
-
-static void snipi_ilp_add(snipi_ilp_sum *sum, double x) {
-    volatile double total = sum->high + x, part = total - sum->high, rest = total - part, lost = sum->high - rest, kept = x - part;
-    sum->low += lost + kept;
-    sum->high = total;
-}
-static double snipi_ilp_total(const snipi_ilp_sum *sum) { return sum->high + sum->low; }
-
-// Heapsort: in place, no recursion, and the same order everywhere, which qsort() does not promise.
-static void snipi_ilp_sort(void *array, size_t n, size_t size, int (*before)(const void *, const void *)) {
-    char *a = (char *)array, held[64];
-    size_t start = n / 2, end = n, at, child;
-    if (n < 2) return;
-    for (;;) {
-        if (start > 0) memcpy(held, a + --start * size, size);
-        else {
-            if (--end == 0) break;
-            memcpy(held, a + end * size, size);
-            memcpy(a + end * size, a, size);
-        }
-        for (at = start; (child = 2 * at + 1) < end; at = child) {
-            if (child + 1 < end && before(a + child * size, a + (child + 1) * size)) child++;
-            if (!before(held, a + child * size)) break;
-            memcpy(a + at * size, a + child * size, size);
-        }
-        memcpy(a + at * size, held, size);
-        if (end == 1) break;
-    }
-}
-
 // >>check: the arguments, and whether the largest gains meet the targets; needs no memory
 
 static int snipi_ilp_finite(double x) {       // by bits: -Ofast takes it for granted
@@ -249,176 +217,76 @@ static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
     return p->stage_target && stage < p->n_stages && p->stage_target[stage] > 0 ? p->stage_target[stage] : 0;
 }
 
-// As snip_ilp_shortfall(). Stages are summed a chunk at a time, so that their sums fit on the stack; sums of gains near DBL_MAX are
-// scaled down, each by itself.
+// As snip_ilp_shortfall(). Stages are summed a chunk at a time, so that their sums fit on the stack.
 static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
     enum { CHUNK = 128 };
-    const double large = 1e280, down = 1.0 / 18446744073709551616.0;          // 2^-64
-    snipi_ilp_sum sum[CHUNK], all = {0, 0};
-    double most[CHUNK], largest = 0, lack, scale;
-    int i, s, first, pass, stages = p->n_stages > 1 ? p->n_stages : 1;
-    *shortfall = 0;
-    for (i = 0; i < p->n_groups; i++) {
-        double gain = p->groups[i].options[snipi_ilp_largest(&p->groups[i])].gain;
-        if (gain > largest) largest = gain;
-    }
+    long double sum[CHUNK], all = 0, lack;
+    int i, s, first, stages = p->n_stages > 1 ? p->n_stages : 1;
     for (first = 0; first < stages; first += CHUNK) {
-        int last = stages - first > CHUNK ? first + CHUNK : stages;
-        for (s = 0; s < CHUNK; s++) sum[s].high = sum[s].low = most[s] = 0;
-        for (pass = 0; pass < 2; pass++)
-            for (i = 0; i < p->n_groups; i++) {
-                const snip_ilp_group *g = &p->groups[i];
-                double gain;
-                if (g->stage < first || g->stage >= last) continue;
-                s = g->stage - first;
-                gain = g->options[snipi_ilp_largest(g)].gain;
-                if (pass) snipi_ilp_add(&sum[s], most[s] > large ? gain * down : gain);
-                else if (gain > most[s]) most[s] = gain;
-            }
-        for (s = first; s < last; s++) {
-            double reach = snipi_ilp_total(&sum[s - first]);
-            scale = most[s - first] > large ? down : 1;
-            snipi_ilp_add(&all, largest > large && scale >= 1 ? reach * down : reach);
-            lack = snipi_ilp_stage_target(p, s) * scale - reach;
-            if (lack > SNIPI_ILP_TOLERANCE * reach) { *shortfall = lack / scale; return s; }
+        for (s = 0; s < CHUNK; s++) sum[s] = 0;
+        for (i = 0; i < p->n_groups; i++) {
+            const snip_ilp_group *g = &p->groups[i];
+            if (g->stage >= first && g->stage - first < CHUNK) sum[g->stage - first] += g->options[snipi_ilp_largest(g)].gain;
+        }
+        for (s = 0; s < CHUNK && s < stages - first; s++) {
+            lack = snipi_ilp_stage_target(p, first + s) - sum[s];
+            if (lack > SNIPI_ILP_TOLERANCE * sum[s]) { *shortfall = (double)lack; return first + s; }
+            all += sum[s];
         }
     }
-    scale = largest > large ? down : 1;
-    lack = p->total_target * scale - snipi_ilp_total(&all);
-    if (lack > SNIPI_ILP_TOLERANCE * snipi_ilp_total(&all)) { *shortfall = lack / scale; return p->n_stages; }
-    return -1;
+    lack = p->total_target - all;
+    *shortfall = lack > SNIPI_ILP_TOLERANCE * all ? (double)lack : 0;
+    return lack > SNIPI_ILP_TOLERANCE * all ? p->n_stages : -1;
 }
 
 // >>numbers: gains become integers, so that sums of gains are exact and equal sums are equal
 
-typedef struct { double factor; int exponent; } snipi_ilp_power;      // 2^exponent; factor 0 where a double does not hold it
-
-static snipi_ilp_power snipi_ilp_power_of(int exponent) {
-    snipi_ilp_power p;
-    p.exponent = exponent;
-    p.factor = exponent > -1000 && exponent < 1000 ? ldexp(1.0, exponent) : 0;
-    return p;
-}
-static double snipi_ilp_times(double x, snipi_ilp_power p) { return p.factor > 0 ? x * p.factor : ldexp(x, p.exponent); }
-
-// The costs or gains of some groups, scaled by a power of two into 0 .. 1: no sum overflows, nothing is lost to underflow.
-typedef struct { const snip_ilp_problem *problem; const int *list; int n, of_cost; snipi_ilp_power scale; } snipi_ilp_values;
-
-static double snipi_ilp_value(const snipi_ilp_values *v, const snip_ilp_option *o) { return snipi_ilp_times(v->of_cost ? o->cost : o->gain, v->scale); }
-static const snip_ilp_group *snipi_ilp_listed(const snipi_ilp_values *v, int i) { return &v->problem->groups[v->list[i]]; }
-
-static double snipi_ilp_group_most(const snipi_ilp_values *v, int i) {
-    const snip_ilp_group *g = snipi_ilp_listed(v, i);
-    double most = 0;
-    int j;
-    for (j = 0; j < g->n_options; j++)
-        if ((v->of_cost ? g->options[j].cost : g->options[j].gain) > most) most = v->of_cost ? g->options[j].cost : g->options[j].gain;
-    return snipi_ilp_times(most, v->scale);
-}
-static double snipi_ilp_most(const snipi_ilp_values *v) {
-    double most = 0;
-    int i;
-    for (i = 0; i < v->n; i++)
-        if (snipi_ilp_group_most(v, i) > most) most = snipi_ilp_group_most(v, i);
-    return most;
-}
-
-static snipi_ilp_values snipi_ilp_values_of(const snip_ilp_problem *p, const int *list, int n, int of_cost) {
-    snipi_ilp_values v;
-    double most;
-    int exponent = 0;
-    v.problem = p, v.list = list, v.n = n, v.of_cost = of_cost, v.scale = snipi_ilp_power_of(0);
-    most = snipi_ilp_most(&v);
-    if (most > 0) (void)frexp(most, &exponent);
-    v.scale = snipi_ilp_power_of(-exponent);
-    return v;
+// The power of two that brings values up to `most` near 1, or as near as a double holds: no sum overflows, none is lost to underflow.
+static int snipi_ilp_exponent(double most) {
+    int e = 0;
+    if (most > 0) (void)frexp(most, &e);
+    return e > 1000 ? -1000 : e < -1000 ? 1000 : -e;
 }
 
 static double snipi_ilp_off_lattice(double q) { return fabs(q - floor(q + 0.5)); }
 
-// The unit of which all values are multiples, by Euclid's algorithm on rounded numbers, or 0. It is snapped to a fraction of the largest
-// value at every step, which keeps it from drifting. Only a candidate: snipi_ilp_lattice_error() judges it.
-static double snipi_ilp_common_unit(const snipi_ilp_values *v) {
-    double largest = snipi_ilp_most(v), unit = largest;
-    int i, j;
-    for (i = 0; i < v->n; i++) {
-        const snip_ilp_group *g = snipi_ilp_listed(v, i);
-        for (j = 0; j < g->n_options; j++) {
-            double x = snipi_ilp_value(v, &g->options[j]), q = unit > 0 ? x / unit : 0, a = x > unit ? x : unit, b = x > unit ? unit : x;
-            if (snipi_ilp_off_lattice(q) <= 1e-9 * (q > 1 ? q : 1)) continue;
-            while (b > largest * 1e-8) {
-                double r = fabs(a - floor(a / b + 0.5) * b);
-                a = b;
-                b = r;
-            }
-            if (a < largest * 1e-7) return 0;
-            unit = largest / floor(largest / a + 0.5);
+// The unit of which all values are multiples, or 0, by Euclid's algorithm on rounded numbers. It is snapped to a fraction of the largest
+// value at every step, which keeps it from drifting. *error is the sum of the distances to the lattice, in units.
+static double snipi_ilp_common_unit(const double *x, size_t n, double *error) {
+    double largest = 0, unit;
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (x[i] > largest) largest = x[i];
+    unit = largest;
+    for (i = 0; i < n; i++) {
+        double q = unit > 0 ? x[i] / unit : 0, a = x[i] > unit ? x[i] : unit, b = x[i] > unit ? unit : x[i];
+        if (x[i] > 0 && x[i] < largest * 1e-7) return 0;
+        if (snipi_ilp_off_lattice(q) <= 1e-9 * (q > 1 ? q : 1) && (q > 0.5 || x[i] <= 0)) continue;
+        while (b > largest * 1e-8) {
+            double r = fabs(a - floor(a / b + 0.5) * b);
+            a = b;
+            b = r;
         }
+        if (a < largest * 1e-7) return 0;
+        unit = largest / floor(largest / a + 0.5);
     }
+    for (i = 0, *error = 0; i < n && unit > 0; i++) *error += snipi_ilp_off_lattice(x[i] / unit);
     return unit;
 }
 
-// The largest sums, over the choices, of distances to the lattice and of values, both in units.
-static void snipi_ilp_lattice_error(const snipi_ilp_values *v, double unit, double *error, double *sum) {
-    int i, j;
-    *error = *sum = 0;
-    for (i = 0; i < v->n; i++) {
-        const snip_ilp_group *g = snipi_ilp_listed(v, i);
-        double worst = 0;
-        for (j = 0; j < g->n_options; j++) {
-            double r = snipi_ilp_off_lattice(snipi_ilp_value(v, &g->options[j]) / unit);
-            if (r > worst) worst = r;
-        }
-        *error += worst;
-        *sum += snipi_ilp_group_most(v, i) / unit;
-    }
-}
-
-// Costs on a lattice: a better choice is better by a whole step. The error must stay below the proof's, relative to one step.
-static double snipi_ilp_cost_step(const snipi_ilp_values *costs) {
-    double step = snipi_ilp_common_unit(costs), error = 0, sum = 0;
-    if (step > 0) snipi_ilp_lattice_error(costs, step, &error, &sum);
-    return sum < 1e9 && error <= 1e-13 ? step : 0;
-}
-
-typedef struct {                  // integer = round(gain * scale * per_unit)
-    snipi_ilp_power scale;
-    double per_unit;
-    int lattice, bits;            // off a lattice, scale * per_unit = 2^bits
-    double most, rounding;        // sum of the groups' largest gains; how far the integer sum of a choice may be off; both in units
+typedef struct {                  // integer = round(gain * 2^exponent * per_unit)
+    int exponent, lattice, bits;  // off a lattice, integer = round(gain * 2^bits)
+    double per_unit, most;        // most: sum of the groups' largest gains, in units
+    double rounding;              // how far the integer sum of a choice may be off
 } snipi_ilp_unit;
 
-// Counts in steps (of values scaled as those in like) if their rounding is small beside the tolerance of the target; else in a power of
-// two, with 2^60 <= most < 2^61. step 0: the latter at once.
-static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *list, int n, double step, const snipi_ilp_values *like) {
-    snipi_ilp_values v = snipi_ilp_values_of(p, list, n, 0), steps = v;
-    snipi_ilp_unit u;
-    int i, exponent = 0;
-    memset(&u, 0, sizeof u);
-    if (step > 0) {
-        u.scale = steps.scale = like->scale;
-        u.per_unit = 1 / step;
-        snipi_ilp_lattice_error(&steps, step, &u.rounding, &u.most);
-        u.lattice = u.most < 1e9 && u.rounding <= 0.05 * SNIPI_ILP_TOLERANCE * u.most;
-        if (u.lattice) return u;
-    }
-    u.scale = v.scale;
-    for (i = 0, u.most = 0; i < n; i++) u.most += snipi_ilp_group_most(&v, i);
-    (void)frexp(u.most, &exponent);
-    u.per_unit = ldexp(1.0, 61 - exponent);
-    u.bits = u.most > 0 ? v.scale.exponent + 61 - exponent : INT_MAX / 2;     // nothing to count: any unit will do
-    u.most *= u.per_unit;
-    u.rounding = 0.5 * n;
-    return u;
-}
-
-static int64_t snipi_ilp_integer(const snipi_ilp_unit *u, double gain) { return (int64_t)(snipi_ilp_times(gain, u->scale) * u->per_unit + 0.5); }
+static double snipi_ilp_units(const snipi_ilp_unit *u, double gain) { return ldexp(gain, u->exponent) * u->per_unit; }
 
 // The least integer sum sure to be within the tolerance of the target, but none that keeps out a choice that truly meets it.
 static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t most) {
     double tolerance = SNIPI_ILP_TOLERANCE * u->most - u->rounding, need = 0;
     if (tolerance < u->rounding) tolerance = u->rounding;
-    if (target > 0) need = ceil(snipi_ilp_times(target, u->scale) * u->per_unit - tolerance);
+    if (target > 0) need = ceil(snipi_ilp_units(u, target) - tolerance);
     return need < 0 ? 0 : need > (double)most ? most : (int64_t)need;         // at most `most`: it was found reachable
 }
 
@@ -443,21 +311,20 @@ typedef struct {
 static snipi_ilp_item *snipi_ilp_items(const snipi_ilp_sack *k, int group) { return k->items + k->first[group]; }
 static int snipi_ilp_count(const snipi_ilp_sack *k, int group) { return (int)(k->first[group + 1] - k->first[group]); }
 
-static int snipi_ilp_item_before(const void *a, const void *b) {
-    const snipi_ilp_item *x = (const snipi_ilp_item *)a, *y = (const snipi_ilp_item *)b;
+static int snipi_ilp_item_before(const snipi_ilp_item *x, const snipi_ilp_item *y) {
     return x->gain != y->gain ? x->gain < y->gain : x->cost < y->cost || (x->cost <= y->cost && x->option < y->option);
 }
 
 // Drops the items that another beats or equals in both gain and cost; sorts the rest. Returns how many stay.
 static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
     double least = SNIPI_ILP_HUGE;
-    int i, j, kept = n;
-    if (n > 40) snipi_ilp_sort(o, (size_t)n, sizeof *o, snipi_ilp_item_before);
-    else for (i = 1; i < n; i++) {
-        snipi_ilp_item x = o[i];
-        for (j = i; j > 0 && snipi_ilp_item_before(&x, &o[j - 1]); j--) o[j] = o[j - 1];
-        o[j] = x;
-    }
+    int i, j, gap, kept = n;
+    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? (int)(gap * 5L / 11) : gap / 2)   // Shell sort: no recursion, and the same order everywhere
+        for (i = gap; i < n; i++) {
+            snipi_ilp_item x = o[i];
+            for (j = i; j >= gap && snipi_ilp_item_before(&x, &o[j - gap]); j -= gap) o[j] = o[j - gap];
+            o[j] = x;
+        }
     for (i = n - 1; i >= 0; i--) {            // from the largest gain down costs must fall; survivors gather at the end
         if (!(o[i].cost < least)) continue;
         least = o[i].cost;
@@ -498,9 +365,15 @@ static void snipi_ilp_swap(snipi_ilp_segment *a, snipi_ilp_segment *b) {
     *a = *b;
     *b = t;
 }
-static int snipi_ilp_segment_before(const void *a, const void *b) {
-    const snipi_ilp_segment *x = (const snipi_ilp_segment *)a, *y = (const snipi_ilp_segment *)b;
-    return x->slope < y->slope || (x->slope <= y->slope && (x->group != y->group ? x->group < y->group : x->item < y->item));
+static void snipi_ilp_sort(snipi_ilp_segment *s, size_t n) {                  // Shell sort again
+    size_t gap, i, j;
+    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? gap * 5 / 11 : gap / 2)
+        for (i = gap; i < n; i++) {
+            snipi_ilp_segment x = s[i];
+            for (j = i; j >= gap && (x.slope < s[j - gap].slope || (x.slope <= s[j - gap].slope && x.group < s[j - gap].group)); j -= gap)
+                s[j] = s[j - gap];
+            s[j] = x;
+        }
 }
 
 // Reorders the segments so that the first p, all of least slope, gain less than need, and reach it with the next; returns p.
@@ -524,7 +397,7 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
         need -= equal;
         low = more;
     }
-    if (high - low <= 24) snipi_ilp_sort(s + low, high - low, sizeof *s, snipi_ilp_segment_before);
+    if (high - low <= 24) snipi_ilp_sort(s + low, high - low);
     for (i = low; i < high && s[i].gain < need; i++) need -= s[i].gain;
     return i;
 }
@@ -532,7 +405,7 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
 // Finds base, lack and theta; need must be in reach. Returns 0 when memory is short.
 static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     snipi_ilp_segment *s = (snipi_ilp_segment *)snipi_ilp_take(run, k->first[k->n] - (size_t)k->n + 1, sizeof *s);
-    snipi_ilp_sum cost = {0, 0};
+    long double cost = 0;
     size_t i, m, taken = 0;
     int g;
     if (!s) return 0;
@@ -552,9 +425,9 @@ static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     for (g = 0, k->lack = k->need; g < k->n; g++) {
         const snipi_ilp_item *b = snipi_ilp_items(k, g) + k->base[g];
         k->lack -= b->gain;
-        snipi_ilp_add(&cost, b->cost);
+        cost += b->cost;
     }
-    k->base_cost = snipi_ilp_total(&cost);
+    k->base_cost = (double)cost;
     return 1;
 }
 
@@ -567,45 +440,38 @@ static double snipi_ilp_reduced(const snipi_ilp_sack *k, const snipi_ilp_item *o
 
 static double snipi_ilp_lp_cost(const snipi_ilp_sack *k) { return k->spent + k->base_cost + (k->lack > 0 ? k->theta * (double)k->lack : 0); }
 
-// How much cheaper a choice must be to count as better than one of this cost.
-static double snipi_ilp_margin(const snipi_ilp_run *run, double cost) {
+// How much cheaper a choice must be to count as better than one of this cost. With mu it is not the cost alone that counts, and no step.
+static double snipi_ilp_margin(const snipi_ilp_run *run, double cost, double mu) {
     double margin = (run->rel_gap > SNIPI_ILP_PROOF ? run->rel_gap : SNIPI_ILP_PROOF) * cost;
-    return margin < 0.99 * run->cost_step ? 0.99 * run->cost_step : margin;
+    return mu <= 0 && margin < 0.99 * run->cost_step ? 0.99 * run->cost_step : margin;
 }
 
-// >>greedy: a first choice: base, the cheapest single upgrade that meets need (the break segment is one), and the best single downgrade
-// that the surplus allows. Returns its excess.
+// >>greedy: a first choice: base and the cheapest single upgrade that meets need; the break segment is one. In the coupled problem also
+// all that is worth exactly mu, which meets the total. Returns its excess.
 
 static double snipi_ilp_greedy(const snipi_ilp_sack *k, int *pick) {
     int64_t surplus = -k->lack;
-    double excess, least = SNIPI_ILP_HUGE, most = 0;
-    int i, j, group = -1, item = 0;
-    memcpy(pick, k->base, (size_t)k->n * sizeof *pick);
-    for (i = 0; i < k->n && k->lack > 0; i++) {
+    double least = SNIPI_ILP_HUGE, excess = 0;
+    int i, j, group = -1, item = 0, ties = k->mu > 0 && k->theta <= k->mu;
+    for (i = 0; i < k->n; i++) {
         const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->base[i];
-        for (j = snipi_ilp_count(k, i) - 1; j > k->base[i] && o[j].gain - b->gain >= k->lack; j--) {
-            double cost = (o[j].cost - b->cost) - k->mu * (double)(o[j].gain - b->gain);
-            if (cost < least) least = cost, group = i, item = j;
+        pick[i] = k->base[i];
+        for (j = snipi_ilp_count(k, i) - 1; j > k->base[i]; j--) {
+            double cost = (o[j].cost - b->cost) - k->mu * (double)(o[j].gain - b->gain), reduced = snipi_ilp_reduced(k, &o[j], b);
+            if (ties && reduced <= 1e-14 * (o[j].cost - b->cost)) {
+                pick[i] = j, surplus += o[j].gain - b->gain, excess += reduced;
+                break;
+            }
+            if (o[j].gain - b->gain >= k->lack && cost < least) least = cost, group = i, item = j;
         }
     }
-    if (group >= 0) {
-        surplus += snipi_ilp_items(k, group)[item].gain - snipi_ilp_items(k, group)[k->base[group]].gain;
+    if (surplus < 0 && group >= 0) {
+        const snipi_ilp_item *o = snipi_ilp_items(k, group);
+        surplus += o[item].gain - o[pick[group]].gain;
+        excess += snipi_ilp_reduced(k, &o[item], &o[k->base[group]]) - snipi_ilp_reduced(k, &o[pick[group]], &o[k->base[group]]);
         pick[group] = item;
     }
-    for (i = 0, group = -1; i < k->n; i++) {
-        const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + pick[i];
-        for (j = 0; j < pick[i]; j++) {
-            double saved = (b->cost - o[j].cost) - k->mu * (double)(b->gain - o[j].gain);
-            if (b->gain - o[j].gain <= surplus && saved > most) most = saved, group = i, item = j;
-        }
-    }
-    if (group >= 0) {
-        surplus -= snipi_ilp_items(k, group)[pick[group]].gain - snipi_ilp_items(k, group)[item].gain;
-        pick[group] = item;
-    }
-    for (i = 0, excess = (k->theta - k->mu) * (double)surplus; i < k->n; i++)
-        if (pick[i] != k->base[i]) excess += snipi_ilp_reduced(k, snipi_ilp_items(k, i) + pick[i], snipi_ilp_items(k, i) + k->base[i]);
-    return excess;
+    return excess + (k->theta - k->mu) * (double)surplus;
 }
 
 // >>core: the groups that have another item than base of reduced cost below a limit, the most ambiguous first (Pisinger 1995). Choices
@@ -621,9 +487,14 @@ typedef struct {
     snipi_ilp_segment *side[2];   // hulls of reduced cost over gain won or given up, by slope; group is the row, item the move
 } snipi_ilp_core;
 
-static int snipi_ilp_row_before(const void *a, const void *b) {
-    const snipi_ilp_row *x = (const snipi_ilp_row *)a, *y = (const snipi_ilp_row *)b;
-    return x->key < y->key || (x->key <= y->key && x->group < y->group);
+static void snipi_ilp_sort_rows(snipi_ilp_row *r, int n) {
+    int gap, i, j;
+    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? (int)(gap * 5L / 11) : gap / 2)
+        for (i = gap; i < n; i++) {
+            snipi_ilp_row x = r[i];
+            for (j = i; j >= gap && x.key < r[j - gap].key; j -= gap) r[j] = r[j - gap];
+            r[j] = x;
+        }
 }
 
 static void snipi_ilp_core_hull(snipi_ilp_core *c, int row, int down) {
@@ -679,10 +550,10 @@ static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, doub
         for (down = 0; down < 2; down++) c->side[down] = (snipi_ilp_segment *)snipi_ilp_take(run, m + 1, sizeof *c->side[down]);
         if (!c->row || !c->move || !c->side[0] || !c->side[1]) return 0;
     }
-    snipi_ilp_sort(c->row, (size_t)c->rows, sizeof *c->row, snipi_ilp_row_before);
+    snipi_ilp_sort_rows(c->row, c->rows);
     for (down = 0; down < 2; down++) {
         for (i = 0; i < c->rows; i++) snipi_ilp_core_hull(c, i, down);
-        snipi_ilp_sort(c->side[down], c->segments[down], sizeof **c->side, snipi_ilp_segment_before);
+        snipi_ilp_sort(c->side[down], c->segments[down]);
     }
     return 1;
 }
@@ -712,18 +583,8 @@ typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // 
 typedef struct {
     double price;                     // theta - mu, for each unit of gain beyond need
     snipi_ilp_point *side[2];
-    size_t points[2], room[2], at[2]; // at: the point of the last question; questions come with rising lack
-    int whole[2];                     // 0: there are segments beyond the last point
+    size_t points[2], at[2];          // at: the point of the last question; questions come with rising lack
 } snipi_ilp_curve;
-
-static int snipi_ilp_curve_take(snipi_ilp_run *run, const snipi_ilp_core *c, size_t room, snipi_ilp_curve *v) {
-    int down;
-    for (down = 0; down < 2; down++) {
-        v->room[down] = c->segments[down] < room ? c->segments[down] : room;
-        v->side[down] = (snipi_ilp_point *)snipi_ilp_take(run, v->room[down] + 1, sizeof **v->side);
-    }
-    return v->side[0] && v->side[1];
-}
 
 // For rows from row on, and lacks up to reach[0] and surpluses up to reach[1].
 static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, const int64_t *reach, snipi_ilp_curve *v) {
@@ -735,14 +596,12 @@ static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, const int64_t
         size_t n = 0;
         for (; s < end && gain <= reach[down] && !(down && s->slope >= v->price); s++) {
             if (s->group < row) continue;
-            if (n == v->room[down]) break;
             gain += s->gain;
             value += s->slope * (double)s->gain;
             v->side[down][n].gain = gain, v->side[down][n].value = value, v->side[down][n].slope = s->slope;
             n++;
         }
         v->points[down] = n;
-        v->whole[down] = s == end || (down && s->slope >= v->price);
     }
 }
 
@@ -752,24 +611,20 @@ static double snipi_ilp_curve_ask(snipi_ilp_curve *v, int64_t lack, double *roun
     int down = lack <= 0;
     const snipi_ilp_point *s = v->side[down], *before;
     size_t n = v->points[down], at = v->at[down];
-    double slope;
     if (down) {
         while (at > 0 && s[at - 1].gain > -lack) at--;
         v->at[1] = *taken = at;
         before = at ? &s[at - 1] : &origin;
         *rounded = before->value + v->price * (double)(-lack - before->gain);
-        slope = at < n ? s[at].slope : v->whole[1] || !n ? v->price : s[n - 1].slope;
-        return before->value + slope * (double)(-lack - before->gain);
+        return before->value + (at < n ? s[at].slope : v->price) * (double)(-lack - before->gain);
     }
     while (at < n && s[at].gain < lack) at++;
     v->at[0] = at;
     *taken = at + 1;
+    if (at == n) return *rounded = SNIPI_ILP_HUGE;
     before = at ? &s[at - 1] : &origin;
-    *rounded = SNIPI_ILP_HUGE;
-    if (at == n && v->whole[0]) return SNIPI_ILP_HUGE;
-    if (at < n) *rounded = s[at].value + v->price * (double)(s[at].gain - lack);
-    slope = at < n ? s[at].slope : n ? s[n - 1].slope : 0;
-    return before->value + slope * (double)(lack - before->gain);
+    *rounded = s[at].value + v->price * (double)(s[at].gain - lack);
+    return before->value + s[at].slope * (double)(lack - before->gain);
 }
 
 // Takes so many segments of the rows beyond row into pick.
@@ -796,8 +651,6 @@ typedef struct {
 } snipi_ilp_table;
 
 typedef struct { double excess; int found, row, parent, move, down; size_t segments; } snipi_ilp_best;   // a state, and its completion
-
-enum { SNIPI_ILP_DONE, SNIPI_ILP_LATE, SNIPI_ILP_FULL };
 
 static int snipi_ilp_remember(snipi_ilp_run *run, snipi_ilp_table *t) {
     int i;
@@ -829,7 +682,7 @@ static int snipi_ilp_merge(const snipi_ilp_state *a, int na, const snipi_ilp_sta
 }
 
 // Looks at all choices of excess below limit. With best, for one of excess below best->excess; without, t->state becomes the undominated
-// ones that meet need. Memory taken is left to the caller's snipi_ilp_give_since().
+// ones that meet need. Returns 0 when time or memory is short. Memory taken is left to the caller's snipi_ilp_give_since().
 static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const snipi_ilp_core *c, double limit, snipi_ilp_best *best,
                             snipi_ilp_table *t) {
     snipi_ilp_curve v;
@@ -837,7 +690,8 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
     memset(t, 0, sizeof *t);
     v.price = k->theta - k->mu;
     t->state = (snipi_ilp_state *)snipi_ilp_take(run, 1, sizeof *t->state);
-    if (!t->state || !snipi_ilp_curve_take(run, c, SIZE_MAX, &v)) return SNIPI_ILP_FULL;
+    for (j = 0; j < 2; j++) v.side[j] = (snipi_ilp_point *)snipi_ilp_take(run, c->segments[j] + 1, sizeof **v.side);
+    if (!t->state || !v.side[0] || !v.side[1]) return 0;
     t->state->gain = 0, t->state->cost = 0, t->state->parent = t->state->move = 0;
     t->states = c->rows > 0 || k->lack <= 0;
     for (row = 0; row < c->rows && t->states; row++) {
@@ -845,7 +699,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
         int64_t reach[2];
         snipi_ilp_state *shifted = (snipi_ilp_state *)snipi_ilp_take(run, (size_t)t->states, sizeof *shifted), *all = NULL, *merged;
         int alls = 0;
-        if (!shifted) return SNIPI_ILP_FULL;
+        if (!shifted) return 0;
         reach[0] = k->lack - (t->state[t->states - 1].gain + move[0].gain);
         reach[1] = t->state[0].gain + move[c->row[row].count - 1].gain - k->lack;
         snipi_ilp_curve_make(c, row + 1, reach, &v);
@@ -858,9 +712,9 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
                 size_t taken;
                 double bound = reduced + snipi_ilp_curve_ask(&v, k->lack - gain, &rounded, &taken);
                 if (bound >= SNIPI_ILP_HUGE / 2) break;       // out of reach, as are all of less gain
-                if ((i & 4095) == 4095 && snipi_ilp_late(run)) return SNIPI_ILP_LATE;
+                if ((i & 4095) == 4095 && snipi_ilp_late(run)) return 0;
                 if (best && rounded + reduced < best->excess) {
-                    double cut = rounded + reduced - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + rounded + reduced);
+                    double cut = rounded + reduced - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + rounded + reduced, k->mu);
                     best->excess = rounded + reduced, best->found = 1, best->row = row, best->parent = (int)t->last + i, best->move = j;
                     best->down = gain >= k->lack, best->segments = taken;
                     if (cut < limit) limit = cut;
@@ -872,7 +726,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
             run->nodes += i;
             if (!n) continue;
             merged = alls < INT_MAX - n ? (snipi_ilp_state *)snipi_ilp_take(run, (size_t)(alls + n), sizeof *merged) : NULL;
-            if (!merged) return SNIPI_ILP_FULL;
+            if (!merged) return 0;
             alls = snipi_ilp_merge(all, alls, shifted, n, merged);
             snipi_ilp_give(run, all);
             all = merged;
@@ -881,10 +735,10 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
         snipi_ilp_give(run, t->state);
         t->state = all;
         t->states = alls;
-        if (!snipi_ilp_remember(run, t)) return SNIPI_ILP_FULL;
-        if (snipi_ilp_late(run)) return SNIPI_ILP_LATE;
+        if (!snipi_ilp_remember(run, t)) return 0;
+        if (snipi_ilp_late(run)) return 0;
     }
-    return SNIPI_ILP_DONE;
+    return 1;
 }
 
 // The choice that a state of the given row stands for: base, its own move, and those of the steps from parent back.
@@ -894,77 +748,6 @@ static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, co
         pick[c->row[row].group] = c->move[c->row[row].first + (size_t)move].item;
         if (row) move = t->step[parent].move, parent = t->step[parent].parent;
     }
-}
-
-// >>tree: depth-first branch and bound over the same rows with the same bound, for when the lists of states outgrow the memory. Needs
-// little of it: the curve of each depth is cut off after some points and continued straight, which is still a bound.
-
-static int snipi_ilp_tree(snipi_ilp_run *run, const snipi_ilp_sack *k, const snipi_ilp_core *c, double limit, double *excess, int *pick) {
-    enum { POINTS = 64 };
-    const int64_t most_nodes = 100000000, reach[2] = {INT64_MAX / 2, INT64_MAX / 2};
-    size_t rows = (size_t)c->rows + 1, moves = c->rows ? c->row[0].first : 0;
-    snipi_ilp_curve *curve = (snipi_ilp_curve *)snipi_ilp_take(run, rows, sizeof *curve);
-    int64_t *gain = (int64_t *)snipi_ilp_take(run, rows, sizeof *gain), nodes = 0;
-    double *cost = (double *)snipi_ilp_take(run, rows, sizeof *cost);
-    int *tried = (int *)snipi_ilp_take(run, rows, sizeof *tried), *order, i, j, depth, q;
-    for (i = 0; i < c->rows; i++)
-        if (c->row[i].first + (size_t)c->row[i].count > moves) moves = c->row[i].first + (size_t)c->row[i].count;
-    order = (int *)snipi_ilp_take(run, moves, sizeof *order);
-    if (!curve || !gain || !cost || !tried || !order) return SNIPI_ILP_FULL;
-    for (i = 0; i <= c->rows; i++) {
-        curve[i].price = k->theta - k->mu;
-        if (!snipi_ilp_curve_take(run, c, POINTS, &curve[i])) return SNIPI_ILP_FULL;
-        snipi_ilp_curve_make(c, i, reach, &curve[i]);
-    }
-    for (i = 0; i < c->rows; i++) {           // moves of least reduced cost first
-        const snipi_ilp_move *o = c->move + c->row[i].first;
-        int *a = order + c->row[i].first;
-        for (j = 0; j < c->row[i].count; j++) {
-            for (q = j; q > 0 && o[a[q - 1]].reduced > o[j].reduced; q--) a[q] = a[q - 1];
-            a[q] = j;
-        }
-    }
-    gain[0] = 0, cost[0] = 0, tried[0] = 0;
-    for (depth = 0; depth >= 0;) {
-        const snipi_ilp_row *row = &c->row[depth];
-        if (!tried[depth]) {
-            snipi_ilp_curve *v = &curve[depth];
-            int64_t lack = k->lack - gain[depth];
-            double reduced = cost[depth] - k->theta * (double)gain[depth], rounded, bound;
-            int down = lack <= 0;
-            size_t low = 0, high = v->points[down], middle, taken;
-            while (low < high) {              // where snipi_ilp_curve_ask() would walk to
-                middle = (low + high) / 2;
-                if (down ? v->side[1][middle].gain <= -lack : v->side[0][middle].gain < lack) low = middle + 1;
-                else high = middle;
-            }
-            v->at[down] = low;
-            bound = reduced + snipi_ilp_curve_ask(v, lack, &rounded, &taken);
-            if (++nodes == most_nodes || (!(nodes & 4095) && snipi_ilp_late(run))) break;
-            if (rounded + reduced < *excess) {
-                double cut = rounded + reduced - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + rounded + reduced);
-                *excess = rounded + reduced;
-                if (cut < limit) limit = cut;
-                memcpy(pick, k->base, (size_t)k->n * sizeof *pick);
-                for (q = 0; q < depth; q++)
-                    pick[c->row[q].group] = c->move[c->row[q].first + (size_t)order[c->row[q].first + (size_t)tried[q] - 1]].item;
-                snipi_ilp_complete(c, depth - 1, down, taken, pick);
-            }
-            if (bound >= limit || depth == c->rows) { depth--; continue; }
-        }
-        if (tried[depth] < row->count) {
-            const snipi_ilp_move *move = &c->move[row->first + (size_t)order[row->first + (size_t)tried[depth]]];
-            if (move->reduced < limit) {
-                tried[depth]++;
-                gain[depth + 1] = gain[depth] + move->gain, cost[depth + 1] = cost[depth] + move->cost, tried[depth + 1] = 0;
-                depth++;
-                continue;
-            }
-        }
-        depth--;
-    }
-    run->nodes += nodes;
-    return depth < 0 ? SNIPI_ILP_DONE : SNIPI_ILP_LATE;
 }
 
 // >>single: one knapsack by itself
@@ -980,9 +763,8 @@ static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *p
         snipi_ilp_core core;
         snipi_ilp_table table;
         snipi_ilp_best best;
-        const snipi_ilp_block *core_mark;
-        double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess), limit = guess < cut ? guess : cut;
-        int status;
+        double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess, k->mu), limit = guess < cut ? guess : cut;
+        int done = 0;
         if (*proven >= cut || cut <= 0) {
             if (!(run->rel_gap > SNIPI_ILP_PROOF)) *proven = *excess;
             return;
@@ -990,22 +772,16 @@ static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *p
         if (snipi_ilp_late(run)) return;
         memset(&best, 0, sizeof best);
         best.excess = *excess;
-        status = SNIPI_ILP_LATE;
         if (snipi_ilp_core_make(run, k, limit, &core)) {
-            core_mark = run->newest;
-            status = snipi_ilp_states(run, k, &core, limit, &best, &table);
+            done = snipi_ilp_states(run, k, &core, limit, &best, &table);
             if (best.found) {
                 *excess = best.excess;
                 snipi_ilp_trace(k, &core, &table, best.row, best.parent, best.move, pick);
                 snipi_ilp_complete(&core, best.row, best.down, best.segments, pick);
             }
-            if (status == SNIPI_ILP_FULL) {
-                snipi_ilp_give_since(run, core_mark);
-                status = snipi_ilp_tree(run, k, &core, limit, excess, pick);
-            }
         }
         snipi_ilp_give_since(run, mark);
-        if (status != SNIPI_ILP_DONE) return;
+        if (!done) return;
         *proven = limit;
     }
 }
@@ -1039,10 +815,10 @@ static int64_t snipi_ilp_gain(const snipi_ilp_sack *k, const int *pick) {
     return gain;
 }
 static double snipi_ilp_cost(const snipi_ilp_sack *k, const int *pick) {
-    snipi_ilp_sum cost = {0, 0};
+    long double cost = 0;
     int i;
-    for (i = 0; i < k->n; i++) snipi_ilp_add(&cost, snipi_ilp_items(k, i)[pick[i]].cost);
-    return snipi_ilp_total(&cost);
+    for (i = 0; i < k->n; i++) cost += snipi_ilp_items(k, i)[pick[i]].cost;
+    return (double)cost;
 }
 static int64_t snipi_ilp_union_surplus(const snipi_ilp_union *u) {
     int64_t gain = -u->need;
@@ -1055,17 +831,6 @@ static double snipi_ilp_union_cost(const snipi_ilp_union *u) {
     int p;
     for (p = 0; p < u->parts; p++) cost += snipi_ilp_cost(&u->part[p], u->pick[p]);
     return cost;
-}
-
-static double snipi_ilp_union_excess(const snipi_ilp_union *u) {
-    double excess = u->mu * (double)snipi_ilp_union_surplus(u);
-    int p, i;
-    for (p = 0; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        excess += (k->theta - k->mu) * (double)(snipi_ilp_gain(k, u->pick[p]) - k->need);
-        for (i = 0; i < k->n; i++) excess += snipi_ilp_reduced(k, snipi_ilp_items(k, i) + u->pick[p][i], snipi_ilp_items(k, i) + k->base[i]);
-    }
-    return excess;
 }
 
 // The LP of parts within a total: each part takes what it needs, then all take the cheapest segments that are left; mu is the slope of the
@@ -1108,40 +873,6 @@ static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
         if (!snipi_ilp_relax(run, &u->part[p])) return 0;
     }
     return 1;
-}
-
-// The best single change of pick: an upgrade, the cheapest that makes up a deficit of the total or else the largest; with no deficit, the
-// downgrade that saves most. Returns 0 if there is none.
-static int snipi_ilp_union_change(snipi_ilp_union *u, int64_t surplus) {
-    int p, i, j, part = -1, group = 0, item = 0, up = surplus < 0;
-    int64_t largest = 0;
-    double best = 0;
-    for (p = 0; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        int64_t gain = snipi_ilp_gain(k, u->pick[p]), others = surplus - (gain >> u->shift[p]);
-        for (i = 0; i < k->n; i++) {
-            const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + u->pick[p][i];
-            for (j = up ? u->pick[p][i] + 1 : 0; j < (up ? snipi_ilp_count(k, i) : u->pick[p][i]); j++) {
-                int64_t own = gain + (o[j].gain - b->gain), after = others + (own >> u->shift[p]);
-                double saved = b->cost - o[j].cost;           // negative if up
-                int better = up ? best >= 0 || saved > best : saved > best;
-                if (own < k->need || (up ? after < 0 && (best < 0 || after - surplus <= largest) : after < 0) || (after >= 0 && !better)) continue;
-                if (after >= 0) best = saved;
-                largest = after - surplus, part = p, group = i, item = j;
-            }
-        }
-    }
-    if (part >= 0) u->pick[part][group] = item;
-    return part >= 0;
-}
-
-// Meets the total from choices that meet the parts' needs, then spends the surplus.
-static void snipi_ilp_union_polish(snipi_ilp_union *u) {
-    int p, i, pass;
-    for (pass = 0; pass < 8 && snipi_ilp_union_surplus(u) < 0; pass++) (void)snipi_ilp_union_change(u, snipi_ilp_union_surplus(u));
-    for (p = 0; p < u->parts && snipi_ilp_union_surplus(u) < 0; p++)
-        for (i = 0; i < u->part[p].n; i++) u->pick[p][i] = snipi_ilp_count(&u->part[p], i) - 1;
-    for (pass = 0; pass < 8 && snipi_ilp_union_change(u, snipi_ilp_union_surplus(u)); pass++) {}
 }
 
 // Chooses a state of each list; takes it into u->pick if that is better. Returns 0 when time or memory is short.
@@ -1199,14 +930,16 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     const snipi_ilp_block *mark;
     snipi_ilp_list *list = (snipi_ilp_list *)snipi_ilp_take(run, (size_t)u->parts, sizeof *list);
     double *least = (double *)snipi_ilp_take(run, (size_t)u->parts, sizeof *least), sum = 0, window = 0;
+    int64_t surplus;
     int p, widest = 0, *trial, stopped = 0;
     for (p = 0; p < u->parts; p++)
         if (u->part[p].n > widest) widest = u->part[p].n;
     trial = (int *)snipi_ilp_take(run, (size_t)widest, sizeof *trial);
     if (!list || !least || !trial || !snipi_ilp_union_relax(run, u)) return 0;
-    for (p = 0; p < u->parts; p++) (void)snipi_ilp_greedy(&u->part[p], u->pick[p]);
-    snipi_ilp_union_polish(u);
-    *excess = snipi_ilp_union_excess(u);
+    for (p = 0, *excess = 0; p < u->parts; p++) *excess += snipi_ilp_greedy(&u->part[p], u->pick[p]);
+    surplus = snipi_ilp_union_surplus(u);
+    if (surplus < 0) return 0;                // cannot be
+    *excess += u->mu * (double)surplus;
     for (p = 0; p < u->parts; p++) {          // each part's integer bound at mu, by itself
         double over = snipi_ilp_greedy(&u->part[p], trial);
         snipi_ilp_refine(run, &u->part[p], trial, &over, &least[p]);
@@ -1216,7 +949,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     *proven = sum;
     if (window < (*excess - sum) / 1024) window = (*excess - sum) / 1024;
     for (mark = run->newest;; window *= 4) {
-        double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost), limit = cut - sum < window ? cut - sum : window;
+        double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost, 0), limit = cut - sum < window ? cut - sum : window;
         if (*proven >= cut) {
             if (!(run->rel_gap > SNIPI_ILP_PROOF)) *proven = *excess;
             return 1;
@@ -1225,7 +958,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
         for (p = 0; p < u->parts; p++) {
             double room = least[p] + limit + 0.01 * SNIPI_ILP_PROOF * cost;
             stopped = !snipi_ilp_core_make(run, &u->part[p], room, &list[p].core) ||
-                      snipi_ilp_states(run, &u->part[p], &list[p].core, room, NULL, &list[p].table) != SNIPI_ILP_DONE;
+                      !snipi_ilp_states(run, &u->part[p], &list[p].core, room, NULL, &list[p].table);
             if (stopped || !list[p].table.states) break;      // the latter: nothing of this part is within the window
         }
         if (p == u->parts) stopped = !snipi_ilp_union_choose(run, u, list, excess);
@@ -1252,22 +985,56 @@ static int snipi_ilp_split(const snip_ilp_problem *p, int stages, int *part, int
     return parts;
 }
 
-// Reads the groups of a part into k, pick to the largest gains; returns their sum.
-static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const snipi_ilp_unit *unit, snipi_ilp_power cost_scale,
+// Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1; returns the sum of the
+// groups' largest.
+static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, int *exponent) {
+    double most = 0, sum = 0, factor;
+    size_t m = 0, at = 0;
+    int i, j;
+    for (i = 0; i < n; i++) {
+        const snip_ilp_group *g = &p->groups[list[i]];
+        double least = snipi_ilp_cheapest(g);
+        for (j = 0; j < g->n_options; j++, m++) {
+            x[m] = costs ? g->options[j].cost - least : g->options[j].gain;
+            if (x[m] > most) most = x[m];
+        }
+    }
+    *exponent = snipi_ilp_exponent(most);
+    factor = ldexp(1.0, *exponent);
+    for (i = 0; i < n; i++, sum += most)
+        for (j = 0, most = 0; j < p->groups[list[i]].n_options; j++, at++) {
+            x[at] *= factor;
+            if (x[at] > most) most = x[at];
+        }
+    return sum;
+}
+
+// Steps of a lattice if their rounding is small beside the tolerance of the target; else 2^60 <= most < 2^61.
+static snipi_ilp_unit snipi_ilp_unit_of(double sum, int exponent, int n, double lattice, double error) {
+    snipi_ilp_unit u;
+    int e = 0;
+    (void)frexp(sum, &e);
+    u.exponent = exponent;
+    u.lattice = lattice > 0 && sum / lattice < 1e9 && error <= 0.05 * SNIPI_ILP_TOLERANCE * (sum / lattice);
+    u.per_unit = u.lattice ? 1 / lattice : ldexp(1.0, 61 - e);
+    u.bits = sum > 0 ? exponent + 61 - e : INT_MAX / 2;       // with nothing to count any unit will do
+    u.rounding = u.lattice ? error : 0.5 * n;
+    u.most = sum * u.per_unit;
+    return u;
+}
+
+// Fills k's items from flat costs and gains, and pick with the largest gains; returns their sum.
+static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const double *cost, const double *gain, double per_unit,
                               snipi_ilp_sack *k, int *pick) {
     int64_t most = 0;
+    size_t m = 0;
     int i, j;
     k->first[0] = 0;
     for (i = 0; i < k->n; i++) {
-        const snip_ilp_group *g = &p->groups[list[i]];
         snipi_ilp_item *o = k->items + k->first[i];
-        double least = snipi_ilp_cheapest(g);
-        for (j = 0; j < g->n_options; j++) {
-            o[j].gain = snipi_ilp_integer(unit, g->options[j].gain);
-            o[j].cost = snipi_ilp_times(g->options[j].cost - least, cost_scale);
-            o[j].option = j;
-        }
-        pick[i] = snipi_ilp_undominated(o, g->n_options) - 1;
+        for (j = 0; j < p->groups[list[i]].n_options; j++, m++)
+            o[j].gain = (int64_t)(gain[m] * per_unit + 0.5), o[j].cost = cost[m], o[j].option = j;
+        pick[i] = snipi_ilp_undominated(o, j) - 1;
         k->first[i + 1] = k->first[i] + (size_t)pick[i] + 1;
         most += o[pick[i]].gain;
     }
@@ -1276,67 +1043,70 @@ static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const 
 
 // Fills choice, *gap left between its cost and the bound, *proven. Returns 0, choice untouched, when memory is short for a start.
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
-    int stages = p->n_stages > 1 ? p->n_stages : 1, n = p->n_groups, i, q, bits, coupled;
+    int stages = p->n_stages > 1 ? p->n_stages : 1, n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent;
     int *part = (int *)snipi_ilp_take(run, (size_t)stages, sizeof *part), *order = (int *)snipi_ilp_take(run, (size_t)n, sizeof *order);
     int *start = (int *)snipi_ilp_take(run, (size_t)stages + 1, sizeof *start), *pick = (int *)snipi_ilp_take(run, (size_t)n, sizeof *pick);
     int *base = (int *)snipi_ilp_take(run, (size_t)n, sizeof *base);
-    double *target = (double *)snipi_ilp_take(run, (size_t)stages, sizeof *target), step, left = 0, excess, bound;
-    size_t *first = (size_t *)snipi_ilp_take(run, (size_t)n + (size_t)stages, sizeof *first), options = 0;
+    double *target = (double *)snipi_ilp_take(run, (size_t)stages, sizeof *target), *cost, *gain;
+    double lattice = 0, error = 0, total, left = 0, excess, bound;
+    size_t *first = (size_t *)snipi_ilp_take(run, (size_t)n + (size_t)stages, sizeof *first), options = 0, read = 0, kept = 0;
     snipi_ilp_item *items;
     snipi_ilp_union u;
-    snipi_ilp_values costs, gains;
     snipi_ilp_unit all, unit;
-    snipi_ilp_sum sum = {0, 0};
+    long double sum = 0;
     int64_t most = 0;
     for (i = 0; i < n; i++) options += (size_t)p->groups[i].n_options;
     items = (snipi_ilp_item *)snipi_ilp_take(run, options, sizeof *items);
     u.part = (snipi_ilp_sack *)snipi_ilp_take(run, (size_t)stages, sizeof *u.part);
     u.pick = (int **)snipi_ilp_take(run, (size_t)stages, sizeof *u.pick);
     u.shift = (int *)snipi_ilp_take(run, (size_t)stages, sizeof *u.shift);
-    if (!part || !order || !start || !pick || !base || !target || !first || !items || !u.part || !u.pick || !u.shift) return 0;
+    cost = (double *)snipi_ilp_take(run, options, sizeof *cost);
+    gain = (double *)snipi_ilp_take(run, options, sizeof *gain);
+    if (!part || !order || !start || !pick || !base || !target || !first || !items || !u.part || !u.pick || !u.shift || !cost || !gain) return 0;
     u.parts = snipi_ilp_split(p, stages, part, order, start, target);
-    for (q = 0; q < u.parts; q++) snipi_ilp_add(&sum, target[q]);
-    coupled = p->total_target > snipi_ilp_total(&sum);        // else the stages imply the total
+    for (q = 0; q < u.parts; q++) sum += target[q];
+    coupled = p->total_target > sum;          // else the stages imply the total
     if (coupled && u.parts == 1) target[0] = p->total_target, coupled = 0;
-    costs = snipi_ilp_values_of(p, order, n, 1);
-    run->cost_step = snipi_ilp_cost_step(&costs);
-    gains = snipi_ilp_values_of(p, order, n, 0);
-    step = coupled ? snipi_ilp_common_unit(&gains) : 0;
-    for (q = 0; q < u.parts && step > 0; q++)                 // a total needs one lattice for all parts
-        if (!snipi_ilp_unit_of(p, order + start[q], start[q + 1] - start[q], step, &gains).lattice) step = 0;
-    all = snipi_ilp_unit_of(p, order, n, step, &gains);
-    if (!all.lattice) step = 0;
+    (void)snipi_ilp_flatten(p, order, n, 1, cost, &cost_exponent);
+    run->cost_step = snipi_ilp_common_unit(cost, options, &error);
+    if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step
+    total = snipi_ilp_flatten(p, order, n, 0, gain, &exponent);
+    if (coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
+    for (q = 0; q < u.parts && coupled; q++) {                // a total needs one lattice, fine enough for every part
+        double reach = snipi_ilp_flatten(p, order + start[q], start[q + 1] - start[q], 0, gain, &i);
+        if (!snipi_ilp_unit_of(ldexp(reach, exponent - i), exponent, n, lattice, error).lattice && reach > 0) lattice = 0;
+    }
+    all = snipi_ilp_unit_of(total, exponent, n, lattice, error);
     bits = all.bits;
-    for (q = 0, options = 0; q < u.parts; q++) {
+    for (q = 0; q < u.parts; q++) {
         snipi_ilp_sack *k = &u.part[q];
-        int64_t reach;
+        double reach;
         memset(k, 0, sizeof *k);
         k->n = start[q + 1] - start[q];
-        k->items = items + options;
+        k->items = items + kept;
         k->first = first + start[q] + q;
         k->base = base + start[q];
         u.pick[q] = pick + start[q];
-        if (!coupled) {
-            gains = snipi_ilp_values_of(p, order + start[q], k->n, 0);
-            step = snipi_ilp_common_unit(&gains);
-        }
-        unit = snipi_ilp_unit_of(p, order + start[q], k->n, step, &gains);
-        reach = snipi_ilp_read(p, order + start[q], &unit, costs.scale, k, u.pick[q]);
-        k->need = snipi_ilp_need(&unit, target[q], reach);
+        for (i = 0, options = 0; i < k->n; i++) options += (size_t)p->groups[order[start[q] + i]].n_options;
+        reach = snipi_ilp_flatten(p, order + start[q], k->n, 0, gain, &exponent);
+        if (!coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
+        unit = snipi_ilp_unit_of(reach, exponent, k->n, coupled ? ldexp(lattice, exponent - all.exponent) : lattice, error);
+        most = snipi_ilp_read(p, order + start[q], cost + read, gain, unit.per_unit, k, u.pick[q]);
+        k->need = snipi_ilp_need(&unit, target[q], most);
         u.shift[q] = unit.bits;
         if (unit.bits < bits) bits = unit.bits;
-        options += k->first[k->n];
+        read += options;
+        kept += k->first[k->n];
     }
+    snipi_ilp_give(run, gain);
+    snipi_ilp_give(run, cost);
     *proven = 1;
     if (coupled) {
-        for (q = 0; q < u.parts; q++) {       // the total is counted in the coarsest unit, the parts' sums rounded down to it
+        for (q = 0, most = 0; q < u.parts; q++) {             // the total is counted in the coarsest unit, parts rounded down to it
             u.shift[q] = all.lattice ? 0 : u.shift[q] - bits < 62 ? u.shift[q] - bits : 62;
             most += snipi_ilp_gain(&u.part[q], u.pick[q]) >> u.shift[q];
         }
-        if (!all.lattice) {
-            double factor = ldexp(1.0, bits - all.bits);
-            all.per_unit *= factor, all.most *= factor, all.rounding += u.parts;
-        }
+        if (!all.lattice) all.per_unit *= ldexp(1.0, bits - all.bits), all.most *= ldexp(1.0, bits - all.bits), all.rounding += u.parts;
         u.need = snipi_ilp_need(&all, p->total_target, most);
         if (!snipi_ilp_union_solve(run, &u, &excess, &bound)) excess = snipi_ilp_union_cost(&u), bound = 0;
         *proven = bound >= excess;
@@ -1346,7 +1116,7 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
         if (bound < excess) *proven = 0;
         left += excess - bound;
     }
-    *gap = ldexp(left, -costs.scale.exponent);
+    *gap = ldexp(left, -cost_exponent);
     for (q = 0; q < u.parts; q++)
         for (i = start[q]; i < start[q + 1]; i++) choice[order[i]] = snipi_ilp_items(&u.part[q], i - start[q])[pick[i]].option;
     return 1;
@@ -1355,7 +1125,7 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
 snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_params *params, int *choice, snip_ilp_result *result) {
     snip_ilp_params use = {0, 0, 0};
     snipi_ilp_run run;
-    snipi_ilp_sum cost = {0, 0}, gain = {0, 0}, least = {0, 0};
+    long double cost = 0, gain = 0, least = 0;
     double gap = 0, shortfall;
     int i, proven = 1;
     if (params) use = *params;
@@ -1377,14 +1147,12 @@ snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_p
     snipi_ilp_give_since(&run, NULL);
     for (i = 0; i < problem->n_groups; i++) {
         const snip_ilp_group *g = &problem->groups[i];
-        snipi_ilp_add(&cost, g->options[choice[i]].cost);
-        snipi_ilp_add(&gain, g->options[choice[i]].gain);
-        snipi_ilp_add(&least, snipi_ilp_cheapest(g));
+        cost += g->options[choice[i]].cost, gain += g->options[choice[i]].gain, least += snipi_ilp_cheapest(g);
     }
     if (result) {
-        result->cost = snipi_ilp_total(&cost);
-        result->gain = snipi_ilp_total(&gain);
-        result->bound = snipi_ilp_total(&least);
+        result->cost = (double)cost;
+        result->gain = (double)gain;
+        result->bound = (double)least;
         if (result->cost - gap > result->bound) result->bound = result->cost - gap;
         if (proven || result->bound > result->cost) result->bound = result->cost;
         result->nodes = run.nodes;
