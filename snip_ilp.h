@@ -113,7 +113,6 @@ extern "C" {
 #define SNIPI_ILP_HUGE (DBL_MAX / 4)          // stands for infinity, which -Ofast does not know
 
 typedef struct snipi_ilp_block { struct snipi_ilp_block *older, *newer; size_t bytes, unused; } snipi_ilp_block;
-
 typedef struct {
     snipi_ilp_block *newest;
     size_t used, limit;
@@ -122,7 +121,6 @@ typedef struct {
     int64_t nodes;
     int late;
 } snipi_ilp_run;
-
 static double snipi_ilp_clock(void) {
 #if defined(SNIP_ILP_CLOCK)
     return SNIP_ILP_CLOCK();
@@ -138,7 +136,6 @@ static double snipi_ilp_clock(void) {
     return (double)clock() / CLOCKS_PER_SEC;
 #endif
 }
-
 static int snipi_ilp_late(snipi_ilp_run *run) {
     if (!run->late && run->deadline > 0 && snipi_ilp_clock() >= run->deadline) run->late = 1;
     return run->late;
@@ -158,16 +155,15 @@ static void *snipi_ilp_take(snipi_ilp_run *run, size_t count, size_t size) {
     run->used += b->bytes;
     return b + 1;
 }
-
 static void snipi_ilp_give(snipi_ilp_run *run, void *pointer) {
-    snipi_ilp_block *b = (snipi_ilp_block *)pointer - 1;
+    snipi_ilp_block *b;
     if (!pointer) return;
+    b = (snipi_ilp_block *)pointer - 1;
     if (b->newer) b->newer->older = b->older; else run->newest = b->older;
     if (b->older) b->older->newer = b->newer;
     run->used -= b->bytes;
     SNIP_ILP_FREE(b);
 }
-
 static void snipi_ilp_give_since(snipi_ilp_run *run, const snipi_ilp_block *mark) {
     while (run->newest != mark) snipi_ilp_give(run, run->newest + 1);
 }
@@ -179,7 +175,6 @@ static int snipi_ilp_finite(double x) {       // by bits: -Ofast takes it for gr
     memcpy(&bits, &x, sizeof bits);
     return ((bits >> 52) & 0x7ff) != 0x7ff;
 }
-
 static int snipi_ilp_problem_ok(const snip_ilp_problem *p) {
     int i, j;
     if (!p || p->n_groups < 0 || p->n_stages < 0 || (p->n_groups > 0 && !p->groups) || !snipi_ilp_finite(p->total_target)) return 0;
@@ -195,7 +190,6 @@ static int snipi_ilp_problem_ok(const snip_ilp_problem *p) {
     }
     return 1;
 }
-
 static double snipi_ilp_cheapest(const snip_ilp_group *g) {
     double least = g->options[0].cost;
     int j;
@@ -203,7 +197,6 @@ static double snipi_ilp_cheapest(const snip_ilp_group *g) {
         if (g->options[j].cost < least) least = g->options[j].cost;
     return least;
 }
-
 static int snipi_ilp_largest(const snip_ilp_group *g) {        // the option of largest gain, of equals the cheapest
     int j, best = 0;
     for (j = 1; j < g->n_options; j++) {
@@ -212,7 +205,6 @@ static int snipi_ilp_largest(const snip_ilp_group *g) {        // the option of 
     }
     return best;
 }
-
 static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
     return p->stage_target && stage < p->n_stages && p->stage_target[stage] > 0 ? p->stage_target[stage] : 0;
 }
@@ -247,7 +239,6 @@ static int snipi_ilp_exponent(double most) {
     if (most > 0) (void)frexp(most, &e);
     return e > 1000 ? -1000 : e < -1000 ? 1000 : -e;
 }
-
 static double snipi_ilp_off_lattice(double q) { return fabs(q - floor(q + 0.5)); }
 
 // The unit of which all values are multiples, or 0, by Euclid's algorithm on rounded numbers. It is snapped to a fraction of the largest
@@ -273,13 +264,11 @@ static double snipi_ilp_common_unit(const double *x, size_t n, double *error) {
     for (i = 0, *error = 0; i < n && unit > 0; i++) *error += snipi_ilp_off_lattice(x[i] / unit);
     return unit;
 }
-
 typedef struct {                  // integer = round(gain * 2^exponent * per_unit)
     int exponent, lattice, bits;  // off a lattice, integer = round(gain * 2^bits)
     double per_unit, most;        // most: sum of the groups' largest gains, in units
     double rounding;              // how far the integer sum of a choice may be off
 } snipi_ilp_unit;
-
 static double snipi_ilp_units(const snipi_ilp_unit *u, double gain) { return ldexp(gain, u->exponent) * u->per_unit; }
 
 // The least integer sum sure to be within the tolerance of the target, but none that keeps out a choice that truly meets it.
@@ -294,7 +283,6 @@ static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t mo
 
 typedef struct { int64_t gain; double cost; int option; } snipi_ilp_item;
 typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a lower convex hull, ending at item
-
 typedef struct {
     int n;                        // groups
     size_t *first;                // (n + 1) group i owns items first[i] .. first[i+1]-1
@@ -307,10 +295,8 @@ typedef struct {
     int64_t lack;                 // need minus the gain of base
     double theta, base_cost;      // the LP's multiplier, >= mu
 } snipi_ilp_sack;
-
 static snipi_ilp_item *snipi_ilp_items(const snipi_ilp_sack *k, int group) { return k->items + k->first[group]; }
 static int snipi_ilp_count(const snipi_ilp_sack *k, int group) { return (int)(k->first[group + 1] - k->first[group]); }
-
 static int snipi_ilp_item_before(const snipi_ilp_item *x, const snipi_ilp_item *y) {
     return x->gain != y->gain ? x->gain < y->gain : x->cost < y->cost || (x->cost <= y->cost && x->option < y->option);
 }
@@ -359,20 +345,25 @@ static size_t snipi_ilp_segments(const snipi_ilp_sack *k, snipi_ilp_segment *s) 
     }
     return m;
 }
-
 static void snipi_ilp_swap(snipi_ilp_segment *a, snipi_ilp_segment *b) {
     snipi_ilp_segment t = *a;
     *a = *b;
     *b = t;
 }
-static void snipi_ilp_sort(snipi_ilp_segment *s, size_t n) {                  // Shell sort again
+static double snipi_ilp_key(const char *p) {
+    double key;
+    memcpy(&key, p, sizeof key);
+    return key;
+}
+// Shell sort of structs that start with a double, by that.
+static void snipi_ilp_sort(void *array, size_t n, size_t size) {
+    char *a = (char *)array, held[64];
     size_t gap, i, j;
     for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? gap * 5 / 11 : gap / 2)
         for (i = gap; i < n; i++) {
-            snipi_ilp_segment x = s[i];
-            for (j = i; j >= gap && (x.slope < s[j - gap].slope || (x.slope <= s[j - gap].slope && x.group < s[j - gap].group)); j -= gap)
-                s[j] = s[j - gap];
-            s[j] = x;
+            memcpy(held, a + i * size, size);
+            for (j = i; j >= gap && snipi_ilp_key(held) < snipi_ilp_key(a + (j - gap) * size); j -= gap) memcpy(a + j * size, a + (j - gap) * size, size);
+            memcpy(a + j * size, held, size);
         }
 }
 
@@ -397,7 +388,7 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
         need -= equal;
         low = more;
     }
-    if (high - low <= 24) snipi_ilp_sort(s + low, high - low);
+    if (high - low <= 24) snipi_ilp_sort(s + low, high - low, sizeof *s);
     for (i = low; i < high && s[i].gain < need; i++) need -= s[i].gain;
     return i;
 }
@@ -437,7 +428,6 @@ static double snipi_ilp_reduced(const snipi_ilp_sack *k, const snipi_ilp_item *o
     double r = (o->cost - base->cost) - k->theta * (double)(o->gain - base->gain);
     return r > 0 ? r : 0;
 }
-
 static double snipi_ilp_lp_cost(const snipi_ilp_sack *k) { return k->spent + k->base_cost + (k->lack > 0 ? k->theta * (double)k->lack : 0); }
 
 // How much cheaper a choice must be to count as better than one of this cost. With mu it is not the cost alone that counts, and no step.
@@ -486,17 +476,6 @@ typedef struct {
     size_t segments[2];           // up, for a lack of gain, and down, for a surplus:
     snipi_ilp_segment *side[2];   // hulls of reduced cost over gain won or given up, by slope; group is the row, item the move
 } snipi_ilp_core;
-
-static void snipi_ilp_sort_rows(snipi_ilp_row *r, int n) {
-    int gap, i, j;
-    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? (int)(gap * 5L / 11) : gap / 2)
-        for (i = gap; i < n; i++) {
-            snipi_ilp_row x = r[i];
-            for (j = i; j >= gap && x.key < r[j - gap].key; j -= gap) r[j] = r[j - gap];
-            r[j] = x;
-        }
-}
-
 static void snipi_ilp_core_hull(snipi_ilp_core *c, int row, int down) {
     const snipi_ilp_row *r = &c->row[row];
     const snipi_ilp_move *o = c->move + r->first;
@@ -550,10 +529,10 @@ static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, doub
         for (down = 0; down < 2; down++) c->side[down] = (snipi_ilp_segment *)snipi_ilp_take(run, m + 1, sizeof *c->side[down]);
         if (!c->row || !c->move || !c->side[0] || !c->side[1]) return 0;
     }
-    snipi_ilp_sort_rows(c->row, c->rows);
+    snipi_ilp_sort(c->row, (size_t)c->rows, sizeof *c->row);
     for (down = 0; down < 2; down++) {
         for (i = 0; i < c->rows; i++) snipi_ilp_core_hull(c, i, down);
-        snipi_ilp_sort(c->side[down], c->segments[down]);
+        snipi_ilp_sort(c->side[down], c->segments[down], sizeof **c->side);
     }
     return 1;
 }
@@ -579,13 +558,11 @@ static double snipi_ilp_guess(const snipi_ilp_sack *k) {
 // >>curve: the LP bound of the rows not yet decided, as a function of the gain still lacking (negative: a surplus)
 
 typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // sums up to and including a segment, and its slope
-
 typedef struct {
     double price;                     // theta - mu, for each unit of gain beyond need
     snipi_ilp_point *side[2];
     size_t points[2], at[2];          // at: the point of the last question; questions come with rising lack
 } snipi_ilp_curve;
-
 // For rows from row on, and lacks up to reach[0] and surpluses up to reach[1].
 static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, const int64_t *reach, snipi_ilp_curve *v) {
     int down;
@@ -642,16 +619,13 @@ static void snipi_ilp_complete(const snipi_ilp_core *c, int row, int down, size_
 
 typedef struct { int64_t gain; double cost; int parent, move; } snipi_ilp_state;
 typedef struct { int parent, move; } snipi_ilp_step;      // parent: the step of the row before
-
 typedef struct {
     snipi_ilp_state *state;           // of the last row
     int states;
     snipi_ilp_step *step;             // of all rows; those of the last row start at last
     size_t steps, room, last;
 } snipi_ilp_table;
-
 typedef struct { double excess; int found, row, parent, move, down; size_t segments; } snipi_ilp_best;   // a state, and its completion
-
 static int snipi_ilp_remember(snipi_ilp_run *run, snipi_ilp_table *t) {
     int i;
     if (t->steps + (size_t)t->states > t->room) {
@@ -670,12 +644,10 @@ static int snipi_ilp_remember(snipi_ilp_run *run, snipi_ilp_table *t) {
 
 // Merges two lists, keeping of no higher gain only what is cheaper.
 static int snipi_ilp_merge(const snipi_ilp_state *a, int na, const snipi_ilp_state *b, int nb, snipi_ilp_state *out) {
-    const snipi_ilp_state *a_end = a + na, *b_end = b + nb, *s;
     double least = SNIPI_ILP_HUGE;
-    int n = 0;
-    while (a < a_end || b < b_end) {
-        if (b == b_end || (a < a_end && (a->gain > b->gain || (a->gain == b->gain && a->cost <= b->cost)))) s = a++;
-        else s = b++;
+    int i = 0, j = 0, n = 0;
+    while (i < na || j < nb) {
+        const snipi_ilp_state *s = j == nb || (i < na && (a[i].gain > b[j].gain || (a[i].gain == b[j].gain && a[i].cost <= b[j].cost))) ? &a[i++] : &b[j++];
         if (s->cost < least) least = s->cost, out[n++] = *s;
     }
     return n;
@@ -798,7 +770,6 @@ static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k, int *pick, do
 // choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind.
 
 typedef struct { snipi_ilp_core core; snipi_ilp_table table; } snipi_ilp_list;
-
 typedef struct {
     int parts;
     snipi_ilp_sack *part;
@@ -807,7 +778,6 @@ typedef struct {
     int64_t need;                     // of the total
     double mu;
 } snipi_ilp_union;
-
 static int64_t snipi_ilp_gain(const snipi_ilp_sack *k, const int *pick) {
     int64_t gain = 0;
     int i;
@@ -969,22 +939,6 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
 
 // >>solve: from the caller's problem to knapsacks and back
 
-// Sorts the groups into parts that share no target but the total; all stages without a target are one. order: (n_groups) the groups by
-// part, start: (stages + 1), target: (stages). Returns how many parts there are.
-static int snipi_ilp_split(const snip_ilp_problem *p, int stages, int *part, int *order, int *start, double *target) {
-    int i, parts = 0, without = -1;
-    for (i = 0; i < stages; i++) {
-        if (snipi_ilp_stage_target(p, i) > 0 || without < 0) target[parts++] = snipi_ilp_stage_target(p, i);
-        part[i] = snipi_ilp_stage_target(p, i) > 0 || without < 0 ? parts - 1 : without;
-        if (!(snipi_ilp_stage_target(p, i) > 0)) without = part[i];
-    }
-    memset(start, 0, ((size_t)stages + 1) * sizeof *start);
-    for (i = 0; i < p->n_groups; i++) start[part[p->groups[i].stage]]++;
-    for (i = 1; i <= parts; i++) start[i] += start[i - 1];
-    for (i = p->n_groups - 1; i >= 0; i--) order[--start[part[p->groups[i].stage]]] = i;
-    return parts;
-}
-
 // Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1; returns the sum of the
 // groups' largest.
 static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, int *exponent) {
@@ -1043,11 +997,11 @@ static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const 
 
 // Fills choice, *gap left between its cost and the bound, *proven. Returns 0, choice untouched, when memory is short for a start.
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
-    int stages = p->n_stages > 1 ? p->n_stages : 1, n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent;
-    int *part = (int *)snipi_ilp_take(run, (size_t)stages, sizeof *part), *order = (int *)snipi_ilp_take(run, (size_t)n, sizeof *order);
+    int stages = p->n_stages > 1 ? p->n_stages : 1, n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0;
+    int *order = (int *)snipi_ilp_take(run, (size_t)n, sizeof *order);
     int *start = (int *)snipi_ilp_take(run, (size_t)stages + 1, sizeof *start), *pick = (int *)snipi_ilp_take(run, (size_t)n, sizeof *pick);
     int *base = (int *)snipi_ilp_take(run, (size_t)n, sizeof *base);
-    double *target = (double *)snipi_ilp_take(run, (size_t)stages, sizeof *target), *cost, *gain;
+    double *cost, *gain;
     double lattice = 0, error = 0, total, left = 0, excess, bound;
     size_t *first = (size_t *)snipi_ilp_take(run, (size_t)n + (size_t)stages, sizeof *first), options = 0, read = 0, kept = 0;
     snipi_ilp_item *items;
@@ -1062,11 +1016,14 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     u.shift = (int *)snipi_ilp_take(run, (size_t)stages, sizeof *u.shift);
     cost = (double *)snipi_ilp_take(run, options, sizeof *cost);
     gain = (double *)snipi_ilp_take(run, options, sizeof *gain);
-    if (!part || !order || !start || !pick || !base || !target || !first || !items || !u.part || !u.pick || !u.shift || !cost || !gain) return 0;
-    u.parts = snipi_ilp_split(p, stages, part, order, start, target);
-    for (q = 0; q < u.parts; q++) sum += target[q];
-    coupled = p->total_target > sum;          // else the stages imply the total
-    if (coupled && u.parts == 1) target[0] = p->total_target, coupled = 0;
+    if (!order || !start || !pick || !base || !first || !items || !u.part || !u.pick || !u.shift || !cost || !gain) return 0;
+    for (q = 0; q < stages; q++) sum += snipi_ilp_stage_target(p, q), targets += snipi_ilp_stage_target(p, q) > 0;
+    coupled = p->total_target > sum && stages > 1 && targets; // else the stages imply the total, or it is all there is
+    u.parts = targets ? stages : 1;
+    memset(start, 0, ((size_t)stages + 1) * sizeof *start);
+    for (i = 0; i < n; i++) start[targets ? p->groups[i].stage : 0]++;
+    for (q = 1; q <= u.parts; q++) start[q] += start[q - 1];
+    for (i = n - 1; i >= 0; i--) order[--start[targets ? p->groups[i].stage : 0]] = i;
     (void)snipi_ilp_flatten(p, order, n, 1, cost, &cost_exponent);
     run->cost_step = snipi_ilp_common_unit(cost, options, &error);
     if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step
@@ -1080,7 +1037,8 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     bits = all.bits;
     for (q = 0; q < u.parts; q++) {
         snipi_ilp_sack *k = &u.part[q];
-        double reach;
+        double reach, target = snipi_ilp_stage_target(p, q);
+        if (u.parts == 1 && p->total_target > target) target = p->total_target;
         memset(k, 0, sizeof *k);
         k->n = start[q + 1] - start[q];
         k->items = items + kept;
@@ -1092,7 +1050,7 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
         if (!coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
         unit = snipi_ilp_unit_of(reach, exponent, k->n, coupled ? ldexp(lattice, exponent - all.exponent) : lattice, error);
         most = snipi_ilp_read(p, order + start[q], cost + read, gain, unit.per_unit, k, u.pick[q]);
-        k->need = snipi_ilp_need(&unit, target[q], most);
+        k->need = snipi_ilp_need(&unit, target, most);
         u.shift[q] = unit.bits;
         if (unit.bits < bits) bits = unit.bits;
         read += options;
