@@ -130,7 +130,7 @@ static inline float llama_dot(const float *a, const float *b, int64_t n) {
     int64_t i = 0;
     for (; i + LLAMA_LANES <= n; i += LLAMA_LANES)
         for (int j = 0; j < LLAMA_LANES; j++) acc[j] += a[i + j] * b[i + j];
-    for (int j = 0; i < n; i++, j++) acc[j] += a[i] * b[i];
+    for (int j = 0; j < LLAMA_LANES && i + j < n; j++) acc[j] += a[i + j] * b[i + j];
     return llama_sum_lanes(acc);
 }
 static inline float llama_sum(const float *a, int64_t n) {
@@ -138,7 +138,7 @@ static inline float llama_sum(const float *a, int64_t n) {
     int64_t i = 0;
     for (; i + LLAMA_LANES <= n; i += LLAMA_LANES)
         for (int j = 0; j < LLAMA_LANES; j++) acc[j] += a[i + j];
-    for (int j = 0; i < n; i++, j++) acc[j] += a[i];
+    for (int j = 0; j < LLAMA_LANES && i + j < n; j++) acc[j] += a[i + j];
     return llama_sum_lanes(acc);
 }
 static inline float llama_max(const float *a, int64_t n) {
@@ -373,7 +373,7 @@ static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, co
         int64_t i = 0;
         for (; i + LLAMA_LANES <= d; i += LLAMA_LANES)
             for (int j = 0; j < LLAMA_LANES; j++) acc[j] += dy[i + j] * w[i + j] * xr[i + j];
-        for (int j = 0; i < d; i++, j++) acc[j] += dy[i] * w[i] * xr[i];
+        for (int j = 0; j < LLAMA_LANES && i + j < d; j++) acc[j] += dy[i + j] * w[i + j] * xr[i + j];
         float mean = llama_sum_lanes(acc) * s * s * s / (float)d;
         for (i = 0; i < d; i++) dx[r * d + i] += dy[i] * w[i] * s - xr[i] * mean;
     }
@@ -507,17 +507,27 @@ static inline void llama_add(float *out, const float *a, const float *b, int64_t
         for (int64_t i = r * d; i < (r + 1) * d; i++) out[i] = a[i] + b[i];
 }
 
+static inline snip_operand llama_operand(const float *x, int64_t ld, int transposed) {
+    static const snip_recipe f32 = SNIP_RECIPE_F32;
+    snip_operand o;
+    memset(&o, 0, sizeof o);
+    o.recipe = &f32;
+    o.codes = x;
+    o.ld = ld;
+    o.transposed = transposed;
+    return o;
+}
+
 // Output layer and cross-entropy, in pieces of head_chunk rows: *loss gets the sum over the rows. With
 // grad_scale != 0 the gradient of grad_scale * sum is taken at once: into g->dn, and into the output weights'.
 static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t R, float grad_scale, double *loss) {
-    static const snip_recipe f32 = SNIP_RECIPE_F32;
     int64_t V = g->config.vocab, d = g->config.dim;
     const llama_tensor *t = &g->tensors[g->output];
     const float *w = g->params + t->offset;
     for (int64_t r0 = 0; r0 < R; r0 += g->head_chunk) {
         int64_t m = R - r0 < g->head_chunk ? R - r0 : g->head_chunk;
         float *logits = g->logits;
-        snip_operand n = { &f32, g->n + r0 * d, NULL, d, 0 }, wt = { &f32, w, NULL, d, 0 };
+        snip_operand n = llama_operand(g->n + r0 * d, d, 0), wt = llama_operand(w, d, 0);
         snip_status st = snip_gemm(m, V, d, &n, &wt, logits, V, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
         if (st) return st;
         LLAMA_OMP(parallel for schedule(static))
@@ -533,7 +543,7 @@ static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t R
             row[y] -= grad_scale;
         }
         if (grad_scale == 0.0f) continue;
-        snip_operand dl = { &f32, logits, NULL, V, 0 }, wk = { &f32, w, NULL, d, 1 };
+        snip_operand dl = llama_operand(logits, V, 0), wk = llama_operand(w, d, 1);
         st = snip_gemm(m, d, V, &dl, &wk, g->dn + r0 * d, d, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
         if (st) return st;
         dl.transposed = n.transposed = 1;
