@@ -845,6 +845,30 @@ static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
     return 1;
 }
 
+// Takes cheaper items, group after group, as far as the surplus allows; returns the change of the excess.
+static double snipi_ilp_union_spend(const snipi_ilp_union *u) {
+    int64_t before = snipi_ilp_union_surplus(u), surplus = before;
+    double change = 0;
+    int p, i, j;
+    for (p = 0; p < u->parts; p++) {
+        const snipi_ilp_sack *k = &u->part[p];
+        int64_t gain = snipi_ilp_gain(k, u->pick[p]), others = surplus - (gain >> u->shift[p]);
+        for (i = 0; i < k->n; i++) {
+            const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + u->pick[p][i];
+            for (j = 0; j < u->pick[p][i]; j++) {
+                int64_t left = gain - b->gain + o[j].gain;
+                if (left < k->need || others + (left >> u->shift[p]) < 0) continue;
+                change += snipi_ilp_reduced(k, &o[j], o + k->base[i]) - snipi_ilp_reduced(k, b, o + k->base[i]);
+                change += (k->theta - k->mu) * (double)(left - gain);
+                gain = left;
+                u->pick[p][i] = j;
+                break;
+            }
+        }
+        surplus = others + (gain >> u->shift[p]);
+    }
+    return change + u->mu * (double)(surplus - before);
+}
 // Chooses a state of each list; takes it into u->pick if that is better. Returns 0 when time or memory is short.
 static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const snipi_ilp_list *list, double *excess) {
     snipi_ilp_sack top;
@@ -909,7 +933,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     for (p = 0, *excess = 0; p < u->parts; p++) *excess += snipi_ilp_greedy(&u->part[p], u->pick[p]);
     surplus = snipi_ilp_union_surplus(u);
     if (surplus < 0) return 0;                // cannot be
-    *excess += u->mu * (double)surplus;
+    *excess += u->mu * (double)surplus + snipi_ilp_union_spend(u);
     for (p = 0; p < u->parts; p++) {          // each part's integer bound at mu, by itself
         double over = snipi_ilp_greedy(&u->part[p], trial);
         snipi_ilp_refine(run, &u->part[p], trial, &over, &least[p]);
@@ -1034,6 +1058,7 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
         if (!snipi_ilp_unit_of(ldexp(reach, exponent - i), exponent, n, lattice, error).lattice && reach > 0) lattice = 0;
     }
     all = snipi_ilp_unit_of(total, exponent, n, lattice, error);
+    if (!all.lattice) lattice = 0;
     bits = all.bits;
     for (q = 0; q < u.parts; q++) {
         snipi_ilp_sack *k = &u.part[q];

@@ -1,6 +1,7 @@
 /* Tests of snip_ilp.h. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure.
 
-   test_ilp [--instances N] [--seed N]     how many random instances are solved by brute force (default 150000) */
+   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (150000) and by dynamic
+                                                         programming over a lattice (300) */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -292,14 +293,325 @@ static void test_brute_force(long instances, uint64_t seed) {
     printf("brute force: %ld instances, %ld feasible\n", instances, optimal);
 }
 
+// ---------------------------------------------------------------------------------------------------------------- larger, by lattice
+
+// Integer gains: the least cost for each sum of gains of a stage, capped at its need; then the same over the stages for the total.
+static double lattice_dp(const snip_ilp_problem *p) {
+    enum { MOST = 4000 };
+    int stages = p->n_stages, s, i, j, w, v, total = p->total_target > 0 ? (int)p->total_target : 0;
+    double *all = (double *)malloc((MOST + 1) * sizeof *all), *one = (double *)malloc((MOST + 1) * sizeof *one);
+    double *next = (double *)malloc((MOST + 1) * sizeof *next), best;
+    for (w = 0; w <= MOST; w++) all[w] = w ? DBL_MAX : 0;
+    for (s = 0; s < stages; s++) {
+        for (w = 0; w <= MOST; w++) one[w] = w ? DBL_MAX : 0;
+        for (i = 0; i < p->n_groups; i++) {
+            const snip_ilp_group *g = &p->groups[i];
+            if (g->stage != s) continue;
+            for (w = 0; w <= MOST; w++) next[w] = DBL_MAX;
+            for (w = 0; w <= MOST; w++)
+                for (j = 0; j < g->n_options && one[w] < DBL_MAX; j++) {
+                    v = w + (int)g->options[j].gain;
+                    if (v > MOST) v = MOST;
+                    if (one[w] + g->options[j].cost < next[v]) next[v] = one[w] + g->options[j].cost;
+                }
+            memcpy(one, next, (MOST + 1) * sizeof *one);
+        }
+        for (w = 0; w <= MOST; w++) next[w] = DBL_MAX;
+        for (w = 0; w <= MOST; w++)
+            for (v = (int)p->stage_target[s]; v <= MOST && all[w] < DBL_MAX; v++)
+                if (one[v] < DBL_MAX && all[w] + one[v] < next[w + v < MOST ? w + v : MOST]) next[w + v < MOST ? w + v : MOST] = all[w] + one[v];
+        memcpy(all, next, (MOST + 1) * sizeof *all);
+    }
+    for (w = total, best = DBL_MAX; w <= MOST; w++)
+        if (all[w] < best) best = all[w];
+    free(all);
+    free(one);
+    free(next);
+    return best;
+}
+
+// Up to 120 groups and 60 options with integer gains and costs of several kinds; sums of gains stay below 4000.
+static instance lattice_instance(void) {
+    int n = 20 + below(101), k = below(4) ? 2 + below(7) : 40 + below(21), stages = 1 + below(4), kind = below(5), i, j, s;
+    instance x = instance_new(n, n * k, stages);
+    double most[4] = {0}, all = 0;
+    for (i = 0; i < n; i++) {
+        x.group[i].options = x.option + i * k;
+        x.group[i].n_options = k;
+        x.group[i].stage = below(stages);
+        for (j = 0; j < k; j++) {
+            snip_ilp_option *o = &x.option[i * k + j];
+            o->gain = below(32);
+            o->cost = kind == 0 ? below(100) : kind == 1 ? uniform() : kind == 2 ? o->gain + 10 * (o->gain > 0) : kind == 3 ? o->gain
+                    : o->gain * (1 + 0.1 * uniform());
+        }
+        most[x.group[i].stage] += group_max(&x.group[i]);
+    }
+    for (s = 0; s < stages; s++) {
+        x.target[s] = below(3) ? floor(most[s] * uniform()) : 0;
+        all += most[s];
+    }
+    if (below(2)) x.p.total_target = floor(all * (0.3 + 0.7 * uniform()));
+    return x;
+}
+
+static void test_lattice(int instances) {
+    int i, choice[128];
+    what = "lattice";
+    for (i = 0; i < instances; i++) {
+        instance x;
+        double best;
+        snip_ilp_result r;
+        snip_ilp_status status;
+        rng_state = instance_seed = 1000 + (uint64_t)i;
+        x = lattice_instance();
+        best = lattice_dp(&x.p);
+        status = snip_ilp_solve(&x.p, NULL, choice, &r);
+        CHECK(status == SNIP_ILP_OPTIMAL);
+        check_answer(&x.p, status, choice, &r);
+        CHECK(fabs(r.cost - best) <= 1e-11 * best);
+        instance_free(&x);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- limits
+
+// SNIP-like: n groups of k options, stages with targets, a total beyond them, real numbers; subset: cost = gain, which is hard.
+static instance real_instance(int n, int k, int stages, int subset) {
+    instance x = instance_new(n, n * k, stages);
+    int i, j;
+    for (i = 0; i < n; i++) {
+        double size = exp(2 * uniform()), worth = exp(6 * uniform());
+        x.group[i].options = x.option + (size_t)i * (size_t)k;
+        x.group[i].n_options = k;
+        x.group[i].stage = (int)((int64_t)i * stages / n);
+        for (j = 0; j < k; j++) {
+            snip_ilp_option *o = &x.option[(size_t)i * (size_t)k + (size_t)j];
+            o->gain = subset ? uniform() : size * j * (1 + 0.1 * uniform());
+            o->cost = subset ? o->gain : worth * j * j * (1 + 0.1 * uniform());
+        }
+        x.target[x.group[i].stage] += 0.6 * group_max(&x.group[i]);
+        x.p.total_target += 0.7 * group_max(&x.group[i]);
+    }
+    return x;
+}
+
+// Fails each allocation in turn: always an answer that holds, nothing leaked.
+static void test_out_of_memory(void) {
+    int kind, choice[128];
+    what = "out of memory";
+    for (kind = 0; kind < 4; kind++) {
+        instance x;
+        snip_ilp_result best, r;
+        long n, count;
+        rng_state = instance_seed = 77;
+        x = real_instance(60, 4, kind & 1 ? 3 : 1, 0);
+        if (kind & 2) x.p.total_target = 0;
+        allocations = fail_at = 0;
+        CHECK(snip_ilp_solve(&x.p, NULL, choice, &best) == SNIP_ILP_OPTIMAL);
+        count = allocations;
+        CHECK(count > 20);
+        for (n = 1; n <= count; n++) {
+            snip_ilp_status status;
+            allocations = 0, fail_at = n;
+            status = snip_ilp_solve(&x.p, NULL, choice, &r);
+            CHECK(live == 0);
+            if (status == SNIP_ILP_OUT_OF_MEMORY) continue;
+            check_answer(&x.p, status, choice, &r);
+            CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
+        }
+        fail_at = 0;
+        instance_free(&x);
+    }
+}
+
+static void test_memory_limit(void) {
+    static int choice[100000];
+    size_t limit;
+    instance x;
+    snip_ilp_params params = {0, 0, 0};
+    snip_ilp_result best, r;
+    what = "memory limit";
+    rng_state = instance_seed = 5;
+    x = real_instance(560, 8, 8, 0);
+    peak = 0;
+    CHECK(snip_ilp_solve(&x.p, NULL, choice, &best) == SNIP_ILP_OPTIMAL);
+    CHECK(peak <= (size_t)4 << 20);
+    for (limit = 1; limit < (size_t)4 << 20; limit = limit * 5 / 4 + 1) {
+        snip_ilp_status status;
+        params.max_memory = limit;
+        peak = 0;
+        status = snip_ilp_solve(&x.p, &params, choice, &r);
+        CHECK(peak <= limit);
+        CHECK(live == 0);
+        check_answer(&x.p, status, choice, &r);
+        CHECK(r.bound <= best.cost * (1 + 1e-12));
+    }
+    instance_free(&x);
+    x = real_instance(560, 8, 1, 1);
+    params.max_memory = (size_t)2 << 20;
+    peak = 0;
+    check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
+    CHECK(peak <= params.max_memory);
+    instance_free(&x);
+    x = real_instance(100000, 8, 1, 0);
+    peak = 0;
+    params.max_memory = 0;
+    check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
+    CHECK(peak <= (size_t)64 << 20);
+    instance_free(&x);
+}
+
+static void test_anytime(void) {
+    static const double limits[] = {1e-9, 1e-4, 1e-3, 1e-2};
+    static int choice[20000], exact[20000];
+    int i, kind, groups[] = {40, 560, 560, 20000};
+    what = "anytime";
+    for (kind = 0; kind < 8; kind++) {
+        snip_ilp_params params = {0, 0, 0};
+        snip_ilp_result best = {0, 0, 0, 0, 0}, r;
+        int n = groups[kind & 3], subset = kind & 4;
+        instance x;
+        rng_state = instance_seed = 9 + (uint64_t)kind;
+        x = real_instance(n, 6, kind & 1 ? 4 : 1, subset);
+        if (!subset) CHECK(snip_ilp_solve(&x.p, NULL, exact, &best) == SNIP_ILP_OPTIMAL);
+        for (i = 0; i < 4; i++) {
+            snip_ilp_status status;
+            params.time_limit = limits[i];
+            status = snip_ilp_solve(&x.p, &params, choice, &r);
+            check_answer(&x.p, status, choice, &r);
+            CHECK(r.seconds < limits[i] + 0.01 + 8e-6 * n);          // the linear part is always done
+            if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
+            CHECK(r.cost - r.bound < 0.05 * r.cost);
+        }
+        params.time_limit = 0;
+        params.rel_gap = 0.01;
+        check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
+        CHECK(r.cost - r.bound <= 0.01 * r.cost);
+        if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12));
+        x.p.total_target *= 2;                                        // out of reach
+        params.time_limit = 1e-9;
+        CHECK(snip_ilp_solve(&x.p, &params, choice, &r) == SNIP_ILP_INFEASIBLE);
+        instance_free(&x);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- arguments
+
+static double double_of_bits(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params, int line) {
+    int choice[4] = {-7, -7, -7, -7};
+    snip_ilp_result r = {-7, -7, -7, -7, -7};
+    check(snip_ilp_solve(p, params, choice, &r) == SNIP_ILP_BAD_ARGUMENT, "BAD_ARGUMENT", line);
+    check(choice[0] == -7 && choice[1] == -7 && r.cost < -6 && r.bound < -6 && r.seconds < -6 && r.nodes == -7, "outputs untouched", line);
+    if (!params) check(snip_ilp_shortfall(p, NULL) == -2, "shortfall refuses", line);
+}
+#define REFUSE(assignment) do { p = good; memcpy(g, good_g, sizeof g); memcpy(o, good_o, sizeof o); target[0] = 1; assignment; refuse(&p, NULL, __LINE__); } while (0)
+
+static void test_arguments(void) {
+    const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u), minus_inf = double_of_bits(0xfff0000000000000u);
+    snip_ilp_option o[4] = {{0, 0}, {1, 1}, {0, 0}, {2, 3}}, good_o[4];
+    snip_ilp_group g[2], good_g[2];
+    double target[2] = {1, 1}, shortfall = -1;
+    snip_ilp_problem p, good;
+    snip_ilp_params params = {0, 0, 0};
+    snip_ilp_result r;
+    int choice[2], i;
+    what = "arguments";
+    g[0].options = o, g[0].n_options = 2, g[0].stage = 0;
+    g[1].options = o + 2, g[1].n_options = 2, g[1].stage = 1;
+    p.n_groups = 2, p.groups = g, p.n_stages = 2, p.stage_target = target, p.total_target = 2;
+    good = p;
+    memcpy(good_g, g, sizeof g);
+    memcpy(good_o, o, sizeof o);
+    CHECK(snip_ilp_solve(&p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[0] == 1 && choice[1] == 1);
+    CHECK(r.cost > 2.99 && r.cost < 3.01 && r.gain > 3.99 && r.gain < 4.01);
+    CHECK(snip_ilp_solve(&p, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
+    REFUSE(o[1].cost = nan);
+    REFUSE(o[1].cost = inf);
+    REFUSE(o[1].cost = -1);
+    REFUSE(o[3].gain = nan);
+    REFUSE(o[3].gain = inf);
+    REFUSE(o[3].gain = minus_inf);
+    REFUSE(o[3].gain = -1e-300);
+    REFUSE(g[1].n_options = 0);
+    REFUSE(g[1].n_options = -1);
+    REFUSE(g[1].options = NULL);
+    REFUSE(g[1].stage = 2);
+    REFUSE(g[1].stage = -1);
+    REFUSE(p.n_stages = 1);
+    REFUSE(p.n_stages = 0);
+    REFUSE(p.n_stages = -1);
+    REFUSE(p.n_groups = -1);
+    REFUSE(p.groups = NULL);
+    REFUSE(p.total_target = nan);
+    REFUSE(p.total_target = inf);
+    REFUSE(p.total_target = minus_inf);
+    REFUSE(target[0] = nan);
+    REFUSE(target[0] = inf);
+    refuse(NULL, NULL, __LINE__);
+    p = good, memcpy(g, good_g, sizeof g), memcpy(o, good_o, sizeof o), target[0] = 1;
+    for (i = 0; i < 6; i++) {
+        params.time_limit = params.rel_gap = 0;
+        *(i & 1 ? &params.rel_gap : &params.time_limit) = i < 2 ? nan : i < 4 ? inf : -1;
+        refuse(&p, &params, __LINE__);
+    }
+    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_BAD_ARGUMENT);
+
+    // which target fails, and by how much
+    CHECK(snip_ilp_shortfall(&p, &shortfall) == -1 && shortfall >= 0 && shortfall <= 0);
+    target[1] = 3.5;
+    CHECK(snip_ilp_shortfall(&p, &shortfall) == 1 && fabs(shortfall - 0.5) < 1e-15);
+    CHECK(snip_ilp_solve(&p, NULL, choice, NULL) == SNIP_ILP_INFEASIBLE);
+    target[1] = 3, p.total_target = 4.25;
+    CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && fabs(shortfall - 0.25) < 1e-15);
+    target[1] = -1e300, p.total_target = -5;                          // no targets
+    CHECK(snip_ilp_solve(&p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[1] == 0);
+
+    // no groups: feasible if nothing is asked for
+    p.n_groups = 0, p.groups = NULL, target[0] = target[1] = 0;
+    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_OPTIMAL && r.cost >= 0 && r.cost <= 0 && r.bound >= 0 && r.bound <= 0);
+    p.total_target = 1;
+    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_INFEASIBLE);
+    CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && shortfall >= 1 && shortfall <= 1);
+}
+
+static void test_determinism(void) {
+    int a[560], b[560], i;
+    what = "determinism";
+    for (i = 0; i < 20; i++) {
+        instance x;
+        snip_ilp_result r, again;
+        rng_state = instance_seed = 300 + (uint64_t)i;
+        x = real_instance(560, 5, 1 + i % 4, 0);
+        CHECK(snip_ilp_solve(&x.p, NULL, a, &r) == SNIP_ILP_OPTIMAL);
+        CHECK(snip_ilp_solve(&x.p, NULL, b, &again) == SNIP_ILP_OPTIMAL);
+        CHECK(memcmp(a, b, sizeof a) == 0);
+        CHECK(r.nodes == again.nodes && memcmp(&r.cost, &again.cost, sizeof r.cost) == 0 && memcmp(&r.bound, &again.bound, sizeof r.bound) == 0);
+        instance_free(&x);
+    }
+}
+
 int main(int argc, char **argv) {
-    long instances = 150000;
+    long instances = 150000, lattices = 300;
     uint64_t seed = 1;
     int i;
     for (i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--instances")) instances = atol(argv[i + 1]);
+        else if (!strcmp(argv[i], "--lattices")) lattices = atol(argv[i + 1]);
         else if (!strcmp(argv[i], "--seed")) seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
     }
+    test_arguments();
+    test_out_of_memory();
+    test_memory_limit();
+    test_anytime();
+    test_determinism();
+    test_lattice((int)lattices);
     test_brute_force(instances, seed);
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;
