@@ -141,8 +141,13 @@ SNIP_API uint8_t  snip_e2m1_from_f32(float);   SNIP_API float snip_e2m1_to_f32(u
 SNIP_API uint8_t  snip_e2m3_from_f32(float);   SNIP_API float snip_e2m3_to_f32(uint8_t);   // code in the low 6 bits
 SNIP_API uint8_t  snip_e3m2_from_f32(float);   SNIP_API float snip_e3m2_to_f32(uint8_t);
 SNIP_API uint8_t  snip_ue8m0_from_f32(float);  SNIP_API float snip_ue8m0_to_f32(uint8_t);  // rounds up; negative as its magnitude
+SNIP_API uint8_t  snip_ue8m0_from_f32_floor(float);                                        // rounds down
 SNIP_API uint8_t  snip_ue4m3_from_f32(float);  SNIP_API float snip_ue4m3_to_f32(uint8_t);  // negative becomes 0
 SNIP_API uint16_t snip_bf16_from_f32(float);   SNIP_API float snip_bf16_to_f32(uint16_t);  // keeps NaN and infinity
+
+// The same without saturation: beyond the largest E4M3 becomes NaN (464 still rounds to 448), E5M2 infinity.
+SNIP_API uint8_t  snip_e4m3_from_f32_nosat(float);
+SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
 
 // >>quantize ---------------------------------------------------------------------------------------
 // Matrices are row-major; ld counts elements from row to row. A tile is tile_rows x tile_cols, short
@@ -401,12 +406,14 @@ SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int m
     uint32_t big = ((a + r) >> shift) - ((uint32_t)(127 - bias) << mantissa);
     return a < smallest ? tiny : big;
 }
-static uint8_t snipi_encode(float x, snip_format format) {
+// beyond: what every code above the largest becomes; 0: the largest.
+static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     snipi_element e = snipi_element_of(format);
     uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu, code;
     if (a > 0x7F800000u) return (uint8_t)e.nan;
     code = snipi_encode_nearest(a, e.mantissa, e.bias);
-    return (uint8_t)((code < e.largest ? code : e.largest) | (u >> 31) << e.sign);
+    if (code > e.largest) code = beyond ? beyond : e.largest;
+    return (uint8_t)(code | (u >> 31) << e.sign);
 }
 static float snipi_decode(uint32_t code, snip_format format) {
     snipi_element e = snipi_element_of(format);
@@ -422,11 +429,13 @@ static float snipi_decode(uint32_t code, snip_format format) {
     return snipi_float(bits | negative << 31);
 }
 
-SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3); }
-SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2); }
-SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1); }
-SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3); }
-SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2); }
+SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3, 0); }
+SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2, 0); }
+SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1, 0); }
+SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3, 0); }
+SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2, 0); }
+SNIP_API uint8_t snip_e4m3_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E4M3, 0x7F); }
+SNIP_API uint8_t snip_e5m2_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E5M2, 0x7C); }
 SNIP_API float snip_e4m3_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E4M3); }
 SNIP_API float snip_e5m2_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E5M2); }
 SNIP_API float snip_e2m1_to_f32(uint8_t c) { return snipi_decode(c & 15u, SNIP_E2M1); }
@@ -434,7 +443,7 @@ SNIP_API float snip_e2m3_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E
 SNIP_API float snip_e3m2_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E3M2); }
 
 SNIP_API uint8_t snip_ue4m3_from_f32(float x) {
-    uint8_t code = snipi_encode(x, SNIP_E4M3);
+    uint8_t code = snipi_encode(x, SNIP_E4M3, 0);
     return (code & 0x80) ? 0 : code;
 }
 SNIP_API float snip_ue4m3_to_f32(uint8_t c) { return snipi_decode(c & 127u, SNIP_E4M3); }
@@ -446,6 +455,10 @@ SNIP_API uint8_t snip_ue8m0_from_f32(float x) {
     if (e == 0) return a > 0x00400000u;
     e += (a & 0x007FFFFFu) != 0;
     return (uint8_t)(e < 0xFE ? e : 0xFE);
+}
+SNIP_API uint8_t snip_ue8m0_from_f32_floor(float x) {
+    uint32_t a = snipi_bits(x) & 0x7FFFFFFFu, e = a >> 23;
+    return (uint8_t)(a > 0x7F800000u ? 0xFF : e < 0xFE ? e : 0xFE);
 }
 SNIP_API float snip_ue8m0_to_f32(uint8_t c) {
     return snipi_float(c == 0xFF ? 0x7FC00000u : c == 0 ? 0x00400000u : (uint32_t)c << 23);
