@@ -653,11 +653,13 @@ static double snipi_widen(float x) {
 }
 static float snipi_narrow(double x) {
     double a = x < 0 ? -x : x, sum = a + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
-    uint64_t u;
-    if (a > 3.4028234663852886e38) a = 3.4028234663852886e38;
-    if (a >= 1.1754943508222875e-38) return x < 0 ? (float)-a : (float)a;
+    uint64_t u, v;
+    uint32_t sign;
     memcpy(&u, &sum, 8);
-    return snipi_float((uint32_t)u | (x < 0 ? 0x80000000u : 0u));
+    memcpy(&v, &x, 8);
+    sign = (uint32_t)(v >> 32) & 0x80000000u;
+    if (a > 3.4028234663852886e38) a = 3.4028234663852886e38;
+    return snipi_float(sign | (a < 1.1754943508222875e-38 ? (uint32_t)u : snipi_bits((float)a) & 0x7FFFFFFFu));
 }
 // Division that -Ofast (reciprocals, narrowing) cannot touch. Rounding the double quotient of two floats to
 // float is the correctly rounded float quotient (53 >= 2*24 + 2).
@@ -1005,7 +1007,11 @@ static void snipi_tensor_scale(snipi_quantizer *q) {
     for (c = 0; c < SNIPI_CHUNKS; c++) amax = part[c] > amax ? part[c] : amax;
     q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
     q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
-    if (q->scales) memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+    if (q->scales) {
+        size_t tiles = (size_t)(q->tiles_down * q->tiles_across);
+        memset((uint8_t *)q->scales + tiles, 0, (4 - tiles % 4) % 4);
+        memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+    }
 }
 
 static void snipi_quantizer_begin(snipi_quantizer *q) {
