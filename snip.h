@@ -106,7 +106,8 @@ typedef enum {
     SNIP_SCALE_F32,     // amax / largest, in float32
     SNIP_SCALE_POW2,    // the smallest power of two with amax / scale <= largest; stored as float32
     SNIP_SCALE_UE8M0,   // OCP MX: 2^(floor(log2 amax) - emax), one byte
-    SNIP_SCALE_UE4M3    // NVFP4: one E4M3 byte per tile times one float32 per tensor
+    SNIP_SCALE_UE4M3,   // NVFP4: one E4M3 byte per tile times one float32 per tensor
+    SNIP_SCALE_UE8M0_UP // MX with the scale rounded up (RCEIL): the smallest power of two with amax / scale <= largest, one byte
 } snip_scale;
 typedef enum { SNIP_ROUND_NEAREST_EVEN, SNIP_ROUND_STOCHASTIC } snip_rounding;
 
@@ -127,6 +128,11 @@ typedef struct {                        // how a matrix is quantized
 #define SNIP_RECIPE_MXFP4       { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_NVFP4       { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
 
+// Instruction sets with code of their own.
+typedef enum { SNIP_ISA_BEST, SNIP_ISA_SCALAR, SNIP_ISA_AVX2, SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_COUNT } snip_isa;
+SNIP_API int         snip_isa_available(snip_isa);      // on this machine and in this build
+SNIP_API const char *snip_isa_name(snip_isa);
+
 // "f32", "bf16", "fp8" (E4M3), "fp4" (E2M1), "e5m2", ...; "?" for anything else.
 SNIP_API const char *snip_format_name(snip_format);
 SNIP_API float       snip_format_max(snip_format);      // largest finite value; 0 for F32 and BF16
@@ -141,8 +147,13 @@ SNIP_API uint8_t  snip_e2m1_from_f32(float);   SNIP_API float snip_e2m1_to_f32(u
 SNIP_API uint8_t  snip_e2m3_from_f32(float);   SNIP_API float snip_e2m3_to_f32(uint8_t);   // code in the low 6 bits
 SNIP_API uint8_t  snip_e3m2_from_f32(float);   SNIP_API float snip_e3m2_to_f32(uint8_t);
 SNIP_API uint8_t  snip_ue8m0_from_f32(float);  SNIP_API float snip_ue8m0_to_f32(uint8_t);  // rounds up; negative as its magnitude
+SNIP_API uint8_t  snip_ue8m0_from_f32_floor(float);                                        // rounds down
 SNIP_API uint8_t  snip_ue4m3_from_f32(float);  SNIP_API float snip_ue4m3_to_f32(uint8_t);  // negative becomes 0
 SNIP_API uint16_t snip_bf16_from_f32(float);   SNIP_API float snip_bf16_to_f32(uint16_t);  // keeps NaN and infinity
+
+// The same without saturation: beyond the largest E4M3 becomes NaN (464 still rounds to 448), E5M2 infinity.
+SNIP_API uint8_t  snip_e4m3_from_f32_nosat(float);
+SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
 
 // >>quantize ---------------------------------------------------------------------------------------
 // Matrices are row-major; ld counts elements from row to row. A tile is tile_rows x tile_cols, short
@@ -170,11 +181,30 @@ SNIP_API snip_status snip_quantize(const snip_recipe *, const float *x, int64_t 
 // The same bytes as snip_quantize of the transposed matrix: codes and scales of a [cols][rows] matrix.
 SNIP_API snip_status snip_quantize_transposed(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    void *codes, void *scales, snip_rng_key, const float *weight, snip_quant_stats *);
+// Both of the above from one read of x. stats of the untransposed one.
+SNIP_API snip_status snip_quantize_both(const snip_recipe *, const snip_recipe *transposed, const float *x, int64_t rows, int64_t cols, int64_t ld,
+                                   void *codes, void *scales, void *codes_t, void *scales_t, snip_rng_key, snip_quant_stats *);
 SNIP_API snip_status snip_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
                                    float *x, int64_t ld);
+SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                   uint16_t *x, int64_t ld);
 // Quantize and dequantize at once. out may be x, or NULL for statistics alone.
 SNIP_API snip_status snip_fake_quantize(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    float *out, int64_t ld_out, snip_rng_key, const float *weight, snip_quant_stats *);
+// All of it, for BF16 data and forced instruction sets; zero members are absent or the default.
+typedef struct {
+    const void *x;                                  // [rows][cols]
+    snip_format x_format, out_format;               // SNIP_F32 (default) or SNIP_BF16
+    int64_t rows, cols, ld;
+    const float *weight;                            // [rows][cols], ld
+    const snip_recipe *recipe, *recipe_t;           // of x and of x transposed; at least one
+    void *codes, *scales, *codes_t, *scales_t;
+    void *out;                                      // dequantized under recipe; may be x
+    int64_t ld_out;
+    snip_rng_key key;
+    snip_isa isa;
+} snip_quantize_job;
+SNIP_API snip_status snip_quantize_with(const snip_quantize_job *, snip_quant_stats *, snip_quant_stats *transposed);
 
 // >>noise ------------------------------------------------------------------------------------------
 // White noise of unit variance: +1 or -1 (Rademacher), element i's sign from (key, i) alone.
@@ -190,9 +220,6 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key, dou
 // E2M1 * E2M1 whose scale tiles along k nest: exact integer sums inside a scale block, then
 // c = fmaf(sa * sb, sum, c) block after block. Everything else: float32 sums of the dequantized
 // operands. F32 and BF16 operands may be stored transposed, [k][rows].
-typedef enum { SNIP_ISA_BEST, SNIP_ISA_SCALAR, SNIP_ISA_AVX2, SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_COUNT } snip_isa;
-SNIP_API int         snip_isa_available(snip_isa);      // on this machine and in this build
-SNIP_API const char *snip_isa_name(snip_isa);
 typedef struct {
     const snip_recipe *recipe;
     const void *codes, *scales;
@@ -334,6 +361,18 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #  include <immintrin.h>
 #endif
 
+// Between a product's store and its use: keeps the compiler from fusing the two into one multiply-add.
+#if defined(__GNUC__) || defined(__clang__)
+#  define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
+#else
+#  define SNIPI_ROUNDED(array) ((void)(array))
+#endif
+#ifdef SNIPI_X86
+#  define snipi_stream_end() _mm_sfence()       // orders streaming stores before whatever tells another thread of them
+#else
+#  define snipi_stream_end() ((void)0)
+#endif
+
 // A reduction's partial results are kept per chunk and added in order, so that the number of threads
 // cannot show in a sum.
 enum { SNIPI_CHUNKS = 64 };
@@ -402,12 +441,14 @@ SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int m
     uint32_t big = ((a + r) >> shift) - ((uint32_t)(127 - bias) << mantissa);
     return a < smallest ? tiny : big;
 }
-static uint8_t snipi_encode(float x, snip_format format) {
+// beyond: what every code above the largest becomes; 0: the largest.
+static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     snipi_element e = snipi_element_of(format);
     uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu, code;
     if (a > 0x7F800000u) return (uint8_t)e.nan;
     code = snipi_encode_nearest(a, e.mantissa, e.bias);
-    return (uint8_t)((code < e.largest ? code : e.largest) | (u >> 31) << e.sign);
+    if (code > e.largest) code = beyond ? beyond : e.largest;
+    return (uint8_t)(code | (u >> 31) << e.sign);
 }
 static float snipi_decode(uint32_t code, snip_format format) {
     snipi_element e = snipi_element_of(format);
@@ -423,11 +464,13 @@ static float snipi_decode(uint32_t code, snip_format format) {
     return snipi_float(bits | negative << 31);
 }
 
-SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3); }
-SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2); }
-SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1); }
-SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3); }
-SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2); }
+SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3, 0); }
+SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2, 0); }
+SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1, 0); }
+SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3, 0); }
+SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2, 0); }
+SNIP_API uint8_t snip_e4m3_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E4M3, 0x7F); }
+SNIP_API uint8_t snip_e5m2_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E5M2, 0x7C); }
 SNIP_API float snip_e4m3_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E4M3); }
 SNIP_API float snip_e5m2_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E5M2); }
 SNIP_API float snip_e2m1_to_f32(uint8_t c) { return snipi_decode(c & 15u, SNIP_E2M1); }
@@ -435,7 +478,7 @@ SNIP_API float snip_e2m3_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E
 SNIP_API float snip_e3m2_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E3M2); }
 
 SNIP_API uint8_t snip_ue4m3_from_f32(float x) {
-    uint8_t code = snipi_encode(x, SNIP_E4M3);
+    uint8_t code = snipi_encode(x, SNIP_E4M3, 0);
     return (code & 0x80) ? 0 : code;
 }
 SNIP_API float snip_ue4m3_to_f32(uint8_t c) { return snipi_decode(c & 127u, SNIP_E4M3); }
@@ -447,6 +490,10 @@ SNIP_API uint8_t snip_ue8m0_from_f32(float x) {
     if (e == 0) return a > 0x00400000u;
     e += (a & 0x007FFFFFu) != 0;
     return (uint8_t)(e < 0xFE ? e : 0xFE);
+}
+SNIP_API uint8_t snip_ue8m0_from_f32_floor(float x) {
+    uint32_t a = snipi_bits(x) & 0x7FFFFFFFu, e = a >> 23;
+    return (uint8_t)(a > 0x7F800000u ? 0xFF : e < 0xFE ? e : 0xFE);
 }
 SNIP_API float snip_ue8m0_to_f32(uint8_t c) {
     return snipi_float(c == 0xFF ? 0x7FC00000u : c == 0 ? 0x00400000u : (uint32_t)c << 23);
@@ -542,27 +589,90 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
 }
 
 // >>quantize-impl ----------------------------------------------------------------------------------
-// One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix with a row
-// and a column stride, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements.
-enum { SNIPI_RUN = 128 };
+// One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix over a source that
+// may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
+// run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
+enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 16, SNIPI_LANES = 8, SNIPI_STREAM_BYTES = 1 << 25 };
+
+// Element i of a run adds to lane i % SNIPI_LANES. Products of two floats are exact in double, so that fused and
+// separate multiply-adds agree.
+typedef struct {
+    double sum_sq[SNIPI_LANES], err_sq[SNIPI_LANES], dot[SNIPI_LANES];
+    uint32_t amax;
+    int64_t nonfinite, saturated;
+} snipi_tally;
+
+typedef struct {
+    snip_format format;
+    snipi_element e;
+    const float *lut;                   // value of each code
+    const float *x, *weight;            // weight may be NULL
+    int n;
+    float scale, inverse;
+    int low;                            // take x as x * 2^64
+    const uint32_t *random;             // a word per element, or NULL: to nearest
+    uint8_t *codes;                     // may be NULL; `packed`: two to a byte
+    int packed, stream;                 // stream: past the caches, where alignment allows
+    float *values;                      // may be NULL
+    snipi_tally *tally;
+    int want_sums;
+} snipi_run;
+
+typedef struct {
+    uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
+    void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 8 blocks
+    void (*run)(const snipi_run *, int from);                           // elements from `from`, a multiple of SNIPI_LANES
+    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_RUN]
+    void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
+    void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
+    void (*decode)(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out);
+} snipi_vector;
+static const snipi_vector *snipi_vector_of(snip_isa isa);
 
 typedef struct {
     snip_recipe recipe;
-    const float *x, *weight;
-    int64_t rows, cols, row_stride, col_stride;
+    const void *x;
+    const float *weight;
+    int x_bf16, out_bf16, transposed;   // transposed: logical (r, c) lies at x[c * ld + r]
+    int64_t rows, cols, ld;
     int64_t tile_rows, tile_cols, tiles_down, tiles_across;
-    void *codes, *scales;               // each may be NULL
-    float *out;                         // dequantized values, or NULL
+    void *codes, *scales, *out;         // each may be NULL; out: dequantized values
     int64_t ld_out;
     float tensor_scale, tensor_inverse; // NVFP4's 1/S and S
     snip_rng_key key;
+    int want_sums, stream;
+    float lut[256];
+    const snipi_vector *vector;
 } snipi_quantizer;
 
-// Division that -Ofast (reciprocals, narrowing) cannot touch: in double and through memory. Rounding
-// the double quotient of two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
+// Float to double and back through integers where the float is subnormal: hardware may be set to flush those
+// (-Ofast does). Finite only; narrowing rounds to nearest even and stops at the largest float.
+static double snipi_widen(float x) {
+    uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu;
+    double tiny = (double)(int32_t)a * 1.40129846432481707e-45;
+    return a >= 0x00800000u ? (double)x : u >> 31 ? -tiny : tiny;
+}
+static float snipi_narrow(double x) {
+    double a = x < 0 ? -x : x, sum = a + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
+    uint64_t u, v;
+    uint32_t sign;
+    memcpy(&u, &sum, 8);
+    memcpy(&v, &x, 8);
+    sign = (uint32_t)(v >> 32) & 0x80000000u;
+    if (a > 3.4028234663852886e38) a = 3.4028234663852886e38;
+    return snipi_float(sign | (a < 1.1754943508222875e-38 ? (uint32_t)u : snipi_bits((float)a) & 0x7FFFFFFFu));
+}
+// Division that -Ofast (reciprocals, narrowing) cannot touch. Rounding the double quotient of two floats to
+// float is the correctly rounded float quotient (53 >= 2*24 + 2).
 static float snipi_divide(float a, float b) {
-    volatile double q = (double)a / (double)b;
-    return q > 3.4028234663852886e38 ? 3.4028234663852886e38f : (float)q;
+    volatile double x = snipi_widen(a), y = snipi_widen(b);
+    return snipi_narrow(x / y);
+}
+static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
+// scale * element: no element is smaller than 2^-16.
+SNIPI_INLINE float snipi_value(float scale, float element) {
+    if (snipi_bits(scale) >= (127u - 100u) << 23 || snipi_nonfinite(element)) return scale * element;
+    return snipi_multiply(scale, element);
 }
 
 typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte: the stored code, if any
@@ -573,12 +683,13 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
     float amax = snipi_float(amax_bits);
     snipi_tile_scale t = { 1.0f, 1.0f, 0 };
     uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
-    int k;
+    // exponent(amax) - emax, one more if amax's mantissa exceeds max's: the least k with amax <= max * 2^k
+    int k = a < 0x00800000u ? -200 : (int)(a >> 23) - 127 - e.emax, up = (a & 0x7FFFFFu) > (max_bits & 0x7FFFFFu);
     switch (q->recipe.scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32:
             if (a == 0) break;
-            if (a >= snipi_bits(e.max) - (126u << 23)) {    // amax >= max * 2^-126: a normal scale
+            if (a >= max_bits - (126u << 23)) {             // amax >= max * 2^-126: a normal scale
                 t.scale = snipi_divide(amax, e.max);
                 t.inverse = snipi_divide(e.max, amax);
             } else {
@@ -588,23 +699,20 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
             break;
         case SNIP_SCALE_POW2:
             if (a == 0) break;
-            // exponent(amax) - emax, one more if amax's mantissa exceeds max's
-            k = (int)(a >> 23) - 127 - e.emax + ((a & 0x7FFFFFu) > (max_bits & 0x7FFFFFu));
-            if (k < -126 || a < 0x00800000u) k = -126;
+            k = (int)snipi_max(k + up, -126);
             t.scale = snipi_float((uint32_t)(127 + k) << 23);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
-        case SNIP_SCALE_UE8M0:
-            k = (int)(a >> 23) - 127 - e.emax;
-            if (k < -127 || a < 0x00800000u) k = -127;
+        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP:
+            k = (int)snipi_max(q->recipe.scale == SNIP_SCALE_UE8M0 ? k : k + up, -127);
             t.byte = k + 127;
             t.scale = snip_ue8m0_to_f32((uint8_t)t.byte);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
         case SNIP_SCALE_UE4M3: {
             float sixth = snipi_float(0x3E2AAAABu);         // 1/6 in float32
-            t.byte = snip_ue4m3_from_f32(amax * (q->tensor_inverse * sixth));
-            t.scale = snip_ue4m3_to_f32((uint8_t)t.byte) * q->tensor_scale;
+            t.byte = snip_ue4m3_from_f32(snipi_multiply(amax, q->tensor_inverse * sixth));
+            t.scale = snipi_multiply(snip_ue4m3_to_f32((uint8_t)t.byte), q->tensor_scale);
             t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
             break;
         }
@@ -612,20 +720,16 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
     return t;
 }
 
-// x * 2^64 for a tile that lies near or below the smallest normal float, in integers: float hardware set to
-// flush subnormals (-Ofast does) would lose them.
+// x * 2^64 in integers, for tiles near or below the smallest normal float.
 static float snipi_raise(float x) {
     uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
     if (a == 0 || a >= 0x7F800000u) return x;
-    if (a < 0x00800000u) {
-        while (a < 0x00800000u) { a <<= 1; shift++; }
-        return snipi_float(sign | (a + ((64u - shift) << 23)));
-    }
-    return snipi_float(sign | (a + (64u << 23)));
+    while (a < 0x00800000u) { a <<= 1; shift++; }
+    return snipi_float(sign | (a + ((64u - shift) << 23)));
 }
 
-// Codes of a run, one to a byte, unsaturated count returned through *saturated.
-SNIPI_INLINE void snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e, uint8_t *code, int64_t *saturated) {
+// Codes of a run, one to a byte; the number of saturated elements is returned.
+SNIPI_INLINE int snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e, uint8_t *code) {
     int i, over = 0;
     for (i = 0; i < n; i++) {
         uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu, finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
@@ -634,158 +738,209 @@ SNIPI_INLINE void snipi_encode_run(const float *x, int n, float inverse, const u
         c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
         code[i] = (uint8_t)(a > 0x7F800000u ? e.nan : c);
     }
-    *saturated += over;
+    return over;
 }
-static void snipi_encode_run_any(snip_format format, const float *x, int n, float inverse, const uint32_t *random, uint8_t *code, int64_t *saturated) {
-    switch (format) {       // constant formats, so that each loop is compiled for its own
+static int snipi_encode_run_any(const snipi_run *q, const float *x, int n, const uint32_t *random, uint8_t *code) {
+    switch (q->format) {        // constant formats, so that each loop is compiled for its own
         case SNIP_E4M3:
-            if (random) snipi_encode_run(x, n, inverse, random, snipi_element_of(SNIP_E4M3), code, saturated);
-            else snipi_encode_run(x, n, inverse, NULL, snipi_element_of(SNIP_E4M3), code, saturated);
-            break;
+            return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E4M3), code)
+                          : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E4M3), code);
         case SNIP_E2M1:
-            if (random) snipi_encode_run(x, n, inverse, random, snipi_element_of(SNIP_E2M1), code, saturated);
-            else snipi_encode_run(x, n, inverse, NULL, snipi_element_of(SNIP_E2M1), code, saturated);
-            break;
+            return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E2M1), code)
+                          : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E2M1), code);
         case SNIP_E5M2: case SNIP_E2M3: case SNIP_E3M2:
-            snipi_encode_run(x, n, inverse, random, snipi_element_of(format), code, saturated);
-            break;
+            return snipi_encode_run(x, n, q->inverse, random, q->e, code);
         case SNIP_F32: case SNIP_BF16: case SNIP_UE8M0: case SNIP_UE4M3: break;
     }
+    return 0;
 }
 
-// A run of a logical row, contiguous: in place or gathered.
-SNIPI_INLINE const float *snipi_gather(const float *x, int64_t stride, int n, float *buffer) {
-    int i;
-    if (stride == 1) return x;
-    for (i = 0; i < n; i++) buffer[i] = x[i * stride];
-    return buffer;
-}
-
-static uint32_t snipi_amax(const float *x, int n, uint32_t amax, int64_t *nonfinite) {
-    int i, bad = 0;
-    uint32_t largest = 0;
-    for (i = 0; i < n; i++) {
-        uint32_t a = snipi_bits(x[i]) & 0x7FFFFFFFu;
-        uint32_t finite = a < 0x7F800000u ? a : 0;
-        bad += a >= 0x7F800000u;
-        largest = largest > finite ? largest : finite;
-    }
-    *nonfinite += bad;
-    return largest > amax ? largest : amax;
-}
-
-static void snipi_store_codes(snip_format format, uint8_t *row, int64_t col, const uint8_t *code, int n) {
+static void snipi_store_codes(uint8_t *row, int packed, int64_t col, const uint8_t *code, int n) {
     int i = 0;
-    if (format != SNIP_E2M1) { memcpy(row + col, code, (size_t)n); return; }
+    if (!packed) { memcpy(row + col, code, (size_t)n); return; }
     if (col & 1) { row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | code[0] << 4); i = 1; }
     for (; i + 1 < n; i += 2) row[(col + i) >> 1] = (uint8_t)(code[i] | code[i + 1] << 4);
     if (i < n) row[(col + i) >> 1] = code[i];
 }
 
-// Q(x) - x of a run into the statistics; values = Q(x). Four sums per run keep float error far below the
-// estimates' own.
-static void snipi_accumulate(const float *x, const float *values, const float *weight, int n, snip_quant_stats *stats) {
-    double sum_sq = 0, err_sq = 0, dot = 0;
+// Q(x) - x of a run into the sums; values = Q(x).
+static void snipi_accumulate(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
     int i;
     for (i = 0; i < n; i++) {
-        int finite = !snipi_nonfinite(x[i]);
+        int finite = !snipi_nonfinite(x[i]), lane = i % SNIPI_LANES;
         float v = finite ? x[i] : 0.0f, d = finite ? values[i] - x[i] : 0.0f;
-        sum_sq += (double)v * (double)v;
-        err_sq += (double)d * (double)d;
-        if (weight) dot += (double)weight[i] * (double)d;
+        t->sum_sq[lane] += (double)v * (double)v;
+        t->err_sq[lane] += (double)d * (double)d;
+        if (weight) t->dot[lane] += (double)weight[i] * (double)d;
     }
-    stats->sum_sq += sum_sq;
-    stats->err_sq += err_sq;
-    stats->dot += dot;
 }
 
+// The specification of a run.
+static void snipi_run_scalar(const snipi_run *q, int from) {
+    float values[SNIPI_RUN], raised[SNIPI_RUN];
+    const float *x = q->x + from, *scaled = x;
+    uint8_t code[SNIPI_RUN];
+    int i, n = q->n - from;
+    if (n <= 0) return;
+    if (q->low) {
+        for (i = 0; i < n; i++) raised[i] = snipi_raise(x[i]);
+        scaled = raised;
+    }
+    q->tally->saturated += snipi_encode_run_any(q, scaled, n, q->random ? q->random + from : NULL, code);
+    if (q->codes) snipi_store_codes(q->codes, q->packed, from, code, n);
+    if (!q->values && !q->want_sums) return;
+    for (i = 0; i < n; i++) values[i] = snipi_value(q->scale, q->lut[code[i]]);
+    SNIPI_ROUNDED(values);
+    if (q->want_sums) snipi_accumulate(x, values, q->weight ? q->weight + from : NULL, n, q->tally);
+    if (q->values) memcpy(q->values + from, values, (size_t)n * sizeof(float));
+}
+static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
+    int i, bad = 0;
+    uint32_t largest = 0;
+    for (i = 0; i < n; i++) {
+        uint32_t a = snipi_bits(x[i]) & 0x7FFFFFFFu, finite = a < 0x7F800000u ? a : 0;
+        bad += a >= 0x7F800000u;
+        largest = largest > finite ? largest : finite;
+    }
+    *nonfinite += bad;
+    return largest;
+}
+static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
+    int i;
+    for (i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
+}
+static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out) {
+    int r, c;
+    for (r = 0; r < rows; r++)
+        for (c = 0; c < cols; c++) out[c * SNIPI_RUN + r] = x[r * ld + c];
+}
+static void snipi_widen_scalar(const uint16_t *x, int n, float *out) {
+    int i;
+    for (i = 0; i < n; i++) out[i] = snipi_float((uint32_t)x[i] << 16);
+}
+static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
+    int i;
+    for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
+}
+static void snipi_decode_scalar(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out) {
+    int i;
+    for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
+}
+
+// Elements of a source or weight as contiguous floats: where they lie, widened, or out of a transposed panel,
+// which is kept until another one is asked for.
+typedef struct { int64_t row, col; int n; float at[SNIPI_PANEL_ROWS][SNIPI_RUN]; } snipi_panel;
+
+static const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+    int64_t row = r - r % SNIPI_PANEL_ROWS;
+    int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
+    if (!q->transposed) {
+        if (!bf16) return (const float *)x + r * q->ld + c;
+        if (p->row != r || p->col != c || p->n != n) q->vector->widen((const uint16_t *)x + r * q->ld + c, n, p->at[0]);
+        p->row = r; p->col = c; p->n = n;
+        return p->at[0];
+    }
+    if (p->row != row || p->col != c || p->n != n) {
+        if (bf16) {
+            float wide[SNIPI_RUN][SNIPI_PANEL_ROWS];
+            for (i = 0; i < n; i++) q->vector->widen((const uint16_t *)x + (c + i) * q->ld + row, width, wide[i]);
+            q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, n, width, p->at[0]);
+        } else
+            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0]);
+        p->row = row; p->col = c; p->n = n;
+    }
+    return p->at[r - row];
+}
+typedef struct { snipi_panel x, weight; } snipi_panels;
+
+static int snipi_byte_scale(snip_scale s) { return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3; }
 static size_t snipi_row_bytes(snip_format format, int64_t cols) {
     return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
+// Dequantized values of a run on their way out.
+static float *snipi_out_at(const snipi_quantizer *q, int64_t r, int64_t c, float *buffer) {
+    return !q->out ? NULL : q->out_bf16 ? buffer : (float *)q->out + r * q->ld_out + c;
+}
 
-// Quantize the tile at (tile row, tile column) and add to stats.
-static void snipi_quantize_tile(const snipi_quantizer *q, int64_t tr, int64_t tc, const float lut[256], snip_quant_stats *stats, int want_sums) {
+// Quantize the tile at (tile row, tile column) and add to the tally.
+static void snipi_quantize_tile(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, snipi_tally *tally) {
     int64_t r0 = tr * q->tile_rows, r1 = snipi_min(q->rows, r0 + q->tile_rows);
-    int64_t c0 = tc * q->tile_cols, c1 = snipi_min(q->cols, c0 + q->tile_cols), r, c;
-    snip_format format = q->recipe.format;
-    float gathered[SNIPI_RUN], gathered_weight[SNIPI_RUN], values[SNIPI_RUN], raised[SNIPI_RUN];
-    uint8_t code[SNIPI_RUN];
-    uint32_t random[SNIPI_RUN + 8], amax = 0;
+    int64_t c0 = tc * q->tile_cols, c1 = snipi_min(q->cols, c0 + q->tile_cols), r, c, bad = 0;
+    size_t row_bytes = snipi_row_bytes(q->recipe.format, q->cols);
+    float buffer[SNIPI_RUN];
+    uint8_t loose[SNIPI_RUN];
+    uint32_t random[SNIPI_RUN + 8 * 4], amax = 0;
     snipi_tile_scale t;
-    float inverse;
-    int i, low;
+    snipi_run run;
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += SNIPI_RUN) {
             int n = (int)snipi_min(SNIPI_RUN, c1 - c);
-            amax = snipi_amax(snipi_gather(q->x + r * q->row_stride + c * q->col_stride, q->col_stride, n, gathered), n, amax, &stats->nonfinite);
+            uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &bad);
+            amax = a > amax ? a : amax;
         }
-    if (snipi_float(amax) > stats->amax) stats->amax = snipi_float(amax);
+    tally->nonfinite += bad;
+    if (amax > tally->amax) tally->amax = amax;
     t = snipi_scale_of(q, amax);
     if (q->scales) {
-        if (q->recipe.scale == SNIP_SCALE_UE8M0 || q->recipe.scale == SNIP_SCALE_UE4M3) ((uint8_t *)q->scales)[tr * q->tiles_across + tc] = (uint8_t)t.byte;
+        if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[tr * q->tiles_across + tc] = (uint8_t)t.byte;
         else if (q->recipe.scale != SNIP_SCALE_NONE) ((float *)q->scales)[tr * q->tiles_across + tc] = t.scale;
     }
-    low = amax < (uint32_t)(127 - 100) << 23 && q->recipe.scale != SNIP_SCALE_NONE;
-    inverse = low ? t.inverse * snipi_float((uint32_t)(127 - 64) << 23) : t.inverse;
+    run.format = q->recipe.format;
+    run.e = snipi_element_of(run.format);
+    run.lut = q->lut;
+    run.scale = t.scale;
+    // Under 2^-64 a subnormal x could still matter to the code, and x * inverse would lose it.
+    run.low = amax < (127u - 64u) << 23 && q->recipe.scale != SNIP_SCALE_NONE;
+    run.inverse = run.low ? t.inverse * snipi_float((127u - 64u) << 23) : t.inverse;
+    run.tally = tally;
+    run.want_sums = q->want_sums;
+    run.stream = q->stream;
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, c1 - c);
-            int64_t at = r * q->row_stride + c * q->col_stride;
-            const float *x = snipi_gather(q->x + at, q->col_stride, n, gathered), *scaled = x;
-            const uint32_t *words = NULL;
-            if (low) {
-                for (i = 0; i < n; i++) raised[i] = snipi_raise(x[i]);
-                scaled = raised;
-            }
+            int n = (int)snipi_min(SNIPI_RUN, c1 - c), e2m1 = run.format == SNIP_E2M1, aside = e2m1 && (c & 1);
+            uint8_t *row = (uint8_t *)q->codes + (q->codes ? (size_t)r * row_bytes : 0);
+            int64_t bad_here = 0;
+            run.x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n);
+            run.weight = q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL;
+            run.n = n;
+            run.random = NULL;
             if (q->recipe.rounding == SNIP_ROUND_STOCHASTIC) {
                 uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
-                int blocks = (int)(((element + (uint64_t)n + 3) >> 2) - first);
-                for (i = 0; i < blocks; i++) snip_philox(q->key, first + (uint64_t)i, random + 4 * i);
-                words = random + (element & 3);
+                q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
+                run.random = random + (element & 3);
             }
-            snipi_encode_run_any(format, scaled, n, inverse, words, code, &stats->saturated);
-            if (q->codes) snipi_store_codes(format, (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(format, q->cols), c, code, n);
-            if (q->out || want_sums) {
-                for (i = 0; i < n; i++) values[i] = t.scale * lut[code[i]];
-                if (want_sums)
-                    snipi_accumulate(x, values, q->weight ? snipi_gather(q->weight + at, q->col_stride, n, gathered_weight) : NULL, n, stats);
-                if (q->out) memcpy(q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
-            }
+            run.packed = e2m1 && !aside;
+            run.codes = !q->codes ? NULL : aside ? loose : row + (e2m1 ? c >> 1 : c);
+            run.values = snipi_out_at(q, r, c, buffer);
+            if (bad) (void)q->vector->amax(run.x, n, &bad_here);
+            if (run.low || bad_here) snipi_run_scalar(&run, 0);
+            else q->vector->run(&run, 0);
+            if (aside && q->codes) snipi_store_codes(row, 1, c, loose, n);
+            if (q->out_bf16 && q->out) q->vector->narrow(buffer, n, (uint16_t *)q->out + r * q->ld_out + c);
         }
 }
 
 // F32 and BF16: no scale, no tiles.
-static void snipi_quantize_plain_row(const snipi_quantizer *q, int64_t r, snip_quant_stats *stats, int want_sums) {
-    float gathered[SNIPI_RUN], gathered_weight[SNIPI_RUN], values[SNIPI_RUN];
+static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, int64_t r, snipi_tally *tally) {
+    float buffer[SNIPI_RUN];
+    uint16_t code[SNIPI_RUN];
     int64_t c;
-    int i, bf16 = q->recipe.format == SNIP_BF16;
     for (c = 0; c < q->cols; c += SNIPI_RUN) {
-        int n = (int)snipi_min(SNIPI_RUN, q->cols - c);
-        int64_t at = r * q->row_stride + c * q->col_stride;
-        const float *x = snipi_gather(q->x + at, q->col_stride, n, gathered);
-        uint32_t amax = snipi_amax(x, n, 0, &stats->nonfinite);
-        if (snipi_float(amax) > stats->amax) stats->amax = snipi_float(amax);
-        if (q->codes && bf16) {
-            uint16_t *code = (uint16_t *)q->codes + r * q->cols + c;
-            for (i = 0; i < n; i++) code[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
+        int n = (int)snipi_min(SNIPI_RUN, q->cols - c), bf16 = q->recipe.format == SNIP_BF16;
+        const float *x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), *values = x;
+        uint32_t amax = q->vector->amax(x, n, &tally->nonfinite);
+        if (amax > tally->amax) tally->amax = amax;
+        if (bf16) {
+            q->vector->narrow(x, n, code);
+            q->vector->widen(code, n, buffer);
+            values = buffer;
+            if (q->codes) memcpy((uint16_t *)q->codes + r * q->cols + c, code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
             memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
-        if (q->out || want_sums) {
-            for (i = 0; i < n; i++) values[i] = bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x[i])) << 16) : x[i];
-            if (want_sums)
-                snipi_accumulate(x, values, q->weight ? snipi_gather(q->weight + at, q->col_stride, n, gathered_weight) : NULL, n, stats);
-            if (q->out) memcpy(q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
-        }
+        if (q->want_sums) snipi_accumulate(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
+        if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
+        else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
     }
-}
-
-static void snipi_add_stats(snip_quant_stats *to, const snip_quant_stats *from) {
-    to->sum_sq += from->sum_sq;
-    to->err_sq += from->err_sq;
-    to->dot += from->dot;
-    if (from->amax > to->amax) to->amax = from->amax;
-    to->nonfinite += from->nonfinite;
-    to->saturated += from->saturated;
 }
 
 static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; }
@@ -793,7 +948,7 @@ static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; 
 static int snipi_recipe_ok(const snip_recipe *r) {
     if (!r || r->tile_rows < 0 || r->tile_cols < 0) return 0;
     if (r->format < SNIP_F32 || r->format > SNIP_E3M2) return 0;
-    if ((int)r->scale < SNIP_SCALE_NONE || r->scale > SNIP_SCALE_UE4M3) return 0;
+    if ((int)r->scale < SNIP_SCALE_NONE || r->scale > SNIP_SCALE_UE8M0_UP) return 0;
     if (r->rounding != SNIP_ROUND_NEAREST_EVEN && r->rounding != SNIP_ROUND_STOCHASTIC) return 0;
     if (snipi_plain(r->format)) return r->scale == SNIP_SCALE_NONE && r->rounding == SNIP_ROUND_NEAREST_EVEN;
     return r->scale != SNIP_SCALE_UE4M3 || r->format == SNIP_E2M1;
@@ -818,7 +973,7 @@ SNIP_API size_t snip_scales_bound(const snip_recipe *r, int64_t rows, int64_t co
     switch (r->scale) {
         case SNIP_SCALE_NONE: return 0;
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return tiles * sizeof(float);
-        case SNIP_SCALE_UE8M0: return tiles;
+        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return tiles;
         case SNIP_SCALE_UE4M3: return (tiles + 3) / 4 * 4 + sizeof(float);
     }
     return 0;
@@ -830,104 +985,235 @@ static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int
 // NVFP4: S = 448 * 6 / amax of the tensor (1 for zeros), at most FLT_MAX; stored as 1/S.
 static void snipi_tensor_scale(snipi_quantizer *q) {
     uint32_t part[SNIPI_CHUNKS], amax = 0;
+    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols;
     int c;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
-        float gathered[SNIPI_RUN];
-        int64_t r, i, ignored = 0, end = q->rows * (c + 1) / SNIPI_CHUNKS;
+        float wide[SNIPI_RUN];
+        int64_t r, i, ignored = 0, end = rows * (c + 1) / SNIPI_CHUNKS;
         part[c] = 0;
-        for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++)
-            for (i = 0; i < q->cols; i += SNIPI_RUN) {
-                int n = (int)snipi_min(SNIPI_RUN, q->cols - i);
-                part[c] = snipi_amax(snipi_gather(q->x + r * q->row_stride + i * q->col_stride, q->col_stride, n, gathered), n, part[c], &ignored);
+        for (r = rows * c / SNIPI_CHUNKS; r < end; r++)
+            for (i = 0; i < cols; i += SNIPI_RUN) {
+                int n = (int)snipi_min(SNIPI_RUN, cols - i);
+                const float *x = (const float *)q->x + (q->x_bf16 ? 0 : r * q->ld + i);
+                uint32_t a;
+                if (q->x_bf16) {
+                    q->vector->widen((const uint16_t *)q->x + r * q->ld + i, n, wide);
+                    x = wide;
+                }
+                a = q->vector->amax(x, n, &ignored);
+                part[c] = a > part[c] ? a : part[c];
             }
     }
     for (c = 0; c < SNIPI_CHUNKS; c++) amax = part[c] > amax ? part[c] : amax;
     q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
     q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
-    if (q->scales) memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+    if (q->scales) {
+        size_t tiles = (size_t)(q->tiles_down * q->tiles_across);
+        memset((uint8_t *)q->scales + tiles, 0, (4 - tiles % 4) % 4);
+        memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+    }
 }
 
-// stats: counts and amax; the sums too if want_sums.
-static void snipi_quantize_all(snipi_quantizer *q, snip_quant_stats *stats, int want_sums) {
-    snip_quant_stats part[SNIPI_CHUNKS], zero;
-    float lut[256];
-    int64_t bands, group, groups;
+static void snipi_quantizer_begin(snipi_quantizer *q) {
     int c, plain = snipi_plain(q->recipe.format);
-    memset(&zero, 0, sizeof zero);
-    if (stats) *stats = zero;
-    if (q->rows == 0 || q->cols == 0) return;
     q->tile_rows = plain ? 1 : snipi_tile(q->recipe.tile_rows, q->rows);
     q->tile_cols = snipi_tile(q->recipe.tile_cols, q->cols);
-    bands = q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
+    q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
     q->tiles_across = snipi_ceil_div(q->cols, q->tile_cols);
-    for (c = 0; c < 256 && !plain; c++) lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+    q->stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM_BYTES / 4;
+    for (c = 0; c < 256 && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
-    // A transposed source is read a cache line of columns at a time: bands are taken in groups.
-    group = q->col_stride == 1 ? 1 : snipi_max(1, 16 / q->tile_rows);
-    groups = snipi_ceil_div(bands, group);
+}
+static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
+    int c, i;
+    memset(stats, 0, sizeof *stats);
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        for (i = 0; i < SNIPI_LANES; i++) {
+            stats->sum_sq += part[c].sum_sq[i];
+            stats->err_sq += part[c].err_sq[i];
+            stats->dot += part[c].dot[i];
+        }
+        if (part[c].amax > snipi_bits(stats->amax)) stats->amax = snipi_float(part[c].amax);
+        stats->nonfinite += part[c].nonfinite;
+        stats->saturated += part[c].saturated;
+    }
+}
+static void snipi_panels_clear(snipi_panels *p) { p->x.row = p->weight.row = -1; }
+
+// Band after band of tiles. A transposed source is read a cache line of columns at a time: bands are taken in groups.
+static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
+    snipi_tally part[SNIPI_CHUNKS];
+    int64_t group = q->transposed ? snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows) : 1, groups = snipi_ceil_div(q->tiles_down, group);
+    int c;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
         int64_t g, tc, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
-        snip_quant_stats local = zero;
+        snipi_tally local;
+        snipi_panels panels;
+        memset(&local, 0, sizeof local);
+        snipi_panels_clear(&panels);
         for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
-            int64_t first = g * group, last = snipi_min(bands, first + group);
-            if (plain)
-                for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, tr, &local, want_sums);
+            int64_t first = g * group, last = snipi_min(q->tiles_down, first + group);
+            if (snipi_plain(q->recipe.format))
+                for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
             else
                 for (tc = 0; tc < q->tiles_across; tc++)
-                    for (tr = first; tr < last; tr++) snipi_quantize_tile(q, tr, tc, lut, &local, want_sums);
+                    for (tr = first; tr < last; tr++) snipi_quantize_tile(q, &panels, tr, tc, &local);
         }
+        snipi_stream_end();
         part[c] = local;
     }
-    if (stats)
-        for (c = 0; c < SNIPI_CHUNKS; c++) snipi_add_stats(stats, &part[c]);
+    if (stats) snipi_tally_end(part, stats);
 }
 
-static snip_status snipi_quantize_check(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld) {
-    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
-    if (rows > 0 && cols > 0 && !x) return SNIP_BAD_ARGUMENT;
+// The tiles of q that lie in block (r0, c0) of the source, 128 x 128.
+static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, snipi_tally *tally) {
+    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0, tr, tc, g;
+    int64_t tr0 = lr / q->tile_rows, tr1 = snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows);
+    int64_t tc0 = lc / q->tile_cols, tc1 = snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols);
+    int64_t group = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
+    for (g = tr0; g < tr1; g += group)
+        for (tc = tc0; tc < tc1; tc++)
+            for (tr = g; tr < snipi_min(tr1, g + group); tr++) snipi_quantize_tile(q, panels, tr, tc, tally);
+}
+static int snipi_fits_blocks(const snipi_quantizer *q) {
+    return !snipi_plain(q->recipe.format) && SNIPI_RUN % q->tile_rows == 0 && SNIPI_RUN % q->tile_cols == 0;
+}
+// One read of the source for one or two quantizers (the second may be NULL), block by block.
+static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
+    snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
+    int64_t across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
+    int c;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+        snipi_tally local, local2;
+        snipi_panels panels, panels2;
+        memset(&local, 0, sizeof local);
+        memset(&local2, 0, sizeof local2);
+        snipi_panels_clear(&panels);
+        snipi_panels_clear(&panels2);
+        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+            int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
+            snipi_quantize_block(q, &panels, r0, c0, &local);
+            if (q2) snipi_quantize_block(q2, &panels2, r0, c0, &local2);
+        }
+        snipi_stream_end();
+        part[c] = local;
+        part2[c] = local2;
+    }
+    if (stats) snipi_tally_end(part, stats);
+    if (stats2) snipi_tally_end(part2, stats2);
+}
+
+static int snipi_element_size(snip_format f) { return f == 0 || f == SNIP_F32 ? 4 : f == SNIP_BF16 ? 2 : 0; }
+
+// Either orientation, or both; sums: not the counts and amax alone.
+static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+    snipi_quantizer q[2];
+    snip_quant_stats *s[2];
+    int i, n = 0;
+    s[0] = stats; s[1] = stats_t;
+    for (i = 0; i < 2; i++) {
+        const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
+        if (s[i]) memset(s[i], 0, sizeof *s[i]);
+        if (!recipe || job->rows == 0 || job->cols == 0) continue;
+        memset(&q[n], 0, sizeof q[n]);
+        q[n].recipe = *recipe;
+        q[n].x = job->x; q[n].weight = job->weight;
+        q[n].x_bf16 = job->x_format == SNIP_BF16;
+        q[n].transposed = i;
+        q[n].rows = i ? job->cols : job->rows;
+        q[n].cols = i ? job->rows : job->cols;
+        q[n].ld = job->ld;
+        q[n].codes = i ? job->codes_t : job->codes;
+        q[n].scales = i ? job->scales_t : job->scales;
+        q[n].out = i ? NULL : job->out;
+        q[n].out_bf16 = job->out_format == SNIP_BF16;
+        q[n].ld_out = job->ld_out;
+        q[n].key = job->key;
+        q[n].want_sums = sums && s[i];
+        q[n].vector = snipi_vector_of(job->isa);
+        s[n] = s[i];
+        snipi_quantizer_begin(&q[n]);
+        n++;
+    }
+    if (n == 2 && snipi_fits_blocks(&q[0]) && snipi_fits_blocks(&q[1]) && job->x != job->out) {
+        snipi_quantize_blocks(&q[0], &q[1], job->rows, job->cols, s[0], s[1]);
+        return;
+    }
+    for (i = n - 1; i >= 0; i--)            // out may be x: the transposed one reads first
+        if (q[i].transposed && snipi_fits_blocks(&q[i])) snipi_quantize_blocks(&q[i], NULL, job->rows, job->cols, s[i], NULL);
+        else snipi_quantize_bands(&q[i], s[i]);
+}
+
+SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+    int i;
+    if (!job || (!job->recipe && !job->recipe_t) || !snipi_shape_ok(job->rows, job->cols, job->ld)) return SNIP_BAD_ARGUMENT;
+    if ((int)job->isa < 0 || job->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
+    if (!snipi_element_size(job->x_format) || !snipi_element_size(job->out_format)) return SNIP_BAD_ARGUMENT;
+    if (job->out && (!job->recipe || !snipi_shape_ok(job->rows, job->cols, job->ld_out))) return SNIP_BAD_ARGUMENT;
+    for (i = 0; i < 2; i++) {
+        const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
+        const void *codes = i ? job->codes_t : job->codes, *scales = i ? job->scales_t : job->scales;
+        if (!recipe && (codes || scales)) return SNIP_BAD_ARGUMENT;
+        if (recipe && !snipi_recipe_ok(recipe)) return SNIP_BAD_ARGUMENT;
+        if (recipe && codes && !scales && recipe->scale != SNIP_SCALE_NONE && job->rows && job->cols) return SNIP_BAD_ARGUMENT;
+    }
+    if (!job->x && job->rows > 0 && job->cols > 0) return SNIP_BAD_ARGUMENT;
+    if (!snip_isa_available(job->isa)) return SNIP_UNSUPPORTED;
+    snipi_quantize_job(job, 1, stats, stats_t);
     return SNIP_OK;
 }
-static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-                                           void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats, int want_sums) {
-    snipi_quantizer q;
-    if (rows > 0 && cols > 0 && (!codes || (!scales && recipe->scale != SNIP_SCALE_NONE))) return SNIP_BAD_ARGUMENT;
-    memset(&q, 0, sizeof q);
-    q.recipe = *recipe;
-    q.x = x; q.weight = weight;
-    q.rows = rows; q.cols = cols;
-    q.row_stride = row_stride; q.col_stride = col_stride;
-    q.codes = codes; q.scales = scales;
-    q.key = key;
-    snipi_quantize_all(&q, stats, want_sums);
-    return SNIP_OK;
+static snip_quantize_job snipi_job(const float *x, int64_t rows, int64_t cols, int64_t ld, snip_rng_key key, const float *weight) {
+    snip_quantize_job job;
+    memset(&job, 0, sizeof job);
+    job.x = x; job.weight = weight;
+    job.rows = rows; job.cols = cols; job.ld = ld;
+    job.key = key;
+    return job;
 }
 SNIP_API snip_status snip_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
-    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
-    return status ? status : snipi_quantize_to_codes(recipe, x, rows, cols, ld, 1, codes, scales, key, weight, stats, stats != NULL);
+    snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
+    if (!codes && rows > 0 && cols > 0) return SNIP_BAD_ARGUMENT;
+    job.recipe = recipe; job.codes = codes; job.scales = scales;
+    return snip_quantize_with(&job, stats, NULL);
 }
 SNIP_API snip_status snip_quantize_transposed(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
-    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
-    return status ? status : snipi_quantize_to_codes(recipe, x, cols, rows, 1, ld, codes, scales, key, weight, stats, stats != NULL);
+    snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
+    if (!codes && rows > 0 && cols > 0) return SNIP_BAD_ARGUMENT;
+    job.recipe_t = recipe; job.codes_t = codes; job.scales_t = scales;
+    return snip_quantize_with(&job, NULL, stats);
+}
+SNIP_API snip_status snip_quantize_both(const snip_recipe *recipe, const snip_recipe *recipe_t, const float *x, int64_t rows, int64_t cols, int64_t ld,
+                                   void *codes, void *scales, void *codes_t, void *scales_t, snip_rng_key key, snip_quant_stats *stats) {
+    snip_quantize_job job = snipi_job(x, rows, cols, ld, key, NULL);
+    if (!recipe || !recipe_t || ((!codes || !codes_t) && rows > 0 && cols > 0)) return SNIP_BAD_ARGUMENT;
+    job.recipe = recipe; job.codes = codes; job.scales = scales;
+    job.recipe_t = recipe_t; job.codes_t = codes_t; job.scales_t = scales_t;
+    return snip_quantize_with(&job, stats, NULL);
+}
+// For the session: codes of a logical [rows][cols] matrix with a row and a column stride, one of them 1.
+static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                                           void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats, int want_sums) {
+    int turned = col_stride != 1;
+    snip_quantize_job job = snipi_job(x, turned ? cols : rows, turned ? rows : cols, turned ? col_stride : row_stride, key, weight);
+    if (rows > 0 && cols > 0 && (!codes || (!scales && recipe->scale != SNIP_SCALE_NONE))) return SNIP_BAD_ARGUMENT;
+    *(turned ? &job.recipe_t : &job.recipe) = recipe;
+    *(turned ? &job.codes_t : &job.codes) = codes;
+    *(turned ? &job.scales_t : &job.scales) = scales;
+    snipi_quantize_job(&job, want_sums, turned ? NULL : stats, turned ? stats : NULL);
+    return SNIP_OK;
 }
 SNIP_API snip_status snip_fake_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    float *out, int64_t ld_out, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
-    snip_status status = snipi_quantize_check(recipe, x, rows, cols, ld);
-    snipi_quantizer q;
-    if (status) return status;
-    if (out && !snipi_shape_ok(rows, cols, ld_out)) return SNIP_BAD_ARGUMENT;
-    memset(&q, 0, sizeof q);
-    q.recipe = *recipe;
-    q.x = x; q.weight = weight;
-    q.rows = rows; q.cols = cols;
-    q.row_stride = ld; q.col_stride = 1;
-    q.out = out; q.ld_out = ld_out;
-    q.key = key;
-    snipi_quantize_all(&q, stats, stats != NULL);
-    return SNIP_OK;
+    snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
+    if (!recipe) return SNIP_BAD_ARGUMENT;
+    job.recipe = recipe; job.out = out; job.ld_out = ld_out;
+    return snip_quantize_with(&job, stats, NULL);
 }
 
 // Reads scales and codes of a quantized [rows][cols] matrix.
@@ -938,6 +1224,7 @@ typedef struct {
     size_t row_bytes;
     int64_t tile_rows, tile_cols, tiles_across;
     float tensor_scale, lut[256];
+    const snipi_vector *vector;
 } snipi_reader;
 
 static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols) {
@@ -950,6 +1237,7 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
     q->tile_cols = snipi_tile(recipe->tile_cols, cols);
     q->tiles_across = snipi_ceil_div(cols, q->tile_cols);
     q->tensor_scale = 1.0f;
+    q->vector = snipi_vector_of(SNIP_ISA_BEST);
     if (recipe->scale == SNIP_SCALE_UE4M3) memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
         for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
@@ -959,8 +1247,8 @@ static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile
     switch (q->recipe->scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
-        case SNIP_SCALE_UE8M0: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
-        case SNIP_SCALE_UE4M3: return snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]) * q->tensor_scale;
+        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
+        case SNIP_SCALE_UE4M3: return snipi_multiply(snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]), q->tensor_scale);
     }
     return 1.0f;
 }
@@ -979,10 +1267,15 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
     while (c < end) {
         int64_t tile = c / q->tile_cols, stop = snipi_min(end, (tile + 1) * q->tile_cols);
         float scale = snipi_reader_scale(q, row, tile);
-        if (q->recipe->format == SNIP_E2M1)
-            for (; c < stop; c++, out += stride) *out = scale * q->lut[codes[c >> 1] >> (c & 1) * 4 & 15];
+        int packed = q->recipe->format == SNIP_E2M1;
+        if (stride == 1 && !(packed && (c & 1))) {
+            int part = (int)snipi_min(stop - c, 1 << 20);
+            q->vector->decode(q->lut, codes + (packed ? c >> 1 : c), packed, part, scale, out);
+            c += part; out += part;
+        } else if (packed)
+            for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
         else
-            for (; c < stop; c++, out += stride) *out = scale * q->lut[codes[c]];
+            for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c]]);
     }
 }
 
@@ -996,6 +1289,26 @@ SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *code
     snipi_reader_init(&q, recipe, codes, scales, rows, cols);
     SNIPI_OMP(omp parallel for schedule(static))
     for (r = 0; r < rows; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                     uint16_t *x, int64_t ld) {
+    snipi_reader q;
+    int64_t r;
+    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
+    if (rows == 0 || cols == 0) return SNIP_OK;
+    if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
+    snipi_reader_init(&q, recipe, codes, scales, rows, cols);
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (r = 0; r < rows; r++) {
+        float buffer[SNIPI_RUN];
+        int64_t c;
+        for (c = 0; c < cols; c += SNIPI_RUN) {
+            int n = (int)snipi_min(SNIPI_RUN, cols - c);
+            snipi_reader_row(&q, r, c, n, buffer, 1);
+            q.vector->narrow(buffer, n, x + r * ld + c);
+        }
+    }
     return SNIP_OK;
 }
 
@@ -1148,6 +1461,298 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
 #define SNIPI_DOT4_BW(acc, x, y) _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), ones))
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, SNIPI_DOT4_BW)
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_epi32)
+// Quantizing runs. Codes: e = max(exponent of |y|, that of the smallest normal number) as bits, k = |y| in units of
+// 2^(e - mantissa), rounded; code = k + (e - smallest) * 2^mantissa. Values: k * 2^(e - mantissa) * scale.
+// `kept` stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
+#define SNIPI_KEPT(v) __asm__("" : "+x"(v))
+#define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
+
+SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i most = _mm256_setzero_si256();
+    uint32_t lane[8], rest, a;
+    int64_t bad = 0;
+    int i;
+    for (i = 0; i + 8 <= n; i += 8)                                 // most = max(most, |x|) of bits
+        most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(const void *)(x + i))));
+    rest = snipi_amax_scalar(x + i, n - i, &bad);
+    _mm256_storeu_si256((__m256i *)(void *)lane, most);
+    for (a = 0, i = 0; i < 8; i++) a = lane[i] > a ? lane[i] : a;
+    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
+    return rest > a ? rest : a;
+}
+SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int64_t *nonfinite) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i most = _mm512_setzero_si512(), other = most;
+    uint32_t a;
+    int i;
+    for (i = 0; i + 32 <= n; i += 32) {                             // most = max(most, |x|) of bits
+        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i)));
+        other = _mm512_max_epi32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16)));
+    }
+    for (; i < n; i += 16) {
+        __mmask16 m = (__mmask16)(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
+        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(m, x + i)));
+    }
+    a = (uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(most, other));
+    return a >= 0x7F800000u ? snipi_amax_scalar(x, n, nonfinite) : a;
+}
+
+// Philox over 4 or 8 counters in 64-bit lanes; only the low halves of c0..c3 count until the end. The counters'
+// order makes the unpacked halves come out in sequence.
+#define SNIPI_PHILOX(name, attribute, vec, lanes, pre, si, order) \
+attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) { \
+    const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57), low = pre##set1_epi64##si(0xFFFFFFFF); \
+    int b, round; \
+    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 8u) { snipi_philox_scalar(key, first, blocks, out); return; } \
+    for (b = 0; b < blocks; b += lanes, out += 4 * lanes) { \
+        vec c0 = pre##add_epi64(pre##set1_epi64##si((int64_t)((uint32_t)first + (uint32_t)b)), order), c1 = pre##set1_epi64##si((int64_t)(first >> 32)); \
+        vec c2 = pre##set1_epi64##si((int64_t)key.step), c3 = pre##set1_epi64##si((int64_t)key.tensor), even, odd; \
+        uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32); \
+        for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) { \
+            vec p0 = pre##mul_epu32(c0, m0), p1 = pre##mul_epu32(c2, m1);      /* as snip_philox */ \
+            c0 = SNIPI_XOR3_##lanes(pre##srli_epi64(p1, 32), c1, pre##set1_epi64##si((int64_t)k0)); \
+            c2 = SNIPI_XOR3_##lanes(pre##srli_epi64(p0, 32), c3, pre##set1_epi64##si((int64_t)k1)); \
+            c1 = p1; \
+            c3 = p0; \
+        } \
+        even = SNIPI_JOIN_##lanes(c0, c1, low); \
+        odd = SNIPI_JOIN_##lanes(c2, c3, low); \
+        SNIPI_STORE_##lanes(out, pre##unpacklo_epi64(even, odd)); \
+        SNIPI_STORE_##lanes(out + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
+    } \
+}
+#define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
+#define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+#define SNIPI_JOIN_4(a, b, low) _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi64(b, 32))      // b : a
+#define SNIPI_JOIN_8(a, b, low) _mm512_ternarylogic_epi64(a, low, _mm512_slli_epi64(b, 32), 0xEA)
+#define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
+SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, __m256i, 4, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
+SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, __m512i, 8, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+
+SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q, int from) {
+    const int m = q->e.mantissa, shift = 23 - m, whole = (q->n - from) / 16 * 16 + from;
+    const uint32_t smallest = (uint32_t)(128 - q->e.bias) << 23;
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000), least = _mm256_set1_epi32((int)smallest);
+    const __m256i cap = _mm256_set1_epi32((int)(snipi_bits(q->e.max) + (1u << 23))), largest = _mm256_set1_epi32((int)q->e.largest);
+    const __m256i magic = _mm256_set1_epi32(shift << 23), unit = _mm256_set1_epi32(m << 23), fixed_top = _mm256_set1_epi32((int)(277u << 23));
+    const __m256i shifts = _mm256_set1_epi32(shift), sign_shifts = _mm256_set1_epi32(31 - q->e.sign), random_shifts = _mm256_set1_epi32(32 - shift);
+    const __m256 inverse = _mm256_set1_ps(q->inverse), scale = _mm256_set1_ps(q->scale), max = _mm256_set1_ps(q->e.max);
+    const int stream = q->stream && ((uintptr_t)q->values & 31) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 15) == 0;
+    snipi_tally *t = q->tally;
+    __m256i over = _mm256_setzero_si256();
+    __m256d sq0 = _mm256_loadu_pd(t->sum_sq), sq1 = _mm256_loadu_pd(t->sum_sq + 4), err0 = _mm256_loadu_pd(t->err_sq), err1 = _mm256_loadu_pd(t->err_sq + 4);
+    int i, g;
+    for (i = from; i < whole; i += 16) {
+        __m256i code[2];
+        SNIPI_UNROLL for (g = 0; g < 2; g++) {
+            int at = i + 8 * g;
+            __m256 x = _mm256_loadu_ps(q->x + at), value;
+            __m256i u = _mm256_castps_si256(_mm256_mul_ps(x, inverse)), a = _mm256_min_epu32(_mm256_and_si256(u, magnitude), cap);
+            __m256i e = _mm256_max_epi32(_mm256_and_si256(a, exponents), least), sign = _mm256_andnot_si256(magnitude, u), k;
+            if (!q->random) {                                       // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
+                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(e, magic)), sum = _mm256_add_ps(_mm256_castsi256_ps(a), power);
+                SNIPI_KEPT(sum);
+                k = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_castps_si256(power));
+                value = _mm256_sub_ps(sum, power);
+            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
+                __m256i r = _mm256_srlv_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(q->random + at)), random_shifts);
+                __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
+                k = _mm256_srlv_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(fixed), r), shifts);
+                value = _mm256_mul_ps(_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(e, unit)));
+            }
+            k = _mm256_add_epi32(k, _mm256_srlv_epi32(_mm256_sub_epi32(e, least), shifts));
+            over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(k, largest));
+            code[g] = _mm256_or_si256(_mm256_min_epu32(k, largest), _mm256_srlv_epi32(sign, sign_shifts));
+            if (!q->values && !q->want_sums) continue;
+            value = _mm256_mul_ps(_mm256_or_ps(_mm256_min_ps(value, max), _mm256_castsi256_ps(sign)), scale);
+            SNIPI_KEPT(value);
+            if (q->want_sums) {
+                __m256 d = _mm256_sub_ps(value, x);
+                __m256d x0 = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), x1 = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+                __m256d d0 = _mm256_cvtps_pd(_mm256_castps256_ps128(d)), d1 = _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1));
+                sq0 = _mm256_fmadd_pd(x0, x0, sq0);
+                sq1 = _mm256_fmadd_pd(x1, x1, sq1);
+                err0 = _mm256_fmadd_pd(d0, d0, err0);
+                err1 = _mm256_fmadd_pd(d1, d1, err1);
+                if (q->weight) {
+                    const float *w = q->weight + at;
+                    _mm256_storeu_pd(t->dot, _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(w)), d0, _mm256_loadu_pd(t->dot)));
+                    _mm256_storeu_pd(t->dot + 4, _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(w + 4)), d1, _mm256_loadu_pd(t->dot + 4)));
+                }
+            }
+            if (q->values && stream) _mm256_stream_ps(q->values + at, value);
+            else if (q->values) _mm256_storeu_ps(q->values + at, value);
+        }
+        if (q->codes) {
+            __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(code[0], code[1]), 0xD8);
+            __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+            if (q->packed) {                                        // low + 16 * high
+                __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+                _mm_storel_epi64((__m128i *)(void *)(q->codes + i / 2), _mm_packus_epi16(pairs, pairs));
+            } else if (stream_codes) _mm_stream_si128((__m128i *)(void *)(q->codes + i), bytes);
+            else _mm_storeu_si128((__m128i *)(void *)(q->codes + i), bytes);
+        }
+    }
+    {
+        uint32_t lane[8];
+        _mm256_storeu_si256((__m256i *)(void *)lane, over);
+        for (g = 0; g < 8; g++) t->saturated += lane[g];
+    }
+    _mm256_storeu_pd(t->sum_sq, sq0);
+    _mm256_storeu_pd(t->sum_sq + 4, sq1);
+    _mm256_storeu_pd(t->err_sq, err0);
+    _mm256_storeu_pd(t->err_sq + 4, err1);
+    snipi_run_scalar(q, whole);
+}
+// The same, 64 elements at a time, the last ones masked.
+SNIPI_TARGET_AVX512 static void snipi_run_avx512(const snipi_run *q, int from) {
+    const int m = q->e.mantissa, shift = 23 - m;
+    const uint32_t smallest = (uint32_t)(128 - q->e.bias) << 23;
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), exponents = _mm512_set1_epi32(0x7F800000), least = _mm512_set1_epi32((int)smallest);
+    const __m512i cap = _mm512_set1_epi32((int)(snipi_bits(q->e.max) + (1u << 23))), largest = _mm512_set1_epi32((int)q->e.largest);
+    const __m512i magic = _mm512_set1_epi32(shift << 23), unit = _mm512_set1_epi32(m << 23), fixed_top = _mm512_set1_epi32((int)(277u << 23));
+    const __m512i shifts = _mm512_set1_epi32(shift), sign_shifts = _mm512_set1_epi32(31 - q->e.sign), random_shifts = _mm512_set1_epi32(32 - shift);
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi32(1);
+    const __m512 inverse = _mm512_set1_ps(q->inverse), scale = _mm512_set1_ps(q->scale), max = _mm512_set1_ps(q->e.max);
+    const int stream = q->stream && ((uintptr_t)q->values & 63) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0;
+    snipi_tally *t = q->tally;
+    __m512i over = _mm512_setzero_si512();
+    __m512d sum_sq = _mm512_loadu_pd(t->sum_sq), err_sq = _mm512_loadu_pd(t->err_sq), dot = _mm512_loadu_pd(t->dot);
+    int i, g;
+    for (i = from; i < q->n; i += 64) {
+        int left = q->n - i;
+        __m512i code[4];
+        SNIPI_UNROLL for (g = 0; g < 4; g++) {
+            int at = i + 16 * g, rest = left - 16 * g;
+            __mmask16 live = (__mmask16)(rest >= 16 ? 0xFFFF : (1 << snipi_max(rest, 0)) - 1);
+            __m512 x, value;
+            __m512i u, a, e, sign, k;
+            code[g] = _mm512_setzero_si512();
+            if (rest <= 0) continue;
+            x = _mm512_maskz_loadu_ps(live, q->x + at);
+            u = _mm512_castps_si512(_mm512_mul_ps(x, inverse));
+            a = _mm512_min_epu32(_mm512_and_si512(u, magnitude), cap);
+            e = _mm512_max_epi32(_mm512_and_si512(a, exponents), least);
+            sign = _mm512_andnot_si512(magnitude, u);
+            if (!q->random) {                                       // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
+                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(e, magic)), sum = _mm512_add_ps(_mm512_castsi512_ps(a), power);
+                SNIPI_KEPT512(sum);
+                k = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(power));
+                value = _mm512_sub_ps(sum, power);
+            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
+                __m512i r = _mm512_srlv_epi32(_mm512_maskz_loadu_epi32(live, q->random + at), random_shifts);
+                __m512 fixed = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(_mm512_sub_epi32(fixed_top, e)));
+                k = _mm512_srlv_epi32(_mm512_add_epi32(_mm512_maskz_cvttps_epi32(0xFFFF, fixed), r), shifts);
+                value = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xFFFF, k), _mm512_castsi512_ps(_mm512_sub_epi32(e, unit)));
+            }
+            k = _mm512_add_epi32(k, _mm512_srlv_epi32(_mm512_sub_epi32(e, least), shifts));
+            over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(k, largest), over, one);
+            code[g] = _mm512_or_si512(_mm512_min_epu32(k, largest), _mm512_srlv_epi32(sign, sign_shifts));
+            if (!q->values && !q->want_sums) continue;
+            value = _mm512_mul_ps(_mm512_or_ps(_mm512_min_ps(value, max), _mm512_castsi512_ps(sign)), scale);
+            SNIPI_KEPT512(value);
+            if (q->want_sums) {
+                __m512 d = _mm512_sub_ps(value, x);
+                __m512d x0 = _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(x)), x1 = _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(x, 1));
+                __m512d d0 = _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(d)), d1 = _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(d, 1));
+                sum_sq = _mm512_fmadd_pd(x1, x1, _mm512_fmadd_pd(x0, x0, sum_sq));
+                err_sq = _mm512_fmadd_pd(d1, d1, _mm512_fmadd_pd(d0, d0, err_sq));
+                if (q->weight) {
+                    __m512 w = _mm512_maskz_loadu_ps(live, q->weight + at);
+                    dot = _mm512_fmadd_pd(_mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(w)), d0, dot);
+                    dot = _mm512_fmadd_pd(_mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(w, 1)), d1, dot);
+                }
+            }
+            if (!q->values) continue;
+            if (rest < 16) _mm512_mask_storeu_ps(q->values + at, live, value);
+            else if (stream) _mm512_stream_ps(q->values + at, value);
+            else _mm512_storeu_ps(q->values + at, value);
+        }
+        if (q->codes) {
+            __m512i words0 = _mm512_packus_epi32(code[0], code[1]), words1 = _mm512_packus_epi32(code[2], code[3]);
+            __m512i bytes = _mm512_permutexvar_epi32(turn, _mm512_packus_epi16(words0, words1));
+            uint64_t live = left >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << left) - 1;
+            if (q->packed) {                                        // low + 16 * high
+                __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001)));
+                if (left < 64) _mm256_mask_storeu_epi8(q->codes + i / 2, (__mmask32)(((uint64_t)1 << (left + 1) / 2) - 1), pairs);
+                else if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(q->codes + i / 2), pairs);
+                else _mm256_storeu_si256((__m256i *)(void *)(q->codes + i / 2), pairs);
+            } else if (stream_codes && left >= 64) _mm512_stream_si512((__m512i *)(void *)(q->codes + i), bytes);
+            else _mm512_mask_storeu_epi8(q->codes + i, live, bytes);
+        }
+    }
+    t->saturated += _mm512_reduce_add_epi32(over);
+    _mm512_storeu_pd(t->sum_sq, sum_sq);
+    _mm512_storeu_pd(t->err_sq, err_sq);
+    _mm512_storeu_pd(t->dot, dot);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out) {
+    int r, c, i;
+    for (r = 0; r + 8 <= rows; r += 8)
+        for (c = 0; c < cols; c += 8) {
+            __m256 a[8], b[8];
+            if (c + 8 > cols) {
+                for (i = r; i < r + 8; i++) {
+                    int j;
+                    for (j = c; j < cols; j++) out[j * SNIPI_RUN + i] = x[i * ld + j];
+                }
+                continue;
+            }
+            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // halves: rows i and i + 4 side by side
+                const float *p = x + (r + i) * ld + c, *p4 = p + 4 * ld;
+                a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p4), 1);
+                a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4)), _mm_loadu_ps(p4 + 4), 1);
+            }
+            SNIPI_UNROLL for (i = 0; i < 8; i += 4) {               // 4 x 4 in each half
+                b[0] = _mm256_unpacklo_ps(a[i], a[i + 1]); b[1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+                b[2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]); b[3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+                _mm256_storeu_ps(out + (c + i) * SNIPI_RUN + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
+                _mm256_storeu_ps(out + (c + i + 1) * SNIPI_RUN + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
+                _mm256_storeu_ps(out + (c + i + 2) * SNIPI_RUN + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
+                _mm256_storeu_ps(out + (c + i + 3) * SNIPI_RUN + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
+            }
+        }
+    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r);
+}
+SNIPI_TARGET_AVX2 static void snipi_widen_avx2(const uint16_t *x, int n, float *out) {
+    int i;
+    for (i = 0; i + 8 <= n; i += 8)                                 // out[i] = bits x[i] << 16
+        _mm256_storeu_si256((__m256i *)(void *)(out + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + i))), 16));
+    snipi_widen_scalar(x + i, n - i, out + i);
+}
+SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t *out) {
+    const __m256i half = _mm256_set1_epi32(0x7FFF), one = _mm256_set1_epi32(1), magnitude = _mm256_set1_epi32(0x7FFFFFFF), infinity = _mm256_set1_epi32(0x7F800000);
+    int i;
+    for (i = 0; i + 8 <= n; i += 8) {                               // as snipi_bf16_round
+        __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)(x + i)), high = _mm256_srli_epi32(u, 16);
+        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, half), _mm256_and_si256(high, one)), 16);
+        __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(u, magnitude), infinity), w;
+        w = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+        w = _mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0xD8);
+        _mm_storeu_si128((__m128i *)(void *)(out + i), _mm256_castsi256_si128(w));
+    }
+    snipi_narrow_scalar(x + i, n - i, out + i);
+}
+SNIPI_TARGET_AVX2 static void snipi_decode_avx2(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out) {
+    const __m256 s = _mm256_set1_ps(scale);
+    int i = 0;
+    if (snipi_bits(scale) >= (127u - 100u) << 23)
+        for (; i + 8 <= n; i += 8) {                                // out[i] = scale * lut[code i]
+            __m128i c;
+            if (packed) {
+                int32_t four;
+                memcpy(&four, codes + i / 2, 4);
+                c = _mm_cvtsi32_si128(four);
+                c = _mm_and_si128(_mm_unpacklo_epi8(c, _mm_srli_epi16(c, 4)), _mm_set1_epi8(15));
+            } else
+                c = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(s, _mm256_i32gather_ps(lut, _mm256_cvtepu8_epi32(c), 4)));
+        }
+    snipi_decode_scalar(lut, codes + (packed ? i / 2 : i), packed, n - i, scale, out + i);
+}
 #endif // SNIPI_X86
 
 SNIP_API int snip_isa_available(snip_isa isa) {
@@ -1175,6 +1780,19 @@ static snip_isa snipi_best_isa(void) {
     for (isa = SNIP_ISA_COUNT - 1; isa > SNIP_ISA_SCALAR; isa--)
         if (snip_isa_available((snip_isa)isa)) break;
     return (snip_isa)isa;
+}
+static const snipi_vector *snipi_vector_of(snip_isa isa) {
+    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar };
+#ifdef SNIPI_X86
+    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2 };
+    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx512, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2 };
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
+    if (isa == SNIP_ISA_AVX2) return &avx2;
+#else
+    (void)isa;
+#endif
+    return &scalar;
 }
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
     snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar };

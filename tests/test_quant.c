@@ -1,0 +1,618 @@
+// Quantization against a plain reference written here (scales by frexp, codes through the element codecs, which
+// test_codec.c checks), for every format, scale, rounding, granularity and instruction set: codes, scales, values
+// and statistics. With "--hash" prints a digest of many outputs instead, for test_compilers.sh to compare.
+#define _DEFAULT_SOURCE
+#define SNIP_IMPLEMENTATION
+#include "../snip.h"
+#if defined(__unix__)
+#  include <sys/mman.h>
+#endif
+#ifdef _OPENMP
+#  include <omp.h>
+#endif
+
+static int passed, failed, skipped;
+static void check(int ok, const char *what) {
+    ok ? passed++ : failed++;
+    if (!ok) printf("FAILED: %s\n", what);
+}
+static uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static int finite_bits(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
+static uint64_t state = 88172645463325252u;
+static uint32_t rnd(void) { state ^= state << 13; state ^= state >> 7; state ^= state << 17; return (uint32_t)(state >> 32); }
+static double uniform(void) { return (rnd() + 0.5) / 4294967296.0; }
+static double gauss(void) { return sqrt(-2 * log(uniform())) * cos(6.283185307179586 * uniform()); }
+
+// ---- data ----
+enum { GAUSS, BITS, SUBNORMAL, ZEROS, EQUAL, OUTLIER, HUGE_VALUES, TINY, SPECIAL, TIES, GRADIENT, LOW, KINDS };
+static void fill(float *x, int64_t n, int kind) {
+    int64_t i;
+    for (i = 0; i < n; i++) {
+        double g = gauss();
+        switch (kind) {
+            case GAUSS: x[i] = (float)g; break;
+            case BITS: do x[i] = float_of(rnd()); while (!finite_bits(x[i])); break;
+            case SUBNORMAL: x[i] = float_of(rnd() & 0x807FFFFFu); break;
+            case ZEROS: x[i] = float_of(rnd() & 0x80000000u); break;
+            case EQUAL: x[i] = -0.7f; break;
+            case OUTLIER: x[i] = i == n / 2 ? 1e6f : (float)g; break;
+            case HUGE_VALUES: x[i] = (float)(g * 5e37); break;
+            case TINY: x[i] = (float)(g * 1e-36); break;
+            case SPECIAL: x[i] = rnd() % 40 ? (float)g : float_of(rnd() % 3 == 0 ? 0x7FC00000u : rnd() % 2 ? 0x7F800000u : 0xFF800000u); break;
+            case TIES: x[i] = (float)((int)(rnd() % 65) - 32) * 0.25f; break;
+            case GRADIENT: x[i] = (float)(g * exp(3 * gauss()) * 1e-7); break;
+            case LOW: x[i] = (float)(g * exp(8 * gauss()) * 1e-21); break;
+        }
+    }
+}
+
+// ---- reference ----
+static uint8_t encode(snip_format f, float x) {
+    switch (f) {
+        case SNIP_E4M3: return snip_e4m3_from_f32(x);
+        case SNIP_E5M2: return snip_e5m2_from_f32(x);
+        case SNIP_E2M1: return snip_e2m1_from_f32(x);
+        case SNIP_E2M3: return snip_e2m3_from_f32(x);
+        default: return snip_e3m2_from_f32(x);
+    }
+}
+static float decode(snip_format f, uint8_t c) {
+    switch (f) {
+        case SNIP_E4M3: return snip_e4m3_to_f32(c);
+        case SNIP_E5M2: return snip_e5m2_to_f32(c);
+        case SNIP_E2M1: return snip_e2m1_to_f32(c);
+        case SNIP_E2M3: return snip_e2m3_to_f32(c);
+        default: return snip_e3m2_to_f32(c);
+    }
+}
+static const struct { snip_format f; int mantissa, least, sign; } kinds[] = {    // least: exponent of the smallest normal number
+    { SNIP_E4M3, 3, -6, 0x80 }, { SNIP_E5M2, 2, -14, 0x80 }, { SNIP_E2M1, 1, 0, 8 }, { SNIP_E2M3, 3, 0, 32 }, { SNIP_E3M2, 2, -2, 32 } };
+// |y| rounded up where the random word's share of a unit in the last place reaches; y's own bits below 2^-23 of its
+// binade are dropped. The word's upper bits count.
+static uint8_t encode_stochastic(snip_format f, float y, uint32_t word, int *over) {
+    double a = fabs((double)y), k;
+    int i = 0, e, m;
+    uint8_t sign;
+    while (kinds[i].f != f) i++;
+    m = kinds[i].mantissa;
+    sign = (uint8_t)(bits_of(y) >> 31 ? kinds[i].sign : 0);
+    *over = 0;
+    if (a > snip_format_max(f) * 1.999) { *over = 1; return encode(f, y); }
+    (void)frexp(a, &e);
+    e = a > 0 && e - 1 > kinds[i].least ? e - 1 : kinds[i].least;
+    k = floor((floor(ldexp(a, 23 - e)) + (word >> (9 + m))) * ldexp(1, m - 23));
+    a = ldexp(k, e - m);
+    *over = a > snip_format_max(f);
+    return (uint8_t)(encode(f, (float)a) | sign);
+}
+typedef struct { uint8_t *codes; unsigned char *scales; float *values; snip_quant_stats stats; } result;
+
+static float clip(double x) { return x > 3.4028234663852886e38 ? 3.4028234663852886e38f : (float)x; }
+static void reference(const snip_recipe *r, const float *x, int64_t rows, int64_t cols, int64_t ld, snip_rng_key key, const float *w, result *out) {
+    int64_t th = r->tile_rows ? r->tile_rows : rows, tw = r->tile_cols ? r->tile_cols : cols, i, j, ti, tj;
+    int64_t across = tw ? (cols + tw - 1) / tw : 0, tile = 0, tiles;
+    float S = 1, tensor_scale = 1, max = snip_format_max(r->format), tensor = 0;
+    memset(&out->stats, 0, sizeof out->stats);
+    memset(out->codes, 0, snip_codes_bound(r, rows, cols));
+    if (rows == 0 || cols == 0) return;
+    tiles = across * ((rows + th - 1) / th);
+    for (i = 0; i < rows; i++)
+        for (j = 0; j < cols; j++)
+            if (finite_bits(x[i * ld + j]) && fabsf(x[i * ld + j]) > tensor) tensor = fabsf(x[i * ld + j]);
+    out->stats.amax = tensor;
+    if (r->scale == SNIP_SCALE_UE4M3) {
+        if (tensor > 0) S = clip(2688.0 / (double)tensor);
+        tensor_scale = (float)(1.0 / (double)S);
+        memset(out->scales + tiles, 0, (size_t)(4 - tiles % 4) % 4);
+        memcpy(out->scales + (tiles + 3) / 4 * 4, &tensor_scale, 4);
+    }
+    for (ti = 0; ti < rows; ti += th)
+        for (tj = 0; tj < cols; tj += tw, tile++) {
+            int64_t ei = ti + th < rows ? ti + th : rows, ej = tj + tw < cols ? tj + tw : cols;
+            float amax = 0, scale = 1, inverse = 1;
+            int e, byte = 0, k;
+            for (i = ti; i < ei; i++)
+                for (j = tj; j < ej; j++)
+                    if (finite_bits(x[i * ld + j]) && fabsf(x[i * ld + j]) > amax) amax = fabsf(x[i * ld + j]);
+            switch (r->scale) {
+                case SNIP_SCALE_NONE: break;
+                case SNIP_SCALE_F32:
+                    if (amax == 0) break;
+                    scale = (float)((double)amax / (double)max);
+                    inverse = clip((double)max / (double)amax);
+                    if ((double)amax < (double)max * ldexp(1, -126)) { scale = (float)ldexp(1, -126); inverse = (float)ldexp(1, 126); }
+                    break;
+                case SNIP_SCALE_POW2: case SNIP_SCALE_UE8M0_UP: {
+                    int floor_k = r->scale == SNIP_SCALE_POW2 ? -126 : -127;
+                    if (amax == 0) { byte = 0; if (r->scale == SNIP_SCALE_POW2) break; }
+                    (void)frexp((double)amax, &e);
+                    for (k = amax == 0 || e - 20 < floor_k ? floor_k : e - 20; ldexp((double)max, k) < (double)amax; k++) {}
+                    byte = k + 127;
+                    scale = (float)ldexp(1, k);
+                    inverse = (float)ldexp(1, -k);
+                    break;
+                }
+                case SNIP_SCALE_UE8M0:
+                    (void)frexp((double)max, &k);
+                    (void)frexp((double)amax, &e);
+                    k = amax == 0 || e - k < -127 ? -127 : e - k;
+                    byte = k + 127;
+                    scale = (float)ldexp(1, k);
+                    inverse = (float)ldexp(1, -k);
+                    break;
+                case SNIP_SCALE_UE4M3:
+                    byte = snip_e4m3_from_f32((float)((double)amax * (double)(S * (float)(1.0 / 6.0))));
+                    scale = (float)((double)snip_e4m3_to_f32((uint8_t)byte) * (double)tensor_scale);
+                    inverse = scale == 0 ? 3.4028234663852886e38f : clip(1.0 / (double)scale);
+                    break;
+            }
+            if (r->scale == SNIP_SCALE_F32 || r->scale == SNIP_SCALE_POW2) memcpy(out->scales + 4 * tile, &scale, 4);
+            else if (r->scale != SNIP_SCALE_NONE) out->scales[tile] = (unsigned char)byte;
+            for (i = ti; i < ei; i++)
+                for (j = tj; j < ej; j++) {
+                    float v = x[i * ld + j], y = clip(fabs((double)v * (double)inverse)), value;
+                    uint8_t c;
+                    int over = 0;
+                    if (!finite_bits(v)) y = v;
+                    else if (bits_of(v) >> 31) y = -y;
+                    if (r->rounding == SNIP_ROUND_STOCHASTIC && finite_bits(v)) {
+                        uint32_t four[4];
+                        uint64_t element = (uint64_t)(i * cols + j);
+                        snip_philox(key, element / 4, four);
+                        c = encode_stochastic(r->format, y, four[element % 4], &over);
+                    } else {
+                        int q = 0, m;
+                        while (kinds[q].f != r->format) q++;
+                        (void)frexp((double)max, &m);       // saturated: at or beyond half a unit above the largest (which is odd or even)
+                        {
+                            double unit = ldexp(1, m - 1 - kinds[q].mantissa), half = (double)max + unit / 2;
+                            int odd = (int)((double)max / unit) & 1;
+                            over = finite_bits(v) && (odd ? fabs((double)y) >= half : fabs((double)y) > half);
+                        }
+                        c = encode(r->format, y);
+                    }
+                    value = finite_bits(decode(r->format, c)) ? (float)((double)scale * (double)decode(r->format, c)) : scale * decode(r->format, c);
+                    if (r->format == SNIP_E2M1) out->codes[i * ((cols + 1) / 2) + j / 2] |= (uint8_t)(c << (j & 1) * 4);
+                    else out->codes[i * cols + j] = c;
+                    out->values[i * cols + j] = value;
+                    out->stats.saturated += over;
+                    if (!finite_bits(v)) { out->stats.nonfinite++; continue; }
+                    out->stats.sum_sq += (double)v * (double)v;
+                    out->stats.err_sq += (double)(value - v) * (double)(value - v);
+                    if (w) out->stats.dot += (double)w[i * ld + j] * (double)(value - v);
+                }
+        }
+}
+
+static int same_floats(const float *a, const float *b, int64_t n) {     // bit for bit, any NaN for any NaN
+    int64_t i;
+    for (i = 0; i < n; i++)
+        if (bits_of(a[i]) != bits_of(b[i]) && ((bits_of(a[i]) & 0x7FFFFFFFu) <= 0x7F800000u || (bits_of(b[i]) & 0x7FFFFFFFu) <= 0x7F800000u)) return 0;
+    return 1;
+}
+// Where rounding up a power-of-two scale sends a value near FLT_MAX to infinity, the sums are infinite or NaN.
+static int near(double a, double b, double size) { return a == b || fabs(a - b) <= 1e-11 * size || (!(fabs(a) < 1e300) && !(fabs(b) < 1e300)); }
+static int same_stats(const snip_quant_stats *a, const snip_quant_stats *b, double dot_size) {
+    return near(a->sum_sq, b->sum_sq, b->sum_sq) && near(a->err_sq, b->err_sq, b->err_sq) && near(a->dot, b->dot, dot_size)
+        && bits_of(a->amax) == bits_of(b->amax) && a->nonfinite == b->nonfinite && a->saturated == b->saturated;
+}
+
+enum { ROWS = 260, COLS = 300, LD = 311, CELLS = 300 * 300 };
+static float x[ROWS * LD], weight[ROWS * LD], xt[COLS * ROWS], fake[CELLS], values[CELLS], weight_t[COLS * ROWS];
+static uint8_t codes_ref[CELLS], codes[CELLS + 64], scales[4 * CELLS + 64];
+static unsigned char scales_ref[4 * CELLS + 64];
+static float values_ref[CELLS];
+
+static const int shapes[][2] = { { 1, 1 }, { 0, 5 }, { 5, 0 }, { 1, 130 }, { 3, 31 }, { 17, 33 }, { 33, 129 }, { 128, 128 }, { 129, 255 }, { 200, 300 }, { 16, 300 }, { 260, 17 } };
+static const int tiles[][2] = { { 0, 0 }, { 1, 0 }, { 1, 128 }, { 128, 128 }, { 1, 32 }, { 1, 16 }, { 16, 16 }, { 3, 7 }, { 1, 5 }, { 128, 1 }, { 2, 200 }, { 32, 64 } };
+enum { N_SHAPES = sizeof shapes / sizeof shapes[0], N_TILES = sizeof tiles / sizeof tiles[0] };
+
+static uint64_t digest = 14695981039346656037u;
+static void absorb(const void *p, size_t n) {
+    const unsigned char *c = (const unsigned char *)p;
+    while (n--) digest = (digest ^ *c++) * 1099511628211u;
+}
+
+// One recipe on one matrix by every instruction set and entry; returns the number of disagreements.
+static int named;       // differences printed so far
+static int differs(int yes, const char *what) {
+    if (yes && named++ < 20) printf("  differ: %s\n", what);
+    return yes;
+}
+static int compare(const snip_recipe *r, int rows, int cols, int ld, int hash_only) {
+    snip_rng_key key = { 0x123456789ABCDEFu, 7, 3 };
+    size_t nc = snip_codes_bound(r, rows, cols), ns = snip_scales_bound(r, rows, cols);
+    result ref;
+    int isa, wrong = 0, i, j;
+    double dot_size = 0;
+    snip_quant_stats first;
+    ref.codes = codes_ref; ref.scales = scales_ref; ref.values = values_ref;
+    if (!hash_only) reference(r, x, rows, cols, ld, key, weight, &ref);
+    for (i = 0; i < rows; i++)
+        for (j = 0; j < cols; j++) {
+            xt[j * rows + i] = x[i * ld + j];
+            weight_t[j * rows + i] = weight[i * ld + j];
+            if (finite_bits(x[i * ld + j])) dot_size += fabs((double)weight[i * ld + j]) * (1 + fabs((double)x[i * ld + j]));
+        }
+    for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+        snip_quantize_job job;
+        snip_quant_stats stats, stats_t;
+        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI) continue;     // VNNI quantizes as AVX-512
+        memset(&job, 0, sizeof job);
+        memset(codes, 0xAA, nc + 1);
+        memset(scales, 0, sizeof scales > ns + 8 ? ns + 8 : ns);
+        memset(fake, 0, sizeof fake);
+        job.x = x; job.rows = rows; job.cols = cols; job.ld = ld;
+        job.weight = weight;
+        job.recipe = r;
+        job.codes = codes; job.scales = scales;
+        job.out = fake; job.ld_out = cols;
+        job.key = key;
+        job.isa = (snip_isa)isa;
+        if (snip_quantize_with(&job, &stats, NULL) != SNIP_OK) return 1000;
+        if (hash_only) {
+            absorb(codes, nc); absorb(scales, ns);
+            for (i = 0; i < rows * cols; i++) if (finite_bits(fake[i])) absorb(&fake[i], 4);
+            absorb(&stats.amax, 4); absorb(&stats.nonfinite, 8); absorb(&stats.saturated, 8);
+            if (isa > SNIP_ISA_SCALAR) continue;
+        } else {
+            wrong += differs(memcmp(codes, codes_ref, nc) != 0 || codes[nc] != 0xAA, "codes");
+            wrong += differs(rows && cols && memcmp(scales, scales_ref, ns) != 0, "scales");
+            wrong += differs(!same_floats(fake, values_ref, (int64_t)rows * cols), "values");
+            wrong += differs(!same_stats(&stats, &ref.stats, dot_size), "statistics");
+            if (isa == SNIP_ISA_SCALAR) first = stats;
+            wrong += differs(memcmp(&first, &stats, sizeof stats) != 0, "statistics between instruction sets");   // the same sums to the last bit
+            memset(values, 0, sizeof values);
+            if (snip_dequantize(r, codes, scales, rows, cols, values, cols) != SNIP_OK) return 1000;
+            wrong += differs(!same_floats(values, fake, (int64_t)rows * cols), "dequantized values");
+        }
+        // transposed source: the same as the quantized copy
+        memset(codes, 0xAA, nc + 1);
+        memset(scales, 0, ns + 8);
+        memset(&job, 0, sizeof job);
+        job.x = xt; job.rows = cols; job.cols = rows; job.ld = rows;
+        job.weight = weight_t;
+        job.recipe_t = r; job.codes_t = codes; job.scales_t = scales;
+        job.key = key;
+        job.isa = (snip_isa)isa;
+        if (snip_quantize_with(&job, NULL, &stats_t) != SNIP_OK) return 1000;
+        if (hash_only) { absorb(codes, nc); absorb(scales, ns); continue; }
+        wrong += differs(memcmp(codes, codes_ref, nc) != 0 || codes[nc] != 0xAA, "codes");
+        wrong += differs(rows && cols && memcmp(scales, scales_ref, ns) != 0, "scales");
+        wrong += differs(!same_stats(&stats_t, &ref.stats, dot_size), "transposed statistics");
+    }
+    return wrong;
+}
+
+static void test_everything(int hash_only) {
+    int f, s, t, rounding, d, n = 0;
+    char text[160];
+    for (f = SNIP_E4M3; f <= SNIP_E3M2; f++)
+        for (s = SNIP_SCALE_NONE; s <= SNIP_SCALE_UE8M0_UP; s++)
+            for (rounding = 0; rounding < 2; rounding++) {
+                int wrong = 0, tries = 0;
+                if (s == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) continue;
+                for (t = 0; t < N_TILES; t++)
+                    for (d = 0; d < KINDS; d++, n++) {
+                        const int *shape = shapes[(n * 5 + t) % N_SHAPES];
+                        snip_recipe r;
+                        int got;
+                        r.format = (snip_format)f;
+                        r.tile_rows = tiles[t][0]; r.tile_cols = tiles[t][1];
+                        r.scale = (snip_scale)s;
+                        r.rounding = (snip_rounding)rounding;
+                        fill(x, (int64_t)shape[0] * LD < ROWS * LD ? (int64_t)shape[0] * LD : ROWS * LD, d);
+                        fill(weight, (int64_t)shape[0] * LD, GAUSS);
+                        got = compare(&r, shape[0], shape[1], n % 2 ? LD : shape[1], hash_only);
+                        if (got && !hash_only && named < 20) printf("  format %d scale %d rounding %d tile %dx%d shape %dx%d data %d: %d\n", f, s, rounding, tiles[t][0], tiles[t][1], shape[0], shape[1], d, got);
+                        wrong += got;
+                        tries++;
+                    }
+                snprintf(text, sizeof text, "%s, scale %d, rounding %d: %d matrices as the reference, %d differences", snip_format_name((snip_format)f), s, rounding, tries, wrong);
+                if (!hash_only) check(wrong == 0, text);
+            }
+}
+
+static void test_plain_formats(void) {
+    int d, wrong = 0, isa, i;
+    snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16;
+    snip_rng_key key = { 0, 0, 0 };
+    for (d = 0; d < KINDS; d++) {
+        static uint16_t half[65 * 131], turned[65 * 131];
+        static float out[65 * 131];
+        snip_quant_stats a;
+        fill(x, 65 * 131, d);
+        wrong += snip_quantize(&bf16, x, 65, 131, 131, half, NULL, key, NULL, &a) != SNIP_OK;
+        wrong += snip_quantize_transposed(&bf16, x, 65, 131, 131, turned, NULL, key, NULL, NULL) != SNIP_OK;
+        for (i = 0; i < 65 * 131; i++) {
+            wrong += half[i] != snip_bf16_from_f32(x[i]);
+            wrong += turned[i % 131 * 65 + i / 131] != half[i];
+        }
+        wrong += snip_fake_quantize(&f32, x, 65, 131, 131, out, 131, key, NULL, &a) != SNIP_OK || memcmp(out, x, sizeof out) != 0 || a.err_sq != 0;
+        // BF16 in and out, by every instruction set
+        for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+            static const snip_recipe recipes[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP4_TILE_SR, SNIP_RECIPE_NVFP4, SNIP_RECIPE_FP4_BLOCK };
+            static uint8_t c1[65 * 131], c2[65 * 131], s1[65 * 131 * 4], s2[65 * 131 * 4];
+            static float wide[65 * 131], value[65 * 131];
+            static uint16_t out16[65 * 131], back[65 * 131];
+            size_t k;
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            for (i = 0; i < 65 * 131; i++) wide[i] = snip_bf16_to_f32(half[i]);
+            for (k = 0; k < sizeof recipes / sizeof recipes[0]; k++) {
+                const snip_recipe *r = &recipes[k];
+                snip_quantize_job job;
+                int t;
+                for (t = 0; t < 2; t++) {
+                    int64_t qr = t ? 131 : 65, qc = t ? 65 : 131;
+                    memset(&job, 0, sizeof job);
+                    job.x = half; job.x_format = SNIP_BF16;
+                    job.rows = 65; job.cols = 131; job.ld = 131;
+                    job.isa = (snip_isa)isa;
+                    if (t) { job.recipe_t = r; job.codes_t = c1; job.scales_t = s1; }
+                    else { job.recipe = r; job.codes = c1; job.scales = s1; job.out = out16; job.out_format = SNIP_BF16; job.ld_out = 131; }
+                    wrong += snip_quantize_with(&job, NULL, NULL) != SNIP_OK;
+                    wrong += (t ? snip_quantize_transposed : snip_quantize)(r, wide, 65, 131, 131, c2, s2, key, NULL, NULL) != SNIP_OK;
+                    wrong += memcmp(c1, c2, snip_codes_bound(r, qr, qc)) != 0 || memcmp(s1, s2, snip_scales_bound(r, qr, qc)) != 0;
+                    if (t) continue;
+                    wrong += snip_dequantize(r, c1, s1, 65, 131, value, 131) != SNIP_OK || snip_dequantize_bf16(r, c1, s1, 65, 131, back, 131) != SNIP_OK;
+                    for (i = 0; i < 65 * 131; i++) wrong += out16[i] != snip_bf16_from_f32(value[i]) || back[i] != out16[i];
+                }
+            }
+        }
+    }
+    check(wrong == 0, "F32, BF16, BF16 source and BF16 output");
+}
+
+// Both orientations at once equal each alone, for pairs of recipes with and without a common block.
+static void test_both(void) {
+    static const snip_recipe recipes[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_TILE_SR, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_NVFP4,
+        SNIP_RECIPE_MXFP4, SNIP_RECIPE_BF16, { SNIP_E2M1, 3, 7, SNIP_SCALE_F32, SNIP_ROUND_STOCHASTIC }, { SNIP_E5M2, 0, 0, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN } };
+    enum { N = sizeof recipes / sizeof recipes[0], BIG = 260 * 300 * 4 };
+    static uint8_t c1[BIG], c2[BIG], c3[BIG], s1[BIG], s2[BIG], s3[BIG];
+    snip_rng_key key = { 99, 1, 2 };
+    int a, b, k, wrong = 0;
+    for (a = 0; a < N; a++)
+        for (b = 0; b < N; b++)
+            for (k = 0; k < 3; k++) {
+                int rows = k ? k == 1 ? 129 : 260 : 31, cols = k == 1 ? 300 : 257;
+                snip_quant_stats both, one;
+                fill(x, (int64_t)rows * LD, k == 2 ? SPECIAL : GAUSS);
+                wrong += snip_quantize_both(&recipes[a], &recipes[b], x, rows, cols, LD, c1, s1, c2, s2, key, &both) != SNIP_OK;
+                wrong += snip_quantize(&recipes[a], x, rows, cols, LD, c3, s3, key, NULL, &one) != SNIP_OK;
+                wrong += memcmp(c1, c3, snip_codes_bound(&recipes[a], rows, cols)) != 0 || memcmp(s1, s3, snip_scales_bound(&recipes[a], rows, cols)) != 0;
+                wrong += !same_stats(&both, &one, 1);
+                wrong += snip_quantize_transposed(&recipes[b], x, rows, cols, LD, c3, s3, key, NULL, NULL) != SNIP_OK;
+                wrong += memcmp(c2, c3, snip_codes_bound(&recipes[b], cols, rows)) != 0 || memcmp(s2, s3, snip_scales_bound(&recipes[b], cols, rows)) != 0;
+            }
+    check(wrong == 0, "both orientations at once as each alone");
+}
+
+static void test_in_place_and_threads(void) {
+    snip_recipe r = SNIP_RECIPE_FP4_TILE_SR, nv = SNIP_RECIPE_NVFP4;
+    static float a[200 * 300], b[200 * 300];
+    static uint8_t c[200 * 300], c1[200 * 300], s[200 * 300], s1[200 * 300];
+    snip_rng_key key = { 5, 6, 7 };
+    snip_quant_stats s0, st;
+    int ok = 1;
+    fill(a, 200 * 300, GRADIENT);
+    memcpy(b, a, sizeof a);
+    snip_fake_quantize(&r, a, 200, 300, 300, fake, 300, key, NULL, NULL);
+    snip_fake_quantize(&r, b, 200, 300, 300, b, 300, key, NULL, NULL);
+    check(memcmp(fake, b, sizeof b) == 0, "fake quantization in place");
+    snip_quantize(&nv, a, 200, 300, 300, c, s, key, a, &s0);
+#ifdef _OPENMP
+    {
+        int threads, before = omp_get_max_threads();
+        for (threads = 1; threads <= 7; threads += 2) {
+            omp_set_num_threads(threads);
+            snip_quantize(&nv, a, 200, 300, 300, c1, s1, key, a, &st);
+            ok = ok && memcmp(c, c1, snip_codes_bound(&nv, 200, 300)) == 0 && memcmp(s, s1, snip_scales_bound(&nv, 200, 300)) == 0 && memcmp(&st, &s0, sizeof st) == 0;
+        }
+        omp_set_num_threads(before);
+        check(ok, "the same bits, statistics too, for 1 to 7 threads");
+    }
+#else
+    (void)c1; (void)s1; (void)st; (void)ok;
+    skipped++;
+#endif
+}
+
+// Stochastic rounding inside every interval of codes: mean and variance of the error against theory, over 10^7 draws
+// in all per format; |z| < 5 for each of the points.
+static void test_stochastic(void) {
+    int k, wrong = 0;
+    double worst = 0, worst_var = 0;
+    for (k = 0; k < 5; k++) {
+        int code, codes_n = k < 2 ? 16 : kinds[k].sign - 1, n = 1 << 17;
+        float *in = (float *)malloc((size_t)n * sizeof(float)), *out = (float *)malloc((size_t)n * sizeof(float));
+        if (!in || !out) { failed++; free(in); free(out); return; }
+        for (code = 0; code < codes_n; code++) {
+            uint8_t c = (uint8_t)(k < 2 ? code * 7 : code);
+            double lo = decode(kinds[k].f, c), hi = decode(kinds[k].f, (uint8_t)(c + 1)), frac = uniform(), p, mean = 0, sq = 0, var;
+            float v = (float)(lo + frac * (hi - lo));
+            snip_recipe r;
+            snip_rng_key key = { 1234, 0, 0 };
+            int i;
+            if (c + 1 > (k < 2 ? (k ? 0x7B : 0x7E) : codes_n)) continue;
+            key.tensor = (uint32_t)(k * 256 + code);
+            r.format = kinds[k].f; r.tile_rows = r.tile_cols = 0; r.scale = SNIP_SCALE_NONE; r.rounding = SNIP_ROUND_STOCHASTIC;
+            for (i = 0; i < n; i++) in[i] = i & 1 ? -v : v;
+            snip_fake_quantize(&r, in, 1, n, n, out, n, key, NULL, NULL);
+            for (i = 0; i < n; i++) {
+                double d = (double)out[i] * (i & 1 ? -1 : 1) - (double)v;
+                mean += d;
+                sq += d * d;
+            }
+            p = ((double)v - lo) / (hi - lo);
+            var = p * (1 - p) * (hi - lo) * (hi - lo);
+            mean /= sqrt(n * var);
+            if (fabs(mean) > worst) worst = fabs(mean);
+            {   // variance of d^2: E d^4 - var^2
+                double h = hi - lo, d4 = p * pow(h * (1 - p), 4) + (1 - p) * pow(h * p, 4), z = (sq / n - var) / sqrt((d4 - var * var) / n + 1e-300);
+                if (p > 0.01 && p < 0.99 && fabs(p - 0.5) > 0.01 && fabs(z) > worst_var) worst_var = fabs(z);
+            }
+            wrong += fabs(mean) > 5;
+        }
+        free(in);
+        free(out);
+    }
+    check(wrong == 0 && worst > 0, "stochastic rounding is unbiased");
+    check(worst_var < 5, "stochastic rounding has the variance p(1-p)h^2");
+    printf("  largest |z| of the mean %.2f, of the variance %.2f\n", worst, worst_var);
+}
+
+static void test_philox(void) {     // known answers of Random123's philox4x32-10
+    uint32_t out[4];
+    snip_rng_key zero = { 0, 0, 0 }, ones, pi = { 0x299f31d0a4093822u, 0x13198a2e, 0x03707344 };
+    ones.seed = ~(uint64_t)0; ones.step = ones.tensor = 0xFFFFFFFFu;
+    snip_philox(zero, 0, out);
+    check(out[0] == 0x6627e8d5 && out[1] == 0xe169c58d && out[2] == 0xbc57ac4c && out[3] == 0x9b00dbd8, "Philox of zeros");
+    snip_philox(ones, ~(uint64_t)0, out);
+    check(out[0] == 0x408f276d && out[1] == 0x41c83b0e && out[2] == 0xa20bc7c6 && out[3] == 0x6d5451fd, "Philox of ones");
+    snip_philox(pi, 0x85a308d3243f6a88u, out);
+    check(out[0] == 0xd16cfe09 && out[1] == 0x94fdcceb && out[2] == 0x5001e420 && out[3] == 0x24126ea1, "Philox of pi");
+    {
+        int isa, wrong = 0, i;
+        uint64_t firsts[] = { 0, 5, 0xFFFFFFF0u, 0xFFFFFFFFFFu, 0x1FFFFFFFEu };
+        for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++)
+            for (i = 0; i < 5 && snip_isa_available((snip_isa)isa); i++) {
+                uint32_t a[4 * 40], b[4 * 33];
+                snipi_vector_of((snip_isa)isa)->philox(pi, firsts[i], 33, a);
+                snipi_philox_scalar(pi, firsts[i], 33, b);
+                wrong += memcmp(a, b, sizeof b) != 0;
+            }
+        check(wrong == 0, "Philox by every instruction set, across 2^32");
+    }
+}
+
+static void test_refusals(void) {
+    snip_recipe good = SNIP_RECIPE_FP4_TILE, bad;
+    snip_rng_key key = { 0, 0, 0 };
+    uint8_t c[64], s[64], c0[64], s0[64];
+    float v[64], v0[64];
+    snip_quant_stats stats, stats0;
+    snip_quantize_job job;
+    int refused = 0, i;
+    memset(c, 1, sizeof c); memset(s, 2, sizeof s); memset(v, 3, sizeof v); memset(&stats, 4, sizeof stats);
+    memcpy(c0, c, sizeof c); memcpy(s0, s, sizeof s); memcpy(v0, v, sizeof v); memcpy(&stats0, &stats, sizeof stats);
+    fill(x, 64, GAUSS);
+#define REFUSED(call) refused += (call) == SNIP_BAD_ARGUMENT; i++
+    i = 0;
+    REFUSED(snip_quantize(NULL, x, 2, 8, 8, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, NULL, 2, 8, 8, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, -1, 8, 8, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, 2, -8, 8, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, 2, 8, 7, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, 2, 8, 8, NULL, s, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, 2, 8, 8, c, NULL, key, NULL, &stats));
+    REFUSED(snip_quantize(&good, x, INT64_MAX / 4, INT64_MAX / 4, INT64_MAX / 4, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize_transposed(&good, x, 2, 8, 7, c, s, key, NULL, &stats));
+    REFUSED(snip_quantize_transposed(&good, x, 2, 8, 8, NULL, s, key, NULL, &stats));
+    REFUSED(snip_quantize_both(&good, NULL, x, 2, 8, 8, c, s, c, s, key, &stats));
+    REFUSED(snip_quantize_both(&good, &good, x, 2, 8, 8, c, s, NULL, s, key, &stats));
+    REFUSED(snip_fake_quantize(NULL, x, 2, 8, 8, v, 8, key, NULL, &stats));
+    REFUSED(snip_fake_quantize(&good, x, 2, 8, 8, v, 7, key, NULL, &stats));
+    REFUSED(snip_dequantize(&good, NULL, s, 2, 8, v, 8));
+    REFUSED(snip_dequantize(&good, c, NULL, 2, 8, v, 8));
+    REFUSED(snip_dequantize(&good, c, s, 2, 8, NULL, 8));
+    REFUSED(snip_dequantize(&good, c, s, 2, 8, v, 7));
+    bad = good; bad.format = SNIP_UE8M0;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    bad = good; bad.format = (snip_format)0;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    bad = good; bad.tile_cols = -1;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    bad = good; bad.scale = (snip_scale)99;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    bad = good; bad.rounding = (snip_rounding)7;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    bad = good; bad.format = SNIP_E4M3; bad.scale = SNIP_SCALE_UE4M3;
+    REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
+    memset(&job, 0, sizeof job);
+    REFUSED(snip_quantize_with(NULL, &stats, NULL));
+    REFUSED(snip_quantize_with(&job, &stats, NULL));
+    job.recipe = &good; job.x = x; job.rows = 2; job.cols = 8; job.ld = 8; job.codes = c; job.scales = s;
+    job.x_format = SNIP_E4M3;
+    REFUSED(snip_quantize_with(&job, &stats, NULL));
+    job.x_format = SNIP_F32; job.isa = (snip_isa)99;
+    REFUSED(snip_quantize_with(&job, &stats, NULL));
+    job.isa = SNIP_ISA_BEST; job.codes_t = c;
+    REFUSED(snip_quantize_with(&job, &stats, NULL));
+    check(refused == i, "bad arguments are refused");
+    check(!memcmp(c, c0, sizeof c) && !memcmp(s, s0, sizeof s) && !memcmp(v, v0, sizeof v) && !memcmp(&stats, &stats0, sizeof stats), "a refused call touches nothing");
+    check(snip_codes_bound(&bad, 2, 8) == 0 && snip_scales_bound(&bad, 2, 8) == 0 && snip_codes_bound(&good, 3, 7) == 12 && snip_scales_bound(&good, 3, 129) == 24, "bounds");
+}
+
+// More than 2^31 elements: a sparse mapping whose few touched pages lie at both ends of 2^32 + 256 bytes of floats.
+static void test_huge(void) {
+#if defined(__unix__) && UINTPTR_MAX > 0xFFFFFFFFu
+    int64_t rows = 3, ld = ((int64_t)1 << 31) + 64, cols = 200, r, c;       // element offsets up to 2^32
+    size_t bytes = (size_t)((rows - 1) * ld + cols) * sizeof(float);
+    float *big = (float *)mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    static float small[3 * 200];
+    static uint8_t c1[600], c2[600], s1[2400], s2[2400];
+    snip_recipe recipes[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP4_TILE_SR, SNIP_RECIPE_NVFP4 };
+    snip_rng_key key = { 3, 2, 1 };
+    int k, ok = 1;
+    if (big == MAP_FAILED) { skipped++; return; }
+    fill(small, 600, GAUSS);
+    for (r = 0; r < rows; r++)
+        for (c = 0; c < cols; c++) big[r * ld + c] = small[r * cols + c];
+    for (k = 0; k < 3; k++) {
+        ok = ok && snip_quantize(&recipes[k], big, rows, cols, ld, c1, s1, key, NULL, NULL) == SNIP_OK;
+        ok = ok && snip_quantize(&recipes[k], small, rows, cols, cols, c2, s2, key, NULL, NULL) == SNIP_OK;
+        ok = ok && !memcmp(c1, c2, snip_codes_bound(&recipes[k], rows, cols)) && !memcmp(s1, s2, snip_scales_bound(&recipes[k], rows, cols));
+        ok = ok && snip_quantize_transposed(&recipes[k], big, rows, cols, ld, c1, s1, key, NULL, NULL) == SNIP_OK;
+        ok = ok && snip_quantize_transposed(&recipes[k], small, rows, cols, cols, c2, s2, key, NULL, NULL) == SNIP_OK;
+        ok = ok && !memcmp(c1, c2, snip_codes_bound(&recipes[k], cols, rows)) && !memcmp(s1, s2, snip_scales_bound(&recipes[k], cols, rows));
+    }
+    munmap(big, bytes);
+    check(ok, "rows 2^31 elements apart");
+    {   // 2^31 + 2^20 elements of BF16 zeros, all mapped to one page of memory each by the kernel's zero page: FP4, per row
+        snip_recipe fp4 = { SNIP_E2M1, 1, 0, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN };
+        int64_t wide = ((int64_t)1 << 31) + (1 << 20);
+        size_t in = (size_t)wide * 2, out = (size_t)wide / 2;
+        uint16_t *source = (uint16_t *)mmap(NULL, in, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        uint8_t *target = (uint8_t *)mmap(NULL, out, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        snip_quantize_job job;
+        snip_quant_stats stats;
+        float scale = 0;
+        if (source == MAP_FAILED || target == MAP_FAILED || !getenv("SNIP_TEST_HUGE")) skipped++;
+        else {
+            source[0] = snip_bf16_from_f32(1.5f);
+            source[wide - 1] = snip_bf16_from_f32(-6.0f);
+            source[wide - (1 << 20) + 7] = snip_bf16_from_f32(3.0f);
+            memset(&job, 0, sizeof job);
+            job.x = source; job.x_format = SNIP_BF16;
+            job.rows = 1; job.cols = wide; job.ld = wide;
+            job.recipe = &fp4; job.codes = target; job.scales = &scale;
+            ok = snip_quantize_with(&job, &stats, NULL) == SNIP_OK;
+            check(ok && scale == 1 && target[0] == 3 && target[out - 1] == 0xF0 && target[(wide - (1 << 20) + 7) / 2] == 0x50 && stats.sum_sq == 1.5 * 1.5 + 36 + 9,
+                  "one row of more than 2^31 elements");
+        }
+        if (source != MAP_FAILED) munmap(source, in);
+        if (target != MAP_FAILED) munmap(target, out);
+    }
+#else
+    skipped++;
+#endif
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "--hash")) {
+        test_everything(1);
+        printf("%016llx\n", (unsigned long long)digest);
+        return 0;
+    }
+    test_philox();
+    test_everything(0);
+    test_plain_formats();
+    test_both();
+    test_in_place_and_threads();
+    test_stochastic();
+    test_refusals();
+    test_huge();
+    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
+    return failed != 0;
+}
