@@ -738,7 +738,7 @@ static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *p
         double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess, k->mu), limit = guess < cut ? guess : cut;
         int done = 0;
         if (*proven >= cut || cut <= 0) {
-            if (!(run->rel_gap > SNIPI_ILP_PROOF)) *proven = *excess;
+            *proven = !(run->rel_gap > SNIPI_ILP_PROOF) ? *excess : cut > 0 ? cut : 0;
             return;
         }
         if (snipi_ilp_late(run)) return;
@@ -925,14 +925,18 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     snipi_ilp_list *list = (snipi_ilp_list *)snipi_ilp_take(run, (size_t)u->parts, sizeof *list);
     double *least = (double *)snipi_ilp_take(run, (size_t)u->parts, sizeof *least), sum = 0, window = 0;
     int64_t surplus;
-    int p, widest = 0, *trial, stopped = 0;
+    int p, i, widest = 0, *trial, stopped = 0;
     for (p = 0; p < u->parts; p++)
         if (u->part[p].n > widest) widest = u->part[p].n;
     trial = (int *)snipi_ilp_take(run, (size_t)widest, sizeof *trial);
     if (!list || !least || !trial || !snipi_ilp_union_relax(run, u)) return 0;
     for (p = 0, *excess = 0; p < u->parts; p++) *excess += snipi_ilp_greedy(&u->part[p], u->pick[p]);
     surplus = snipi_ilp_union_surplus(u);
-    if (surplus < 0) return 0;                // cannot be
+    if (surplus < 0) {                        // costs 1e300 apart, slopes with no digits left: all at the largest gain
+        for (p = 0; p < u->parts; p++)
+            for (i = 0; i < u->part[p].n; i++) u->pick[p][i] = snipi_ilp_count(&u->part[p], i) - 1;
+        return 0;
+    }
     *excess += u->mu * (double)surplus + snipi_ilp_union_spend(u);
     for (p = 0; p < u->parts; p++) {          // each part's integer bound at mu, by itself
         double over = snipi_ilp_greedy(&u->part[p], trial);
@@ -945,7 +949,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     for (mark = run->newest;; window *= 4) {
         double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost, 0), limit = cut - sum < window ? cut - sum : window;
         if (*proven >= cut) {
-            if (!(run->rel_gap > SNIPI_ILP_PROOF)) *proven = *excess;
+            *proven = !(run->rel_gap > SNIPI_ILP_PROOF) ? *excess : cut > 0 ? cut : 0;
             return 1;
         }
         if (stopped || snipi_ilp_late(run)) return 1;
