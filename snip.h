@@ -545,8 +545,14 @@ SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
 // Element i's sign is bit i % 32 of word i / 32 % 4 of counter i / 128.
 enum { SNIPI_SIGNS = 128 };
 
-SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {      // -x where the bit is set
-    return snipi_float(snipi_bits(x) ^ (signs[j >> 5] >> (j & 31) & 1u) << 31);
+// Elements [j0, j1) of block b: out = factor * x (factor where x is NULL) times the block's signs; zeros elsewhere. x[0] is element j0.
+SNIPI_INLINE void snipi_sign_block(snip_rng_key key, int64_t b, const float *x, float factor, int j0, int j1, float out[SNIPI_SIGNS]) {
+    uint32_t signs[4];
+    int w, j;
+    snip_philox(key, (uint64_t)b, signs);
+    for (j = 0; j < SNIPI_SIGNS; j++) out[j] = j >= j0 && j < j1 ? (x ? factor * x[j - j0] : factor) : 0.0f;
+    for (w = 0; w < 4; w++)
+        for (j = 0; j < 32; j++) out[32 * w + j] = snipi_float(snipi_bits(out[32 * w + j]) ^ (signs[w] >> j & 1u) << 31);
 }
 
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
@@ -554,12 +560,11 @@ SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     SNIPI_OMP(omp parallel for schedule(static))
     for (b = 0; b < blocks; b++) {
-        uint32_t signs[4];
+        float noise[SNIPI_SIGNS];
         int64_t i0 = b * SNIPI_SIGNS;
         int j, m = (int)snipi_min(SNIPI_SIGNS, n - i0);
-        snip_philox(key, (uint64_t)b, signs);
-        for (j = 0; j < m; j++)
-            out[i0 + j] = x[i0 + j] + snipi_signed(shape ? scale * shape[i0 + j] : scale, signs, j);
+        snipi_sign_block(key, b, shape ? shape + i0 : NULL, scale, 0, m, noise);
+        for (j = 0; j < m; j++) out[i0 + j] = x[i0 + j] + noise[j];
     }
     return SNIP_OK;
 }
@@ -574,13 +579,13 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
         int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
         part[c] = 0;
         for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
-            uint32_t signs[4];
-            int64_t i0 = b * SNIPI_SIGNS;
-            int j, m = (int)snipi_min(SNIPI_SIGNS, n - i0);
-            float s = 0;
-            snip_philox(key, (uint64_t)b, signs);
-            for (j = 0; j < m; j++) s += snipi_signed(x[i0 + j], signs, j);
-            part[c] += (double)s;
+            float terms[SNIPI_SIGNS], lanes[16];
+            int i, j;
+            snipi_sign_block(key, b, x + b * SNIPI_SIGNS, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, n - b * SNIPI_SIGNS), terms);
+            memcpy(lanes, terms, sizeof lanes);
+            for (i = 1; i < SNIPI_SIGNS / 16; i++)
+                for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
+            for (j = 0; j < 16; j++) part[c] += (double)lanes[j];
         }
     }
     for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
@@ -2441,7 +2446,8 @@ static void snipi_sketch_add(float *sketch, const float *x, int64_t n, int64_t o
     for (block = 0; block < BLOCKS; block++) {
         int64_t chunk;
         for (chunk = first; chunk < last; chunk++) {
-            uint32_t hash[4], signs[4];
+            uint32_t hash[4];
+            float terms[SNIPI_SIGNS];
             int64_t from;
             int low, high, j, j0, j1;
             snip_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
@@ -2451,8 +2457,8 @@ static void snipi_sketch_add(float *sketch, const float *x, int64_t n, int64_t o
             j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset - from));
             j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset + n - from));
             if (j0 >= j1) continue;
-            snip_philox(key, (uint64_t)from / SNIPI_SIGNS, signs);
-            for (j = j0; j < j1; j++) sketch[block * SNIPI_SIGNS + (j ^ low)] += snipi_signed(factor * x[from - offset + j], signs, j);
+            snipi_sign_block(key, from / SNIPI_SIGNS, x + (from + j0 - offset), factor, j0, j1, terms);
+            for (j = 0; j < SNIPI_SIGNS; j++) sketch[block * SNIPI_SIGNS + (j ^ low)] += terms[j];
         }
     }
 }
