@@ -153,12 +153,37 @@ static inline float llama_max(const float *a, int64_t n) {
 }
 
 // C (m, n) = or += A (m, k) B (k, n), for attention's small matrices inside one thread. A is reached by
-// strides (ra, ca), so it may be a transposed view; a tile of C stays in registers while k runs.
-#define LLAMA_MR 4
+// strides (ra, ca), so it may be a transposed view. A tile of 4 x 2 vectors of C stays in registers
+// while k runs; the vector type is GCC's and clang's, because -O2 alone does not get there from arrays.
 #ifdef __AVX2__
-#  define LLAMA_NR 16
+#  define LLAMA_VEC 8
 #else
-#  define LLAMA_NR 8
+#  define LLAMA_VEC 4
+#endif
+#define LLAMA_MR 4
+#define LLAMA_NR (2 * LLAMA_VEC)
+#ifdef __GNUC__
+typedef float llama_vec __attribute__((vector_size(4 * LLAMA_VEC), aligned(4), may_alias));
+static inline void llama_mm_tile(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+    const float *a1 = a + ra, *a2 = a1 + ra, *a3 = a2 + ra;
+    llama_vec zero = { 0 }, c00 = zero, c01 = zero, c10 = zero, c11 = zero, c20 = zero, c21 = zero, c30 = zero, c31 = zero;
+    for (int64_t p = 0; p < k; p++, b += ldb, a += ca, a1 += ca, a2 += ca, a3 += ca) {
+        llama_vec b0 = *(const llama_vec *)b, b1 = *(const llama_vec *)(b + LLAMA_VEC);
+        c00 += *a * b0;  c01 += *a * b1;
+        c10 += *a1 * b0; c11 += *a1 * b1;
+        c20 += *a2 * b0; c21 += *a2 * b1;
+        c30 += *a3 * b0; c31 += *a3 * b1;
+    }
+#define LLAMA_STORE(y, v0, v1) do { \
+        llama_vec *row = (llama_vec *)(c + (y) * ldc); \
+        if (accumulate) { row[0] += (v0); row[1] += (v1); } else { row[0] = (v0); row[1] = (v1); } \
+    } while (0)
+    LLAMA_STORE(0, c00, c01);
+    LLAMA_STORE(1, c10, c11);
+    LLAMA_STORE(2, c20, c21);
+    LLAMA_STORE(3, c30, c31);
+#undef LLAMA_STORE
+}
 #endif
 static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca,
                             const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
@@ -166,25 +191,19 @@ static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int
         int64_t nj = n - j < LLAMA_NR ? n - j : LLAMA_NR;
         for (int64_t i = 0; i < m; i += LLAMA_MR) {
             int64_t mi = m - i < LLAMA_MR ? m - i : LLAMA_MR;
-            float acc[LLAMA_MR][LLAMA_NR] = { { 0 } };
+#ifdef __GNUC__
             if (mi == LLAMA_MR && nj == LLAMA_NR) {
-                const float *a0 = a + i * ra, *a1 = a0 + ra, *a2 = a1 + ra, *a3 = a2 + ra, *bp = b + j;
-                for (int64_t p = 0; p < k; p++, bp += ldb, a0 += ca, a1 += ca, a2 += ca, a3 += ca)
-                    for (int x = 0; x < LLAMA_NR; x++) {
-                        acc[0][x] += *a0 * bp[x];
-                        acc[1][x] += *a1 * bp[x];
-                        acc[2][x] += *a2 * bp[x];
-                        acc[3][x] += *a3 * bp[x];
-                    }
-            } else {
-                for (int64_t p = 0; p < k; p++)
-                    for (int64_t y = 0; y < mi; y++)
-                        for (int64_t x = 0; x < nj; x++) acc[y][x] += a[(i + y) * ra + p * ca] * b[p * ldb + j + x];
+                llama_mm_tile(k, a + i * ra, ra, ca, b + j, ldb, c + i * ldc + j, ldc, accumulate);
+                continue;
             }
+#endif
+            float acc[LLAMA_MR][LLAMA_NR] = { { 0 } };
+            for (int64_t p = 0; p < k; p++)
+                for (int64_t y = 0; y < mi; y++)
+                    for (int64_t x = 0; x < nj; x++) acc[y][x] += a[(i + y) * ra + p * ca] * b[p * ldb + j + x];
             for (int64_t y = 0; y < mi; y++) {
                 float *row = c + (i + y) * ldc + j;
-                if (accumulate) for (int64_t x = 0; x < nj; x++) row[x] += acc[y][x];
-                else            for (int64_t x = 0; x < nj; x++) row[x] = acc[y][x];
+                for (int64_t x = 0; x < nj; x++) row[x] = accumulate ? row[x] + acc[y][x] : acc[y][x];
             }
         }
     }

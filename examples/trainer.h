@@ -454,7 +454,7 @@ static inline const char *tr_parse_tensors(tr_tensors *s, unsigned char *memory,
     if (length > size - 8) return "truncated";
     const unsigned char *data = memory + 8 + length;
     const char *header = (const char *)memory + 8, *sum_at = NULL;
-    int64_t data_size = (int64_t)(size - 8 - length), offset = 0, begin, end;
+    int64_t data_size = (int64_t)(size - 8 - length), offset = 0, begin = 0, end = 0;
     tr_json j = { header, header + length };
     int room = 0;
     if (!tr_json_char(&j, '{')) return "not a safetensors file";
