@@ -1,6 +1,6 @@
 /* Times snip_ilp.h on families of problems.
 
-   bench_ilp [--case SUBSTRING] [--time-limit S] [--repeat N] [--hard]
+   bench_ilp [--case SUBSTRING | --exact CASE] [--time-limit S] [--repeat N] [--seed N] [--hard]
    bench_ilp --dump CASE       writes the problem as text, for other solvers (bench_ilp.py drives them)
 
    Text: "mckp 1 groups stages total", the stage targets, then per group: stage, options, and the (cost, gain) pairs.
@@ -156,13 +156,14 @@ static void dump(const snip_ilp_problem *p) {
 static int compare(const void *a, const void *b) { return *(const double *)a < *(const double *)b ? -1 : *(const double *)a > *(const double *)b; }
 
 int main(int argc, char **argv) {
-    const char *only = "", *dumped = NULL;
+    const char *only = "", *exact = NULL, *dumped = NULL;
     snip_ilp_params params = {0, 0, 0};
     int i, r, repeat = 0, hard = 0;
     uint64_t seed = 1;
     for (i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(argv[i], "--case")) only = value, i++;
+        else if (!strcmp(argv[i], "--exact")) exact = value, i++;
         else if (!strcmp(argv[i], "--time-limit")) params.time_limit = atof(value), i++;
         else if (!strcmp(argv[i], "--repeat")) repeat = atoi(value), i++;
         else if (!strcmp(argv[i], "--seed")) seed = (uint64_t)strtoull(value, NULL, 10), i++;
@@ -178,7 +179,7 @@ int main(int argc, char **argv) {
         snip_ilp_status status = SNIP_ILP_OPTIMAL;
         double *ms;
         int *choice, runs = repeat ? repeat : c->repeat;
-        if (dumped ? strcmp(dumped, c->name) != 0 : !strstr(c->name, only) || (c->hard && !hard && !*only)) continue;
+        if (dumped || exact ? strcmp(dumped ? dumped : exact, c->name) != 0 : !strstr(c->name, only) || (c->hard && !hard && !*only)) continue;
         p = make(c, seed);
         if (dumped) { dump(&p); discard(&p); return 0; }
         ms = (double *)calloc((size_t)runs, sizeof *ms);
