@@ -431,9 +431,17 @@ static double snipi_ilp_reduced(const snipi_ilp_sack *k, const snipi_ilp_item *o
 static double snipi_ilp_lp_cost(const snipi_ilp_sack *k) { return k->spent + k->base_cost + (k->lack > 0 ? k->theta * (double)k->lack : 0); }
 
 // How much cheaper a choice must be to count as better than one of this cost. With mu it is not the cost alone that counts, and no step.
+static double snipi_ilp_exact_margin(const snipi_ilp_run *run, double cost, double mu) {
+    return mu <= 0 && SNIPI_ILP_PROOF * cost < 0.99 * run->cost_step ? 0.99 * run->cost_step : SNIPI_ILP_PROOF * cost;
+}
 static double snipi_ilp_margin(const snipi_ilp_run *run, double cost, double mu) {
-    double margin = (run->rel_gap > SNIPI_ILP_PROOF ? run->rel_gap : SNIPI_ILP_PROOF) * cost;
-    return mu <= 0 && margin < 0.99 * run->cost_step ? 0.99 * run->cost_step : margin;
+    double exact = snipi_ilp_exact_margin(run, cost, mu);
+    return exact < run->rel_gap * cost ? run->rel_gap * cost : exact;
+}
+// The lower bound of the excess when all that would be better has been looked for.
+static double snipi_ilp_settled(const snipi_ilp_run *run, double cost, double mu, double excess) {
+    double margin = snipi_ilp_margin(run, cost, mu);
+    return margin <= snipi_ilp_exact_margin(run, cost, mu) ? excess : excess > margin ? excess - margin : 0;
 }
 
 // >>greedy: a first choice: base and the cheapest single upgrade that meets need; the break segment is one. In the coupled problem also
@@ -738,7 +746,7 @@ static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *p
         double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess, k->mu), limit = guess < cut ? guess : cut;
         int done = 0;
         if (*proven >= cut || cut <= 0) {
-            *proven = !(run->rel_gap > SNIPI_ILP_PROOF) ? *excess : cut > 0 ? cut : 0;
+            *proven = snipi_ilp_settled(run, snipi_ilp_lp_cost(k) + *excess, k->mu, *excess);
             return;
         }
         if (snipi_ilp_late(run)) return;
@@ -901,7 +909,7 @@ static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const 
     top.first[u->parts] = items;
     if (surplus < 0) return 1;                // the lists are too short yet
     if (!snipi_ilp_single(run, &top, pick, &over, &proven)) return 0;
-    ok = proven >= over || run->rel_gap > SNIPI_ILP_PROOF;
+    ok = over - proven <= 1.000001 * snipi_ilp_margin(run, snipi_ilp_lp_cost(&top) + over, 0);     // was it finished?
     for (p = 0, surplus = -u->need; p < u->parts; p++) {
         const snipi_ilp_sack *k = &u->part[p];
         const snipi_ilp_item *o = snipi_ilp_items(&top, p) + pick[p];
@@ -949,7 +957,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     for (mark = run->newest;; window *= 4) {
         double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost, 0), limit = cut - sum < window ? cut - sum : window;
         if (*proven >= cut) {
-            *proven = !(run->rel_gap > SNIPI_ILP_PROOF) ? *excess : cut > 0 ? cut : 0;
+            *proven = snipi_ilp_settled(run, cost, 0, *excess);
             return 1;
         }
         if (stopped || snipi_ilp_late(run)) return 1;

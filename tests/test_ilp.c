@@ -264,6 +264,16 @@ static void check_exact(const snip_ilp_problem *p) {
         if (best.exact >= 0) CHECK(v.cost <= best.exact + slack);
         CHECK(v.cost >= best.loose - slack);
     }
+    if (best.exact >= 0) {                    // stopped by a gap or by memory: the bound still holds
+        snip_ilp_params params = {0, 0, 0};
+        int kind = below(3);
+        if (kind != 1) params.rel_gap = uniform() * uniform();
+        if (kind != 0) params.max_memory = 1000 + (size_t)below(8000);
+        status = snip_ilp_solve(p, &params, choice, &r);
+        check_answer(p, status, choice, &r);
+        CHECK(r.bound <= best.exact + 1e-12L * (best.exact - judge(p, choice).least) + 1e-15L * best.exact);
+        if (kind == 0) CHECK(r.cost - r.bound <= params.rel_gap * (r.cost - (double)judge(p, choice).least) * (1 + 1e-9) + 1e-14 * r.cost);
+    }
     CHECK(live == 0);
 }
 
