@@ -1148,7 +1148,7 @@ snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_p
         result->cost = (double)cost;
         result->gain = (double)gain;
         result->bound = (double)least;
-        if (result->cost - gap > result->bound) result->bound = result->cost - gap;
+        if (result->cost * (1 - 1e-14) - gap > result->bound) result->bound = result->cost * (1 - 1e-14) - gap;     // rounding
         if (proven || result->bound > result->cost) result->bound = result->cost;
         result->nodes = run.nodes;
         result->seconds = snipi_ilp_clock() - run.start;
