@@ -996,8 +996,8 @@ static void test_plan_file(void) {
     for (i = 0; i <= size; i++) { memcpy(changed, text, size); TRY(i); }                    // cut short
     CHECK(same >= 1 && same <= 2);
     for (i = 0; i < size; i++)
-        for (trick = 0; trick < 18; trick++) {
-            static const char put[] = { 0, ' ', '\n', '9', 'a', 'A', '-', '+', '%', (char)0xFF };
+        for (trick = 0; trick < 20; trick++) {
+            static const char put[] = { 0, ' ', '\n', '9', 'a', 'A', '-', '+', '%', (char)0xFF, '4', '8' };
             memcpy(changed, text, size);
             if (trick < 8) changed[i] = (char)(changed[i] ^ 1 << trick);
             else changed[i] = put[trick - 8];
