@@ -1,8 +1,5 @@
-/* snip_ilp.h - exact solver for the multiple-choice knapsack problem with covering targets.
-   One file, C99 and later or C++11 and later; needs libc and libm only. Usable for any such problem, SNIP or not.
-
-       #define SNIP_ILP_IMPLEMENTATION     // in one source file (SNIP_IMPLEMENTATION does as well); elsewhere include it plainly
-       #include "snip_ilp.h"
+/* snip_ilp.h - exact solver for the multiple-choice knapsack problem with covering targets. C99 or C++11 and later; only libc and libm.
+   #define SNIP_ILP_IMPLEMENTATION (or SNIP_IMPLEMENTATION) before including it in one source file; elsewhere include it plainly.
 
    THE PROBLEM. Group i has options j with cost c_ij >= 0 and gain g_ij >= 0. Choose one option x_i of each group:
 
@@ -13,25 +10,23 @@
    A target counts as met within 1e-12 of the sum of its groups' largest gains. In SNIP a group is a layer or a GEMM, an option its
    precision, cost the loss of quality, gain the work or time saved, a stage a pipeline stage.
 
-   QUICK START
        snip_ilp_option q[2] = {{0.0, 0.0}, {0.3, 1.0}}, k[2] = {{0.0, 0.0}, {0.1, 1.0}};
        snip_ilp_group groups[2] = {{q, 2, 0}, {k, 2, 0}};
        snip_ilp_problem problem = {2, groups, 0, NULL, 1.0};
        int choice[2];
        if (snip_ilp_solve(&problem, NULL, choice, NULL) == SNIP_ILP_OPTIMAL) ...    // choice is {0, 1}
 
-   WHAT IS FAST. Costs and gains that are not tied to one another: 560 groups of 2 to 27 options take about a millisecond with or
-   without stages and a total, 100,000 groups of 8 a tenth of a second. Reading, the LP bound and a first choice are linear in the
-   number of options and always completed; then the time limit holds, tested every few thousand states.
-   WHAT STAYS HARD (it is NP-hard, after all). Cost = gain + constant with large integers or very many groups (10,000 strongly
-   correlated groups: minutes and gigabytes), and cost = gain in real numbers (subset sum). There the search stops at the memory
-   limit and then at 10^8 nodes, which takes seconds, and returns FEASIBLE with a gap of 1e-7 to 1e-10 of the cost. Set time_limit.
-
-   DETERMINISM. Same input, same choice, bit for bit, on one machine and compiler; a time limit that strikes is the exception.
-   THREADS. No globals: calls may run at once. No recursion. The clock is CLOCK_MONOTONIC or C11's timespec_get where the language
-   mode declares them, else clock(), which counts all threads of the process and makes limits come early. SNIP_ILP_CLOCK() overrides.
-   MEMORY. From SNIP_ILP_MALLOC/SNIP_ILP_FREE (define both before the implementation), never more than max_memory at a time; all is
-   freed on return. When it runs out, what has been found is returned; without any memory the largest gains are. */
+   FAST: costs and gains not tied to one another. 560 groups of 2 to 27 options take about a millisecond, with or without stages and a
+   total, 100,000 groups of 8 a tenth of a second. Reading, the LP bound and a first choice take linear time and are always completed;
+   then the time limit is looked at every few thousand states.
+   HARD (the problem is NP-hard): cost = gain + constant with large integers or very many groups (10,000 strongly correlated groups), and
+   cost = gain in real numbers (subset sum). There the search ends at the memory limit, after seconds, FEASIBLE with a gap of 1e-7 to
+   1e-10 of the cost. Set time_limit.
+   DETERMINISTIC: same input, same choice, on one machine and compiler, unless a time limit strikes. Thread-safe; no globals, no recursion.
+   The clock is CLOCK_MONOTONIC or C11's timespec_get where the language mode declares them, else clock(), which counts all threads of the
+   process and makes limits come early; SNIP_ILP_CLOCK() overrides it.
+   MEMORY comes from SNIP_ILP_MALLOC/SNIP_ILP_FREE (define both), never exceeds max_memory and is all freed. When it runs out, what has
+   been found is returned; without any, the largest gains are. Costs below 1e-300 of the largest count as zero. */
 #ifndef SNIP_ILP_H
 #define SNIP_ILP_H
 #include <stddef.h>
@@ -43,7 +38,6 @@ extern "C" {
 // Sections: >>api >>run >>check >>numbers >>sack >>lp >>greedy >>core >>curve >>states >>single >>join >>solve
 
 // >>api
-
 typedef struct { double cost, gain; } snip_ilp_option;            // cost >= 0 is minimised; gain >= 0 counts toward the targets
 typedef struct { const snip_ilp_option *options; int n_options; int stage; } snip_ilp_group;   // exactly one option is chosen
 typedef struct {
@@ -60,11 +54,7 @@ typedef struct {                  // zeroes are the defaults
     size_t max_memory;            // bytes; 0: 512 MiB
 } snip_ilp_params;
 
-typedef struct {
-    double cost, bound, gain;     // of the choice; no choice costs less than bound
-    double seconds;
-    int64_t nodes;                // states and nodes searched
-} snip_ilp_result;
+typedef struct { double cost, bound, gain, seconds; int64_t nodes; } snip_ilp_result;     // no choice costs less than bound
 
 typedef enum {
     SNIP_ILP_OPTIMAL = 0,         // proven to within 1e-12 of the cost above the sum of the cheapest options
@@ -107,7 +97,6 @@ extern "C" {
 #endif
 
 // >>run: what a call carries along: memory, clock, tolerances
-
 #define SNIPI_ILP_TOLERANCE 1e-12             // of a target, relative to the sum of the largest gains
 #define SNIPI_ILP_PROOF 5e-13                 // of the optimum; half of what is promised, the rest is for rounding
 #define SNIPI_ILP_HUGE (DBL_MAX / 4)          // stands for infinity, which -Ofast does not know
@@ -155,6 +144,7 @@ static void *snipi_ilp_take(snipi_ilp_run *run, size_t count, size_t size) {
     run->used += b->bytes;
     return b + 1;
 }
+#define SNIPI_ILP_TAKE(run, type, count) ((type *)snipi_ilp_take(run, (size_t)(count), sizeof(type)))
 static void snipi_ilp_give(snipi_ilp_run *run, void *pointer) {
     snipi_ilp_block *b;
     if (!pointer) return;
@@ -169,7 +159,6 @@ static void snipi_ilp_give_since(snipi_ilp_run *run, const snipi_ilp_block *mark
 }
 
 // >>check: the arguments, and whether the largest gains meet the targets; needs no memory
-
 static int snipi_ilp_finite(double x) {       // by bits: -Ofast takes it for granted
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -205,6 +194,9 @@ static int snipi_ilp_largest(const snip_ilp_group *g) {        // the option of 
     }
     return best;
 }
+// Without stage targets all is one stage.
+static int snipi_ilp_stages(const snip_ilp_problem *p) { return p->stage_target && p->n_stages > 1 ? p->n_stages : 1; }
+static int snipi_ilp_stage(const snip_ilp_problem *p, int group) { return p->stage_target ? p->groups[group].stage : 0; }
 static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
     return p->stage_target && stage < p->n_stages && p->stage_target[stage] > 0 ? p->stage_target[stage] : 0;
 }
@@ -213,18 +205,19 @@ static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
 static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
     enum { CHUNK = 128 };
     long double sum[CHUNK], all = 0, lack;
-    int i, s, first, stages = p->n_stages > 1 ? p->n_stages : 1;
+    int i, s, first, stages = snipi_ilp_stages(p);
     for (first = 0; first < stages; first += CHUNK) {
         for (s = 0; s < CHUNK; s++) sum[s] = 0;
         for (i = 0; i < p->n_groups; i++) {
-            const snip_ilp_group *g = &p->groups[i];
-            if (g->stage >= first && g->stage - first < CHUNK) sum[g->stage - first] += g->options[snipi_ilp_largest(g)].gain;
+            s = snipi_ilp_stage(p, i) - first;
+            if (s >= 0 && s < CHUNK) sum[s] += p->groups[i].options[snipi_ilp_largest(&p->groups[i])].gain;
         }
         for (s = 0; s < CHUNK && s < stages - first; s++) {
             lack = snipi_ilp_stage_target(p, first + s) - sum[s];
             if (lack > SNIPI_ILP_TOLERANCE * sum[s]) { *shortfall = (double)lack; return first + s; }
             all += sum[s];
         }
+        if (stages - first <= CHUNK) break;   // first must not overflow
     }
     lack = p->total_target - all;
     *shortfall = lack > SNIPI_ILP_TOLERANCE * all ? (double)lack : 0;
@@ -232,7 +225,6 @@ static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
 }
 
 // >>numbers: gains become integers, so that sums of gains are exact and equal sums are equal
-
 // The power of two that brings values up to `most` near 1, or as near as a double holds: no sum overflows, none is lost to underflow.
 static int snipi_ilp_exponent(double most) {
     int e = 0;
@@ -280,7 +272,6 @@ static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t mo
 }
 
 // >>sack: one knapsack: min sum(cost - mu * gain) over the choices with sum(gain) >= need
-
 typedef struct { int64_t gain; double cost; int option; } snipi_ilp_item;
 typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a lower convex hull, ending at item
 typedef struct {
@@ -323,7 +314,6 @@ static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
 
 // >>lp: the linear relaxation. The lower convex hull of each group is cut into segments; taken by slope until need is met they solve the
 // LP (Sinha & Zoltners 1979). The one that meets it is found in linear time by weighted quickselect (Dyer 1984, Zemel 1984).
-
 static size_t snipi_ilp_segments(const snipi_ilp_sack *k, snipi_ilp_segment *s) {
     size_t m = 0;
     int i, j;
@@ -395,7 +385,7 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
 
 // Finds base, lack and theta; need must be in reach. Returns 0 when memory is short.
 static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
-    snipi_ilp_segment *s = (snipi_ilp_segment *)snipi_ilp_take(run, k->first[k->n] - (size_t)k->n + 1, sizeof *s);
+    snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, k->first[k->n] - (size_t)k->n + 1);
     long double cost = 0;
     size_t i, m, taken = 0;
     int g;
@@ -446,7 +436,6 @@ static double snipi_ilp_settled(const snipi_ilp_run *run, double cost, double mu
 
 // >>greedy: a first choice: base and the cheapest single upgrade that meets need; the break segment is one. In the coupled problem also
 // all that is worth exactly mu, which meets the total. Returns its excess.
-
 static double snipi_ilp_greedy(const snipi_ilp_sack *k, int *pick) {
     int64_t surplus = -k->lack;
     double least = SNIPI_ILP_HUGE, excess = 0;
@@ -474,7 +463,6 @@ static double snipi_ilp_greedy(const snipi_ilp_sack *k, int *pick) {
 
 // >>core: the groups that have another item than base of reduced cost below a limit, the most ambiguous first (Pisinger 1995). Choices
 // of excess below the limit differ from base only there.
-
 typedef struct { int64_t gain; double cost, reduced; int item; } snipi_ilp_move;         // all relative to base
 typedef struct { double key; int group, count, base; size_t first; } snipi_ilp_row;      // moves from first on, by gain; base is one of them
 typedef struct {
@@ -532,9 +520,9 @@ static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, doub
             c->rows++;
         }
         if (pass) break;
-        c->row = (snipi_ilp_row *)snipi_ilp_take(run, (size_t)c->rows + 1, sizeof *c->row);
-        c->move = (snipi_ilp_move *)snipi_ilp_take(run, m + 1, sizeof *c->move);
-        for (down = 0; down < 2; down++) c->side[down] = (snipi_ilp_segment *)snipi_ilp_take(run, m + 1, sizeof *c->side[down]);
+        c->row = SNIPI_ILP_TAKE(run, snipi_ilp_row, c->rows + 1);
+        c->move = SNIPI_ILP_TAKE(run, snipi_ilp_move, m + 1);
+        for (down = 0; down < 2; down++) c->side[down] = SNIPI_ILP_TAKE(run, snipi_ilp_segment, m + 1);
         if (!c->row || !c->move || !c->side[0] || !c->side[1]) return 0;
     }
     snipi_ilp_sort(c->row, (size_t)c->rows, sizeof *c->row);
@@ -564,7 +552,6 @@ static double snipi_ilp_guess(const snipi_ilp_sack *k) {
 }
 
 // >>curve: the LP bound of the rows not yet decided, as a function of the gain still lacking (negative: a surplus)
-
 typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // sums up to and including a segment, and its slope
 typedef struct {
     double price;                     // theta - mu, for each unit of gain beyond need
@@ -624,7 +611,6 @@ static void snipi_ilp_complete(const snipi_ilp_core *c, int row, int down, size_
 
 // >>states: dynamic programming over the rows. A state is a gain and a cost relative to base; lists are sorted by falling gain. States are
 // pruned by the bound before the dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
-
 typedef struct { int64_t gain; double cost; int parent, move; } snipi_ilp_state;
 typedef struct { int parent, move; } snipi_ilp_step;      // parent: the step of the row before
 typedef struct {
@@ -638,7 +624,7 @@ static int snipi_ilp_remember(snipi_ilp_run *run, snipi_ilp_table *t) {
     int i;
     if (t->steps + (size_t)t->states > t->room) {
         size_t room = (t->steps + (size_t)t->states) * 3 / 2 + 256;
-        snipi_ilp_step *step = room < INT_MAX ? (snipi_ilp_step *)snipi_ilp_take(run, room, sizeof *step) : NULL;
+        snipi_ilp_step *step = room < INT_MAX ? SNIPI_ILP_TAKE(run, snipi_ilp_step, room) : NULL;
         if (!step) return 0;
         if (t->steps) memcpy(step, t->step, t->steps * sizeof *step);
         snipi_ilp_give(run, t->step);
@@ -669,15 +655,15 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
     int row, i, j, n;
     memset(t, 0, sizeof *t);
     v.price = k->theta - k->mu;
-    t->state = (snipi_ilp_state *)snipi_ilp_take(run, 1, sizeof *t->state);
-    for (j = 0; j < 2; j++) v.side[j] = (snipi_ilp_point *)snipi_ilp_take(run, c->segments[j] + 1, sizeof **v.side);
+    t->state = SNIPI_ILP_TAKE(run, snipi_ilp_state, 1);
+    for (j = 0; j < 2; j++) v.side[j] = SNIPI_ILP_TAKE(run, snipi_ilp_point, c->segments[j] + 1);
     if (!t->state || !v.side[0] || !v.side[1]) return 0;
     t->state->gain = 0, t->state->cost = 0, t->state->parent = t->state->move = 0;
     t->states = c->rows > 0 || k->lack <= 0;
     for (row = 0; row < c->rows && t->states; row++) {
         const snipi_ilp_move *move = c->move + c->row[row].first;
         int64_t reach[2];
-        snipi_ilp_state *shifted = (snipi_ilp_state *)snipi_ilp_take(run, (size_t)t->states, sizeof *shifted), *all = NULL, *merged;
+        snipi_ilp_state *shifted = SNIPI_ILP_TAKE(run, snipi_ilp_state, t->states), *all = NULL, *merged;
         int alls = 0;
         if (!shifted) return 0;
         reach[0] = k->lack - (t->state[t->states - 1].gain + move[0].gain);
@@ -705,7 +691,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
             }
             run->nodes += i;
             if (!n) continue;
-            merged = alls < INT_MAX - n ? (snipi_ilp_state *)snipi_ilp_take(run, (size_t)(alls + n), sizeof *merged) : NULL;
+            merged = alls < INT_MAX - n ? SNIPI_ILP_TAKE(run, snipi_ilp_state, alls + n) : NULL;
             if (!merged) return 0;
             alls = snipi_ilp_merge(all, alls, shifted, n, merged);
             snipi_ilp_give(run, all);
@@ -731,7 +717,6 @@ static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, co
 }
 
 // >>single: one knapsack by itself
-
 // Improves pick[] (by item) until proven; *proven is a lower bound of any choice's excess. The gap is guessed: a round looks at all choices
 // below the guess and either finds the best or raises the bound to the guess; a core as wide as the first choice's gap may be far too wide.
 static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *pick, double *excess, double *proven) {
@@ -745,10 +730,7 @@ static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *p
         snipi_ilp_best best;
         double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess, k->mu), limit = guess < cut ? guess : cut;
         int done = 0;
-        if (*proven >= cut || cut <= 0) {
-            *proven = snipi_ilp_settled(run, snipi_ilp_lp_cost(k) + *excess, k->mu, *excess);
-            return;
-        }
+        if (*proven >= cut) { *proven = snipi_ilp_settled(run, snipi_ilp_lp_cost(k) + *excess, k->mu, *excess); return; }
         if (snipi_ilp_late(run)) return;
         memset(&best, 0, sizeof best);
         best.excess = *excess;
@@ -776,7 +758,6 @@ static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k, int *pick, do
 
 // >>join: parts with targets of their own and a target over all. A multiplier mu on the latter separates the parts (Lagrange); each part's
 // choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind.
-
 typedef struct { snipi_ilp_core core; snipi_ilp_table table; } snipi_ilp_list;
 typedef struct {
     int parts;
@@ -826,7 +807,7 @@ static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
         room += k->first[k->n] - (size_t)k->n + 1;
     }
     if (missing <= 0) return 1;
-    s = (snipi_ilp_segment *)snipi_ilp_take(run, room, sizeof *s);
+    s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, room);
     if (!s) return 0;
     for (p = 0; p < u->parts; p++) {
         const snipi_ilp_sack *k = &u->part[p];
@@ -853,9 +834,9 @@ static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
     return 1;
 }
 
-// Takes cheaper items, group after group, as far as the surplus allows; returns the change of the excess.
+// Takes cheaper items, group after group, as far as the surplus allows; returns the change of the cost, which is that of the excess.
 static double snipi_ilp_union_spend(const snipi_ilp_union *u) {
-    int64_t before = snipi_ilp_union_surplus(u), surplus = before;
+    int64_t surplus = snipi_ilp_union_surplus(u);
     double change = 0;
     int p, i, j;
     for (p = 0; p < u->parts; p++) {
@@ -866,8 +847,7 @@ static double snipi_ilp_union_spend(const snipi_ilp_union *u) {
             for (j = 0; j < u->pick[p][i]; j++) {
                 int64_t left = gain - b->gain + o[j].gain;
                 if (left < k->need || others + (left >> u->shift[p]) < 0) continue;
-                change += snipi_ilp_reduced(k, &o[j], o + k->base[i]) - snipi_ilp_reduced(k, b, o + k->base[i]);
-                change += (k->theta - k->mu) * (double)(left - gain);
+                change += o[j].cost - b->cost;
                 gain = left;
                 u->pick[p][i] = j;
                 break;
@@ -875,7 +855,7 @@ static double snipi_ilp_union_spend(const snipi_ilp_union *u) {
         }
         surplus = others + (gain >> u->shift[p]);
     }
-    return change + u->mu * (double)(surplus - before);
+    return change;
 }
 // Chooses a state of each list; takes it into u->pick if that is better. Returns 0 when time or memory is short.
 static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const snipi_ilp_list *list, double *excess) {
@@ -883,15 +863,13 @@ static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const 
     size_t items = 0;
     int64_t surplus = -u->need;
     int p, i, ok, *pick;
-    double found = 0, over, proven;
+    double found, over, proven;
     memset(&top, 0, sizeof top);
     for (p = 0; p < u->parts; p++) items += (size_t)list[p].table.states;
     top.n = u->parts;
     top.need = u->need;
-    top.first = (size_t *)snipi_ilp_take(run, (size_t)u->parts + 1, sizeof *top.first);
-    top.items = (snipi_ilp_item *)snipi_ilp_take(run, items, sizeof *top.items);
-    top.base = (int *)snipi_ilp_take(run, (size_t)u->parts, sizeof *top.base);
-    pick = (int *)snipi_ilp_take(run, (size_t)u->parts, sizeof *pick);
+    top.first = SNIPI_ILP_TAKE(run, size_t, (size_t)u->parts + 1), top.items = SNIPI_ILP_TAKE(run, snipi_ilp_item, items);
+    top.base = SNIPI_ILP_TAKE(run, int, u->parts), pick = SNIPI_ILP_TAKE(run, int, u->parts);
     if (!top.first || !top.items || !top.base || !pick) return 0;
     for (p = 0, items = 0; p < u->parts; p++) {
         const snipi_ilp_sack *k = &u->part[p];
@@ -910,14 +888,8 @@ static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const 
     if (surplus < 0) return 1;                // the lists are too short yet
     if (!snipi_ilp_single(run, &top, pick, &over, &proven)) return 0;
     ok = over - proven <= 1.000001 * snipi_ilp_margin(run, snipi_ilp_lp_cost(&top) + over, 0);     // was it finished?
-    for (p = 0, surplus = -u->need; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        const snipi_ilp_item *o = snipi_ilp_items(&top, p) + pick[p];
-        const snipi_ilp_state *s = &list[p].table.state[o->option];
-        found += (s->cost - k->theta * (double)s->gain) + (k->theta - k->mu) * (double)(s->gain - k->lack);
-        surplus += o->gain;
-    }
-    found += u->mu * (double)surplus;
+    found = *excess - snipi_ilp_union_cost(u) + top.spent;
+    for (p = 0; p < u->parts; p++) found += snipi_ilp_items(&top, p)[pick[p]].cost;
     if (found >= *excess) return ok;
     *excess = found;
     for (p = 0; p < u->parts; p++) {
@@ -930,13 +902,12 @@ static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const 
 // As snipi_ilp_single(); u->pick is the choice.
 static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double *excess, double *proven) {
     const snipi_ilp_block *mark;
-    snipi_ilp_list *list = (snipi_ilp_list *)snipi_ilp_take(run, (size_t)u->parts, sizeof *list);
-    double *least = (double *)snipi_ilp_take(run, (size_t)u->parts, sizeof *least), sum = 0, window = 0;
+    snipi_ilp_list *list = SNIPI_ILP_TAKE(run, snipi_ilp_list, u->parts);
+    double *least = SNIPI_ILP_TAKE(run, double, u->parts), sum = 0, window = 0;
     int64_t surplus;
     int p, i, widest = 0, *trial, stopped = 0;
-    for (p = 0; p < u->parts; p++)
-        if (u->part[p].n > widest) widest = u->part[p].n;
-    trial = (int *)snipi_ilp_take(run, (size_t)widest, sizeof *trial);
+    for (p = 0; p < u->parts; p++) widest = u->part[p].n > widest ? u->part[p].n : widest;
+    trial = SNIPI_ILP_TAKE(run, int, widest);
     if (!list || !least || !trial || !snipi_ilp_union_relax(run, u)) return 0;
     for (p = 0, *excess = 0; p < u->parts; p++) *excess += snipi_ilp_greedy(&u->part[p], u->pick[p]);
     surplus = snipi_ilp_union_surplus(u);
@@ -956,10 +927,7 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
     if (window < (*excess - sum) / 1024) window = (*excess - sum) / 1024;
     for (mark = run->newest;; window *= 4) {
         double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost, 0), limit = cut - sum < window ? cut - sum : window;
-        if (*proven >= cut) {
-            *proven = snipi_ilp_settled(run, cost, 0, *excess);
-            return 1;
-        }
+        if (*proven >= cut) { *proven = snipi_ilp_settled(run, cost, 0, *excess); return 1; }
         if (stopped || snipi_ilp_late(run)) return 1;
         for (p = 0; p < u->parts; p++) {
             double room = least[p] + limit + 0.01 * SNIPI_ILP_PROOF * cost;
@@ -974,7 +942,6 @@ static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double 
 }
 
 // >>solve: from the caller's problem to knapsacks and back
-
 // Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1; returns the sum of the
 // groups' largest.
 static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, int *exponent) {
@@ -1033,33 +1000,28 @@ static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const 
 
 // Fills choice, *gap left between its cost and the bound, *proven. Returns 0, choice untouched, when memory is short for a start.
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
-    int stages = p->n_stages > 1 ? p->n_stages : 1, n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0;
-    int *order = (int *)snipi_ilp_take(run, (size_t)n, sizeof *order);
-    int *start = (int *)snipi_ilp_take(run, (size_t)stages + 1, sizeof *start), *pick = (int *)snipi_ilp_take(run, (size_t)n, sizeof *pick);
-    int *base = (int *)snipi_ilp_take(run, (size_t)n, sizeof *base);
-    double *cost, *gain;
-    double lattice = 0, error = 0, total, left = 0, excess, bound;
-    size_t *first = (size_t *)snipi_ilp_take(run, (size_t)n + (size_t)stages, sizeof *first), options = 0, read = 0, kept = 0;
-    snipi_ilp_item *items;
-    snipi_ilp_union u;
-    snipi_ilp_unit all, unit;
+    int stages = snipi_ilp_stages(p), n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0;
+    int *order = SNIPI_ILP_TAKE(run, int, n), *start = SNIPI_ILP_TAKE(run, int, (size_t)stages + 1);
+    int *pick = SNIPI_ILP_TAKE(run, int, n), *base = SNIPI_ILP_TAKE(run, int, n);
+    size_t *first = SNIPI_ILP_TAKE(run, size_t, (size_t)n + (size_t)stages), options = 0, read = 0, kept = 0;
+    double *cost, *gain, lattice = 0, error = 0, total, left = 0, excess, bound;
     long double sum = 0;
     int64_t most = 0;
+    snipi_ilp_item *items;
+    snipi_ilp_unit all, unit;
+    snipi_ilp_union u;
     for (i = 0; i < n; i++) options += (size_t)p->groups[i].n_options;
-    items = (snipi_ilp_item *)snipi_ilp_take(run, options, sizeof *items);
-    u.part = (snipi_ilp_sack *)snipi_ilp_take(run, (size_t)stages, sizeof *u.part);
-    u.pick = (int **)snipi_ilp_take(run, (size_t)stages, sizeof *u.pick);
-    u.shift = (int *)snipi_ilp_take(run, (size_t)stages, sizeof *u.shift);
-    cost = (double *)snipi_ilp_take(run, options, sizeof *cost);
-    gain = (double *)snipi_ilp_take(run, options, sizeof *gain);
+    items = SNIPI_ILP_TAKE(run, snipi_ilp_item, options), u.part = SNIPI_ILP_TAKE(run, snipi_ilp_sack, stages);
+    u.pick = SNIPI_ILP_TAKE(run, int *, stages), u.shift = SNIPI_ILP_TAKE(run, int, stages);
+    cost = SNIPI_ILP_TAKE(run, double, options), gain = SNIPI_ILP_TAKE(run, double, options);
     if (!order || !start || !pick || !base || !first || !items || !u.part || !u.pick || !u.shift || !cost || !gain) return 0;
     for (q = 0; q < stages; q++) sum += snipi_ilp_stage_target(p, q), targets += snipi_ilp_stage_target(p, q) > 0;
     coupled = p->total_target > sum && stages > 1 && targets; // else the stages imply the total, or it is all there is
     u.parts = targets ? stages : 1;
     memset(start, 0, ((size_t)stages + 1) * sizeof *start);
-    for (i = 0; i < n; i++) start[targets ? p->groups[i].stage : 0]++;
+    for (i = 0; i < n; i++) start[targets ? snipi_ilp_stage(p, i) : 0]++;
     for (q = 1; q <= u.parts; q++) start[q] += start[q - 1];
-    for (i = n - 1; i >= 0; i--) order[--start[targets ? p->groups[i].stage : 0]] = i;
+    for (i = n - 1; i >= 0; i--) order[--start[targets ? snipi_ilp_stage(p, i) : 0]] = i;
     (void)snipi_ilp_flatten(p, order, n, 1, cost, &cost_exponent);
     run->cost_step = snipi_ilp_common_unit(cost, options, &error);
     if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step

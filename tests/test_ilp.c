@@ -272,7 +272,7 @@ static void check_exact(const snip_ilp_problem *p) {
         status = snip_ilp_solve(p, &params, choice, &r);
         check_answer(p, status, choice, &r);
         CHECK(r.bound <= best.exact + 1e-12L * (best.exact - judge(p, choice).least) + 1e-15L * best.exact);
-        if (kind == 0) CHECK(r.cost - r.bound <= params.rel_gap * (r.cost - (double)judge(p, choice).least) * (1 + 1e-9) + 1e-14 * r.cost);
+        if (kind == 0) CHECK(r.cost - r.bound <= params.rel_gap * (r.cost - (double)judge(p, choice).least) * (1 + 1e-9) + 3e-14 * r.cost);
     }
     CHECK(live == 0);
 }
