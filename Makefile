@@ -35,7 +35,7 @@ $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
-TESTS = test_ilp test_gemm test_session test_train test_report
+TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) tests/run.sh $(TESTS)
 sanitize:

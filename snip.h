@@ -60,7 +60,9 @@
 #include <stdint.h>
 #include <stdio.h>
 
-#ifdef SNIP_STATIC
+#if defined(SNIP_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#  define SNIP_API static __attribute__((unused))
+#elif defined(SNIP_STATIC)
 #  define SNIP_API static
 #else
 #  define SNIP_API extern
@@ -2489,7 +2491,7 @@ static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) 
         snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
     else {
         snipi_sensitivities(snipi_sensitivity_of(&s->adamw), l->v, n, noisy);
-        snip_noise_add(noisy, w, n, (float)(s->tau / sqrt(l->weight_sq)), noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
+        snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
     }
     return noisy;
 }
@@ -2571,6 +2573,7 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     snip_status status;
     int64_t micro, nonfinite;
     if (!snipi_linear_args(l, out, inp, weight, rows)) return SNIP_BAD_ARGUMENT;
+    if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     if (s->mode != SNIP_TRAIN)
         return snipi_finish_call(l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
@@ -2581,7 +2584,7 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
         if (micro == 0) {
             l->weight_sq = snipi_sum_sq(weight, l->n * l->k);
             l->sigma_w = 0.02 * sqrt(l->weight_sq / (double)(l->n * l->k));
-            l->sigma_x = rows ? 0.02 * sqrt(snipi_sum_sq(inp, rows * l->k) / (double)(rows * l->k)) : 0;
+            l->sigma_x = 0.02 * sqrt(snipi_sum_sq(inp, rows * l->k) / (double)(rows * l->k));
         }
         x = snipi_probe_input(s, l, micro, inp, rows * l->k);
     }
@@ -2656,6 +2659,7 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     snip_status status = SNIP_OK;
     int64_t micro, nonfinite, i, j;
     if (!snipi_linear_args(l, dout, inp, weight, rows) || s->mode != SNIP_TRAIN) return SNIP_BAD_ARGUMENT;
+    if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     micro = l->calls_backward++;
     if (s->pass == SNIP_PASS_ORDINARY) {
@@ -2728,7 +2732,7 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
             int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
             double local = 0;
             for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
-                float u = layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps);
+                float u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
                 local += (double)u * (double)u;
             }
             part[c] = local;
@@ -2740,16 +2744,21 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
 }
 static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 
-static void snipi_estimate_layer(const snip *s, snipi_layer *l, int f, double update_sq, double grad_scale) {
+static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
     const snipi_measured *q = &l->measured[f];
-    snip_estimate *e = &l->estimate[f];
     double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
-    e->loss_first = q->dot_x + q->dot_w;
-    e->loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e->update[SNIP_FWD] = snipi_ratio(q->gemm_err[SNIP_FWD], q->gemm_count[SNIP_FWD]) * snipi_sum_sq(l->sketch_dy, SNIPI_SKETCH) * probe;
-    e->update[SNIP_DGRAD] = snipi_ratio(q->gemm_err[SNIP_DGRAD], q->gemm_count[SNIP_DGRAD]) * snipi_sum_sq(l->sketch_x, SNIPI_SKETCH) * probe;
-    e->update[SNIP_WGRAD] = snipi_ratio(q->gemm_err[SNIP_WGRAD], l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
+    snip_estimate e;
+    memset(&e, 0, sizeof e);
+    e.loss_first = q->dot_x + q->dot_w;
+    e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
+    e.update[SNIP_FWD] = snipi_ratio(q->gemm_err[SNIP_FWD], q->gemm_count[SNIP_FWD]) * snipi_sum_sq(l->sketch_dy, SNIPI_SKETCH) * probe;
+    e.update[SNIP_DGRAD] = snipi_ratio(q->gemm_err[SNIP_DGRAD], q->gemm_count[SNIP_DGRAD]) * snipi_sum_sq(l->sketch_x, SNIPI_SKETCH) * probe;
+    e.update[SNIP_WGRAD] = snipi_ratio(q->gemm_err[SNIP_WGRAD], l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
+    return e;
+}
+static int snipi_estimate_finite(const snip_estimate *e) {
+    return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[0] + e->update[1] + e->update[2]);
 }
 // Moving averages over measurements; the first-order term, whose sign moves with the batch, is shrunk by its own variance.
 static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
@@ -2859,14 +2868,23 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     status = s->pending;
     s->adamw = *adamw;
     s->step++;
-    if (s->pass == SNIP_PASS_CLEAN && s->n_layers) {
+    if (s->pass == SNIP_PASS_CLEAN && s->n_layers && !status) {
         double update_sq = snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, grad_scale = adamw->grad_scale > 0 ? adamw->grad_scale : 1;
-        for (l = 0; l < s->n_layers; l++)
+        if (snipi_nonfinite_f64(s->loss)) status = snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
+        for (l = 0; l < s->n_layers && !status; l++)
+            for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+                snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+                char message[200];
+                if (snipi_estimate_finite(&e)) continue;
+                snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
+                status = snipi_fail(s, SNIP_NONFINITE, message);
+            }
+        for (l = 0; l < s->n_layers && !status; l++)
             for (f = 0; f < SNIPI_CANDIDATES; f++) {
-                snipi_estimate_layer(s, &s->layers[l], f, update_sq, grad_scale);
+                s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
                 snipi_average_layer(s, &s->layers[l], f);
             }
-        status = snipi_solve(s);
+        if (!status) status = snipi_solve(s);
     }
     snipi_begin_step(s);
     return status;
