@@ -42,12 +42,12 @@
 // DETERMINISM
 //   Codes, scales and stochastic rounding depend on the input and the key alone: not on threads,
 //   tiling or instruction set, nor on -Ofast. GEMMs are deterministic for any number of threads;
-//   between instruction sets FP4 GEMMs are equal bit for bit (exact integer sums, one fused
-//   multiply-add per scale block), the others within rounding.
+//   between instruction sets FP4 GEMMs are equal bit for bit (exact integer sums, one fused multiply-add
+//   per scale block; the operands' tiles along k must nest and be multiples of 16), the others within rounding.
 //
 // CONFIGURATION (define before the implementation)
 //   SNIP_STATIC            all functions static to the including file
-//   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc; define both
+//   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc, and the solver's; define both
 //   SNIP_NO_SIMD           the scalar specification only
 //
 // INDEX (search for the tag)
@@ -295,12 +295,13 @@ SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 
 // out [rows][out] is overwritten. bias [out] or NULL. Allocates only when rows grows.
 SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows);
-// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL.
+// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. Micro-batches: a layer's n-th
+// backward call of a pass belongs to its n-th forward call.
 SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                           const float *inp, const float *weight, int64_t rows);
 // After all forward and backward calls of a pass. 1: run the same batch once more from zeroed gradients.
 SNIP_API int snip_next_pass(snip *, double loss);
-// After the optimizer. On a measuring step: turns the measurements into costs, solves, switches the plan.
+// After the optimizer, once snip_next_pass has returned 0. On a measuring step: turns the measurements into costs, solves, switches the plan.
 // SNIP_INFEASIBLE leaves the old plan in force; snip_message() names the target and the shortfall.
 SNIP_API snip_status snip_end_step(snip *, const snip_adamw *);
 
@@ -334,12 +335,16 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include "snip_ilp.h"
-
 #ifndef SNIP_MALLOC
 #  define SNIP_MALLOC(size) malloc(size)
 #  define SNIP_FREE(ptr) free(ptr)
 #endif
+#ifndef SNIP_ILP_MALLOC
+#  define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
+#  define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
+#endif
+#include "snip_ilp.h"
+
 
 #ifdef _OPENMP
 #  define SNIPI_OMP(directive) _Pragma(#directive)
@@ -1324,7 +1329,7 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. S8 panels hold twice
 // the E2M1 values, an integer of at most 12: [k / 4][width][4]. A's are stored plus 12, unsigned, as the
 // x86 byte products want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the block).
-enum { SNIPI_KC_F32 = 256, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16 };
+enum { SNIPI_KC_F32 = 256, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
 
 typedef struct {
     int f32_mr, f32_nr, s8_mr, s8_nr;
@@ -1916,7 +1921,7 @@ static void snipi_pack_s8(const snipi_side *side, int64_t row0, int used, int wi
 // Length of the common scale block along k of two E2M1 operands, 0 if their tiles do not nest.
 static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
     int64_t ta, tb, small, large;
-    if (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1 || k > (1 << 23)) return 0;
+    if (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1 || k > SNIPI_S8_MOST) return 0;
     ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k));
     tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
     small = snipi_min(ta, tb);
@@ -1925,12 +1930,16 @@ static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int6
     return small >= k || small % SNIPI_MIN_BLOCK == 0 ? small : 0;
 }
 
+// block: of the integer path, 0 for floats.
+static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t block) {
+    size_t rows = (size_t)(snipi_round_up(m, SNIPI_MAX_MR) + snipi_round_up(n, SNIPI_MAX_NR));
+    size_t per_row = (size_t)snipi_max(SNIPI_KC_F32 * (int64_t)sizeof(float), snipi_round_up(block, 4));
+    return rows * (per_row + SNIPI_KC_S8 / SNIPI_MIN_BLOCK * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
+}
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
-    size_t rows, per_row, scales = SNIPI_KC_S8 / SNIPI_MIN_BLOCK * (sizeof(float) + sizeof(int32_t));
-    if (m < 0 || n < 0 || k < 0) return 0;
-    rows = (size_t)(snipi_round_up(m, SNIPI_MAX_MR) + snipi_round_up(n, SNIPI_MAX_NR));
-    per_row = (size_t)snipi_max(SNIPI_KC_F32 * (int64_t)sizeof(float), snipi_round_up(k, 4));
-    return rows * (per_row + scales) + 8 * 64;
+    const int64_t most = (int64_t)1 << 40;
+    if (m < 0 || n < 0 || k < 0 || m > most || n > most || k > most) return 0;
+    return snipi_gemm_scratch(m, n, k <= SNIPI_S8_MOST ? k : 0);
 }
 
 static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
@@ -2147,7 +2156,7 @@ static void *snipi_reserve(snip *s, int slot, size_t size) {
     if (size > s->slot_size[slot] || !s->slot[slot]) {
         snipi_free(s, s->slot[slot]);
         s->slot_size[slot] = 0;
-        s->slot[slot] = snipi_alloc(s, size);
+        s->slot[slot] = s->desc.alloc.alloc_fn(size ? size : 1, s->desc.alloc.user);
         if (s->slot[slot]) s->slot_size[slot] = size;
     }
     return s->slot[slot];
@@ -2393,7 +2402,7 @@ static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip
     snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
     void *scratch;
     if (status || (status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob)) != SNIP_OK) return status;
-    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
+    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, snipi_s8_block(&oa, &ob, k)));
     if (!scratch) return SNIP_OUT_OF_MEMORY;
     return snip_gemm(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa);
 }
@@ -2775,35 +2784,34 @@ static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
     for (g = 0; g < SNIP_GEMMS; g++) a->update[g] += rate * (e->update[g] - a->update[g]);
     first = a->count < 2 ? 0.5 * a->first : a->first * snipi_ratio(a->first * a->first, a->first * a->first + a->first_var);
     for (g = 0; g < SNIP_GEMMS; g++) e->cost[g] = s->desc.update_weight > 0 ? s->desc.update_weight * a->update[g] / (g == SNIP_FWD ? 1 : s->desc.horizon) : 0;
-    if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, s->loss);
+    if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, fabs(s->loss));
 }
 
 static int snipi_candidate_of(unsigned option, int g) { return (int)(option >> g & 1u); }       // bit g: gemm g in FP4
 
 // Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly.
 static snip_status snipi_solve(snip *s) {
-    int n = s->n_layers, l, g, stage;
+    int n = s->n_layers, l, g;
     unsigned o;
     size_t options_size = (size_t)n * 8 * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
-    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + 2 * stages_size + (size_t)n * sizeof(int) * 9;
+    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * 9;
     char *memory = (char *)snipi_alloc(s, size);
     snip_ilp_option *options = (snip_ilp_option *)(void *)memory;
     snip_ilp_group *groups;
-    double *target, *most;
+    double *target;
     int *choice, *ids;
     snip_ilp_problem problem;
     snip_ilp_result result;
     snip_ilp_status solved;
     if (!memory) return SNIP_OUT_OF_MEMORY;
-    groups = (snip_ilp_group *)(void *)(memory + options_size);
-    target = (double *)(void *)(memory + options_size + groups_size);
-    most = target + s->desc.n_stages;
-    choice = (int *)(void *)(most + s->desc.n_stages);
+    target = (double *)(void *)(memory + options_size);
+    groups = (snip_ilp_group *)(void *)(target + s->desc.n_stages);
+    choice = (int *)(void *)(groups + n);
     ids = choice + n;
     for (l = 0; l < n; l++) {
         snipi_layer *layer = &s->layers[l];
         snip_ilp_option *list = options + 8 * l;
-        double least = 0, best_gain = 0;
+        double least = 0;
         int count = 0, i;
         for (o = 0; o < 8; o++) {
             int allowed = 1;
@@ -2825,7 +2833,6 @@ static snip_status snipi_solve(snip *s) {
             }
             ids[8 * l + count] = (int)o;
             list[count++] = option;
-            if (option.gain > best_gain) best_gain = option.gain;
         }
         for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
         for (i = 0; i < count; i++) list[i].cost -= least;      // a constant per layer changes no choice; costs may not be negative
@@ -2833,7 +2840,6 @@ static snip_status snipi_solve(snip *s) {
         groups[l].n_options = count;
         groups[l].stage = layer->stage;
         target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
-        most[layer->stage] += best_gain;
     }
     memset(&problem, 0, sizeof problem);
     problem.n_groups = n;
@@ -2849,13 +2855,13 @@ static snip_status snipi_solve(snip *s) {
         snipi_free(s, memory);
         return SNIP_OK;
     }
-    if (solved == SNIP_ILP_INFEASIBLE)
-        for (stage = 0; stage < s->desc.n_stages; stage++)
-            if (most[stage] < target[stage]) {
-                snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
-                         100 * s->desc.budget * most[stage] / target[stage], 100 * s->desc.budget * (1 - most[stage] / target[stage]), 100 * s->desc.budget);
-                break;
-            }
+    if (solved == SNIP_ILP_INFEASIBLE) {
+        double lacking = 0;
+        int stage = snip_ilp_shortfall(&problem, &lacking);
+        if (stage >= 0 && stage < s->desc.n_stages)
+            snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
+                     100 * s->desc.budget * (1 - lacking / target[stage]), 100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
+    }
     snipi_free(s, memory);
     return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
@@ -2865,6 +2871,8 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     int l, f;
     if (!s || !adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
         !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr)) return SNIP_BAD_ARGUMENT;
+    if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
+        return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
     status = s->pending;
     s->adamw = *adamw;
     s->step++;
@@ -2923,7 +2931,7 @@ SNIP_API double snip_share(const snip *s, snip_format format) {
 }
 
 // ---- plan and state files
-// Names are "block.part.kind": a table of blocks x kinds, other names one to a line.
+// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds.
 static const char *snipi_kind_of(const char *name) { const char *dot = strrchr(name, '.'); return dot ? dot + 1 : name; }
 static int snipi_block_length(const char *name) { const char *dot = strchr(name, '.'); return dot ? (int)(dot - name) : 0; }
 static int snipi_same_block(const char *a, const char *b) { int n = snipi_block_length(a); return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0; }
@@ -3043,7 +3051,7 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
             formats[(line - 1) * SNIP_GEMMS + g] = (unsigned char)known[i];
         }
     }
-    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
+    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20 || strcmp(text + tail, "\n")) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
     if (stored != hash || fgetc(file) != EOF) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "does not match its checksum");
     for (line = 0; line < s->n_layers; line++)
         for (g = 0; g < SNIP_GEMMS; g++) s->layers[line].format[g] = (snip_format)formats[line * SNIP_GEMMS + g];

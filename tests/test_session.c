@@ -1247,6 +1247,23 @@ static void test_nonfinite(void) {
         model_free(&n);
     }
 }
+static void test_step_ended_in_a_probe(void) {
+    model n = model_new(3, 20, 12, 24, 8);
+    snip_desc d = defaults();
+    snip_adamw o = optimizer(2);
+    snip *s;
+    note("a step ended in a probe pass");
+    d.every = 1;
+    s = snip_create(&d);
+    model_add(&n, s, 1);
+    CHECK(model_step(&n, s, 1, 0) == SNIP_OK);
+    model_pass(&n, s);
+    CHECK(snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && *snip_message(s) && snip_step(s) == 1);
+    while (snip_next_pass(s, n.loss)) model_pass(&n, s);
+    CHECK(snip_end_step(s, &o) == SNIP_OK && snip_plans(s) == 1);
+    snip_destroy(s);
+    model_free(&n);
+}
 static void test_not_bound(void) {
     model n = model_new(3, 20, 12, 24, 8);
     snip_desc d = defaults();
@@ -1380,6 +1397,7 @@ int main(void) {
     test_plan_file();
     test_state();
     test_nonfinite();
+    test_step_ended_in_a_probe();
     test_not_bound();
     test_allocator();
     test_no_rows();
