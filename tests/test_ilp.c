@@ -1,7 +1,7 @@
 /* Tests of snip_ilp.h. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure.
 
-   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (150000) and by dynamic
-                                                         programming over a lattice (300) */
+   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (200000) and by dynamic
+                                                         programming over a lattice (1000) */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -608,7 +608,7 @@ static void test_determinism(void) {
 }
 
 int main(int argc, char **argv) {
-    long instances = 150000, lattices = 300;
+    long instances = 200000, lattices = 1000;
     uint64_t seed = 1;
     int i;
     for (i = 1; i + 1 < argc; i += 2) {
