@@ -27,8 +27,9 @@
 //             ... snip_linear_backward(s, l, dinp, dweight, dbias, dout, inp, weight, rows);
 //         } while (snip_next_pass(s, loss));
 //         optimizer_step();
-//         snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, clip });
+//         if (snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, clip })) puts(snip_message(s));
 //     }
+//   Validation and sampling run between snip_set_mode(s, SNIP_EVAL) and snip_set_mode(s, SNIP_TRAIN).
 //
 // WHAT STAYS YOURS
 //   The optimizer, master weights, data, attention, norms, communication between ranks. The same
@@ -244,7 +245,7 @@ typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, 
 
 typedef struct {                // zero means the default
     double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]
-    int every;                  // steps from measurement to measurement; 0: 500; negative: never
+    int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never
     uint64_t seed;
     int n_stages;               // pipeline stages; 0: 1
     int per_layer;              // 1: one precision for a layer's three GEMMs, as in the paper
@@ -284,7 +285,7 @@ typedef enum { SNIP_TRAIN, SNIP_EVAL /* forward under the plan, outside any pass
 SNIP_API snip_status snip_desc_check(const snip_desc *);
 SNIP_API snip *snip_create(const snip_desc *);          // NULL: out of memory, or snip_desc_check says why
 SNIP_API void  snip_destroy(snip *);
-// Index of the new layer, or minus a snip_status. name: "block.part.kind"; copied.
+// Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied.
 SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
 SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
 // Formats a plan may use for a layer's GEMM; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
@@ -302,6 +303,7 @@ SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float 
 // After all forward and backward calls of a pass. 1: run the same batch once more from zeroed gradients.
 SNIP_API int snip_next_pass(snip *, double loss);
 // After the optimizer, once snip_next_pass has returned 0. On a measuring step: turns the measurements into costs, solves, switches the plan.
+// Returns the step's first error, also one that snip_linear_forward or _backward has returned before.
 // SNIP_INFEASIBLE leaves the old plan in force; snip_message() names the target and the shortfall.
 SNIP_API snip_status snip_end_step(snip *, const snip_adamw *);
 
@@ -2135,7 +2137,7 @@ struct snip {
     size_t slot_size[SNIPI_SLOTS];
     snip_mode mode;
     snip_pass pass;
-    snip_status pending;        // of a measuring step that cannot be completed
+    snip_status pending;        // the step's first error
     int64_t step;
     int plans;
     double tau, loss, solve_seconds;
@@ -2569,8 +2571,14 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     return status;
 }
 
-static snip_status snipi_finish_call(snipi_layer *l, int64_t nonfinite_before, snip_status status) {
-    return status ? status : l->nonfinite != nonfinite_before ? SNIP_NONFINITE : SNIP_OK;
+// A training step's first error is kept for snip_end_step, so that a caller who does not look at every call learns of it.
+static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
+    if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
+    if (status && s && s->mode == SNIP_TRAIN && !s->pending) {
+        s->pending = status;
+        snprintf(s->message, sizeof s->message, "%s%.100s%s%s", l ? "layer " : "", l ? l->name : "a linear layer's call", ": ", snip_status_text(status));
+    }
+    return status;
 }
 static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
     return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
@@ -2581,14 +2589,14 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     const float *x = inp, *w = weight;
     snip_status status;
     int64_t micro, nonfinite;
-    if (!snipi_linear_args(l, out, inp, weight, rows)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_linear_args(l, out, inp, weight, rows)) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
     if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     if (s->mode != SNIP_TRAIN)
-        return snipi_finish_call(l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
+        return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
     micro = l->calls_forward++;
     if (s->pass == SNIP_PASS_ORDINARY)
-        return snipi_finish_call(l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
+        return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
     if (s->pass == SNIP_PASS_LOSS_PROBE) {
         if (micro == 0) {
             l->weight_sq = snipi_sum_sq(weight, l->n * l->k);
@@ -2604,7 +2612,7 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     l->elements_x += rows * l->k;
     status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
     if (!status && s->pass == SNIP_PASS_CLEAN && snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_FWD, inp, rows, weight, bias, out);
-    return snipi_finish_call(l, nonfinite, status);
+    return snipi_finish_call(s, l, nonfinite, status);
 }
 
 // The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
@@ -2667,7 +2675,7 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     snipi_layer *l = snipi_layer_at(s, layer);
     snip_status status = SNIP_OK;
     int64_t micro, nonfinite, i, j;
-    if (!snipi_linear_args(l, dout, inp, weight, rows) || s->mode != SNIP_TRAIN) return SNIP_BAD_ARGUMENT;
+    if (!snipi_linear_args(l, dout, inp, weight, rows) || s->mode != SNIP_TRAIN) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
     if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     micro = l->calls_backward++;
@@ -2679,7 +2687,7 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     if (dbias && !status)
         for (j = 0; j < rows; j++)
             for (i = 0; i < l->n; i++) dbias[i] += dout[j * l->n + i];
-    return snipi_finish_call(l, nonfinite, status);
+    return snipi_finish_call(s, l, nonfinite, status);
 }
 
 // ---- passes, costs, the plan
@@ -2711,8 +2719,9 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
         case SNIP_PASS_ORDINARY: break;
         case SNIP_PASS_LOSS_PROBE:
             if (snipi_probes_updates(s)) {
-                s->pending = snipi_prepare_update_probe(s);
-                snipi_begin_pass(s, s->pending ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
+                snip_status status = snipi_prepare_update_probe(s);
+                if (status && !s->pending) s->pending = status;
+                snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
             } else
                 snipi_begin_pass(s, SNIP_PASS_CLEAN);
             again = 1;
@@ -2869,8 +2878,10 @@ static snip_status snipi_solve(snip *s) {
 SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     snip_status status;
     int l, f;
-    if (!s || !adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
-        !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr)) return SNIP_BAD_ARGUMENT;
+    if (!s) return SNIP_BAD_ARGUMENT;
+    if (!adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
+        !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr))
+        return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step: the optimizer's constants are out of range");
     if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
     status = s->pending;

@@ -210,7 +210,7 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
 // >>data -------------------------------------------------------------------------------------------
 typedef struct {
     uint16_t *tokens;
-    int64_t n, n_train;                 // the last tenth is for validation
+    int64_t n, n_train;                 // the last tenth of each file is for validation, behind the rest
     int vocab;
     uint64_t hash;
 } tr_data;
@@ -242,8 +242,16 @@ static inline unsigned char *tr_read(const char *path, size_t *size) {
 }
 static inline uint32_t tr_u32(const unsigned char *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24; }
 
+static inline void tr_grow(uint16_t **tokens, int64_t *room, int64_t n, const char *path) {
+    if (n <= *room) return;
+    uint16_t *q = (uint16_t *)realloc(*tokens, (size_t)(2 * n) * sizeof *q);
+    if (!q) tr_die("%s: out of memory", path);
+    *tokens = q;
+    *room = 2 * n;
+}
 static inline void tr_load_data(tr_data *d, const tr_options *o) {
-    int64_t room = 0;
+    int64_t room = 0, val_room = 0, n_val = 0;
+    uint16_t *val = NULL;
     int bins = 0, top = 255;
     memset(d, 0, sizeof *d);
     for (int i = 0; i < o->n_data; i++) {
@@ -264,23 +272,24 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
                 tr_die("%s: %s: the header promises %" PRId64 " tokens, the file has %" PRIu64, path, (uint64_t)size < 1024 + 2 * (uint64_t)n ? "truncated" : "too long",
                        n, ((uint64_t)size - 1024) / 2);
         }
-        if (d->n + n > room) {
-            room = 2 * (d->n + n);
-            uint16_t *q = (uint16_t *)realloc(d->tokens, (size_t)room * sizeof *q);
-            if (!q) tr_die("%s: out of memory", path);
-            d->tokens = q;
-        }
+        int64_t last = n / 10, first = n - last;        // a tenth of each file, so that validation sees every kind of text
+        tr_grow(&d->tokens, &room, d->n_train + first, path);
+        tr_grow(&val, &val_room, n_val + last, path);
         for (int64_t j = 0; j < n; j++) {
             uint16_t t = bin ? (uint16_t)(p[1024 + 2 * j] | p[1025 + 2 * j] << 8) : p[j];
-            d->tokens[d->n + j] = t;
+            *(j < first ? &d->tokens[d->n_train + j] : &val[n_val + j - first]) = t;
             if (t > top) top = t;
         }
-        d->n += n;
+        d->n_train += first;
+        n_val += last;
         free(p);
     }
+    d->n = d->n_train + n_val;
+    tr_grow(&d->tokens, &room, d->n, o->data[0]);
+    if (n_val) memcpy(d->tokens + d->n_train, val, (size_t)n_val * sizeof *val);
+    free(val);
     d->vocab = (top + 128) / 128 * 128;
-    d->n_train = d->n - d->n / 10;
-    if (d->n / 10 < o->seq + 1)
+    if (n_val < o->seq + 1)
         tr_die("%s: too short: %" PRId64 " tokens, but --seq %" PRId64 " needs at least %" PRId64 " (a tenth is for validation)",
                o->n_data == 1 ? o->data[0] : "the data", d->n, o->seq, 10 * (o->seq + 1));
     d->hash = tr_fnv(TR_FNV, d->tokens, (size_t)d->n * sizeof *d->tokens);

@@ -1171,7 +1171,7 @@ static void test_nonfinite(void) {
                 for (i = 0; i < ROWS * K; i++) bad += !isfinite(dx[i]);
                 CHECK(bad > 0);
             }
-            CHECK(snip_next_pass(s, 1) == 0 && snip_end_step(s, &o) == SNIP_OK);
+            CHECK(snip_next_pass(s, 1) == 0 && snip_end_step(s, &o) == (which ? SNIP_NONFINITE : SNIP_OK));
             snip_layer(s, 0, &info);
             CHECK(info.nonfinite == 0);
             at[5] = keep[0]; at[77] = keep[1];
@@ -1341,7 +1341,7 @@ static void test_allocator(void) {
         }
         if (fail_at == 0) CHECK(s && oom == 0 && other == 0 && a.count > 15);
         else if (a.count < fail_at) done = 1;
-        else CHECK(s ? oom == 1 && other <= 1 : fail_at == 1);
+        else CHECK(s ? (oom == 1 || oom == 2) && other <= 1 : fail_at == 1);      // by the call, and at the end of its step
         snip_destroy(s);
         CHECK(a.live == 0);
         remove(plan_path);
