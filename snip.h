@@ -611,7 +611,7 @@ typedef struct {
     snip_format format;
     snipi_element e;
     const float *lut;                   // value of each code
-    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, random_shift; } k;     // for >>simd, bits of floats
+    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift; } k;     // for >>simd, bits of floats
     const float *x, *weight;            // weight may be NULL
     int n;
     float scale, inverse;
@@ -876,9 +876,8 @@ static void snipi_decode_scalar(const float *lut, const uint8_t *codes, int pack
 // which is kept until another one is asked for.
 typedef struct { int64_t row, col; int n; float at[SNIPI_PANEL_ROWS][SNIPI_PANEL_LD]; } snipi_panel;
 
-static const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
     int64_t row = q->transposed ? r - r % SNIPI_PANEL_ROWS : r;
-    if (!q->transposed && !bf16) return (const float *)x + r * q->ld + c;
     if (p->row != row || p->col != c || p->n != n) {
         int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
         p->row = row; p->col = c; p->n = n;
@@ -895,6 +894,9 @@ static const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const 
             q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0]);
     }
     return p->at[r - row];
+}
+SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+    return q->transposed || bf16 ? snipi_fetch_panel(q, p, x, bf16, r, c, n) : (const float *)x + r * q->ld + c;
 }
 typedef struct { snipi_panel x, weight; } snipi_panels;
 
@@ -1092,10 +1094,11 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     run->k.least = (128 - e.bias) << 23;
     run->k.cap = max_bits + (stochastic ? 1 << 23 : 0);
     run->k.beyond = max_bits + (1 << (shift - 1)) - (int32_t)(e.largest & 1u);      // the last that still rounds to the largest
-    run->k.magic = shift << 23;
+    run->k.magic = (shift << 23) - (run->k.least >> shift);
     run->k.unit = e.mantissa << 23;
     run->k.shift = shift;
     run->k.sign_shift = 31 - e.sign;
+    run->k.sign = 1 << e.sign;
     run->k.random_shift = 32 - shift;
 }
 static void snipi_quantizer_begin(snipi_quantizer *q) {
@@ -1543,8 +1546,10 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
 #define SNIPI_DOT4_BW(acc, x, y) _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), ones))
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, SNIPI_DOT4_BW)
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_epi32)
-// Quantizing runs. Codes: e = max(exponent of |y|, that of the smallest normal number) as bits, k = |y| in units of
-// 2^(e - mantissa), rounded; code = k + (e - smallest) * 2^mantissa. Values: k * 2^(e - mantissa) * scale.
+// Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
+// 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
+// 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
+// term is even, so that ties stay ties to even. Less power, the sum is the value.
 // SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
 #define SNIPI_KEPT(v) __asm__("" : "+x"(v))
 #define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
@@ -1630,6 +1635,7 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
     const __m256i cap = _mm256_set1_epi32(q->k.cap), beyond = _mm256_set1_epi32(q->k.beyond), largest = _mm256_set1_epi32((int)q->e.largest);
     const __m256i magic = _mm256_set1_epi32(q->k.magic), unit = _mm256_set1_epi32(q->k.unit), fixed_top = _mm256_set1_epi32((int)(277u << 23));
     const __m128i shifts = _mm_cvtsi32_si128(q->k.shift), sign_shifts = _mm_cvtsi32_si128(q->k.sign_shift), random_shifts = _mm_cvtsi32_si128(q->k.random_shift);
+    const __m256i sign_bit = _mm256_set1_epi32(q->k.sign);
     const __m256 inverse = _mm256_set1_ps(q->inverse), scale = _mm256_set1_ps(q->scale), max = _mm256_set1_ps(q->e.max);
     snipi_tally *t = q->tally;
     __m256i over = _mm256_setzero_si256();
@@ -1658,13 +1664,13 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
             __m256i u = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), inverse)), a = _mm256_and_si256(u, magnitude), k;
             __m256i capped = _mm256_min_epu32(a, cap), e = _mm256_max_epi32(_mm256_and_si256(capped, exponents), least), sign = _mm256_andnot_si256(magnitude, u);
             __m256 value;
-            if (!random) {                                          // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
-                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(e, magic)), sum = _mm256_add_ps(_mm256_castsi256_ps(capped), power);
+            if (!random) {
+                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_add_epi32(e, magic), _mm256_srl_epi32(e, shifts)));
+                __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(capped), power);
                 SNIPI_KEPT(sum);
-                k = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_castps_si256(power));
+                k = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_sub_epi32(sign_bit, _mm256_set1_epi32(1)));
                 value = _mm256_sub_ps(sum, power);
                 over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(a, beyond));
-                k = _mm256_add_epi32(k, _mm256_srl_epi32(_mm256_sub_epi32(e, least), shifts));
             } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
                 __m256i r = _mm256_srl_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(random + 8 * g)), random_shifts);
                 __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(capped), _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
@@ -1736,6 +1742,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, co
     const __m512i shifts = _mm512_set1_epi32(q->k.shift), sign_shifts = _mm512_set1_epi32(q->k.sign_shift), random_shifts = _mm512_set1_epi32(q->k.random_shift);
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi32(1);
     const __m512 inverse = _mm512_set1_ps(q->inverse), scale = _mm512_set1_ps(q->scale), max = _mm512_set1_ps(q->e.max);
+    const __m512i sign_bit = _mm512_set1_epi32(q->k.sign), low = _mm512_set1_epi32(2 * q->k.sign - 1);
     const int n = q->n, packed = q->packed;
     const int stream = q->stream && ((uintptr_t)q->values & 63) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0;
     const float *x = q->x, *weight = q->weight;
@@ -1761,13 +1768,13 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, co
             capped = _mm512_min_epu32(a, cap);
             e = _mm512_max_epi32(_mm512_and_si512(capped, exponents), least);
             sign = _mm512_andnot_si512(magnitude, u);
-            if (!stochastic) {                                      // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
-                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(e, magic)), sum = _mm512_add_ps(_mm512_castsi512_ps(capped), power);
+            if (!stochastic) {
+                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_add_epi32(e, magic), _mm512_srlv_epi32(e, shifts)));
+                __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(capped), power);
                 SNIPI_KEPT512(sum);
-                k = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(power));
+                k = _mm512_castps_si512(sum);
                 value = _mm512_sub_ps(sum, power);
                 over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(a, beyond), over, one);
-                k = _mm512_add_epi32(k, _mm512_srlv_epi32(_mm512_sub_epi32(e, least), shifts));
             } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
                 __m512i r = _mm512_srlv_epi32(_mm512_maskz_loadu_epi32(live, q->random + at), random_shifts);
                 __m512 fixed = _mm512_mul_ps(_mm512_castsi512_ps(capped), _mm512_castsi512_ps(_mm512_sub_epi32(fixed_top, e)));
@@ -1777,7 +1784,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, co
                 over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(k, largest), over, one);
                 k = _mm512_min_epu32(k, largest);
             }
-            code[g] = _mm512_or_si512(k, _mm512_srlv_epi32(sign, sign_shifts));
+            // (k & ~sign) | ((u >> sign_shift) & sign), less what lies above
+            code[g] = _mm512_and_si512(low, _mm512_ternarylogic_epi32(sign_bit, _mm512_srlv_epi32(u, sign_shifts), k, 0xCA));
             if (sums) {                                             // of |y|: the signs of y and value are the same
                 __m512 d = _mm512_sub_ps(value, _mm512_castsi512_ps(a)), v2 = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(a)), d2 = _mm512_mul_ps(d, d);
                 SNIPI_KEPT512(v2);
