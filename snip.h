@@ -214,6 +214,14 @@ SNIP_API void snip_philox(snip_rng_key, uint64_t index, uint32_t out[4]);
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
 // *dot = sum noise[i] * x[i]
 SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot);
+// The same with Gaussian noise: elements 4i .. 4i + 3 from counter i, equal bits on every machine.
+SNIP_API void snip_gauss(snip_rng_key, uint64_t index, float out[4]);
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
+SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot);
+// Random Hadamard transform, against outliers, before quantization: every `block` (16, 32, 64 or 128) elements of a row
+// become D H D x / sqrt(block), H Hadamard's matrix, D the signs that (key, column) give. Its own inverse (up to
+// rounding), and A B^T keeps its value when both rows are transformed under one key. cols: whole blocks. In place.
+SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key);
 
 // >>gemm -------------------------------------------------------------------------------------------
 // C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n], operands quantized along k (k contiguous).
@@ -590,6 +598,119 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
     }
     for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
     *dot = sum;
+    return SNIP_OK;
+}
+
+// a * b + c with the product rounded, whatever the compiler may fuse.
+static double snipi_mul_add(double a, double b, double c) {
+    double p = a * b;
+    SNIPI_HIDDEN(p);
+    return p + c;
+}
+// -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
+static double snipi_minus_2_log(uint32_t w) {
+    static const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
+    double m = (double)w + 0.5, t, t2, sum = 1.0 / 15, above;
+    int e = -32, i;
+    while (m >= 1.4142135623730951) { m *= 0.5; e++; }
+    while (m < 0.70710678118654757) { m *= 2; e--; }
+    above = m + 1;
+    SNIPI_HIDDEN(above);
+    t = (m - 1) / above;
+    t2 = t * t;
+    SNIPI_HIDDEN(t2);
+    for (i = 0; i < 7; i++) sum = snipi_mul_add(sum, t2, terms[i]);
+    t *= -4 * sum;
+    SNIPI_HIDDEN(t);
+    return snipi_mul_add(-2 * 0.69314718055994531, e, t);
+}
+// cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
+static void snipi_turn(uint32_t w, double *cosine, double *sine) {
+    static const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
+    static const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
+    uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
+    double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
+    int i;
+    SNIPI_HIDDEN(r2);
+    for (i = 0; i < 6; i++) {
+        x = snipi_mul_add(x, r2, c[i]);
+        y = snipi_mul_add(y, r2, s[i]);
+    }
+    y *= r;
+    *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
+    *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
+}
+SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     // Box and Muller
+    uint32_t w[4];
+    int i;
+    snip_philox(key, index, w);
+    for (i = 0; i < 4; i += 2) {
+        double radius = sqrt(snipi_minus_2_log(w[i])), x, y;
+        snipi_turn(w[i + 1], &x, &y);
+        out[i] = (float)(radius * x);
+        out[i + 1] = (float)(radius * y);
+    }
+}
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    int64_t b, blocks = snipi_ceil_div(n, 4);
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (b = 0; b < blocks; b++) {
+        float noise[4];
+        int j, m = (int)snipi_min(4, n - 4 * b);
+        snip_gauss(key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) noise[j] *= shape ? scale * shape[4 * b + j] : scale;
+        SNIPI_ROUNDED(noise);
+        for (j = 0; j < m; j++) out[4 * b + j] = x[4 * b + j] + noise[j];
+    }
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    double part[SNIPI_CHUNKS], sum = 0;
+    int64_t blocks = snipi_ceil_div(n, 4);
+    int c;
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+        part[c] = 0;
+        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+            float noise[4];
+            int j, m = (int)snipi_min(4, n - 4 * b);
+            snip_gauss(key, (uint64_t)b, noise);
+            for (j = 0; j < m; j++) part[c] += (double)x[4 * b + j] * (double)noise[j];
+        }
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
+    *dot = sum;
+    return SNIP_OK;
+}
+
+SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
+    int64_t r;
+    float scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
+    if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
+    if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (r = 0; r < rows; r++) {
+        uint32_t signs[4] = { 0, 0, 0, 0 };
+        int64_t c;
+        for (c = 0; c < cols; c += block) {
+            float v[2][SNIPI_SIGNS];
+            float *from = v[0], *to = v[1], *row = x + r * ld + c, *swap;
+            int first = (int)(c % SNIPI_SIGNS), half = block / 2, stage, j;
+            if (first == 0) snip_philox(key, (uint64_t)(c / SNIPI_SIGNS), signs);
+            for (j = 0; j < block; j++) from[j] = snipi_signed(row[j], signs, first + j);
+            for (stage = 1; stage < block; stage *= 2) {        // pairs half a block apart go side by side: H's rows in order
+                for (j = 0; j < half; j++) {
+                    to[2 * j] = from[j] + from[j + half];
+                    to[2 * j + 1] = from[j] - from[j + half];
+                }
+                swap = from; from = to; to = swap;
+            }
+            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * scale, signs, first + j);
+        }
+    }
     return SNIP_OK;
 }
 
