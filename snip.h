@@ -217,6 +217,14 @@ SNIP_API void snip_philox(snip_rng_key, uint64_t index, uint32_t out[4]);
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
 // *dot = sum noise[i] * x[i]
 SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot);
+// The same with Gaussian noise: elements 4i .. 4i + 3 from counter i, equal bits on every machine.
+SNIP_API void snip_gauss(snip_rng_key, uint64_t index, float out[4]);
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
+SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot);
+// Random Hadamard transform, against outliers, before quantization: every `block` (16, 32, 64 or 128) elements of a row
+// become D H D x / sqrt(block), H Hadamard's matrix, D the signs that (key, column) give. Its own inverse (up to
+// rounding), and A B^T keeps its value when both rows are transformed under one key. cols: whole blocks. In place.
+SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key);
 
 // >>gemm -------------------------------------------------------------------------------------------
 // C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n], operands quantized along k (k contiguous).
@@ -375,6 +383,12 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #  define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
 #else
 #  define SNIPI_ROUNDED(array) ((void)(array))
+#endif
+// The compiler cannot see where this double comes from.
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
+#else
+#  define SNIPI_HIDDEN(x) do { volatile double hidden = (x); (x) = hidden; } while (0)
 #endif
 #ifdef SNIPI_X86
 #  define snipi_stream_end() _mm_sfence()       // orders streaming stores before whatever tells another thread of them
@@ -602,14 +616,127 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
     return SNIP_OK;
 }
 
+// a * b + c with the product rounded, whatever the compiler may fuse.
+static double snipi_mul_add(double a, double b, double c) {
+    double p = a * b;
+    SNIPI_HIDDEN(p);
+    return p + c;
+}
+// -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
+static double snipi_minus_2_log(uint32_t w) {
+    static const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
+    double m = (double)w + 0.5, t, t2, sum = 1.0 / 15, above;
+    int e = -32, i;
+    while (m >= 1.4142135623730951) { m *= 0.5; e++; }
+    while (m < 0.70710678118654757) { m *= 2; e--; }
+    above = m + 1;
+    SNIPI_HIDDEN(above);
+    t = (m - 1) / above;
+    t2 = t * t;
+    SNIPI_HIDDEN(t2);
+    for (i = 0; i < 7; i++) sum = snipi_mul_add(sum, t2, terms[i]);
+    t *= -4 * sum;
+    SNIPI_HIDDEN(t);
+    return snipi_mul_add(-2 * 0.69314718055994531, e, t);
+}
+// cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
+static void snipi_turn(uint32_t w, double *cosine, double *sine) {
+    static const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
+    static const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
+    uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
+    double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
+    int i;
+    SNIPI_HIDDEN(r2);
+    for (i = 0; i < 6; i++) {
+        x = snipi_mul_add(x, r2, c[i]);
+        y = snipi_mul_add(y, r2, s[i]);
+    }
+    y *= r;
+    *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
+    *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
+}
+SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     // Box and Muller
+    uint32_t w[4];
+    int i;
+    snip_philox(key, index, w);
+    for (i = 0; i < 4; i += 2) {
+        double radius = sqrt(snipi_minus_2_log(w[i])), x, y;
+        snipi_turn(w[i + 1], &x, &y);
+        out[i] = (float)(radius * x);
+        out[i + 1] = (float)(radius * y);
+    }
+}
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    int64_t b, blocks = snipi_ceil_div(n, 4);
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (b = 0; b < blocks; b++) {
+        float noise[4];
+        int j, m = (int)snipi_min(4, n - 4 * b);
+        snip_gauss(key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) noise[j] *= shape ? scale * shape[4 * b + j] : scale;
+        SNIPI_ROUNDED(noise);
+        for (j = 0; j < m; j++) out[4 * b + j] = x[4 * b + j] + noise[j];
+    }
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    double part[SNIPI_CHUNKS], sum = 0;
+    int64_t blocks = snipi_ceil_div(n, 4);
+    int c;
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+        part[c] = 0;
+        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+            float noise[4];
+            int j, m = (int)snipi_min(4, n - 4 * b);
+            snip_gauss(key, (uint64_t)b, noise);
+            for (j = 0; j < m; j++) part[c] += (double)x[4 * b + j] * (double)noise[j];
+        }
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
+    *dot = sum;
+    return SNIP_OK;
+}
+
+SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
+    int64_t r;
+    float scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
+    if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
+    if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (r = 0; r < rows; r++) {
+        uint32_t signs[4] = { 0, 0, 0, 0 };
+        int64_t c;
+        for (c = 0; c < cols; c += block) {
+            float v[2][SNIPI_SIGNS];
+            float *from = v[0], *to = v[1], *row = x + r * ld + c, *swap;
+            int first = (int)(c % SNIPI_SIGNS), half = block / 2, stage, j;
+            if (first == 0) snip_philox(key, (uint64_t)(c / SNIPI_SIGNS), signs);
+            for (j = 0; j < block; j++) from[j] = snipi_signed(row[j], signs, first + j);
+            for (stage = 1; stage < block; stage *= 2) {        // pairs half a block apart go side by side: H's rows in order
+                for (j = 0; j < half; j++) {
+                    to[2 * j] = from[j] + from[j + half];
+                    to[2 * j + 1] = from[j] - from[j + half];
+                }
+                swap = from; from = to; to = swap;
+            }
+            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * scale, signs, first + j);
+        }
+    }
+    return SNIP_OK;
+}
+
 // >>quantize-impl ----------------------------------------------------------------------------------
 // One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix over a source that
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
-enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 16, SNIPI_LANES = 8, SNIPI_STREAM_BYTES = 1 << 25 };
+enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
 
-// Element i of a run adds to lane i % SNIPI_LANES. Products of two floats are exact in double, so that fused and
-// separate multiply-adds agree.
+// Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
+// modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
 typedef struct {
     double sum_sq[SNIPI_LANES], err_sq[SNIPI_LANES], dot[SNIPI_LANES];
     uint32_t amax;
@@ -620,10 +747,12 @@ typedef struct {
     snip_format format;
     snipi_element e;
     const float *lut;                   // value of each code
+    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift; } k;     // for >>simd, bits of floats
     const float *x, *weight;            // weight may be NULL
     int n;
     float scale, inverse;
     int low;                            // take x as x * 2^64
+    int exact;                          // the sums in double, of x itself: where units of the scale could overflow
     const uint32_t *random;             // a word per element, or NULL: to nearest
     uint8_t *codes;                     // may be NULL; `packed`: two to a byte
     int packed, stream;                 // stream: past the caches, where alignment allows
@@ -635,8 +764,8 @@ typedef struct {
 typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
     void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 8 blocks
-    void (*run)(const snipi_run *, int from);                           // elements from `from`, a multiple of SNIPI_LANES
-    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_RUN]
+    void (*run)(const snipi_run *);
+    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_PANEL_LD]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
     void (*decode)(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out);
@@ -654,8 +783,9 @@ typedef struct {
     int64_t ld_out;
     float tensor_scale, tensor_inverse; // NVFP4's 1/S and S
     snip_rng_key key;
-    int want_sums, stream;
+    int want_sums;
     float lut[256];
+    snipi_run run;                      // what all runs have in common
     const snipi_vector *vector;
 } snipi_quantizer;
 
@@ -676,11 +806,12 @@ static float snipi_narrow(double x) {
     if (a > 3.4028234663852886e38) a = 3.4028234663852886e38;
     return snipi_float(sign | (a < 1.1754943508222875e-38 ? (uint32_t)u : snipi_bits((float)a) & 0x7FFFFFFFu));
 }
-// Division that -Ofast (reciprocals, narrowing) cannot touch. Rounding the double quotient of two floats to
-// float is the correctly rounded float quotient (53 >= 2*24 + 2).
+// Division that -Ofast (reciprocals) cannot touch: the divisor is hidden from it. Rounding the double quotient of
+// two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
 static float snipi_divide(float a, float b) {
-    volatile double x = snipi_widen(a), y = snipi_widen(b);
-    return snipi_narrow(x / y);
+    double y = snipi_widen(b);
+    SNIPI_HIDDEN(y);
+    return snipi_narrow(snipi_widen(a) / y);
 }
 static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
 // scale * element: no element is smaller than 2^-16.
@@ -693,7 +824,7 @@ typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte
 
 static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_bits) {
     const float smallest = snipi_float(0x00800000u);        // 2^-126
-    snipi_element e = snipi_element_of(q->recipe.format);
+    const snipi_element e = q->run.e;
     float amax = snipi_float(amax_bits);
     snipi_tile_scale t = { 1.0f, 1.0f, 0 };
     uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
@@ -777,36 +908,72 @@ static void snipi_store_codes(uint8_t *row, int packed, int64_t col, const uint8
     if (i < n) row[(col + i) >> 1] = code[i];
 }
 
-// Q(x) - x of a run into the sums; values = Q(x).
-static void snipi_accumulate(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
+// |x|^2, |Q(x) - x|^2 and <w, Q(x) - x> of x itself, in double; values = Q(x).
+static void snipi_sums_exact(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
     int i;
     for (i = 0; i < n; i++) {
         int finite = !snipi_nonfinite(x[i]), lane = i % SNIPI_LANES;
-        float v = finite ? x[i] : 0.0f, d = finite ? values[i] - x[i] : 0.0f;
-        t->sum_sq[lane] += (double)v * (double)v;
-        t->err_sq[lane] += (double)d * (double)d;
-        if (weight) t->dot[lane] += (double)weight[i] * (double)d;
+        double v = finite ? (double)x[i] : 0, d = finite ? (double)(values[i] - x[i]) : 0;
+        t->sum_sq[lane] += v * v;
+        t->err_sq[lane] += d * d;
+        if (weight) t->dot[lane] += (double)weight[i] * d;
+    }
+}
+// The same in units of the scale: y = x / scale, q = Q(x) / scale. Each product is rounded before it is added.
+static void snipi_sums_scaled(const snipi_run *r, const float *y, const float *q) {
+    float v2[SNIPI_RUN], d2[SNIPI_RUN], sum_sq[2 * SNIPI_LANES] = { 0 }, err_sq[2 * SNIPI_LANES] = { 0 };
+    double dot[SNIPI_LANES] = { 0 }, scaled[3][SNIPI_LANES], square = (double)r->scale * (double)r->scale;
+    int i;
+    for (i = 0; i < r->n; i++) {
+        float d = q[i] - y[i];
+        v2[i] = y[i] * y[i];
+        d2[i] = d * d;
+        if (r->weight) dot[i % SNIPI_LANES] += (double)r->weight[i] * (double)d;
+    }
+    SNIPI_ROUNDED(v2);
+    SNIPI_ROUNDED(d2);
+    for (i = 0; i < r->n; i++) {
+        sum_sq[i % (2 * SNIPI_LANES)] += v2[i];
+        err_sq[i % (2 * SNIPI_LANES)] += d2[i];
+    }
+    for (i = 0; i < SNIPI_LANES; i++) {
+        scaled[0][i] = ((double)sum_sq[i] + (double)sum_sq[i + SNIPI_LANES]) * square;
+        scaled[1][i] = ((double)err_sq[i] + (double)err_sq[i + SNIPI_LANES]) * square;
+        scaled[2][i] = dot[i] * (double)r->scale;
+    }
+    SNIPI_ROUNDED(scaled);
+    for (i = 0; i < SNIPI_LANES; i++) {
+        r->tally->sum_sq[i] += scaled[0][i];
+        r->tally->err_sq[i] += scaled[1][i];
+        r->tally->dot[i] += scaled[2][i];
     }
 }
 
 // The specification of a run.
-static void snipi_run_scalar(const snipi_run *q, int from) {
-    float values[SNIPI_RUN], raised[SNIPI_RUN];
-    const float *x = q->x + from, *scaled = x;
+static void snipi_run_scalar(const snipi_run *q) {
+    float values[SNIPI_RUN], other[SNIPI_RUN];
+    const float *x = q->x;
     uint8_t code[SNIPI_RUN];
-    int i, n = q->n - from;
-    if (n <= 0) return;
+    int i, n = q->n;
     if (q->low) {
-        for (i = 0; i < n; i++) raised[i] = snipi_raise(x[i]);
-        scaled = raised;
+        for (i = 0; i < n; i++) other[i] = snipi_raise(q->x[i]);
+        x = other;
     }
-    q->tally->saturated += snipi_encode_run_any(q, scaled, n, q->random ? q->random + from : NULL, code);
-    if (q->codes) snipi_store_codes(q->codes, q->packed, from, code, n);
-    if (!q->values && !q->want_sums) return;
+    q->tally->saturated += snipi_encode_run_any(q, x, n, q->random, code);
+    if (q->codes) snipi_store_codes(q->codes, q->packed, 0, code, n);
+    if (q->want_sums && !q->exact) {
+        for (i = 0; i < n; i++) {
+            other[i] = q->x[i] * q->inverse;
+            values[i] = q->lut[code[i]];
+        }
+        SNIPI_ROUNDED(other);
+        snipi_sums_scaled(q, other, values);
+    }
+    if (!q->values && !(q->want_sums && q->exact)) return;
     for (i = 0; i < n; i++) values[i] = snipi_value(q->scale, q->lut[code[i]]);
     SNIPI_ROUNDED(values);
-    if (q->want_sums) snipi_accumulate(x, values, q->weight ? q->weight + from : NULL, n, q->tally);
-    if (q->values) memcpy(q->values + from, values, (size_t)n * sizeof(float));
+    if (q->want_sums && q->exact) snipi_sums_exact(q->x, values, q->weight, n, q->tally);
+    if (q->values) memcpy(q->values, values, (size_t)n * sizeof(float));
 }
 static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
     int i, bad = 0;
@@ -826,7 +993,7 @@ static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, ui
 static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out) {
     int r, c;
     for (r = 0; r < rows; r++)
-        for (c = 0; c < cols; c++) out[c * SNIPI_RUN + r] = x[r * ld + c];
+        for (c = 0; c < cols; c++) out[c * SNIPI_PANEL_LD + r] = x[r * ld + c];
 }
 static void snipi_widen_scalar(const uint16_t *x, int n, float *out) {
     int i;
@@ -843,27 +1010,29 @@ static void snipi_decode_scalar(const float *lut, const uint8_t *codes, int pack
 
 // Elements of a source or weight as contiguous floats: where they lie, widened, or out of a transposed panel,
 // which is kept until another one is asked for.
-typedef struct { int64_t row, col; int n; float at[SNIPI_PANEL_ROWS][SNIPI_RUN]; } snipi_panel;
+typedef struct { int64_t row, col; int n; float at[SNIPI_PANEL_ROWS][SNIPI_PANEL_LD]; } snipi_panel;
 
-static const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
-    int64_t row = r - r % SNIPI_PANEL_ROWS;
-    int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
-    if (!q->transposed) {
-        if (!bf16) return (const float *)x + r * q->ld + c;
-        if (p->row != r || p->col != c || p->n != n) q->vector->widen((const uint16_t *)x + r * q->ld + c, n, p->at[0]);
-        p->row = r; p->col = c; p->n = n;
-        return p->at[0];
-    }
+static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+    int64_t row = q->transposed ? r - r % SNIPI_PANEL_ROWS : r;
     if (p->row != row || p->col != c || p->n != n) {
-        if (bf16) {
-            float wide[SNIPI_RUN][SNIPI_PANEL_ROWS];
-            for (i = 0; i < n; i++) q->vector->widen((const uint16_t *)x + (c + i) * q->ld + row, width, wide[i]);
-            q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, n, width, p->at[0]);
-        } else
-            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0]);
+        int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
         p->row = row; p->col = c; p->n = n;
+        if (!q->transposed)
+            q->vector->widen((const uint16_t *)x + r * q->ld + c, n, p->at[0]);
+        else if (bf16)
+            for (i = 0; i < n; i += 8) {
+                float wide[8][SNIPI_PANEL_ROWS];
+                int j, m = (int)snipi_min(8, n - i);
+                for (j = 0; j < m; j++) q->vector->widen((const uint16_t *)x + (c + i + j) * q->ld + row, width, wide[j]);
+                q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, m, width, p->at[0] + i);
+            }
+        else
+            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0]);
     }
     return p->at[r - row];
+}
+SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+    return q->transposed || bf16 ? snipi_fetch_panel(q, p, x, bf16, r, c, n) : (const float *)x + r * q->ld + c;
 }
 typedef struct { snipi_panel x, weight; } snipi_panels;
 
@@ -871,67 +1040,91 @@ static int snipi_byte_scale(snip_scale s) { return s == SNIP_SCALE_UE8M0 || s ==
 static size_t snipi_row_bytes(snip_format format, int64_t cols) {
     return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
-// Dequantized values of a run on their way out.
-static float *snipi_out_at(const snipi_quantizer *q, int64_t r, int64_t c, float *buffer) {
-    return !q->out ? NULL : q->out_bf16 ? buffer : (float *)q->out + r * q->ld_out + c;
-}
 
-// Quantize the tile at (tile row, tile column) and add to the tally.
-static void snipi_quantize_tile(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, snipi_tally *tally) {
-    int64_t r0 = tr * q->tile_rows, r1 = snipi_min(q->rows, r0 + q->tile_rows);
-    int64_t c0 = tc * q->tile_cols, c1 = snipi_min(q->cols, c0 + q->tile_cols), r, c, bad = 0;
+// Codes of a tile whose scale is known; `run` is a copy of q->run.
+static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t r0, int64_t r1, int64_t c0, int64_t c1, uint32_t amax, int64_t bad,
+                              const snipi_tile_scale *t, snipi_run *run) {
     size_t row_bytes = snipi_row_bytes(q->recipe.format, q->cols);
+    int e2m1 = q->recipe.format == SNIP_E2M1, unscaled = q->recipe.scale == SNIP_SCALE_NONE, exact;
     float buffer[SNIPI_RUN];
     uint8_t loose[SNIPI_RUN];
-    uint32_t random[SNIPI_RUN + 8 * 4], amax = 0;
-    snipi_tile_scale t;
-    snipi_run run;
-    for (r = r0; r < r1; r++)
-        for (c = c0; c < c1; c += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, c1 - c);
-            uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &bad);
-            amax = a > amax ? a : amax;
-        }
-    tally->nonfinite += bad;
-    if (amax > tally->amax) tally->amax = amax;
-    t = snipi_scale_of(q, amax);
-    if (q->scales) {
-        if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[tr * q->tiles_across + tc] = (uint8_t)t.byte;
-        else if (q->recipe.scale != SNIP_SCALE_NONE) ((float *)q->scales)[tr * q->tiles_across + tc] = t.scale;
-    }
-    run.format = q->recipe.format;
-    run.e = snipi_element_of(run.format);
-    run.lut = q->lut;
-    run.scale = t.scale;
+    uint32_t random[SNIPI_RUN + 8 * 4];
+    int64_t r, c;
+    run->scale = t->scale;
     // Under 2^-64 a subnormal x could still matter to the code, and x * inverse would lose it.
-    run.low = amax < (127u - 64u) << 23 && q->recipe.scale != SNIP_SCALE_NONE;
-    run.inverse = run.low ? t.inverse * snipi_float((127u - 64u) << 23) : t.inverse;
-    run.tally = tally;
-    run.want_sums = q->want_sums;
-    run.stream = q->stream;
+    run->low = amax < (127u - 64u) << 23 && !unscaled;
+    run->inverse = run->low ? t->inverse * snipi_float((127u - 64u) << 23) : t->inverse;
+    exact = run->low || snipi_bits(t->scale) == 0 || (unscaled && (amax < (127u - 40u) << 23 || amax > (127u + 40u) << 23));
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, c1 - c), e2m1 = run.format == SNIP_E2M1, aside = e2m1 && (c & 1);
+            int n = (int)snipi_min(SNIPI_RUN, c1 - c), aside = e2m1 && (c & 1);     // aside: does not begin on a byte
             uint8_t *row = (uint8_t *)q->codes + (q->codes ? (size_t)r * row_bytes : 0);
             int64_t bad_here = 0;
-            run.x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n);
-            run.weight = q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL;
-            run.n = n;
-            run.random = NULL;
+            run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n);
+            if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, n);
+            run->n = n;
             if (q->recipe.rounding == SNIP_ROUND_STOCHASTIC) {
                 uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
                 q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
-                run.random = random + (element & 3);
+                run->random = random + (element & 3);
             }
-            run.packed = e2m1 && !aside;
-            run.codes = !q->codes ? NULL : aside ? loose : row + (e2m1 ? c >> 1 : c);
-            run.values = snipi_out_at(q, r, c, buffer);
-            if (bad) (void)q->vector->amax(run.x, n, &bad_here);
-            if (run.low || bad_here) snipi_run_scalar(&run, 0);
-            else q->vector->run(&run, 0);
+            run->packed = e2m1 && !aside;
+            run->codes = !q->codes ? NULL : aside ? loose : row + (e2m1 ? c >> 1 : c);
+            run->values = !q->out ? NULL : q->out_bf16 ? buffer : (float *)q->out + r * q->ld_out + c;
+            if (bad) (void)q->vector->amax(run->x, n, &bad_here);
+            run->exact = exact || bad_here;
+            if (run->exact) snipi_run_scalar(run);
+            else q->vector->run(run);
             if (aside && q->codes) snipi_store_codes(row, 1, c, loose, n);
             if (q->out_bf16 && q->out) q->vector->narrow(buffer, n, (uint16_t *)q->out + r * q->ld_out + c);
         }
+}
+// `count` tiles, at most SNIPI_BATCH, from (tr, tc) rightward or downward. All largest magnitudes come before all
+// scales before all codes, so that one tile's divisions do not hold up the next.
+static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, int count, int down, snipi_tally *tally) {
+    struct { int64_t r0, r1, c0, c1, bad; uint32_t amax; snipi_tile_scale scale; } tile[SNIPI_BATCH], *t;
+    snipi_run run = q->run;
+    int i;
+    run.tally = tally;
+    for (i = 0, t = tile; i < count; i++, t++) {
+        int64_t r, c;
+        t->r0 = (tr + (down ? i : 0)) * q->tile_rows;
+        t->c0 = (tc + (down ? 0 : i)) * q->tile_cols;
+        t->r1 = snipi_min(q->rows, t->r0 + q->tile_rows);
+        t->c1 = snipi_min(q->cols, t->c0 + q->tile_cols);
+        t->bad = 0;
+        t->amax = 0;
+        for (r = t->r0; r < t->r1; r++)
+            for (c = t->c0; c < t->c1; c += SNIPI_RUN) {
+                int n = (int)snipi_min(SNIPI_RUN, t->c1 - c);
+                uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &t->bad);
+                t->amax = a > t->amax ? a : t->amax;
+            }
+        tally->nonfinite += t->bad;
+        if (t->amax > tally->amax) tally->amax = t->amax;
+    }
+    for (i = 0, t = tile; i < count; i++, t++) {
+        int64_t at = (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i);
+        t->scale = snipi_scale_of(q, t->amax);
+        if (!q->scales || q->recipe.scale == SNIP_SCALE_NONE) continue;
+        if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[at] = (uint8_t)t->scale.byte;
+        else ((float *)q->scales)[at] = t->scale.scale;
+    }
+    for (i = 0, t = tile; i < count; i++, t++) snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
+}
+// Tiles [tr0, tr1) x [tc0, tc1), in batches that stay in the nearest cache: along rows, or down a transposed panel.
+static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0, int64_t tc1, snipi_tally *tally) {
+    int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g;
+    int64_t panel = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
+    if (!q->transposed) {
+        for (tr = tr0; tr < tr1; tr++)
+            for (tc = tc0; tc < tc1; tc += fit) snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
+        return;
+    }
+    for (g = tr0; g < tr1; g += panel)
+        for (tc = tc0; tc < tc1; tc++)
+            for (tr = g; tr < snipi_min(tr1, g + panel); tr += fit)
+                snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(snipi_min(fit, g + panel - tr), tr1 - tr), 1, tally);
 }
 
 // F32 and BF16: no scale, no tiles.
@@ -951,7 +1144,7 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
             if (q->codes) memcpy((uint16_t *)q->codes + r * q->cols + c, code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
             memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
-        if (q->want_sums) snipi_accumulate(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
+        if (q->want_sums) snipi_sums_exact(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
         if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
         else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
     }
@@ -1029,13 +1222,31 @@ static void snipi_tensor_scale(snipi_quantizer *q) {
     }
 }
 
+static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) {
+    snipi_element e = snipi_element_of(format);
+    int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa;
+    run->format = format;
+    run->e = e;
+    run->k.least = (128 - e.bias) << 23;
+    run->k.cap = max_bits + (stochastic ? 1 << 23 : 0);
+    run->k.beyond = max_bits + (1 << (shift - 1)) - (int32_t)(e.largest & 1u);      // the last that still rounds to the largest
+    run->k.magic = (shift << 23) - (run->k.least >> shift);
+    run->k.unit = e.mantissa << 23;
+    run->k.shift = shift;
+    run->k.sign_shift = 31 - e.sign;
+    run->k.sign = 1 << e.sign;
+    run->k.random_shift = 32 - shift;
+}
 static void snipi_quantizer_begin(snipi_quantizer *q) {
     int c, plain = snipi_plain(q->recipe.format);
     q->tile_rows = plain ? 1 : snipi_tile(q->recipe.tile_rows, q->rows);
     q->tile_cols = snipi_tile(q->recipe.tile_cols, q->cols);
     q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
     q->tiles_across = snipi_ceil_div(q->cols, q->tile_cols);
-    q->stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM_BYTES / 4;
+    snipi_run_begin(&q->run, q->recipe.format, q->recipe.rounding == SNIP_ROUND_STOCHASTIC);
+    q->run.lut = q->lut;
+    q->run.want_sums = q->want_sums;
+    q->run.stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM;
     for (c = 0; c < 256 && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
 }
@@ -1062,7 +1273,7 @@ static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
     int c;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t g, tc, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
+        int64_t g, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
         snipi_tally local;
         snipi_panels panels;
         memset(&local, 0, sizeof local);
@@ -1072,8 +1283,7 @@ static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
             if (snipi_plain(q->recipe.format))
                 for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
             else
-                for (tc = 0; tc < q->tiles_across; tc++)
-                    for (tr = first; tr < last; tr++) snipi_quantize_tile(q, &panels, tr, tc, &local);
+                snipi_quantize_region(q, &panels, first, last, 0, q->tiles_across, &local);
         }
         snipi_stream_end();
         part[c] = local;
@@ -1083,13 +1293,9 @@ static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
 
 // The tiles of q that lie in block (r0, c0) of the source, 128 x 128.
 static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, snipi_tally *tally) {
-    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0, tr, tc, g;
-    int64_t tr0 = lr / q->tile_rows, tr1 = snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows);
-    int64_t tc0 = lc / q->tile_cols, tc1 = snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols);
-    int64_t group = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
-    for (g = tr0; g < tr1; g += group)
-        for (tc = tc0; tc < tc1; tc++)
-            for (tr = g; tr < snipi_min(tr1, g + group); tr++) snipi_quantize_tile(q, panels, tr, tc, tally);
+    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0;
+    snipi_quantize_region(q, panels, lr / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
+                          lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
 }
 static int snipi_fits_blocks(const snipi_quantizer *q) {
     return !snipi_plain(q->recipe.format) && SNIPI_RUN % q->tile_rows == 0 && SNIPI_RUN % q->tile_cols == 0;
@@ -1103,15 +1309,16 @@ static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantize
     for (c = 0; c < SNIPI_CHUNKS; c++) {
         int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
         snipi_tally local, local2;
-        snipi_panels panels, panels2;
+        snipi_panels panels;
         memset(&local, 0, sizeof local);
         memset(&local2, 0, sizeof local2);
-        snipi_panels_clear(&panels);
-        snipi_panels_clear(&panels2);
         for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
             int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
+            snipi_panels_clear(&panels);
             snipi_quantize_block(q, &panels, r0, c0, &local);
-            if (q2) snipi_quantize_block(q2, &panels2, r0, c0, &local2);
+            if (!q2) continue;
+            snipi_panels_clear(&panels);
+            snipi_quantize_block(q2, &panels, r0, c0, &local2);
         }
         snipi_stream_end();
         part[c] = local;
@@ -1475,11 +1682,17 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
 #define SNIPI_DOT4_BW(acc, x, y) _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), ones))
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, SNIPI_DOT4_BW)
 SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_epi32)
-// Quantizing runs. Codes: e = max(exponent of |y|, that of the smallest normal number) as bits, k = |y| in units of
-// 2^(e - mantissa), rounded; code = k + (e - smallest) * 2^mantissa. Values: k * 2^(e - mantissa) * scale.
-// `kept` stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
+// Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
+// 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
+// 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
+// term is even, so that ties stay ties to even. Less power, the sum is the value.
+// SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
 #define SNIPI_KEPT(v) __asm__("" : "+x"(v))
 #define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
+#define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
+#define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
+
+enum { SNIPI_AHEAD = 3072 };    // bytes: the hardware prefetcher stops at pages
 
 SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
@@ -1487,8 +1700,10 @@ SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t
     uint32_t lane[8], rest, a;
     int64_t bad = 0;
     int i;
-    for (i = 0; i + 8 <= n; i += 8)                                 // most = max(most, |x|) of bits
+    for (i = 0; i + 8 <= n; i += 8) {                               // most = max(most, |x|) of bits
+        if (i % 16 == 0) _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
         most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(const void *)(x + i))));
+    }
     rest = snipi_amax_scalar(x + i, n - i, &bad);
     _mm256_storeu_si256((__m256i *)(void *)lane, most);
     for (a = 0, i = 0; i < 8; i++) a = lane[i] > a ? lane[i] : a;
@@ -1501,6 +1716,8 @@ SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int
     uint32_t a;
     int i;
     for (i = 0; i + 32 <= n; i += 32) {                             // most = max(most, |x|) of bits
+        _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)(x + i + 16) + SNIPI_AHEAD, _MM_HINT_T0);
         most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i)));
         other = _mm512_max_epi32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16)));
     }
@@ -1517,16 +1734,20 @@ SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int
 #define SNIPI_PHILOX(name, attribute, vec, lanes, pre, si, order) \
 attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) { \
     const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57), low = pre##set1_epi64##si(0xFFFFFFFF); \
+    uint64_t keys[20]; \
     int b, round; \
+    for (round = 0; round < 10; round++) { \
+        keys[2 * round] = (uint32_t)((uint32_t)key.seed + (uint32_t)round * 0x9E3779B9u); \
+        keys[2 * round + 1] = (uint32_t)((uint32_t)(key.seed >> 32) + (uint32_t)round * 0xBB67AE85u); \
+    } \
     if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 8u) { snipi_philox_scalar(key, first, blocks, out); return; } \
     for (b = 0; b < blocks; b += lanes, out += 4 * lanes) { \
         vec c0 = pre##add_epi64(pre##set1_epi64##si((int64_t)((uint32_t)first + (uint32_t)b)), order), c1 = pre##set1_epi64##si((int64_t)(first >> 32)); \
         vec c2 = pre##set1_epi64##si((int64_t)key.step), c3 = pre##set1_epi64##si((int64_t)key.tensor), even, odd; \
-        uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32); \
-        for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) { \
+        SNIPI_UNROLL for (round = 0; round < 10; round++) { \
             vec p0 = pre##mul_epu32(c0, m0), p1 = pre##mul_epu32(c2, m1);      /* as snip_philox */ \
-            c0 = SNIPI_XOR3_##lanes(pre##srli_epi64(p1, 32), c1, pre##set1_epi64##si((int64_t)k0)); \
-            c2 = SNIPI_XOR3_##lanes(pre##srli_epi64(p0, 32), c3, pre##set1_epi64##si((int64_t)k1)); \
+            c0 = SNIPI_XOR3_##lanes(pre##srli_epi64(p1, 32), c1, pre##set1_epi64##si((int64_t)keys[2 * round])); \
+            c2 = SNIPI_XOR3_##lanes(pre##srli_epi64(p0, 32), c3, pre##set1_epi64##si((int64_t)keys[2 * round + 1])); \
             c1 = p1; \
             c3 = p0; \
         } \
@@ -1545,162 +1766,218 @@ attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_
 SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, __m256i, 4, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
 SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, __m512i, 8, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
 
-SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q, int from) {
-    const int m = q->e.mantissa, shift = 23 - m, whole = (q->n - from) / 16 * 16 + from;
-    const uint32_t smallest = (uint32_t)(128 - q->e.bias) << 23;
-    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000), least = _mm256_set1_epi32((int)smallest);
-    const __m256i cap = _mm256_set1_epi32((int)(snipi_bits(q->e.max) + (1u << 23))), largest = _mm256_set1_epi32((int)q->e.largest);
-    const __m256i magic = _mm256_set1_epi32(shift << 23), unit = _mm256_set1_epi32(m << 23), fixed_top = _mm256_set1_epi32((int)(277u << 23));
-    const __m256i shifts = _mm256_set1_epi32(shift), sign_shifts = _mm256_set1_epi32(31 - q->e.sign), random_shifts = _mm256_set1_epi32(32 - shift);
+SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000), least = _mm256_set1_epi32(q->k.least);
+    const __m256i cap = _mm256_set1_epi32(q->k.cap), beyond = _mm256_set1_epi32(q->k.beyond), largest = _mm256_set1_epi32((int)q->e.largest);
+    const __m256i magic = _mm256_set1_epi32(q->k.magic), unit = _mm256_set1_epi32(q->k.unit), fixed_top = _mm256_set1_epi32((int)(277u << 23));
+    const __m128i shifts = _mm_cvtsi32_si128(q->k.shift), sign_shifts = _mm_cvtsi32_si128(q->k.sign_shift), random_shifts = _mm_cvtsi32_si128(q->k.random_shift);
+    const __m256i sign_bit = _mm256_set1_epi32(q->k.sign);
     const __m256 inverse = _mm256_set1_ps(q->inverse), scale = _mm256_set1_ps(q->scale), max = _mm256_set1_ps(q->e.max);
-    const int stream = q->stream && ((uintptr_t)q->values & 31) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 15) == 0;
     snipi_tally *t = q->tally;
     __m256i over = _mm256_setzero_si256();
-    __m256d sq0 = _mm256_loadu_pd(t->sum_sq), sq1 = _mm256_loadu_pd(t->sum_sq + 4), err0 = _mm256_loadu_pd(t->err_sq), err1 = _mm256_loadu_pd(t->err_sq + 4);
+    __m256 sum_sq[2], err_sq[2];
+    __m256d dot[2];
+    uint32_t lane[8];
     int i, g;
-    for (i = from; i < whole; i += 16) {
+    sum_sq[0] = sum_sq[1] = err_sq[0] = err_sq[1] = _mm256_setzero_ps();
+    dot[0] = dot[1] = _mm256_setzero_pd();
+    for (i = 0; i < q->n; i += 16) {
+        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
+        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
+        const uint32_t *random = q->random ? q->random + i : NULL;
+        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
+        uint32_t last_random[16];
         __m256i code[2];
+        if (!whole) {                                               // the last elements, padded with zeros
+            memset(last_x, 0, sizeof last_x);
+            memcpy(last_x, x, (size_t)rest * sizeof(float));
+            x = last_x;
+            if (random) { memset(last_random, 0, sizeof last_random); memcpy(last_random, random, (size_t)rest * sizeof(uint32_t)); random = last_random; }
+            if (weight) { memset(last_weight, 0, sizeof last_weight); memcpy(last_weight, weight, (size_t)rest * sizeof(float)); weight = last_weight; }
+            if (values) values = last_values;
+        }
         SNIPI_UNROLL for (g = 0; g < 2; g++) {
-            int at = i + 8 * g;
-            __m256 x = _mm256_loadu_ps(q->x + at), value;
-            __m256i u = _mm256_castps_si256(_mm256_mul_ps(x, inverse)), a = _mm256_min_epu32(_mm256_and_si256(u, magnitude), cap);
-            __m256i e = _mm256_max_epi32(_mm256_and_si256(a, exponents), least), sign = _mm256_andnot_si256(magnitude, u), k;
-            if (!q->random) {                                       // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
-                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(e, magic)), sum = _mm256_add_ps(_mm256_castsi256_ps(a), power);
+            __m256i u = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), inverse)), a = _mm256_and_si256(u, magnitude), k;
+            __m256i capped = _mm256_min_epu32(a, cap), e = _mm256_max_epi32(_mm256_and_si256(capped, exponents), least), sign = _mm256_andnot_si256(magnitude, u);
+            __m256 value;
+            if (!random) {
+                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_add_epi32(e, magic), _mm256_srl_epi32(e, shifts)));
+                __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(capped), power);
                 SNIPI_KEPT(sum);
-                k = _mm256_sub_epi32(_mm256_castps_si256(sum), _mm256_castps_si256(power));
+                k = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_sub_epi32(sign_bit, _mm256_set1_epi32(1)));
                 value = _mm256_sub_ps(sum, power);
+                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(a, beyond));
             } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
-                __m256i r = _mm256_srlv_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(q->random + at)), random_shifts);
-                __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
-                k = _mm256_srlv_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(fixed), r), shifts);
-                value = _mm256_mul_ps(_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(e, unit)));
+                __m256i r = _mm256_srl_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(random + 8 * g)), random_shifts);
+                __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(capped), _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
+                k = _mm256_srl_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(fixed), r), shifts);
+                value = _mm256_min_ps(max, _mm256_mul_ps(_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(e, unit))));
+                k = _mm256_add_epi32(k, _mm256_srl_epi32(_mm256_sub_epi32(e, least), shifts));
+                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(k, largest));
+                k = _mm256_min_epu32(k, largest);
             }
-            k = _mm256_add_epi32(k, _mm256_srlv_epi32(_mm256_sub_epi32(e, least), shifts));
-            over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(k, largest));
-            code[g] = _mm256_or_si256(_mm256_min_epu32(k, largest), _mm256_srlv_epi32(sign, sign_shifts));
-            if (!q->values && !q->want_sums) continue;
-            value = _mm256_mul_ps(_mm256_or_ps(_mm256_min_ps(value, max), _mm256_castsi256_ps(sign)), scale);
-            SNIPI_KEPT(value);
-            if (q->want_sums) {
-                __m256 d = _mm256_sub_ps(value, x);
-                __m256d x0 = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), x1 = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
-                __m256d d0 = _mm256_cvtps_pd(_mm256_castps256_ps128(d)), d1 = _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1));
-                sq0 = _mm256_fmadd_pd(x0, x0, sq0);
-                sq1 = _mm256_fmadd_pd(x1, x1, sq1);
-                err0 = _mm256_fmadd_pd(d0, d0, err0);
-                err1 = _mm256_fmadd_pd(d1, d1, err1);
-                if (q->weight) {
-                    const float *w = q->weight + at;
-                    _mm256_storeu_pd(t->dot, _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(w)), d0, _mm256_loadu_pd(t->dot)));
-                    _mm256_storeu_pd(t->dot + 4, _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(w + 4)), d1, _mm256_loadu_pd(t->dot + 4)));
+            code[g] = _mm256_or_si256(k, _mm256_srl_epi32(sign, sign_shifts));
+            if (q->want_sums) {                                     // of |y|: the signs of y and value are the same
+                __m256 d = _mm256_sub_ps(value, _mm256_castsi256_ps(a)), v2 = _mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(a)), d2 = _mm256_mul_ps(d, d);
+                SNIPI_KEPT(v2);
+                SNIPI_KEPT(d2);
+                sum_sq[g] = _mm256_add_ps(sum_sq[g], v2);
+                err_sq[g] = _mm256_add_ps(err_sq[g], d2);
+                if (weight) {
+                    d = _mm256_xor_ps(d, _mm256_castsi256_ps(sign));
+                    dot[0] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g)), _mm256_cvtps_pd(_mm256_castps256_ps128(d)), dot[0]);
+                    dot[1] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g + 4)), _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1)), dot[1]);
                 }
             }
-            if (q->values && stream) _mm256_stream_ps(q->values + at, value);
-            else if (q->values) _mm256_storeu_ps(q->values + at, value);
+            if (values) {
+                value = _mm256_mul_ps(_mm256_or_ps(value, _mm256_castsi256_ps(sign)), scale);
+                if (q->stream && ((uintptr_t)values & 31) == 0) _mm256_stream_ps(values + 8 * g, value);
+                else _mm256_storeu_ps(values + 8 * g, value);
+            }
         }
+        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
         if (q->codes) {
             __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(code[0], code[1]), 0xD8);
             __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
             if (q->packed) {                                        // low + 16 * high
-                __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
-                _mm_storel_epi64((__m128i *)(void *)(q->codes + i / 2), _mm_packus_epi16(pairs, pairs));
-            } else if (stream_codes) _mm_stream_si128((__m128i *)(void *)(q->codes + i), bytes);
-            else _mm_storeu_si128((__m128i *)(void *)(q->codes + i), bytes);
+                bytes = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+                bytes = _mm_packus_epi16(bytes, bytes);
+            }
+            if (!whole) {
+                _mm_storeu_si128((__m128i *)(void *)last, bytes);
+                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
+            } else if (q->packed) _mm_storel_epi64((__m128i *)(void *)codes, bytes);
+            else if (q->stream && ((uintptr_t)codes & 15) == 0) _mm_stream_si128((__m128i *)(void *)codes, bytes);
+            else _mm_storeu_si128((__m128i *)(void *)codes, bytes);
         }
     }
-    {
-        uint32_t lane[8];
-        _mm256_storeu_si256((__m256i *)(void *)lane, over);
-        for (g = 0; g < 8; g++) t->saturated += lane[g];
+    _mm256_storeu_si256((__m256i *)(void *)lane, over);
+    for (g = 0; g < 8; g++) t->saturated += lane[g];
+    if (!q->want_sums) return;
+    SNIPI_UNROLL for (g = 0; g < 2; g++) {                          // tally += (lane + lane 8 further) * scale^2
+        const __m256d s = _mm256_set1_pd((double)q->scale), s2 = _mm256_set1_pd((double)q->scale * (double)q->scale);
+        __m256d v, d, w = _mm256_mul_pd(dot[g], s);
+#define SNIPI_HALF(pair) _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
+                                       _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
+        v = _mm256_mul_pd(SNIPI_HALF(sum_sq), s2);
+        d = _mm256_mul_pd(SNIPI_HALF(err_sq), s2);
+        SNIPI_KEPT(v);
+        SNIPI_KEPT(d);
+        SNIPI_KEPT(w);
+        _mm256_storeu_pd(t->sum_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->sum_sq + 4 * g), v));
+        _mm256_storeu_pd(t->err_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->err_sq + 4 * g), d));
+        _mm256_storeu_pd(t->dot + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->dot + 4 * g), w));
     }
-    _mm256_storeu_pd(t->sum_sq, sq0);
-    _mm256_storeu_pd(t->sum_sq + 4, sq1);
-    _mm256_storeu_pd(t->err_sq, err0);
-    _mm256_storeu_pd(t->err_sq + 4, err1);
-    snipi_run_scalar(q, whole);
 }
 // The same, 64 elements at a time, the last ones masked.
-SNIPI_TARGET_AVX512 static void snipi_run_avx512(const snipi_run *q, int from) {
-    const int m = q->e.mantissa, shift = 23 - m;
-    const uint32_t smallest = (uint32_t)(128 - q->e.bias) << 23;
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), exponents = _mm512_set1_epi32(0x7F800000), least = _mm512_set1_epi32((int)smallest);
-    const __m512i cap = _mm512_set1_epi32((int)(snipi_bits(q->e.max) + (1u << 23))), largest = _mm512_set1_epi32((int)q->e.largest);
-    const __m512i magic = _mm512_set1_epi32(shift << 23), unit = _mm512_set1_epi32(m << 23), fixed_top = _mm512_set1_epi32((int)(277u << 23));
-    const __m512i shifts = _mm512_set1_epi32(shift), sign_shifts = _mm512_set1_epi32(31 - q->e.sign), random_shifts = _mm512_set1_epi32(32 - shift);
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, const int stochastic, const int sums, const int whole) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), exponents = _mm512_set1_epi32(0x7F800000), least = _mm512_set1_epi32(q->k.least);
+    const __m512i cap = _mm512_set1_epi32(q->k.cap), beyond = _mm512_set1_epi32(q->k.beyond), largest = _mm512_set1_epi32((int)q->e.largest);
+    const __m512i magic = _mm512_set1_epi32(q->k.magic), unit = _mm512_set1_epi32(q->k.unit), fixed_top = _mm512_set1_epi32((int)(277u << 23));
+    const __m512i shifts = _mm512_set1_epi32(q->k.shift), sign_shifts = _mm512_set1_epi32(q->k.sign_shift), random_shifts = _mm512_set1_epi32(q->k.random_shift);
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi32(1);
     const __m512 inverse = _mm512_set1_ps(q->inverse), scale = _mm512_set1_ps(q->scale), max = _mm512_set1_ps(q->e.max);
+    const __m512i sign_bit = _mm512_set1_epi32(q->k.sign), low = _mm512_set1_epi32(2 * q->k.sign - 1);
+    const int n = q->n, packed = q->packed;
     const int stream = q->stream && ((uintptr_t)q->values & 63) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0;
+    const float *x = q->x, *weight = q->weight;
+    float *values = q->values;
+    uint8_t *codes = q->codes;
     snipi_tally *t = q->tally;
     __m512i over = _mm512_setzero_si512();
-    __m512d sum_sq = _mm512_loadu_pd(t->sum_sq), err_sq = _mm512_loadu_pd(t->err_sq), dot = _mm512_loadu_pd(t->dot);
+    __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
+    __m512d dot = _mm512_setzero_pd();
     int i, g;
-    for (i = from; i < q->n; i += 64) {
-        int left = q->n - i;
+    for (i = 0; i < n; i += 64) {
+        const int left = whole ? 64 : n - i;
         __m512i code[4];
         SNIPI_UNROLL for (g = 0; g < 4; g++) {
-            int at = i + 16 * g, rest = left - 16 * g;
-            __mmask16 live = (__mmask16)(rest >= 16 ? 0xFFFF : (1 << snipi_max(rest, 0)) - 1);
-            __m512 x, value;
-            __m512i u, a, e, sign, k;
+            const int at = i + 16 * g, rest = left - 16 * g;
+            const __mmask16 live = (__mmask16)(rest >= 16 ? 0xFFFF : (1 << (rest & 15)) - 1);
+            __m512i u, a, capped, e, sign, k;
+            __m512 value;
             code[g] = _mm512_setzero_si512();
             if (rest <= 0) continue;
-            x = _mm512_maskz_loadu_ps(live, q->x + at);
-            u = _mm512_castps_si512(_mm512_mul_ps(x, inverse));
-            a = _mm512_min_epu32(_mm512_and_si512(u, magnitude), cap);
-            e = _mm512_max_epi32(_mm512_and_si512(a, exponents), least);
+            u = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + at), inverse));
+            a = _mm512_and_si512(u, magnitude);
+            capped = _mm512_min_epu32(a, cap);
+            e = _mm512_max_epi32(_mm512_and_si512(capped, exponents), least);
             sign = _mm512_andnot_si512(magnitude, u);
-            if (!q->random) {                                       // k = nearest: |y| + 2^(e + 23 - mantissa) in units of its last place
-                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(e, magic)), sum = _mm512_add_ps(_mm512_castsi512_ps(a), power);
+            if (!stochastic) {
+                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_add_epi32(e, magic), _mm512_srlv_epi32(e, shifts)));
+                __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(capped), power);
                 SNIPI_KEPT512(sum);
-                k = _mm512_sub_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(power));
+                k = _mm512_castps_si512(sum);
                 value = _mm512_sub_ps(sum, power);
+                over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(a, beyond), over, one);
             } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
                 __m512i r = _mm512_srlv_epi32(_mm512_maskz_loadu_epi32(live, q->random + at), random_shifts);
-                __m512 fixed = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(_mm512_sub_epi32(fixed_top, e)));
+                __m512 fixed = _mm512_mul_ps(_mm512_castsi512_ps(capped), _mm512_castsi512_ps(_mm512_sub_epi32(fixed_top, e)));
                 k = _mm512_srlv_epi32(_mm512_add_epi32(_mm512_maskz_cvttps_epi32(0xFFFF, fixed), r), shifts);
-                value = _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xFFFF, k), _mm512_castsi512_ps(_mm512_sub_epi32(e, unit)));
+                value = _mm512_min_ps(max, _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xFFFF, k), _mm512_castsi512_ps(_mm512_sub_epi32(e, unit))));
+                k = _mm512_add_epi32(k, _mm512_srlv_epi32(_mm512_sub_epi32(e, least), shifts));
+                over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(k, largest), over, one);
+                k = _mm512_min_epu32(k, largest);
             }
-            k = _mm512_add_epi32(k, _mm512_srlv_epi32(_mm512_sub_epi32(e, least), shifts));
-            over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(k, largest), over, one);
-            code[g] = _mm512_or_si512(_mm512_min_epu32(k, largest), _mm512_srlv_epi32(sign, sign_shifts));
-            if (!q->values && !q->want_sums) continue;
-            value = _mm512_mul_ps(_mm512_or_ps(_mm512_min_ps(value, max), _mm512_castsi512_ps(sign)), scale);
-            SNIPI_KEPT512(value);
-            if (q->want_sums) {
-                __m512 d = _mm512_sub_ps(value, x);
-                __m512d x0 = _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(x)), x1 = _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(x, 1));
-                __m512d d0 = _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(d)), d1 = _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(d, 1));
-                sum_sq = _mm512_fmadd_pd(x1, x1, _mm512_fmadd_pd(x0, x0, sum_sq));
-                err_sq = _mm512_fmadd_pd(d1, d1, _mm512_fmadd_pd(d0, d0, err_sq));
-                if (q->weight) {
-                    __m512 w = _mm512_maskz_loadu_ps(live, q->weight + at);
-                    dot = _mm512_fmadd_pd(_mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(w)), d0, dot);
-                    dot = _mm512_fmadd_pd(_mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(w, 1)), d1, dot);
+            // (k & ~sign) | ((u >> sign_shift) & sign), less what lies above
+            code[g] = _mm512_and_si512(low, _mm512_ternarylogic_epi32(sign_bit, _mm512_srlv_epi32(u, sign_shifts), k, 0xCA));
+            if (sums) {                                             // of |y|: the signs of y and value are the same
+                __m512 d = _mm512_sub_ps(value, _mm512_castsi512_ps(a)), v2 = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(a)), d2 = _mm512_mul_ps(d, d);
+                SNIPI_KEPT512(v2);
+                SNIPI_KEPT512(d2);
+                sum_sq = _mm512_add_ps(sum_sq, v2);
+                err_sq = _mm512_add_ps(err_sq, d2);
+                if (weight) {
+                    __m512 w = _mm512_maskz_loadu_ps(live, weight + at);
+                    d = _mm512_xor_ps(d, _mm512_castsi512_ps(sign));
+                    dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
+                    dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
                 }
             }
-            if (!q->values) continue;
-            if (rest < 16) _mm512_mask_storeu_ps(q->values + at, live, value);
-            else if (stream) _mm512_stream_ps(q->values + at, value);
-            else _mm512_storeu_ps(q->values + at, value);
+            if (!values) continue;
+            value = _mm512_mul_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), scale);
+            if (rest < 16) _mm512_mask_storeu_ps(values + at, live, value);
+            else if (stream) _mm512_stream_ps(values + at, value);
+            else _mm512_storeu_ps(values + at, value);
         }
-        if (q->codes) {
+        if (codes) {
             __m512i words0 = _mm512_packus_epi32(code[0], code[1]), words1 = _mm512_packus_epi32(code[2], code[3]);
             __m512i bytes = _mm512_permutexvar_epi32(turn, _mm512_packus_epi16(words0, words1));
-            uint64_t live = left >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << left) - 1;
-            if (q->packed) {                                        // low + 16 * high
+            if (packed) {                                           // low + 16 * high
                 __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001)));
-                if (left < 64) _mm256_mask_storeu_epi8(q->codes + i / 2, (__mmask32)(((uint64_t)1 << (left + 1) / 2) - 1), pairs);
-                else if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(q->codes + i / 2), pairs);
-                else _mm256_storeu_si256((__m256i *)(void *)(q->codes + i / 2), pairs);
-            } else if (stream_codes && left >= 64) _mm512_stream_si512((__m512i *)(void *)(q->codes + i), bytes);
-            else _mm512_mask_storeu_epi8(q->codes + i, live, bytes);
+                if (left < 64) _mm256_mask_storeu_epi8(codes + i / 2, (__mmask32)(((uint64_t)1 << (left + 1) / 2) - 1), pairs);
+                else if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(codes + i / 2), pairs);
+                else _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
+            } else if (left < 64) _mm512_mask_storeu_epi8(codes + i, ((uint64_t)1 << left) - 1, bytes);
+            else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
+            else _mm512_storeu_si512(codes + i, bytes);
         }
     }
-    t->saturated += _mm512_reduce_add_epi32(over);
-    _mm512_storeu_pd(t->sum_sq, sum_sq);
-    _mm512_storeu_pd(t->err_sq, err_sq);
-    _mm512_storeu_pd(t->dot, dot);
+    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
+    if (sums) {                                                     // tally += (lane + lane 8 further) * scale^2
+        const __m512d s = _mm512_set1_pd((double)q->scale), s2 = _mm512_mul_pd(s, s);
+        __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(sum_sq), SNIPI_HIGH(sum_sq)), s2);
+        __m512d d = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(err_sq), SNIPI_HIGH(err_sq)), s2);
+        SNIPI_KEPT512(v);
+        SNIPI_KEPT512(d);
+        _mm512_storeu_pd(t->sum_sq, _mm512_add_pd(_mm512_loadu_pd(t->sum_sq), v));
+        _mm512_storeu_pd(t->err_sq, _mm512_add_pd(_mm512_loadu_pd(t->err_sq), d));
+        if (weight) {
+            __m512d w = _mm512_mul_pd(dot, s);
+            SNIPI_KEPT512(w);
+            _mm512_storeu_pd(t->dot, _mm512_add_pd(_mm512_loadu_pd(t->dot), w));
+        }
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_run_avx512(const snipi_run *q) {
+    const int sums = q->want_sums && !q->exact, whole = q->n % 64 == 0;      // constants below: a loop each, without branches
+    if (q->random && sums) snipi_run_avx512_as(q, 1, 1, 0);
+    else if (q->random) snipi_run_avx512_as(q, 1, 0, 0);
+    else if (sums && whole) snipi_run_avx512_as(q, 0, 1, 1);
+    else if (sums) snipi_run_avx512_as(q, 0, 1, 0);
+    else if (whole) snipi_run_avx512_as(q, 0, 0, 1);
+    else snipi_run_avx512_as(q, 0, 0, 0);
 }
 
 SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out) {
@@ -1711,7 +1988,7 @@ SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, i
             if (c + 8 > cols) {
                 for (i = r; i < r + 8; i++) {
                     int j;
-                    for (j = c; j < cols; j++) out[j * SNIPI_RUN + i] = x[i * ld + j];
+                    for (j = c; j < cols; j++) out[j * SNIPI_PANEL_LD + i] = x[i * ld + j];
                 }
                 continue;
             }
@@ -1723,10 +2000,10 @@ SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, i
             SNIPI_UNROLL for (i = 0; i < 8; i += 4) {               // 4 x 4 in each half
                 b[0] = _mm256_unpacklo_ps(a[i], a[i + 1]); b[1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
                 b[2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]); b[3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-                _mm256_storeu_ps(out + (c + i) * SNIPI_RUN + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
-                _mm256_storeu_ps(out + (c + i + 1) * SNIPI_RUN + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
-                _mm256_storeu_ps(out + (c + i + 2) * SNIPI_RUN + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
-                _mm256_storeu_ps(out + (c + i + 3) * SNIPI_RUN + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
+                _mm256_storeu_ps(out + (c + i) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
+                _mm256_storeu_ps(out + (c + i + 1) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
+                _mm256_storeu_ps(out + (c + i + 2) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
+                _mm256_storeu_ps(out + (c + i + 3) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
             }
         }
     snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r);
