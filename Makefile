@@ -1,6 +1,6 @@
 # snip: headers to vendor need no build. This builds the examples, tests and benchmarks.
 CC ?= cc
-CFLAGS ?= -O3 -march=native
+CFLAGS ?= -O3 -march=native -fno-math-errno
 OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
 WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 B = build

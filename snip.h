@@ -568,14 +568,16 @@ SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
 // Element i's sign is bit i % 32 of word i / 32 % 4 of counter i / 128.
 enum { SNIPI_SIGNS = 128 };
 
+SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {      // -x where bit j is set
+    return snipi_float(snipi_bits(x) ^ (signs[j >> 5] >> (j & 31) & 1u) << 31);
+}
 // Elements [j0, j1) of block b: out = factor * x (factor where x is NULL) times the block's signs; zeros elsewhere. x[0] is element j0.
 SNIPI_INLINE void snipi_sign_block(snip_rng_key key, int64_t b, const float *x, float factor, int j0, int j1, float out[SNIPI_SIGNS]) {
     uint32_t signs[4];
-    int w, j;
+    int j;
     snip_philox(key, (uint64_t)b, signs);
     for (j = 0; j < SNIPI_SIGNS; j++) out[j] = j >= j0 && j < j1 ? (x ? factor * x[j - j0] : factor) : 0.0f;
-    for (w = 0; w < 4; w++)
-        for (j = 0; j < 32; j++) out[32 * w + j] = snipi_float(snipi_bits(out[32 * w + j]) ^ (signs[w] >> j & 1u) << 31);
+    for (j = 0; j < SNIPI_SIGNS; j++) out[j] = snipi_signed(out[j], signs, j);
 }
 
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
