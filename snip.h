@@ -1578,6 +1578,11 @@ static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, 
 }
 
 // >>simd -------------------------------------------------------------------------------------------
+#if defined(__GNUC__) && !defined(__clang__)        // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)
+#  pragma GCC diagnostic push
+#  pragma GCC diagnostic ignored "-Wuninitialized"
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #ifdef SNIPI_X86
 #define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
@@ -2047,6 +2052,9 @@ SNIPI_TARGET_AVX2 static void snipi_decode_avx2(const float *lut, const uint8_t 
     snipi_decode_scalar(lut, codes + (packed ? i / 2 : i), packed, n - i, scale, out + i);
 }
 #endif // SNIPI_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#  pragma GCC diagnostic pop
+#endif
 
 SNIP_API int snip_isa_available(snip_isa isa) {
 #ifdef SNIPI_X86
