@@ -1,5 +1,6 @@
 /* snip_ilp.h - exact solver for the multiple-choice knapsack problem with covering targets. C99 or C++11 and later; only libc and libm.
    #define SNIP_ILP_IMPLEMENTATION (or SNIP_IMPLEMENTATION) before including it in one source file; elsewhere include it plainly.
+   With SNIP_ILP_STATIC (or SNIP_STATIC) its functions are static to that file.
 
    THE PROBLEM. Group i has options j with cost c_ij >= 0 and gain g_ij >= 0. Choose one option x_i of each group:
 
@@ -38,6 +39,13 @@ extern "C" {
 // Sections: >>api >>run >>check >>numbers >>sack >>lp >>greedy >>core >>curve >>states >>single >>join >>solve
 
 // >>api
+#if (defined(SNIP_STATIC) || defined(SNIP_ILP_STATIC)) && (defined(__GNUC__) || defined(__clang__))
+#define SNIP_ILP_API static __attribute__((unused))
+#elif defined(SNIP_STATIC) || defined(SNIP_ILP_STATIC)
+#define SNIP_ILP_API static
+#else
+#define SNIP_ILP_API extern
+#endif
 typedef struct { double cost, gain; } snip_ilp_option;            // cost >= 0 is minimised; gain >= 0 counts toward the targets
 typedef struct { const snip_ilp_option *options; int n_options; int stage; } snip_ilp_group;   // exactly one option is chosen
 typedef struct {
@@ -65,13 +73,13 @@ typedef enum {
 } snip_ilp_status;
 
 // Chooses an option of each group: choice[i] in 0 .. n_options-1. params and result may be NULL.
-snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_params *params, int *choice /* [n_groups] */,
-                               snip_ilp_result *result);
+SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_params *params,
+                                            int *choice /* [n_groups] */, snip_ilp_result *result);
 
 // Which target cannot be met by any choice, and by how much: the first stage s whose target is out of reach, else n_stages if the total
 // is; -1 if all are in reach (to within their tolerance), -2 for a bad argument. *shortfall (may be NULL) becomes the target minus the
 // sum of the largest gains, or 0 if all are in reach. Linear time, no memory.
-int snip_ilp_shortfall(const snip_ilp_problem *problem, double *shortfall);
+SNIP_ILP_API int snip_ilp_shortfall(const snip_ilp_problem *problem, double *shortfall);
 
 #ifdef __cplusplus
 }
@@ -273,14 +281,16 @@ static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t mo
 
 // >>sack: one knapsack: min sum(cost - mu * gain) over the choices with sum(gain) >= need
 typedef struct { int64_t gain; double cost; int option; } snipi_ilp_item;
-typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a lower convex hull, ending at item
 typedef struct {
     int n;                        // groups
     size_t *first;                // (n + 1) group i owns items first[i] .. first[i+1]-1
     snipi_ilp_item *items;        // gain and cost strictly increase within a group, from cost 0
     int64_t need;
     double mu;                    // reward for a unit of gain: 0 but in the coupled problem
+    int shift;                    // of the coupled problem: a unit of the total's gain is 2^shift of this one's
     double spent;                 // cost above the cheapest options that is not in the items
+    int *pick;                    // (n) the best choice so far, by item
+    double excess, proven;        // of pick above the LP bound; a lower bound of any choice's
     // found by snipi_ilp_relax():
     int *base;                    // (n) the LP's choice, rounded down
     int64_t lack;                 // need minus the gain of base
@@ -288,73 +298,87 @@ typedef struct {
 } snipi_ilp_sack;
 static snipi_ilp_item *snipi_ilp_items(const snipi_ilp_sack *k, int group) { return k->items + k->first[group]; }
 static int snipi_ilp_count(const snipi_ilp_sack *k, int group) { return (int)(k->first[group + 1] - k->first[group]); }
-static int snipi_ilp_item_before(const snipi_ilp_item *x, const snipi_ilp_item *y) {
-    return x->gain != y->gain ? x->gain < y->gain : x->cost < y->cost || (x->cost <= y->cost && x->option < y->option);
+static int64_t snipi_ilp_gain(const snipi_ilp_sack *k) {
+    int64_t gain = 0;
+    int i;
+    for (i = 0; i < k->n; i++) gain += snipi_ilp_items(k, i)[k->pick[i]].gain;
+    return gain;
 }
+static double snipi_ilp_cost(const snipi_ilp_sack *k) {
+    long double cost = 0;
+    int i;
+    for (i = 0; i < k->n; i++) cost += snipi_ilp_items(k, i)[k->pick[i]].cost;
+    return (double)cost;
+}
+
+// Defines a Shell sort: no recursion, and the same order everywhere.
+#define SNIPI_ILP_SORT(name, type, before)                                                               \
+    static void name(type *a, size_t n) {                                                                \
+        size_t gap, i, j;                                                                                \
+        for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? gap * 5 / 11 : gap / 2)                  \
+            for (i = gap; i < n; i++) {                                                                  \
+                type x = a[i];                                                                           \
+                for (j = i; j >= gap && before(&x, &a[j - gap]); j -= gap) a[j] = a[j - gap];            \
+                a[j] = x;                                                                                \
+            }                                                                                            \
+    }
+static int snipi_ilp_item_before(const snipi_ilp_item *x, const snipi_ilp_item *y) {         // of equal gains the cheapest is last
+    return x->gain < y->gain || (x->gain == y->gain && x->cost > y->cost);
+}
+SNIPI_ILP_SORT(snipi_ilp_sort_items, snipi_ilp_item, snipi_ilp_item_before)
 
 // Drops the items that another beats or equals in both gain and cost; sorts the rest. Returns how many stay.
 static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
     double least = SNIPI_ILP_HUGE;
-    int i, j, gap, kept = n;
-    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? (int)(gap * 5L / 11) : gap / 2)   // Shell sort: no recursion, and the same order everywhere
-        for (i = gap; i < n; i++) {
-            snipi_ilp_item x = o[i];
-            for (j = i; j >= gap && snipi_ilp_item_before(&x, &o[j - gap]); j -= gap) o[j] = o[j - gap];
-            o[j] = x;
-        }
-    for (i = n - 1; i >= 0; i--) {            // from the largest gain down costs must fall; survivors gather at the end
-        if (!(o[i].cost < least)) continue;
-        least = o[i].cost;
-        if (kept < n && o[kept].gain == o[i].gain) kept++;
-        o[--kept] = o[i];
-    }
+    int i, kept = n;
+    snipi_ilp_sort_items(o, (size_t)n);
+    for (i = n - 1; i >= 0; i--)              // from the largest gain down costs must fall; survivors gather at the end
+        if (o[i].cost < least) least = o[i].cost, o[--kept] = o[i];
     memmove(o, o + kept, (size_t)(n - kept) * sizeof *o);
     return n - kept;
 }
 
 // >>lp: the linear relaxation. The lower convex hull of each group is cut into segments; taken by slope until need is met they solve the
 // LP (Sinha & Zoltners 1979). The one that meets it is found in linear time by weighted quickselect (Dyer 1984, Zemel 1984).
-static size_t snipi_ilp_segments(const snipi_ilp_sack *k, snipi_ilp_segment *s) {
-    size_t m = 0;
-    int i, j;
-    for (i = 0; i < k->n; i++) {
-        const snipi_ilp_item *o = snipi_ilp_items(k, i);
-        int count = snipi_ilp_count(k, i);
-        size_t start = m;
-        for (j = 1; j < count; j++) {
-            int from;
-            double slope;
-            for (;; m--) {
-                from = m > start ? s[m - 1].item : 0;
-                slope = (o[j].cost - o[from].cost) / (double)(o[j].gain - o[from].gain);
-                if (m == start || s[m - 1].slope < slope) break;
-            }
-            s[m].slope = slope, s[m].gain = o[j].gain - o[from].gain, s[m].group = i, s[m].item = j;
-            m++;
-        }
-    }
-    return m;
+typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a hull, ending at item
+static int snipi_ilp_segment_before(const snipi_ilp_segment *x, const snipi_ilp_segment *y) { return x->slope < y->slope; }
+SNIPI_ILP_SORT(snipi_ilp_sort_segments, snipi_ilp_segment, snipi_ilp_segment_before)
+
+// What an item costs more than base does, less theta for each unit it gains more: never less than 0 but for rounding, if base is the LP's.
+static double snipi_ilp_reduced(const snipi_ilp_item *o, const snipi_ilp_item *base, double theta) {
+    double r = (o->cost - base->cost) - theta * (double)(o->gain - base->gain);
+    return r > 0 ? r : 0;
 }
+// Writes the hull of reduced cost below limit over gain won from base upward (step 1) or given up downward (-1); returns its end.
+static snipi_ilp_segment *snipi_ilp_hull(const snipi_ilp_item *o, int count, int base, int step, double theta, double limit, int group,
+                                         snipi_ilp_segment *hull) {
+    snipi_ilp_segment *s = hull;
+    int j;
+    for (j = base + step; j >= 0 && j < count; j += step) {
+        double reduced = snipi_ilp_reduced(&o[j], &o[base], theta);
+        if (reduced >= limit) continue;
+        for (;; s--) {
+            const snipi_ilp_item *from = &o[s > hull ? s[-1].item : base];
+            s->gain = (o[j].gain - from->gain) * step;
+            s->slope = (reduced - snipi_ilp_reduced(from, &o[base], theta)) / (double)s->gain;
+            if (s == hull || s[-1].slope < s->slope) break;
+        }
+        s->group = group, s->item = j;
+        s++;
+    }
+    return s;
+}
+static size_t snipi_ilp_segments(const snipi_ilp_sack *k, snipi_ilp_segment *s) {
+    snipi_ilp_segment *end = s;
+    int i;
+    for (i = 0; i < k->n; i++) end = snipi_ilp_hull(snipi_ilp_items(k, i), snipi_ilp_count(k, i), 0, 1, 0, SNIPI_ILP_HUGE, i, end);
+    return (size_t)(end - s);
+}
+static size_t snipi_ilp_most_segments(const snipi_ilp_sack *k) { return k->first[k->n] - k->first[0] - (size_t)k->n + 1; }
 static void snipi_ilp_swap(snipi_ilp_segment *a, snipi_ilp_segment *b) {
     snipi_ilp_segment t = *a;
     *a = *b;
     *b = t;
-}
-static double snipi_ilp_key(const char *p) {
-    double key;
-    memcpy(&key, p, sizeof key);
-    return key;
-}
-// Shell sort of structs that start with a double, by that.
-static void snipi_ilp_sort(void *array, size_t n, size_t size) {
-    char *a = (char *)array, held[64];
-    size_t gap, i, j;
-    for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? gap * 5 / 11 : gap / 2)
-        for (i = gap; i < n; i++) {
-            memcpy(held, a + i * size, size);
-            for (j = i; j >= gap && snipi_ilp_key(held) < snipi_ilp_key(a + (j - gap) * size); j -= gap) memcpy(a + j * size, a + (j - gap) * size, size);
-            memcpy(a + j * size, held, size);
-        }
 }
 
 // Reorders the segments so that the first p, all of least slope, gain less than need, and reach it with the next; returns p.
@@ -378,14 +402,14 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
         need -= equal;
         low = more;
     }
-    if (high - low <= 24) snipi_ilp_sort(s + low, high - low, sizeof *s);
+    if (high - low <= 24) snipi_ilp_sort_segments(s + low, high - low);
     for (i = low; i < high && s[i].gain < need; i++) need -= s[i].gain;
     return i;
 }
 
 // Finds base, lack and theta; need must be in reach. Returns 0 when memory is short.
 static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
-    snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, k->first[k->n] - (size_t)k->n + 1);
+    snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, snipi_ilp_most_segments(k));
     long double cost = 0;
     size_t i, m, taken = 0;
     int g;
@@ -413,122 +437,120 @@ static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
 }
 
 // From here on a choice is valued by its excess over the LP bound, a sum of small numbers that are not negative, so that little is lost
-// to rounding: the reduced costs of its items, plus (theta - mu) for each unit of gain beyond need.
-static double snipi_ilp_reduced(const snipi_ilp_sack *k, const snipi_ilp_item *o, const snipi_ilp_item *base) {
-    double r = (o->cost - base->cost) - k->theta * (double)(o->gain - base->gain);
-    return r > 0 ? r : 0;
+// to rounding: the reduced costs of its items, plus (theta - mu) for each unit of gain beyond need. This is its cost:
+static double snipi_ilp_cost_of(const snipi_ilp_sack *k, double excess) {
+    return k->spent + k->base_cost + (k->lack > 0 ? k->theta * (double)k->lack : 0) + excess;
 }
-static double snipi_ilp_lp_cost(const snipi_ilp_sack *k) { return k->spent + k->base_cost + (k->lack > 0 ? k->theta * (double)k->lack : 0); }
-
 // How much cheaper a choice must be to count as better than one of this cost. With mu it is not the cost alone that counts, and no step.
-static double snipi_ilp_exact_margin(const snipi_ilp_run *run, double cost, double mu) {
-    return mu <= 0 && SNIPI_ILP_PROOF * cost < 0.99 * run->cost_step ? 0.99 * run->cost_step : SNIPI_ILP_PROOF * cost;
+static double snipi_ilp_margin(const snipi_ilp_run *run, double cost, double mu, double rel_gap) {
+    double margin = SNIPI_ILP_PROOF * cost;
+    if (mu <= 0 && margin < 0.99 * run->cost_step) margin = 0.99 * run->cost_step;
+    return margin < rel_gap * cost ? rel_gap * cost : margin;
 }
-static double snipi_ilp_margin(const snipi_ilp_run *run, double cost, double mu) {
-    double exact = snipi_ilp_exact_margin(run, cost, mu);
-    return exact < run->rel_gap * cost ? run->rel_gap * cost : exact;
-}
-// The lower bound of the excess when all that would be better has been looked for.
-static double snipi_ilp_settled(const snipi_ilp_run *run, double cost, double mu, double excess) {
-    double margin = snipi_ilp_margin(run, cost, mu);
-    return margin <= snipi_ilp_exact_margin(run, cost, mu) ? excess : excess > margin ? excess - margin : 0;
+// Whether all that would count as better than k's pick, of this cost, has been looked for. Else *cut is the excess that it is below.
+static int snipi_ilp_settled(const snipi_ilp_run *run, snipi_ilp_sack *k, double cost, double *cut) {
+    double margin = snipi_ilp_margin(run, cost, k->mu, run->rel_gap);
+    *cut = k->excess - margin;
+    if (k->proven < *cut) return 0;
+    k->proven = margin <= snipi_ilp_margin(run, cost, k->mu, 0) ? k->excess : *cut > 0 ? *cut : 0;
+    return 1;
 }
 
 // >>greedy: a first choice: base and the cheapest single upgrade that meets need; the break segment is one. In the coupled problem also
-// all that is worth exactly mu, which meets the total. Returns its excess.
-static double snipi_ilp_greedy(const snipi_ilp_sack *k, int *pick) {
+// all that is worth exactly mu, which meets the total.
+static void snipi_ilp_greedy(snipi_ilp_sack *k) {
     int64_t surplus = -k->lack;
-    double least = SNIPI_ILP_HUGE, excess = 0;
+    double least = SNIPI_ILP_HUGE;
     int i, j, group = -1, item = 0, ties = k->mu > 0 && k->theta <= k->mu;
-    for (i = 0; i < k->n; i++) {
+    for (i = 0, k->excess = 0; i < k->n; i++) {
         const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->base[i];
-        pick[i] = k->base[i];
+        k->pick[i] = k->base[i];
         for (j = snipi_ilp_count(k, i) - 1; j > k->base[i]; j--) {
-            double cost = (o[j].cost - b->cost) - k->mu * (double)(o[j].gain - b->gain), reduced = snipi_ilp_reduced(k, &o[j], b);
+            double cost = (o[j].cost - b->cost) - k->mu * (double)(o[j].gain - b->gain), reduced = snipi_ilp_reduced(&o[j], b, k->theta);
             if (ties && reduced <= 1e-14 * (o[j].cost - b->cost)) {
-                pick[i] = j, surplus += o[j].gain - b->gain, excess += reduced;
+                k->pick[i] = j, surplus += o[j].gain - b->gain, k->excess += reduced;
                 break;
             }
             if (o[j].gain - b->gain >= k->lack && cost < least) least = cost, group = i, item = j;
         }
     }
     if (surplus < 0 && group >= 0) {
-        const snipi_ilp_item *o = snipi_ilp_items(k, group);
-        surplus += o[item].gain - o[pick[group]].gain;
-        excess += snipi_ilp_reduced(k, &o[item], &o[k->base[group]]) - snipi_ilp_reduced(k, &o[pick[group]], &o[k->base[group]]);
-        pick[group] = item;
+        const snipi_ilp_item *o = snipi_ilp_items(k, group), *b = o + k->base[group], *old = o + k->pick[group];
+        surplus += o[item].gain - old->gain;
+        k->excess += snipi_ilp_reduced(&o[item], b, k->theta) - snipi_ilp_reduced(old, b, k->theta);
+        k->pick[group] = item;
     }
-    return excess + (k->theta - k->mu) * (double)surplus;
+    k->excess += (k->theta - k->mu) * (double)surplus;
 }
 
 // >>core: the groups that have another item than base of reduced cost below a limit, the most ambiguous first (Pisinger 1995). Choices
-// of excess below the limit differ from base only there.
-typedef struct { int64_t gain; double cost, reduced; int item; } snipi_ilp_move;         // all relative to base
-typedef struct { double key; int group, count, base; size_t first; } snipi_ilp_row;      // moves from first on, by gain; base is one of them
+// of excess below the limit differ from base only there. Dynamic programming goes through them row by row (>>states).
+typedef struct { double key; int group, count; size_t first; } snipi_ilp_row;            // moves from first on, by gain
+typedef struct { int64_t gain; double cost, reduced; int item; } snipi_ilp_move;         // all relative to base, which is one of them
+typedef struct { int parent, move; } snipi_ilp_step;                                     // parent: a state of the row before
+typedef struct { int64_t gain; double cost; snipi_ilp_step step; } snipi_ilp_state;      // gain and cost relative to base
 typedef struct {
     int rows;
     snipi_ilp_row *row;
     snipi_ilp_move *move;
     size_t segments[2];           // up, for a lack of gain, and down, for a surplus:
-    snipi_ilp_segment *side[2];   // hulls of reduced cost over gain won or given up, by slope; group is the row, item the move
+    snipi_ilp_segment *side[2];   // hulls of reduced cost over gain won or given up, by slope; group is the row
+    snipi_ilp_step **step;        // (rows) of each row's states
+    snipi_ilp_state *state;       // of the last row
+    int states;
 } snipi_ilp_core;
-static void snipi_ilp_core_hull(snipi_ilp_core *c, int row, int down) {
-    const snipi_ilp_row *r = &c->row[row];
-    const snipi_ilp_move *o = c->move + r->first;
-    snipi_ilp_segment *s = c->side[down];
-    size_t m = c->segments[down], start = m;
-    int j, step = down ? -1 : 1;
-    for (j = r->base + step; j >= 0 && j < r->count; j += step) {
-        int64_t gain;
-        double slope;
-        for (;; m--) {
-            const snipi_ilp_move *from = &o[m > start ? s[m - 1].item : r->base];
-            gain = (o[j].gain - from->gain) * step;
-            slope = (o[j].reduced - from->reduced) / (double)gain;
-            if (m == start || s[m - 1].slope < slope) break;
-        }
-        s[m].slope = slope, s[m].gain = gain, s[m].group = row, s[m].item = j;
-        m++;
+static int snipi_ilp_row_before(const snipi_ilp_row *x, const snipi_ilp_row *y) { return x->key < y->key; }
+SNIPI_ILP_SORT(snipi_ilp_sort_rows, snipi_ilp_row, snipi_ilp_row_before)
+
+// The least reduced cost of a group's items other than base; *count: base and those below limit.
+static double snipi_ilp_ambiguity(const snipi_ilp_sack *k, int group, double limit, int *count) {
+    const snipi_ilp_item *o = snipi_ilp_items(k, group), *b = o + k->base[group], *end = o + snipi_ilp_count(k, group);
+    double least = SNIPI_ILP_HUGE;
+    for (*count = 1; o < end; o++) {
+        double reduced = o == b ? SNIPI_ILP_HUGE : snipi_ilp_reduced(o, b, k->theta);
+        if (reduced < least) least = reduced;
+        *count += reduced < limit;
     }
-    c->segments[down] = m;
+    return least;
 }
 
 // Returns 0 when memory is short; what was taken stays for snipi_ilp_give_since().
 static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, double limit, snipi_ilp_core *c) {
-    int i, j, pass, down;
+    snipi_ilp_segment *end[2];
+    snipi_ilp_row *r;
+    size_t m = 0;
+    int i, j, down;
     memset(c, 0, sizeof *c);
-    for (pass = 0; pass < 2; pass++) {        // count, then fill
-        size_t m = 0;
-        for (i = c->rows = 0; i < k->n; i++) {
-            const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->base[i];
-            snipi_ilp_row r;
-            r.key = SNIPI_ILP_HUGE, r.group = i, r.count = r.base = 0, r.first = m;
-            for (j = 0; j < snipi_ilp_count(k, i); j++) {
-                double reduced = snipi_ilp_reduced(k, &o[j], b);
-                if (j == k->base[i]) r.base = r.count;
-                else if (reduced >= limit) continue;
-                else if (reduced < r.key) r.key = reduced;
-                if (pass) {
-                    snipi_ilp_move *move = &c->move[m + (size_t)r.count];
-                    move->gain = o[j].gain - b->gain, move->cost = o[j].cost - b->cost, move->reduced = reduced, move->item = j;
-                }
-                r.count++;
-            }
-            if (r.count == 1) continue;
-            if (pass) c->row[c->rows] = r;
-            m += (size_t)r.count;
-            c->rows++;
-        }
-        if (pass) break;
-        c->row = SNIPI_ILP_TAKE(run, snipi_ilp_row, c->rows + 1);
-        c->move = SNIPI_ILP_TAKE(run, snipi_ilp_move, m + 1);
-        for (down = 0; down < 2; down++) c->side[down] = SNIPI_ILP_TAKE(run, snipi_ilp_segment, m + 1);
-        if (!c->row || !c->move || !c->side[0] || !c->side[1]) return 0;
+    r = c->row = SNIPI_ILP_TAKE(run, snipi_ilp_row, k->n);
+    if (!r) return 0;
+    for (i = 0; i < k->n; i++) {
+        r->group = i;
+        r->key = snipi_ilp_ambiguity(k, i, limit, &r->count);
+        if (r->count > 1) m += (size_t)r->count, r++;
     }
-    snipi_ilp_sort(c->row, (size_t)c->rows, sizeof *c->row);
+    c->rows = (int)(r - c->row);
+    snipi_ilp_sort_rows(c->row, (size_t)c->rows);
+    c->move = SNIPI_ILP_TAKE(run, snipi_ilp_move, m);
+    c->step = SNIPI_ILP_TAKE(run, snipi_ilp_step *, c->rows);
+    for (down = 0; down < 2; down++) end[down] = c->side[down] = SNIPI_ILP_TAKE(run, snipi_ilp_segment, m + 1);
+    if (!c->move || !c->step || !c->side[0] || !c->side[1]) return 0;
+    for (i = 0, m = 0; i < c->rows; i++) {
+        const snipi_ilp_item *o, *b;
+        int group = c->row[i].group, count = snipi_ilp_count(k, group);
+        o = snipi_ilp_items(k, group), b = o + k->base[group];
+        c->row[i].first = m;
+        for (j = 0; j < count; j++) {
+            snipi_ilp_move *move = &c->move[m];
+            double reduced = snipi_ilp_reduced(&o[j], b, k->theta);
+            if (reduced >= limit && &o[j] != b) continue;
+            move->gain = o[j].gain - b->gain, move->cost = o[j].cost - b->cost, move->reduced = reduced, move->item = j;
+            m++;
+        }
+        for (down = 0; down < 2; down++) end[down] = snipi_ilp_hull(o, count, k->base[group], down ? -1 : 1, k->theta, limit, i, end[down]);
+    }
     for (down = 0; down < 2; down++) {
-        for (i = 0; i < c->rows; i++) snipi_ilp_core_hull(c, i, down);
-        snipi_ilp_sort(c->side[down], c->segments[down], sizeof **c->side);
+        c->segments[down] = (size_t)(end[down] - c->side[down]);
+        snipi_ilp_sort_segments(c->side[down], c->segments[down]);
     }
     return 1;
 }
@@ -539,10 +561,7 @@ static double snipi_ilp_guess(const snipi_ilp_sack *k) {
     double key[RANK];
     int i, j, found = 0;
     for (i = 0; i < k->n; i++) {
-        const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->base[i];
-        double least = SNIPI_ILP_HUGE;
-        for (j = 0; j < snipi_ilp_count(k, i); j++)
-            if (j != k->base[i] && snipi_ilp_reduced(k, &o[j], b) < least) least = snipi_ilp_reduced(k, &o[j], b);
+        double least = snipi_ilp_ambiguity(k, i, 0, &j);
         if (snipi_ilp_count(k, i) == 1 || (found == RANK && least >= key[RANK - 1])) continue;
         if (found < RANK) found++;
         for (j = found - 1; j > 0 && key[j - 1] > least; j--) key[j] = key[j - 1];
@@ -599,94 +618,61 @@ static double snipi_ilp_curve_ask(snipi_ilp_curve *v, int64_t lack, double *roun
     return before->value + s[at].slope * (double)(lack - before->gain);
 }
 
-// Takes so many segments of the rows beyond row into pick.
-static void snipi_ilp_complete(const snipi_ilp_core *c, int row, int down, size_t segments, int *pick) {
-    const snipi_ilp_segment *s = c->side[down];
-    for (; segments > 0; s++)
-        if (s->group > row) {
-            pick[c->row[s->group].group] = c->move[c->row[s->group].first + (size_t)s->item].item;
-            segments--;
-        }
-}
-
-// >>states: dynamic programming over the rows. A state is a gain and a cost relative to base; lists are sorted by falling gain. States are
-// pruned by the bound before the dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
-typedef struct { int64_t gain; double cost; int parent, move; } snipi_ilp_state;
-typedef struct { int parent, move; } snipi_ilp_step;      // parent: the step of the row before
-typedef struct {
-    snipi_ilp_state *state;           // of the last row
-    int states;
-    snipi_ilp_step *step;             // of all rows; those of the last row start at last
-    size_t steps, room, last;
-} snipi_ilp_table;
-typedef struct { double excess; int found, row, parent, move, down; size_t segments; } snipi_ilp_best;   // a state, and its completion
-static int snipi_ilp_remember(snipi_ilp_run *run, snipi_ilp_table *t) {
-    int i;
-    if (t->steps + (size_t)t->states > t->room) {
-        size_t room = (t->steps + (size_t)t->states) * 3 / 2 + 256;
-        snipi_ilp_step *step = room < INT_MAX ? SNIPI_ILP_TAKE(run, snipi_ilp_step, room) : NULL;
-        if (!step) return 0;
-        if (t->steps) memcpy(step, t->step, t->steps * sizeof *step);
-        snipi_ilp_give(run, t->step);
-        t->step = step;
-        t->room = room;
-    }
-    t->last = t->steps;
-    for (i = 0; i < t->states; i++, t->steps++) t->step[t->steps].parent = t->state[i].parent, t->step[t->steps].move = t->state[i].move;
-    return 1;
-}
+// >>states: dynamic programming over the rows; lists of states are sorted by falling gain. States are pruned by the bound before the
+// dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
+typedef struct { double excess; int row, down; snipi_ilp_step step; size_t segments; } snipi_ilp_best;   // a state (row < 0: none), and its completion
 
 // Merges two lists, keeping of no higher gain only what is cheaper.
 static int snipi_ilp_merge(const snipi_ilp_state *a, int na, const snipi_ilp_state *b, int nb, snipi_ilp_state *out) {
     double least = SNIPI_ILP_HUGE;
     int i = 0, j = 0, n = 0;
     while (i < na || j < nb) {
-        const snipi_ilp_state *s = j == nb || (i < na && (a[i].gain > b[j].gain || (a[i].gain == b[j].gain && a[i].cost <= b[j].cost))) ? &a[i++] : &b[j++];
+        int first = j == nb || (i < na && (a[i].gain > b[j].gain || (a[i].gain == b[j].gain && a[i].cost <= b[j].cost)));
+        const snipi_ilp_state *s = first ? &a[i++] : &b[j++];
         if (s->cost < least) least = s->cost, out[n++] = *s;
     }
     return n;
 }
 
-// Looks at all choices of excess below limit. With best, for one of excess below best->excess; without, t->state becomes the undominated
-// ones that meet need. Returns 0 when time or memory is short. Memory taken is left to the caller's snipi_ilp_give_since().
-static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const snipi_ilp_core *c, double limit, snipi_ilp_best *best,
-                            snipi_ilp_table *t) {
+// Makes the core and looks at all choices of excess below limit. With best, for one of excess below best->excess; without, c->state
+// becomes the undominated ones that meet need. Returns 0 when time or memory is short; what was taken stays for snipi_ilp_give_since().
+static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double limit, snipi_ilp_best *best, snipi_ilp_core *c) {
     snipi_ilp_curve v;
     int row, i, j, n;
-    memset(t, 0, sizeof *t);
+    if (!snipi_ilp_core_make(run, k, limit, c)) return 0;
     v.price = k->theta - k->mu;
-    t->state = SNIPI_ILP_TAKE(run, snipi_ilp_state, 1);
+    c->state = SNIPI_ILP_TAKE(run, snipi_ilp_state, 1);
     for (j = 0; j < 2; j++) v.side[j] = SNIPI_ILP_TAKE(run, snipi_ilp_point, c->segments[j] + 1);
-    if (!t->state || !v.side[0] || !v.side[1]) return 0;
-    t->state->gain = 0, t->state->cost = 0, t->state->parent = t->state->move = 0;
-    t->states = c->rows > 0 || k->lack <= 0;
-    for (row = 0; row < c->rows && t->states; row++) {
+    if (!c->state || !v.side[0] || !v.side[1]) return 0;
+    memset(c->state, 0, sizeof *c->state);
+    c->states = c->rows > 0 || k->lack <= 0;
+    for (row = 0; row < c->rows && c->states; row++) {
         const snipi_ilp_move *move = c->move + c->row[row].first;
         int64_t reach[2];
-        snipi_ilp_state *shifted = SNIPI_ILP_TAKE(run, snipi_ilp_state, t->states), *all = NULL, *merged;
+        snipi_ilp_state *shifted = SNIPI_ILP_TAKE(run, snipi_ilp_state, c->states), *all = NULL, *merged;
         int alls = 0;
         if (!shifted) return 0;
-        reach[0] = k->lack - (t->state[t->states - 1].gain + move[0].gain);
-        reach[1] = t->state[0].gain + move[c->row[row].count - 1].gain - k->lack;
+        reach[0] = k->lack - (c->state[c->states - 1].gain + move[0].gain);
+        reach[1] = c->state[0].gain + move[c->row[row].count - 1].gain - k->lack;
         snipi_ilp_curve_make(c, row + 1, reach, &v);
         for (j = 0; j < c->row[row].count; j++) {
             if (move[j].reduced > limit) continue;
             v.at[0] = 0, v.at[1] = v.points[1];
-            for (i = n = 0; i < t->states; i++) {
-                int64_t gain = t->state[i].gain + move[j].gain;
-                double cost = t->state[i].cost + move[j].cost, reduced = cost - k->theta * (double)gain, rounded;
+            for (i = n = 0; i < c->states; i++) {
+                int64_t gain = c->state[i].gain + move[j].gain;
+                double cost = c->state[i].cost + move[j].cost, reduced = cost - k->theta * (double)gain, rounded;
                 size_t taken;
                 double bound = reduced + snipi_ilp_curve_ask(&v, k->lack - gain, &rounded, &taken);
                 if (bound >= SNIPI_ILP_HUGE / 2) break;       // out of reach, as are all of less gain
                 if ((i & 4095) == 4095 && snipi_ilp_late(run)) return 0;
                 if (best && rounded + reduced < best->excess) {
-                    double cut = rounded + reduced - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + rounded + reduced, k->mu);
-                    best->excess = rounded + reduced, best->found = 1, best->row = row, best->parent = (int)t->last + i, best->move = j;
+                    double excess = rounded + reduced, cut = excess - snipi_ilp_margin(run, snipi_ilp_cost_of(k, excess), k->mu, run->rel_gap);
+                    best->excess = excess, best->row = row, best->step.parent = i, best->step.move = j;
                     best->down = gain >= k->lack, best->segments = taken;
                     if (cut < limit) limit = cut;
                 }
                 if (bound >= limit) continue;
-                shifted[n].gain = gain, shifted[n].cost = cost, shifted[n].parent = (int)t->last + i, shifted[n].move = j;
+                shifted[n].gain = gain, shifted[n].cost = cost, shifted[n].step.parent = i, shifted[n].step.move = j;
                 n++;
             }
             run->nodes += i;
@@ -698,245 +684,214 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, const s
             all = merged;
         }
         snipi_ilp_give(run, shifted);
-        snipi_ilp_give(run, t->state);
-        t->state = all;
-        t->states = alls;
-        if (!snipi_ilp_remember(run, t)) return 0;
-        if (snipi_ilp_late(run)) return 0;
+        snipi_ilp_give(run, c->state);
+        c->state = all;
+        c->states = alls;
+        c->step[row] = SNIPI_ILP_TAKE(run, snipi_ilp_step, alls);
+        if (!c->step[row] || snipi_ilp_late(run)) return 0;
+        for (i = 0; i < alls; i++) c->step[row][i] = all[i].step;
     }
     return 1;
 }
 
-// The choice that a state of the given row stands for: base, its own move, and those of the steps from parent back.
-static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, const snipi_ilp_table *t, int row, int parent, int move, int *pick) {
-    memcpy(pick, k->base, (size_t)k->n * sizeof *pick);
-    for (; row >= 0; row--) {
-        pick[c->row[row].group] = c->move[c->row[row].first + (size_t)move].item;
-        if (row) move = t->step[parent].move, parent = t->step[parent].parent;
+// Picks what a state stands for: base, its own move, those of the steps from its parent back, and the segments of the rows beyond it.
+static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, const snipi_ilp_best *best) {
+    const snipi_ilp_segment *s = c->side[best->down];
+    snipi_ilp_step step = best->step;
+    size_t left;
+    int row;
+    memcpy(k->pick, k->base, (size_t)k->n * sizeof *k->pick);
+    for (row = best->row; row >= 0; row--) {
+        k->pick[c->row[row].group] = c->move[c->row[row].first + (size_t)step.move].item;
+        if (row) step = c->step[row - 1][step.parent];
     }
+    for (left = best->segments; left > 0; s++)
+        if (s->group > best->row) k->pick[c->row[s->group].group] = s->item, left--;
 }
 
 // >>single: one knapsack by itself
-// Improves pick[] (by item) until proven; *proven is a lower bound of any choice's excess. The gap is guessed: a round looks at all choices
-// below the guess and either finds the best or raises the bound to the guess; a core as wide as the first choice's gap may be far too wide.
-static void snipi_ilp_refine(snipi_ilp_run *run, const snipi_ilp_sack *k, int *pick, double *excess, double *proven) {
+// Improves pick until proven. The gap is guessed: a round looks at all choices below the guess and either finds the best or raises the
+// bound to the guess; a core as wide as the first choice's gap may be far too wide. Returns 0 when time or memory is short.
+static int snipi_ilp_refine(snipi_ilp_run *run, snipi_ilp_sack *k) {
     const snipi_ilp_block *mark = run->newest;
-    double guess = snipi_ilp_guess(k);
-    *proven = 0;
-    if (guess < *excess / 1024) guess = *excess / 1024;
-    for (;; guess *= 3) {
+    double guess = snipi_ilp_guess(k), cut;
+    if (guess < k->excess / 1024) guess = k->excess / 1024;
+    for (k->proven = 0; !snipi_ilp_settled(run, k, snipi_ilp_cost_of(k, k->excess), &cut); guess *= 3) {
+        double limit = guess < cut ? guess : cut;
         snipi_ilp_core core;
-        snipi_ilp_table table;
         snipi_ilp_best best;
-        double cut = *excess - snipi_ilp_margin(run, snipi_ilp_lp_cost(k) + *excess, k->mu), limit = guess < cut ? guess : cut;
-        int done = 0;
-        if (*proven >= cut) { *proven = snipi_ilp_settled(run, snipi_ilp_lp_cost(k) + *excess, k->mu, *excess); return; }
-        if (snipi_ilp_late(run)) return;
+        int done;
+        if (snipi_ilp_late(run)) return 0;
         memset(&best, 0, sizeof best);
-        best.excess = *excess;
-        if (snipi_ilp_core_make(run, k, limit, &core)) {
-            done = snipi_ilp_states(run, k, &core, limit, &best, &table);
-            if (best.found) {
-                *excess = best.excess;
-                snipi_ilp_trace(k, &core, &table, best.row, best.parent, best.move, pick);
-                snipi_ilp_complete(&core, best.row, best.down, best.segments, pick);
-            }
-        }
+        best.excess = k->excess;
+        done = snipi_ilp_states(run, k, limit, &best, &core);
+        if (best.excess < k->excess) snipi_ilp_trace(k, &core, &best);
+        k->excess = best.excess;
         snipi_ilp_give_since(run, mark);
-        if (!done) return;
-        *proven = limit;
+        if (!done) return 0;
+        k->proven = limit;
     }
-}
-
-// Returns 0, nothing changed, when memory is short for the LP.
-static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k, int *pick, double *excess, double *proven) {
-    if (!snipi_ilp_relax(run, k)) return 0;
-    *excess = snipi_ilp_greedy(k, pick);
-    snipi_ilp_refine(run, k, pick, excess, proven);
     return 1;
 }
 
-// >>join: parts with targets of their own and a target over all. A multiplier mu on the latter separates the parts (Lagrange); each part's
-// choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind.
-typedef struct { snipi_ilp_core core; snipi_ilp_table table; } snipi_ilp_list;
-typedef struct {
-    int parts;
-    snipi_ilp_sack *part;
-    int **pick;                       // (parts) the best choice so far
-    int *shift;                       // (parts) a unit of the total's gain is 2^shift of the part's
-    int64_t need;                     // of the total
-    double mu;
-} snipi_ilp_union;
-static int64_t snipi_ilp_gain(const snipi_ilp_sack *k, const int *pick) {
-    int64_t gain = 0;
-    int i;
-    for (i = 0; i < k->n; i++) gain += snipi_ilp_items(k, i)[pick[i]].gain;
-    return gain;
-}
-static double snipi_ilp_cost(const snipi_ilp_sack *k, const int *pick) {
-    long double cost = 0;
-    int i;
-    for (i = 0; i < k->n; i++) cost += snipi_ilp_items(k, i)[pick[i]].cost;
-    return (double)cost;
-}
-static int64_t snipi_ilp_union_surplus(const snipi_ilp_union *u) {
-    int64_t gain = -u->need;
-    int p;
-    for (p = 0; p < u->parts; p++) gain += snipi_ilp_gain(&u->part[p], u->pick[p]) >> u->shift[p];
-    return gain;
-}
-static double snipi_ilp_union_cost(const snipi_ilp_union *u) {
-    double cost = 0;
-    int p;
-    for (p = 0; p < u->parts; p++) cost += snipi_ilp_cost(&u->part[p], u->pick[p]);
-    return cost;
+// Leaves pick as it is when memory is short for the LP. Returns 0 when time or memory is short.
+static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k) {
+    if (!snipi_ilp_relax(run, k)) {
+        k->excess = snipi_ilp_cost(k), k->proven = 0;
+        return 0;
+    }
+    snipi_ilp_greedy(k);
+    return snipi_ilp_refine(run, k);
 }
 
-// The LP of parts within a total: each part takes what it needs, then all take the cheapest segments that are left; mu is the slope of the
-// last. Any mu gives a valid bound. Returns 0 when memory is short.
-static int snipi_ilp_union_relax(snipi_ilp_run *run, snipi_ilp_union *u) {
-    size_t room = 1, n = 0, i, m;
-    int64_t missing = u->need;
-    snipi_ilp_segment *s;
+// >>join: parts with targets of their own and a target over all. A multiplier mu on the latter separates the parts (Lagrange); each part's
+// choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind. `whole` has the groups of all
+// parts and the total's need.
+static int64_t snipi_ilp_surplus(const snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts) {
+    int64_t gain = -whole->need;
     int p;
-    u->mu = 0;
-    for (p = 0; p < u->parts; p++) {
-        snipi_ilp_sack *k = &u->part[p];
-        if (!snipi_ilp_relax(run, k)) return 0;
-        missing -= (k->lack > 0 ? k->need : k->need - k->lack) >> u->shift[p];
-        room += k->first[k->n] - (size_t)k->n + 1;
-    }
-    if (missing <= 0) return 1;
-    s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, room);
+    for (p = 0; p < parts; p++) gain += snipi_ilp_gain(&part[p]) >> part[p].shift;
+    return gain;
+}
+
+// The LP of parts within a total: each part takes what it needs, then all take the cheapest segments that are left; mu, whole's theta, is
+// the slope of the last. Any mu gives a valid bound. Returns 0 when memory is short.
+static int snipi_ilp_join_relax(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_sack *part, int parts) {
+    size_t n = 0, i, m;
+    int64_t missing = whole->need;
+    snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, snipi_ilp_most_segments(whole) + 2 * (size_t)parts);
+    int p;
     if (!s) return 0;
-    for (p = 0; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        int64_t rest = k->lack > 0 ? -k->lack : 0;            // what its last segments give beyond its need
-        double per_unit = ldexp(1.0, u->shift[p]);
+    for (p = 0; p < parts; p++) {
+        snipi_ilp_sack *k = &part[p];
+        int64_t rest;                         // what its last segments give beyond its need
+        double per_unit = ldexp(1.0, k->shift);
+        if (!snipi_ilp_relax(run, k)) return 0;
+        rest = k->lack > 0 ? -k->lack : 0;
+        missing -= (k->lack > 0 ? k->need : k->need - k->lack) >> k->shift;
         for (i = n, m = n + snipi_ilp_segments(k, s + n); i < m; i++) {
             if (s[i].item <= k->base[s[i].group]) continue;
             if (s[i].slope <= k->theta) { rest += s[i].gain; continue; }
             s[n] = s[i];
             s[n].slope *= per_unit;
-            s[n++].gain >>= u->shift[p];
+            s[n++].gain >>= k->shift;
         }
-        if (rest > 0) s[n].slope = k->theta * per_unit, s[n].gain = rest >> u->shift[p], s[n].group = -1 - p, s[n].item = 0, n++;
+        if (rest > 0) s[n].slope = k->theta * per_unit, s[n].gain = rest >> k->shift, s[n].group = -1 - p, s[n].item = 0, n++;
     }
-    if (n) {
+    whole->theta = 0;
+    if (missing > 0 && n) {
         i = snipi_ilp_select(s, n, missing);
-        u->mu = s[i < n ? i : n - 1].slope;
+        whole->theta = s[i < n ? i : n - 1].slope;
     }
     snipi_ilp_give(run, s);
-    for (p = 0; p < u->parts; p++) {
-        u->part[p].mu = ldexp(u->mu, -u->shift[p]);
-        if (!snipi_ilp_relax(run, &u->part[p])) return 0;
+    for (p = 0; p < parts && missing > 0; p++) {
+        part[p].mu = ldexp(whole->theta, -part[p].shift);
+        if (!snipi_ilp_relax(run, &part[p])) return 0;
     }
     return 1;
 }
 
 // Takes cheaper items, group after group, as far as the surplus allows; returns the change of the cost, which is that of the excess.
-static double snipi_ilp_union_spend(const snipi_ilp_union *u) {
-    int64_t surplus = snipi_ilp_union_surplus(u);
+static double snipi_ilp_join_spend(const snipi_ilp_sack *part, int parts, int64_t surplus) {
     double change = 0;
     int p, i, j;
-    for (p = 0; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        int64_t gain = snipi_ilp_gain(k, u->pick[p]), others = surplus - (gain >> u->shift[p]);
+    for (p = 0; p < parts; p++) {
+        const snipi_ilp_sack *k = &part[p];
+        int64_t gain = snipi_ilp_gain(k), others = surplus - (gain >> k->shift);
         for (i = 0; i < k->n; i++) {
-            const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + u->pick[p][i];
-            for (j = 0; j < u->pick[p][i]; j++) {
+            const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->pick[i];
+            for (j = 0; j < k->pick[i]; j++) {
                 int64_t left = gain - b->gain + o[j].gain;
-                if (left < k->need || others + (left >> u->shift[p]) < 0) continue;
+                if (left < k->need || others + (left >> k->shift) < 0) continue;
                 change += o[j].cost - b->cost;
                 gain = left;
-                u->pick[p][i] = j;
+                k->pick[i] = j;
                 break;
             }
         }
-        surplus = others + (gain >> u->shift[p]);
+        surplus = others + (gain >> k->shift);
     }
     return change;
 }
-// Chooses a state of each list; takes it into u->pick if that is better. Returns 0 when time or memory is short.
-static int snipi_ilp_union_choose(snipi_ilp_run *run, snipi_ilp_union *u, const snipi_ilp_list *list, double *excess) {
+
+// Chooses a state of each part's list; takes it into whole's pick if that is better. Returns 0 when time or memory is short.
+static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts, const snipi_ilp_core *list) {
     snipi_ilp_sack top;
     size_t items = 0;
-    int64_t surplus = -u->need;
-    int p, i, ok, *pick;
-    double found, over, proven;
+    int64_t surplus = -whole->need;
+    int p, i, done;
+    double found;
     memset(&top, 0, sizeof top);
-    for (p = 0; p < u->parts; p++) items += (size_t)list[p].table.states;
-    top.n = u->parts;
-    top.need = u->need;
-    top.first = SNIPI_ILP_TAKE(run, size_t, (size_t)u->parts + 1), top.items = SNIPI_ILP_TAKE(run, snipi_ilp_item, items);
-    top.base = SNIPI_ILP_TAKE(run, int, u->parts), pick = SNIPI_ILP_TAKE(run, int, u->parts);
-    if (!top.first || !top.items || !top.base || !pick) return 0;
-    for (p = 0, items = 0; p < u->parts; p++) {
-        const snipi_ilp_sack *k = &u->part[p];
-        const snipi_ilp_table *t = &list[p].table;
-        snipi_ilp_item *o = top.items + items;
-        double cheapest = t->state[t->states - 1].cost;
-        for (i = 0; i < t->states; i++)
-            o[i].gain = (k->need - k->lack + t->state[i].gain) >> u->shift[p], o[i].cost = t->state[i].cost - cheapest, o[i].option = i;
-        i = snipi_ilp_undominated(o, t->states);
-        surplus += o[i - 1].gain;
-        top.first[p] = items;
+    for (p = 0; p < parts; p++) items += (size_t)list[p].states;
+    top.n = parts;
+    top.need = whole->need;
+    top.first = SNIPI_ILP_TAKE(run, size_t, (size_t)parts + 1), top.items = SNIPI_ILP_TAKE(run, snipi_ilp_item, items);
+    top.base = SNIPI_ILP_TAKE(run, int, parts), top.pick = SNIPI_ILP_TAKE(run, int, parts);
+    if (!top.first || !top.items || !top.base || !top.pick) return 0;
+    for (p = 0, top.first[0] = 0; p < parts; p++) {
+        const snipi_ilp_sack *k = &part[p];
+        const snipi_ilp_state *s = list[p].state;
+        snipi_ilp_item *o = snipi_ilp_items(&top, p);
+        double cheapest = s[list[p].states - 1].cost;
+        for (i = 0; i < list[p].states; i++)
+            o[i].gain = (k->need - k->lack + s[i].gain) >> k->shift, o[i].cost = s[i].cost - cheapest, o[i].option = i;
+        top.pick[p] = snipi_ilp_undominated(o, i) - 1;
+        surplus += o[top.pick[p]].gain;
+        top.first[p + 1] = top.first[p] + (size_t)top.pick[p] + 1;
         top.spent += k->base_cost + cheapest;
-        items += (size_t)i;
     }
-    top.first[u->parts] = items;
     if (surplus < 0) return 1;                // the lists are too short yet
-    if (!snipi_ilp_single(run, &top, pick, &over, &proven)) return 0;
-    ok = over - proven <= 1.000001 * snipi_ilp_margin(run, snipi_ilp_lp_cost(&top) + over, 0);     // was it finished?
-    found = *excess - snipi_ilp_union_cost(u) + top.spent;
-    for (p = 0; p < u->parts; p++) found += snipi_ilp_items(&top, p)[pick[p]].cost;
-    if (found >= *excess) return ok;
-    *excess = found;
-    for (p = 0; p < u->parts; p++) {
-        const snipi_ilp_state *s = &list[p].table.state[snipi_ilp_items(&top, p)[pick[p]].option];
-        snipi_ilp_trace(&u->part[p], &list[p].core, &list[p].table, list[p].core.rows - 1, s->parent, s->move, u->pick[p]);
+    done = snipi_ilp_single(run, &top);
+    found = whole->excess - snipi_ilp_cost(whole) + top.spent + snipi_ilp_cost(&top);
+    if (found >= whole->excess) return done;
+    whole->excess = found;
+    for (p = 0; p < parts; p++) {
+        snipi_ilp_best best;
+        memset(&best, 0, sizeof best);
+        best.row = list[p].rows - 1;
+        best.step = list[p].state[snipi_ilp_items(&top, p)[top.pick[p]].option].step;
+        snipi_ilp_trace(&part[p], &list[p], &best);
     }
-    return ok;
+    return done;
 }
 
-// As snipi_ilp_single(); u->pick is the choice.
-static int snipi_ilp_union_solve(snipi_ilp_run *run, snipi_ilp_union *u, double *excess, double *proven) {
+// Improves whole's pick, which is at the largest gains, until proven or time or memory is short.
+static void snipi_ilp_join(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_sack *part, int parts) {
     const snipi_ilp_block *mark;
-    snipi_ilp_list *list = SNIPI_ILP_TAKE(run, snipi_ilp_list, u->parts);
-    double *least = SNIPI_ILP_TAKE(run, double, u->parts), sum = 0, window = 0;
+    snipi_ilp_core *list = SNIPI_ILP_TAKE(run, snipi_ilp_core, parts);
+    double sum = 0, window = 0, cut;
     int64_t surplus;
-    int p, i, widest = 0, *trial, stopped = 0;
-    for (p = 0; p < u->parts; p++) widest = u->part[p].n > widest ? u->part[p].n : widest;
-    trial = SNIPI_ILP_TAKE(run, int, widest);
-    if (!list || !least || !trial || !snipi_ilp_union_relax(run, u)) return 0;
-    for (p = 0, *excess = 0; p < u->parts; p++) *excess += snipi_ilp_greedy(&u->part[p], u->pick[p]);
-    surplus = snipi_ilp_union_surplus(u);
-    if (surplus < 0) {                        // costs 1e300 apart, slopes with no digits left: all at the largest gain
-        for (p = 0; p < u->parts; p++)
-            for (i = 0; i < u->part[p].n; i++) u->pick[p][i] = snipi_ilp_count(&u->part[p], i) - 1;
-        return 0;
+    int p, *trial = SNIPI_ILP_TAKE(run, int, whole->n), stopped = 0;
+    whole->excess = snipi_ilp_cost(whole), whole->proven = 0;
+    if (!list || !trial || !snipi_ilp_join_relax(run, whole, part, parts)) return;
+    for (p = 0; p < parts; p++) snipi_ilp_greedy(&part[p]);
+    surplus = snipi_ilp_surplus(whole, part, parts);
+    if (surplus < 0) {                        // costs 1e300 apart, slopes with no digits left: back to the largest gains
+        for (p = 0; p < whole->n; p++) whole->pick[p] = snipi_ilp_count(whole, p) - 1;
+        return;
     }
-    *excess += u->mu * (double)surplus + snipi_ilp_union_spend(u);
-    for (p = 0; p < u->parts; p++) {          // each part's integer bound at mu, by itself
-        double over = snipi_ilp_greedy(&u->part[p], trial);
-        snipi_ilp_refine(run, &u->part[p], trial, &over, &least[p]);
-        sum += least[p];
-        window += snipi_ilp_guess(&u->part[p]) * 0.25 / u->parts;
+    whole->excess = whole->theta * (double)surplus + snipi_ilp_join_spend(part, parts, surplus);
+    for (p = 0; p < parts; p++) {             // each part's integer bound at mu, by itself
+        snipi_ilp_sack alone = part[p];
+        alone.pick = trial;
+        snipi_ilp_greedy(&alone);
+        whole->excess += alone.excess;
+        (void)snipi_ilp_refine(run, &alone);
+        sum += part[p].proven = alone.proven;
+        window += snipi_ilp_guess(&part[p]) * 0.25 / parts;
     }
-    *proven = sum;
-    if (window < (*excess - sum) / 1024) window = (*excess - sum) / 1024;
+    whole->proven = sum;
+    if (window < (whole->excess - sum) / 1024) window = (whole->excess - sum) / 1024;
     for (mark = run->newest;; window *= 4) {
-        double cost = snipi_ilp_union_cost(u), cut = *excess - snipi_ilp_margin(run, cost, 0), limit = cut - sum < window ? cut - sum : window;
-        if (*proven >= cut) { *proven = snipi_ilp_settled(run, cost, 0, *excess); return 1; }
-        if (stopped || snipi_ilp_late(run)) return 1;
-        for (p = 0; p < u->parts; p++) {
-            double room = least[p] + limit + 0.01 * SNIPI_ILP_PROOF * cost;
-            stopped = !snipi_ilp_core_make(run, &u->part[p], room, &list[p].core) ||
-                      !snipi_ilp_states(run, &u->part[p], &list[p].core, room, NULL, &list[p].table);
-            if (stopped || !list[p].table.states) break;      // the latter: nothing of this part is within the window
+        double cost = snipi_ilp_cost(whole), limit;
+        if (snipi_ilp_settled(run, whole, cost, &cut) || stopped || snipi_ilp_late(run)) return;
+        limit = cut - sum < window ? cut - sum : window;
+        for (p = 0; p < parts; p++) {
+            stopped = !snipi_ilp_states(run, &part[p], part[p].proven + limit + 0.01 * SNIPI_ILP_PROOF * cost, NULL, &list[p]);
+            if (stopped || !list[p].states) break;            // the latter: nothing of this part is within the window
         }
-        if (p == u->parts) stopped = !snipi_ilp_union_choose(run, u, list, excess);
-        if (!stopped) *proven = window < cut - sum ? sum + limit : cut;
+        if (p == parts) stopped = !snipi_ilp_join_choose(run, whole, part, parts, list);
+        if (!stopped) whole->proven = window < cut - sum ? sum + limit : cut;
         snipi_ilp_give_since(run, mark);
     }
 }
@@ -982,104 +937,95 @@ static snipi_ilp_unit snipi_ilp_unit_of(double sum, int exponent, int n, double 
 
 // Fills k's items from flat costs and gains, and pick with the largest gains; returns their sum.
 static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const double *cost, const double *gain, double per_unit,
-                              snipi_ilp_sack *k, int *pick) {
-    int64_t most = 0;
+                              snipi_ilp_sack *k) {
     size_t m = 0;
     int i, j;
-    k->first[0] = 0;
     for (i = 0; i < k->n; i++) {
-        snipi_ilp_item *o = k->items + k->first[i];
+        snipi_ilp_item *o = snipi_ilp_items(k, i);
         for (j = 0; j < p->groups[list[i]].n_options; j++, m++)
             o[j].gain = (int64_t)(gain[m] * per_unit + 0.5), o[j].cost = cost[m], o[j].option = j;
-        pick[i] = snipi_ilp_undominated(o, j) - 1;
-        k->first[i + 1] = k->first[i] + (size_t)pick[i] + 1;
-        most += o[pick[i]].gain;
+        k->pick[i] = snipi_ilp_undominated(o, j) - 1;
+        k->first[i + 1] = k->first[i] + (size_t)k->pick[i] + 1;
     }
-    return most;
+    return snipi_ilp_gain(k);
 }
 
 // Fills choice, *gap left between its cost and the bound, *proven. Returns 0, choice untouched, when memory is short for a start.
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
-    int stages = snipi_ilp_stages(p), n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0;
-    int *order = SNIPI_ILP_TAKE(run, int, n), *start = SNIPI_ILP_TAKE(run, int, (size_t)stages + 1);
-    int *pick = SNIPI_ILP_TAKE(run, int, n), *base = SNIPI_ILP_TAKE(run, int, n);
-    size_t *first = SNIPI_ILP_TAKE(run, size_t, (size_t)n + (size_t)stages), options = 0, read = 0, kept = 0;
-    double *cost, *gain, lattice = 0, error = 0, total, left = 0, excess, bound;
+    int stages = snipi_ilp_stages(p), n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0, parts;
+    int *order = SNIPI_ILP_TAKE(run, int, n), *start = SNIPI_ILP_TAKE(run, int, (size_t)stages + 1), *base = SNIPI_ILP_TAKE(run, int, n);
+    size_t options = 0, read = 0;
+    double *cost, *gain, lattice = 0, error = 0, total, left = 0;
     long double sum = 0;
     int64_t most = 0;
-    snipi_ilp_item *items;
-    snipi_ilp_unit all, unit;
-    snipi_ilp_union u;
+    snipi_ilp_unit all;
+    snipi_ilp_sack whole, *part = SNIPI_ILP_TAKE(run, snipi_ilp_sack, stages);
+    memset(&whole, 0, sizeof whole);
     for (i = 0; i < n; i++) options += (size_t)p->groups[i].n_options;
-    items = SNIPI_ILP_TAKE(run, snipi_ilp_item, options), u.part = SNIPI_ILP_TAKE(run, snipi_ilp_sack, stages);
-    u.pick = SNIPI_ILP_TAKE(run, int *, stages), u.shift = SNIPI_ILP_TAKE(run, int, stages);
+    whole.n = n, whole.first = SNIPI_ILP_TAKE(run, size_t, (size_t)n + 1), whole.pick = SNIPI_ILP_TAKE(run, int, n);
+    whole.items = SNIPI_ILP_TAKE(run, snipi_ilp_item, options);
     cost = SNIPI_ILP_TAKE(run, double, options), gain = SNIPI_ILP_TAKE(run, double, options);
-    if (!order || !start || !pick || !base || !first || !items || !u.part || !u.pick || !u.shift || !cost || !gain) return 0;
+    if (!order || !start || !base || !part || !whole.first || !whole.pick || !whole.items || !cost || !gain) return 0;
     for (q = 0; q < stages; q++) sum += snipi_ilp_stage_target(p, q), targets += snipi_ilp_stage_target(p, q) > 0;
     coupled = p->total_target > sum && stages > 1 && targets; // else the stages imply the total, or it is all there is
-    u.parts = targets ? stages : 1;
-    memset(start, 0, ((size_t)stages + 1) * sizeof *start);
+    parts = targets ? stages : 1;
+    memset(start, 0, ((size_t)stages + 1) * sizeof *start);   // order: the groups, stage after stage
     for (i = 0; i < n; i++) start[targets ? snipi_ilp_stage(p, i) : 0]++;
-    for (q = 1; q <= u.parts; q++) start[q] += start[q - 1];
+    for (q = 1; q <= parts; q++) start[q] += start[q - 1];
     for (i = n - 1; i >= 0; i--) order[--start[targets ? snipi_ilp_stage(p, i) : 0]] = i;
     (void)snipi_ilp_flatten(p, order, n, 1, cost, &cost_exponent);
     run->cost_step = snipi_ilp_common_unit(cost, options, &error);
     if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step
     total = snipi_ilp_flatten(p, order, n, 0, gain, &exponent);
     if (coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
-    for (q = 0; q < u.parts && coupled; q++) {                // a total needs one lattice, fine enough for every part
+    for (q = 0; q < parts && coupled; q++) {  // a total needs one lattice, fine enough for every part
         double reach = snipi_ilp_flatten(p, order + start[q], start[q + 1] - start[q], 0, gain, &i);
         if (!snipi_ilp_unit_of(ldexp(reach, exponent - i), exponent, n, lattice, error).lattice && reach > 0) lattice = 0;
     }
     all = snipi_ilp_unit_of(total, exponent, n, lattice, error);
     if (!all.lattice) lattice = 0;
-    bits = all.bits;
-    for (q = 0; q < u.parts; q++) {
-        snipi_ilp_sack *k = &u.part[q];
+    for (q = 0, bits = all.bits, whole.first[0] = 0; q < parts; q++) {
+        snipi_ilp_sack *k = &part[q];
+        const int *list = order + start[q];
         double reach, target = snipi_ilp_stage_target(p, q);
-        if (u.parts == 1 && p->total_target > target) target = p->total_target;
-        memset(k, 0, sizeof *k);
-        k->n = start[q + 1] - start[q];
-        k->items = items + kept;
-        k->first = first + start[q] + q;
-        k->base = base + start[q];
-        u.pick[q] = pick + start[q];
-        for (i = 0, options = 0; i < k->n; i++) options += (size_t)p->groups[order[start[q] + i]].n_options;
-        reach = snipi_ilp_flatten(p, order + start[q], k->n, 0, gain, &exponent);
+        snipi_ilp_unit unit;
+        if (parts == 1 && p->total_target > target) target = p->total_target;
+        *k = whole;
+        k->n = start[q + 1] - start[q], k->first += start[q], k->pick += start[q], k->base = base + start[q];
+        for (i = 0, options = 0; i < k->n; i++) options += (size_t)p->groups[list[i]].n_options;
+        reach = snipi_ilp_flatten(p, list, k->n, 0, gain, &exponent);
         if (!coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
         unit = snipi_ilp_unit_of(reach, exponent, k->n, coupled ? ldexp(lattice, exponent - all.exponent) : lattice, error);
-        most = snipi_ilp_read(p, order + start[q], cost + read, gain, unit.per_unit, k, u.pick[q]);
-        k->need = snipi_ilp_need(&unit, target, most);
-        u.shift[q] = unit.bits;
+        k->need = snipi_ilp_need(&unit, target, snipi_ilp_read(p, list, cost + read, gain, unit.per_unit, k));
+        k->shift = unit.bits;
         if (unit.bits < bits) bits = unit.bits;
         read += options;
-        kept += k->first[k->n];
     }
     snipi_ilp_give(run, gain);
     snipi_ilp_give(run, cost);
-    *proven = 1;
-    if (coupled) {
-        for (q = 0, most = 0; q < u.parts; q++) {             // the total is counted in the coarsest unit, parts rounded down to it
-            u.shift[q] = all.lattice ? 0 : u.shift[q] - bits < 62 ? u.shift[q] - bits : 62;
-            most += snipi_ilp_gain(&u.part[q], u.pick[q]) >> u.shift[q];
+    for (q = 0; q < parts && !coupled; q++) {
+        (void)snipi_ilp_single(run, &part[q]);
+        if (part[q].proven < part[q].excess) *proven = 0;
+        left += part[q].excess - part[q].proven;
+    }
+    if (coupled) {                            // the total is counted in the coarsest unit, parts rounded down to it
+        for (q = 0; q < parts; q++) {
+            part[q].shift = all.lattice ? 0 : part[q].shift - bits < 62 ? part[q].shift - bits : 62;
+            most += snipi_ilp_gain(&part[q]) >> part[q].shift;
         }
-        if (!all.lattice) all.per_unit *= ldexp(1.0, bits - all.bits), all.most *= ldexp(1.0, bits - all.bits), all.rounding += u.parts;
-        u.need = snipi_ilp_need(&all, p->total_target, most);
-        if (!snipi_ilp_union_solve(run, &u, &excess, &bound)) excess = snipi_ilp_union_cost(&u), bound = 0;
-        *proven = bound >= excess;
-        left = excess - bound;
-    } else for (q = 0; q < u.parts; q++) {
-        if (!snipi_ilp_single(run, &u.part[q], u.pick[q], &excess, &bound)) excess = snipi_ilp_cost(&u.part[q], u.pick[q]), bound = 0;
-        if (bound < excess) *proven = 0;
-        left += excess - bound;
+        if (!all.lattice) all.per_unit *= ldexp(1.0, bits - all.bits), all.most *= ldexp(1.0, bits - all.bits), all.rounding += parts;
+        whole.need = snipi_ilp_need(&all, p->total_target, most);
+        snipi_ilp_join(run, &whole, part, parts);
+        *proven = whole.proven >= whole.excess;
+        left = whole.excess - whole.proven;
     }
     *gap = ldexp(left, -cost_exponent);
-    for (q = 0; q < u.parts; q++)
-        for (i = start[q]; i < start[q + 1]; i++) choice[order[i]] = snipi_ilp_items(&u.part[q], i - start[q])[pick[i]].option;
+    for (i = 0; i < n; i++) choice[order[i]] = snipi_ilp_items(&whole, i)[whole.pick[i]].option;
     return 1;
 }
 
-snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_params *params, int *choice, snip_ilp_result *result) {
+SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_params *params, int *choice,
+                                            snip_ilp_result *result) {
     snip_ilp_params use = {0, 0, 0};
     snipi_ilp_run run;
     long double cost = 0, gain = 0, least = 0;
@@ -1118,7 +1064,7 @@ snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, const snip_ilp_p
     return proven ? SNIP_ILP_OPTIMAL : SNIP_ILP_FEASIBLE;
 }
 
-int snip_ilp_shortfall(const snip_ilp_problem *problem, double *shortfall) {
+SNIP_ILP_API int snip_ilp_shortfall(const snip_ilp_problem *problem, double *shortfall) {
     double amount;
     int target;
     if (!snipi_ilp_problem_ok(problem)) return -2;
