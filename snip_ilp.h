@@ -100,16 +100,13 @@ SNIP_ILP_API int snip_ilp_shortfall(const snip_ilp_problem *problem, double *sho
 #define SNIP_ILP_MALLOC(size) malloc(size)
 #define SNIP_ILP_FREE(pointer) free(pointer)
 #endif
-#ifdef __cplusplus
-extern "C" {
-#endif
 
 // >>run: what a call carries along: memory, clock, tolerances
 #define SNIPI_ILP_TOLERANCE 1e-12             // of a target, relative to the sum of the largest gains
 #define SNIPI_ILP_PROOF 5e-13                 // of the optimum; half of what is promised, the rest is for rounding
 #define SNIPI_ILP_HUGE (DBL_MAX / 4)          // stands for infinity, which -Ofast does not know
 
-typedef struct snipi_ilp_block { struct snipi_ilp_block *older, *newer; size_t bytes, unused; } snipi_ilp_block;
+typedef struct snipi_ilp_block { struct snipi_ilp_block *older; size_t bytes; } snipi_ilp_block;
 typedef struct {
     snipi_ilp_block *newest;
     size_t used, limit;
@@ -146,19 +143,15 @@ static void *snipi_ilp_take(snipi_ilp_run *run, size_t count, size_t size) {
     if (!b) return NULL;
     b->bytes = count * size + sizeof *b;
     b->older = run->newest;
-    b->newer = NULL;
-    if (run->newest) run->newest->newer = b;
     run->newest = b;
     run->used += b->bytes;
     return b + 1;
 }
 #define SNIPI_ILP_TAKE(run, type, count) ((type *)snipi_ilp_take(run, (size_t)(count), sizeof(type)))
-static void snipi_ilp_give(snipi_ilp_run *run, void *pointer) {
-    snipi_ilp_block *b;
-    if (!pointer) return;
-    b = (snipi_ilp_block *)pointer - 1;
-    if (b->newer) b->newer->older = b->older; else run->newest = b->older;
-    if (b->older) b->older->newer = b->newer;
+static void snipi_ilp_give(snipi_ilp_run *run, void *pointer) {              // it is among the newest
+    snipi_ilp_block **link = &run->newest, *b = (snipi_ilp_block *)pointer - 1;
+    while (*link != b) link = &(*link)->older;
+    *link = b->older;
     run->used -= b->bytes;
     SNIP_ILP_FREE(b);
 }
@@ -187,18 +180,13 @@ static int snipi_ilp_problem_ok(const snip_ilp_problem *p) {
     }
     return 1;
 }
-static double snipi_ilp_cheapest(const snip_ilp_group *g) {
-    double least = g->options[0].cost;
-    int j;
-    for (j = 1; j < g->n_options; j++)
-        if (g->options[j].cost < least) least = g->options[j].cost;
-    return least;
-}
-static int snipi_ilp_largest(const snip_ilp_group *g) {        // the option of largest gain, of equals the cheapest
+// The option of largest gain, of equals the cheapest; *least: the least cost.
+static int snipi_ilp_largest(const snip_ilp_group *g, double *least) {
     int j, best = 0;
-    for (j = 1; j < g->n_options; j++) {
+    for (j = 0, *least = g->options[0].cost; j < g->n_options; j++) {
         const snip_ilp_option *o = &g->options[j], *b = &g->options[best];
         if (o->gain > b->gain || (o->gain >= b->gain && o->cost < b->cost)) best = j;
+        if (o->cost < *least) *least = o->cost;
     }
     return best;
 }
@@ -213,19 +201,20 @@ static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
 static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
     enum { CHUNK = 128 };
     long double sum[CHUNK], all = 0, lack;
-    int i, s, first, stages = snipi_ilp_stages(p);
-    for (first = 0; first < stages; first += CHUNK) {
+    double least;
+    int i, s, stages = snipi_ilp_stages(p), left;
+    for (left = stages; left > 0; left -= CHUNK) {
+        int first = stages - left;
         for (s = 0; s < CHUNK; s++) sum[s] = 0;
         for (i = 0; i < p->n_groups; i++) {
             s = snipi_ilp_stage(p, i) - first;
-            if (s >= 0 && s < CHUNK) sum[s] += p->groups[i].options[snipi_ilp_largest(&p->groups[i])].gain;
+            if (s >= 0 && s < CHUNK) sum[s] += p->groups[i].options[snipi_ilp_largest(&p->groups[i], &least)].gain;
         }
-        for (s = 0; s < CHUNK && s < stages - first; s++) {
+        for (s = 0; s < CHUNK && s < left; s++) {
             lack = snipi_ilp_stage_target(p, first + s) - sum[s];
             if (lack > SNIPI_ILP_TOLERANCE * sum[s]) { *shortfall = (double)lack; return first + s; }
             all += sum[s];
         }
-        if (stages - first <= CHUNK) break;   // first must not overflow
     }
     lack = p->total_target - all;
     *shortfall = lack > SNIPI_ILP_TOLERANCE * all ? (double)lack : 0;
@@ -233,12 +222,6 @@ static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
 }
 
 // >>numbers: gains become integers, so that sums of gains are exact and equal sums are equal
-// The power of two that brings values up to `most` near 1, or as near as a double holds: no sum overflows, none is lost to underflow.
-static int snipi_ilp_exponent(double most) {
-    int e = 0;
-    if (most > 0) (void)frexp(most, &e);
-    return e > 1000 ? -1000 : e < -1000 ? 1000 : -e;
-}
 static double snipi_ilp_off_lattice(double q) { return fabs(q - floor(q + 0.5)); }
 
 // The unit of which all values are multiples, or 0, by Euclid's algorithm on rounded numbers. It is snapped to a fraction of the largest
@@ -265,17 +248,17 @@ static double snipi_ilp_common_unit(const double *x, size_t n, double *error) {
     return unit;
 }
 typedef struct {                  // integer = round(gain * 2^exponent * per_unit)
-    int exponent, lattice, bits;  // off a lattice, integer = round(gain * 2^bits)
+    int exponent, bits;           // off a lattice, integer = round(gain * 2^bits)
+    double step;                  // of the lattice, times 2^exponent; 0: none
     double per_unit, most;        // most: sum of the groups' largest gains, in units
     double rounding;              // how far the integer sum of a choice may be off
 } snipi_ilp_unit;
-static double snipi_ilp_units(const snipi_ilp_unit *u, double gain) { return ldexp(gain, u->exponent) * u->per_unit; }
 
 // The least integer sum sure to be within the tolerance of the target, but none that keeps out a choice that truly meets it.
 static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t most) {
     double tolerance = SNIPI_ILP_TOLERANCE * u->most - u->rounding, need = 0;
     if (tolerance < u->rounding) tolerance = u->rounding;
-    if (target > 0) need = ceil(snipi_ilp_units(u, target) - tolerance);
+    if (target > 0) need = ceil(ldexp(target, u->exponent) * u->per_unit - tolerance);
     return need < 0 ? 0 : need > (double)most ? most : (int64_t)need;         // at most `most`: it was found reachable
 }
 
@@ -298,34 +281,31 @@ typedef struct {
 } snipi_ilp_sack;
 static snipi_ilp_item *snipi_ilp_items(const snipi_ilp_sack *k, int group) { return k->items + k->first[group]; }
 static int snipi_ilp_count(const snipi_ilp_sack *k, int group) { return (int)(k->first[group + 1] - k->first[group]); }
-static int64_t snipi_ilp_gain(const snipi_ilp_sack *k) {
+static int64_t snipi_ilp_gain(const snipi_ilp_sack *k, const int *pick) {
     int64_t gain = 0;
     int i;
-    for (i = 0; i < k->n; i++) gain += snipi_ilp_items(k, i)[k->pick[i]].gain;
+    for (i = 0; i < k->n; i++) gain += snipi_ilp_items(k, i)[pick[i]].gain;
     return gain;
 }
-static double snipi_ilp_cost(const snipi_ilp_sack *k) {
+static double snipi_ilp_cost(const snipi_ilp_sack *k, const int *pick) {
     long double cost = 0;
     int i;
-    for (i = 0; i < k->n; i++) cost += snipi_ilp_items(k, i)[k->pick[i]].cost;
+    for (i = 0; i < k->n; i++) cost += snipi_ilp_items(k, i)[pick[i]].cost;
     return (double)cost;
 }
 
 // Defines a Shell sort: no recursion, and the same order everywhere.
-#define SNIPI_ILP_SORT(name, type, before)                                                               \
+#define SNIPI_ILP_SORT(name, type, x_before_y)                                                           \
     static void name(type *a, size_t n) {                                                                \
         size_t gap, i, j;                                                                                \
         for (gap = n > 40 ? n / 2 : 1; gap > 0; gap = gap > 2 ? gap * 5 / 11 : gap / 2)                  \
             for (i = gap; i < n; i++) {                                                                  \
-                type x = a[i];                                                                           \
-                for (j = i; j >= gap && before(&x, &a[j - gap]); j -= gap) a[j] = a[j - gap];            \
+                type x = a[i], y;                                                                        \
+                for (j = i; j >= gap && (y = a[j - gap], x_before_y); j -= gap) a[j] = y;                \
                 a[j] = x;                                                                                \
             }                                                                                            \
     }
-static int snipi_ilp_item_before(const snipi_ilp_item *x, const snipi_ilp_item *y) {         // of equal gains the cheapest is last
-    return x->gain < y->gain || (x->gain == y->gain && x->cost > y->cost);
-}
-SNIPI_ILP_SORT(snipi_ilp_sort_items, snipi_ilp_item, snipi_ilp_item_before)
+SNIPI_ILP_SORT(snipi_ilp_sort_items, snipi_ilp_item, x.gain < y.gain || (x.gain == y.gain && x.cost > y.cost))
 
 // Drops the items that another beats or equals in both gain and cost; sorts the rest. Returns how many stay.
 static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
@@ -341,8 +321,7 @@ static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
 // >>lp: the linear relaxation. The lower convex hull of each group is cut into segments; taken by slope until need is met they solve the
 // LP (Sinha & Zoltners 1979). The one that meets it is found in linear time by weighted quickselect (Dyer 1984, Zemel 1984).
 typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a hull, ending at item
-static int snipi_ilp_segment_before(const snipi_ilp_segment *x, const snipi_ilp_segment *y) { return x->slope < y->slope; }
-SNIPI_ILP_SORT(snipi_ilp_sort_segments, snipi_ilp_segment, snipi_ilp_segment_before)
+SNIPI_ILP_SORT(snipi_ilp_sort_segments, snipi_ilp_segment, x.slope < y.slope)
 
 // What an item costs more than base does, less theta for each unit it gains more: never less than 0 but for rounding, if base is the LP's.
 static double snipi_ilp_reduced(const snipi_ilp_item *o, const snipi_ilp_item *base, double theta) {
@@ -410,14 +389,12 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
 // Finds base, lack and theta; need must be in reach. Returns 0 when memory is short.
 static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, snipi_ilp_most_segments(k));
-    long double cost = 0;
     size_t i, m, taken = 0;
-    int g;
     if (!s) return 0;
     m = snipi_ilp_segments(k, s);
-    k->lack = k->need;
+    memset(k->base, 0, (size_t)k->n * sizeof *k->base);
+    k->lack = k->need - snipi_ilp_gain(k, k->base);
     k->theta = k->mu;
-    for (g = 0; g < k->n; g++) k->base[g] = 0, k->lack -= snipi_ilp_items(k, g)->gain;
     for (i = 0; i < m && k->mu > 0; i++)      // these pay for themselves
         if (s[i].slope < k->mu) { k->lack -= s[i].gain; snipi_ilp_swap(&s[taken++], &s[i]); }
     if (k->lack > 0 && m > taken) {
@@ -427,12 +404,8 @@ static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     for (i = 0; i < taken; i++)
         if (k->base[s[i].group] < s[i].item) k->base[s[i].group] = s[i].item;
     snipi_ilp_give(run, s);
-    for (g = 0, k->lack = k->need; g < k->n; g++) {
-        const snipi_ilp_item *b = snipi_ilp_items(k, g) + k->base[g];
-        k->lack -= b->gain;
-        cost += b->cost;
-    }
-    k->base_cost = (double)cost;
+    k->lack = k->need - snipi_ilp_gain(k, k->base);
+    k->base_cost = snipi_ilp_cost(k, k->base);
     return 1;
 }
 
@@ -485,22 +458,20 @@ static void snipi_ilp_greedy(snipi_ilp_sack *k) {
 
 // >>core: the groups that have another item than base of reduced cost below a limit, the most ambiguous first (Pisinger 1995). Choices
 // of excess below the limit differ from base only there. Dynamic programming goes through them row by row (>>states).
-typedef struct { double key; int group, count; size_t first; } snipi_ilp_row;            // moves from first on, by gain
 typedef struct { int64_t gain; double cost, reduced; int item; } snipi_ilp_move;         // all relative to base, which is one of them
+typedef struct { double key; int group, count; snipi_ilp_move *move; } snipi_ilp_row;    // (count) by gain
 typedef struct { int parent, move; } snipi_ilp_step;                                     // parent: a state of the row before
 typedef struct { int64_t gain; double cost; snipi_ilp_step step; } snipi_ilp_state;      // gain and cost relative to base
 typedef struct {
     int rows;
     snipi_ilp_row *row;
-    snipi_ilp_move *move;
-    size_t segments[2];           // up, for a lack of gain, and down, for a surplus:
-    snipi_ilp_segment *side[2];   // hulls of reduced cost over gain won or given up, by slope; group is the row
+    snipi_ilp_segment *side[2];   // up, for a lack of gain, and down, for a surplus: hulls of reduced cost over gain won or given up,
+    snipi_ilp_segment *end[2];    // by slope; group is the row
     snipi_ilp_step **step;        // (rows) of each row's states
     snipi_ilp_state *state;       // of the last row
     int states;
 } snipi_ilp_core;
-static int snipi_ilp_row_before(const snipi_ilp_row *x, const snipi_ilp_row *y) { return x->key < y->key; }
-SNIPI_ILP_SORT(snipi_ilp_sort_rows, snipi_ilp_row, snipi_ilp_row_before)
+SNIPI_ILP_SORT(snipi_ilp_sort_rows, snipi_ilp_row, x.key < y.key)
 
 // The least reduced cost of a group's items other than base; *count: base and those below limit.
 static double snipi_ilp_ambiguity(const snipi_ilp_sack *k, int group, double limit, int *count) {
@@ -516,42 +487,35 @@ static double snipi_ilp_ambiguity(const snipi_ilp_sack *k, int group, double lim
 
 // Returns 0 when memory is short; what was taken stays for snipi_ilp_give_since().
 static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, double limit, snipi_ilp_core *c) {
-    snipi_ilp_segment *end[2];
-    snipi_ilp_row *r;
+    snipi_ilp_row *r = SNIPI_ILP_TAKE(run, snipi_ilp_row, k->n);
+    snipi_ilp_move *move;
     size_t m = 0;
     int i, j, down;
     memset(c, 0, sizeof *c);
-    r = c->row = SNIPI_ILP_TAKE(run, snipi_ilp_row, k->n);
     if (!r) return 0;
-    for (i = 0; i < k->n; i++) {
+    for (i = 0, c->row = r; i < k->n; i++) {
         r->group = i;
         r->key = snipi_ilp_ambiguity(k, i, limit, &r->count);
         if (r->count > 1) m += (size_t)r->count, r++;
     }
     c->rows = (int)(r - c->row);
     snipi_ilp_sort_rows(c->row, (size_t)c->rows);
-    c->move = SNIPI_ILP_TAKE(run, snipi_ilp_move, m);
     c->step = SNIPI_ILP_TAKE(run, snipi_ilp_step *, c->rows);
-    for (down = 0; down < 2; down++) end[down] = c->side[down] = SNIPI_ILP_TAKE(run, snipi_ilp_segment, m + 1);
-    if (!c->move || !c->step || !c->side[0] || !c->side[1]) return 0;
-    for (i = 0, m = 0; i < c->rows; i++) {
-        const snipi_ilp_item *o, *b;
-        int group = c->row[i].group, count = snipi_ilp_count(k, group);
-        o = snipi_ilp_items(k, group), b = o + k->base[group];
-        c->row[i].first = m;
-        for (j = 0; j < count; j++) {
-            snipi_ilp_move *move = &c->move[m];
+    for (down = 0; down < 2; down++) c->end[down] = c->side[down] = SNIPI_ILP_TAKE(run, snipi_ilp_segment, m + 1);
+    move = SNIPI_ILP_TAKE(run, snipi_ilp_move, m);
+    if (!move || !c->step || !c->side[0] || !c->side[1]) return 0;
+    for (i = 0; i < c->rows; i++) {
+        int group = c->row[i].group, count = snipi_ilp_count(k, group), base = k->base[group];
+        const snipi_ilp_item *o = snipi_ilp_items(k, group), *b = o + base;
+        for (j = 0, c->row[i].move = move; j < count; j++) {
             double reduced = snipi_ilp_reduced(&o[j], b, k->theta);
-            if (reduced >= limit && &o[j] != b) continue;
+            if (reduced >= limit && j != base) continue;
             move->gain = o[j].gain - b->gain, move->cost = o[j].cost - b->cost, move->reduced = reduced, move->item = j;
-            m++;
+            move++;
         }
-        for (down = 0; down < 2; down++) end[down] = snipi_ilp_hull(o, count, k->base[group], down ? -1 : 1, k->theta, limit, i, end[down]);
+        for (down = 0; down < 2; down++) c->end[down] = snipi_ilp_hull(o, count, base, down ? -1 : 1, k->theta, limit, i, c->end[down]);
     }
-    for (down = 0; down < 2; down++) {
-        c->segments[down] = (size_t)(end[down] - c->side[down]);
-        snipi_ilp_sort_segments(c->side[down], c->segments[down]);
-    }
+    for (down = 0; down < 2; down++) snipi_ilp_sort_segments(c->side[down], (size_t)(c->end[down] - c->side[down]));
     return 1;
 }
 
@@ -571,7 +535,7 @@ static double snipi_ilp_guess(const snipi_ilp_sack *k) {
 }
 
 // >>curve: the LP bound of the rows not yet decided, as a function of the gain still lacking (negative: a surplus)
-typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // sums up to and including a segment, and its slope
+typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // sums up to and including a segment, and its slope; point 0 is the origin
 typedef struct {
     double price;                     // theta - mu, for each unit of gain beyond need
     snipi_ilp_point *side[2];
@@ -581,47 +545,39 @@ typedef struct {
 static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, const int64_t *reach, snipi_ilp_curve *v) {
     int down;
     for (down = 0; down < 2; down++) {
-        const snipi_ilp_segment *s = c->side[down], *end = s + c->segments[down];
-        int64_t gain = 0;
-        double value = 0;
-        size_t n = 0;
-        for (; s < end && gain <= reach[down] && !(down && s->slope >= v->price); s++) {
+        const snipi_ilp_segment *s = c->side[down], *end = c->end[down];
+        snipi_ilp_point sum = {0, 0, 0};
+        v->points[down] = 0;
+        for (v->side[down][0] = sum; s < end && sum.gain <= reach[down] && !(down && s->slope >= v->price); s++) {
             if (s->group < row) continue;
-            gain += s->gain;
-            value += s->slope * (double)s->gain;
-            v->side[down][n].gain = gain, v->side[down][n].value = value, v->side[down][n].slope = s->slope;
-            n++;
+            sum.gain += s->gain, sum.value += s->slope * (double)s->gain, sum.slope = s->slope;
+            v->side[down][++v->points[down]] = sum;
         }
-        v->points[down] = n;
     }
 }
 
 // The bound; in *rounded the excess of the LP's choice, rounded to meet need, which takes *taken segments. HUGE if need is out of reach.
 static double snipi_ilp_curve_ask(snipi_ilp_curve *v, int64_t lack, double *rounded, size_t *taken) {
-    static const snipi_ilp_point origin = {0, 0, 0};
     int down = lack <= 0;
-    const snipi_ilp_point *s = v->side[down], *before;
-    size_t n = v->points[down], at = v->at[down];
+    const snipi_ilp_point *s = v->side[down];
+    size_t n = v->points[down], at = v->at[down];            // the segment asked for ends at s[at + 1]
     if (down) {
-        while (at > 0 && s[at - 1].gain > -lack) at--;
+        while (at > 0 && s[at].gain > -lack) at--;
         v->at[1] = *taken = at;
-        before = at ? &s[at - 1] : &origin;
-        *rounded = before->value + v->price * (double)(-lack - before->gain);
-        return before->value + (at < n ? s[at].slope : v->price) * (double)(-lack - before->gain);
+        *rounded = s[at].value + v->price * (double)(-lack - s[at].gain);
+        return s[at].value + (at < n ? s[at + 1].slope : v->price) * (double)(-lack - s[at].gain);
     }
-    while (at < n && s[at].gain < lack) at++;
+    while (at < n && s[at + 1].gain < lack) at++;
     v->at[0] = at;
     *taken = at + 1;
     if (at == n) return *rounded = SNIPI_ILP_HUGE;
-    before = at ? &s[at - 1] : &origin;
-    *rounded = s[at].value + v->price * (double)(s[at].gain - lack);
-    return before->value + s[at].slope * (double)(lack - before->gain);
+    *rounded = s[at + 1].value + v->price * (double)(s[at + 1].gain - lack);
+    return s[at].value + s[at + 1].slope * (double)(lack - s[at].gain);
 }
 
 // >>states: dynamic programming over the rows; lists of states are sorted by falling gain. States are pruned by the bound before the
 // dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
-typedef struct { double excess; int row, down; snipi_ilp_step step; size_t segments; } snipi_ilp_best;   // a state (row < 0: none), and its completion
-
+typedef struct { double excess; int row, down; snipi_ilp_step step; size_t segments; } snipi_ilp_best;       // a state, and its completion
 // Merges two lists, keeping of no higher gain only what is cheaper.
 static int snipi_ilp_merge(const snipi_ilp_state *a, int na, const snipi_ilp_state *b, int nb, snipi_ilp_state *out) {
     double least = SNIPI_ILP_HUGE;
@@ -642,12 +598,12 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
     if (!snipi_ilp_core_make(run, k, limit, c)) return 0;
     v.price = k->theta - k->mu;
     c->state = SNIPI_ILP_TAKE(run, snipi_ilp_state, 1);
-    for (j = 0; j < 2; j++) v.side[j] = SNIPI_ILP_TAKE(run, snipi_ilp_point, c->segments[j] + 1);
+    for (j = 0; j < 2; j++) v.side[j] = SNIPI_ILP_TAKE(run, snipi_ilp_point, c->end[j] - c->side[j] + 1);
     if (!c->state || !v.side[0] || !v.side[1]) return 0;
     memset(c->state, 0, sizeof *c->state);
     c->states = c->rows > 0 || k->lack <= 0;
     for (row = 0; row < c->rows && c->states; row++) {
-        const snipi_ilp_move *move = c->move + c->row[row].first;
+        const snipi_ilp_move *move = c->row[row].move;
         int64_t reach[2];
         snipi_ilp_state *shifted = SNIPI_ILP_TAKE(run, snipi_ilp_state, c->states), *all = NULL, *merged;
         int alls = 0;
@@ -666,8 +622,9 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
                 if (bound >= SNIPI_ILP_HUGE / 2) break;       // out of reach, as are all of less gain
                 if ((i & 4095) == 4095 && snipi_ilp_late(run)) return 0;
                 if (best && rounded + reduced < best->excess) {
-                    double excess = rounded + reduced, cut = excess - snipi_ilp_margin(run, snipi_ilp_cost_of(k, excess), k->mu, run->rel_gap);
-                    best->excess = excess, best->row = row, best->step.parent = i, best->step.move = j;
+                    double cut = rounded + reduced;
+                    cut -= snipi_ilp_margin(run, snipi_ilp_cost_of(k, cut), k->mu, run->rel_gap);
+                    best->excess = rounded + reduced, best->row = row, best->step.parent = i, best->step.move = j;
                     best->down = gain >= k->lack, best->segments = taken;
                     if (cut < limit) limit = cut;
                 }
@@ -680,7 +637,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
             merged = alls < INT_MAX - n ? SNIPI_ILP_TAKE(run, snipi_ilp_state, alls + n) : NULL;
             if (!merged) return 0;
             alls = snipi_ilp_merge(all, alls, shifted, n, merged);
-            snipi_ilp_give(run, all);
+            if (all) snipi_ilp_give(run, all);
             all = merged;
         }
         snipi_ilp_give(run, shifted);
@@ -702,7 +659,7 @@ static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, co
     int row;
     memcpy(k->pick, k->base, (size_t)k->n * sizeof *k->pick);
     for (row = best->row; row >= 0; row--) {
-        k->pick[c->row[row].group] = c->move[c->row[row].first + (size_t)step.move].item;
+        k->pick[c->row[row].group] = c->row[row].move[step.move].item;
         if (row) step = c->step[row - 1][step.parent];
     }
     for (left = best->segments; left > 0; s++)
@@ -737,7 +694,7 @@ static int snipi_ilp_refine(snipi_ilp_run *run, snipi_ilp_sack *k) {
 // Leaves pick as it is when memory is short for the LP. Returns 0 when time or memory is short.
 static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k) {
     if (!snipi_ilp_relax(run, k)) {
-        k->excess = snipi_ilp_cost(k), k->proven = 0;
+        k->excess = snipi_ilp_cost(k, k->pick), k->proven = 0;
         return 0;
     }
     snipi_ilp_greedy(k);
@@ -747,12 +704,6 @@ static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k) {
 // >>join: parts with targets of their own and a target over all. A multiplier mu on the latter separates the parts (Lagrange); each part's
 // choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind. `whole` has the groups of all
 // parts and the total's need.
-static int64_t snipi_ilp_surplus(const snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts) {
-    int64_t gain = -whole->need;
-    int p;
-    for (p = 0; p < parts; p++) gain += snipi_ilp_gain(&part[p]) >> part[p].shift;
-    return gain;
-}
 
 // The LP of parts within a total: each part takes what it needs, then all take the cheapest segments that are left; mu, whole's theta, is
 // the slope of the last. Any mu gives a valid bound. Returns 0 when memory is short.
@@ -797,25 +748,25 @@ static double snipi_ilp_join_spend(const snipi_ilp_sack *part, int parts, int64_
     int p, i, j;
     for (p = 0; p < parts; p++) {
         const snipi_ilp_sack *k = &part[p];
-        int64_t gain = snipi_ilp_gain(k), others = surplus - (gain >> k->shift);
+        int64_t gain = snipi_ilp_gain(k, k->pick);
         for (i = 0; i < k->n; i++) {
             const snipi_ilp_item *o = snipi_ilp_items(k, i), *b = o + k->pick[i];
             for (j = 0; j < k->pick[i]; j++) {
-                int64_t left = gain - b->gain + o[j].gain;
-                if (left < k->need || others + (left >> k->shift) < 0) continue;
+                int64_t left = gain - b->gain + o[j].gain, rest = surplus + (left >> k->shift) - (gain >> k->shift);
+                if (left < k->need || rest < 0) continue;
                 change += o[j].cost - b->cost;
-                gain = left;
+                gain = left, surplus = rest;
                 k->pick[i] = j;
                 break;
             }
         }
-        surplus = others + (gain >> k->shift);
     }
     return change;
 }
 
 // Chooses a state of each part's list; takes it into whole's pick if that is better. Returns 0 when time or memory is short.
-static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts, const snipi_ilp_core *list) {
+static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts,
+                                 const snipi_ilp_core *list) {
     snipi_ilp_sack top;
     size_t items = 0;
     int64_t surplus = -whole->need;
@@ -842,7 +793,7 @@ static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, cons
     }
     if (surplus < 0) return 1;                // the lists are too short yet
     done = snipi_ilp_single(run, &top);
-    found = whole->excess - snipi_ilp_cost(whole) + top.spent + snipi_ilp_cost(&top);
+    found = whole->excess - snipi_ilp_cost(whole, whole->pick) + top.spent + snipi_ilp_cost(&top, top.pick);
     if (found >= whole->excess) return done;
     whole->excess = found;
     for (p = 0; p < parts; p++) {
@@ -860,12 +811,14 @@ static void snipi_ilp_join(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_
     const snipi_ilp_block *mark;
     snipi_ilp_core *list = SNIPI_ILP_TAKE(run, snipi_ilp_core, parts);
     double sum = 0, window = 0, cut;
-    int64_t surplus;
+    int64_t surplus = -whole->need;
     int p, *trial = SNIPI_ILP_TAKE(run, int, whole->n), stopped = 0;
-    whole->excess = snipi_ilp_cost(whole), whole->proven = 0;
+    whole->excess = snipi_ilp_cost(whole, whole->pick), whole->proven = 0;
     if (!list || !trial || !snipi_ilp_join_relax(run, whole, part, parts)) return;
-    for (p = 0; p < parts; p++) snipi_ilp_greedy(&part[p]);
-    surplus = snipi_ilp_surplus(whole, part, parts);
+    for (p = 0; p < parts; p++) {
+        snipi_ilp_greedy(&part[p]);
+        surplus += snipi_ilp_gain(&part[p], part[p].pick) >> part[p].shift;
+    }
     if (surplus < 0) {                        // costs 1e300 apart, slopes with no digits left: back to the largest gains
         for (p = 0; p < whole->n; p++) whole->pick[p] = snipi_ilp_count(whole, p) - 1;
         return;
@@ -883,7 +836,7 @@ static void snipi_ilp_join(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_
     whole->proven = sum;
     if (window < (whole->excess - sum) / 1024) window = (whole->excess - sum) / 1024;
     for (mark = run->newest;; window *= 4) {
-        double cost = snipi_ilp_cost(whole), limit;
+        double cost = snipi_ilp_cost(whole, whole->pick), limit;
         if (snipi_ilp_settled(run, whole, cost, &cut) || stopped || snipi_ilp_late(run)) return;
         limit = cut - sum < window ? cut - sum : window;
         for (p = 0; p < parts; p++) {
@@ -897,47 +850,51 @@ static void snipi_ilp_join(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_
 }
 
 // >>solve: from the caller's problem to knapsacks and back
-// Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1; returns the sum of the
-// groups' largest.
-static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, int *exponent) {
-    double most = 0, sum = 0, factor;
-    size_t m = 0, at = 0;
-    int i, j;
+// Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1 or as near as a double
+// holds: no sum overflows, none is lost to underflow. Returns the sum of the groups' largest.
+static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, size_t *count, int *exponent) {
+    double most = 0, sum = 0, factor, least, *end = x;
+    int i, j, e;
     for (i = 0; i < n; i++) {
         const snip_ilp_group *g = &p->groups[list[i]];
-        double least = snipi_ilp_cheapest(g);
-        for (j = 0; j < g->n_options; j++, m++) {
-            x[m] = costs ? g->options[j].cost - least : g->options[j].gain;
-            if (x[m] > most) most = x[m];
+        (void)snipi_ilp_largest(g, &least);
+        for (j = 0; j < g->n_options; j++, end++) {
+            *end = costs ? g->options[j].cost - least : g->options[j].gain;
+            if (*end > most) most = *end;
         }
     }
-    *exponent = snipi_ilp_exponent(most);
+    (void)frexp(most, &e);
+    *exponent = e > 1000 ? -1000 : e < -1000 ? 1000 : -e;
+    *count = (size_t)(end - x);
     factor = ldexp(1.0, *exponent);
     for (i = 0; i < n; i++, sum += most)
-        for (j = 0, most = 0; j < p->groups[list[i]].n_options; j++, at++) {
-            x[at] *= factor;
-            if (x[at] > most) most = x[at];
+        for (j = 0, most = 0; j < p->groups[list[i]].n_options; j++, x++) {
+            *x *= factor;
+            if (*x > most) most = *x;
         }
     return sum;
 }
 
-// Steps of a lattice if their rounding is small beside the tolerance of the target; else 2^60 <= most < 2^61.
-static snipi_ilp_unit snipi_ilp_unit_of(double sum, int exponent, int n, double lattice, double error) {
+// Flattens the gains of some groups and finds their unit: the step of a lattice (that of all, if given) if its rounding is small beside
+// the tolerance of the target; else 2^60 <= most < 2^61.
+static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *list, int n, const snipi_ilp_unit *all, double *gain) {
     snipi_ilp_unit u;
+    size_t m;
+    double sum = snipi_ilp_flatten(p, list, n, 0, gain, &m, &u.exponent);
     int e = 0;
     (void)frexp(sum, &e);
-    u.exponent = exponent;
-    u.lattice = lattice > 0 && sum / lattice < 1e9 && error <= 0.05 * SNIPI_ILP_TOLERANCE * (sum / lattice);
-    u.per_unit = u.lattice ? 1 / lattice : ldexp(1.0, 61 - e);
-    u.bits = sum > 0 ? exponent + 61 - e : INT_MAX / 2;       // with nothing to count any unit will do
-    u.rounding = u.lattice ? error : 0.5 * n;
+    u.step = all ? ldexp(all->step, u.exponent - all->exponent) : snipi_ilp_common_unit(gain, m, &u.rounding);
+    if (all) u.rounding = all->rounding;
+    if (!(u.step > 0 && sum / u.step < 1e9 && u.rounding <= 0.05 * SNIPI_ILP_TOLERANCE * (sum / u.step))) u.step = 0, u.rounding = 0.5 * n;
+    u.per_unit = u.step > 0 ? 1 / u.step : ldexp(1.0, 61 - e);
+    u.bits = sum > 0 ? u.exponent + 61 - e : INT_MAX / 2;     // with nothing to count any unit will do
     u.most = sum * u.per_unit;
     return u;
 }
 
-// Fills k's items from flat costs and gains, and pick with the largest gains; returns their sum.
-static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const double *cost, const double *gain, double per_unit,
-                              snipi_ilp_sack *k) {
+// Fills k's items from flat costs and gains, and pick with the largest gains; returns how many costs it took.
+static size_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const double *cost, const double *gain, double per_unit,
+                             snipi_ilp_sack *k) {
     size_t m = 0;
     int i, j;
     for (i = 0; i < k->n; i++) {
@@ -947,18 +904,18 @@ static int64_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const 
         k->pick[i] = snipi_ilp_undominated(o, j) - 1;
         k->first[i + 1] = k->first[i] + (size_t)k->pick[i] + 1;
     }
-    return snipi_ilp_gain(k);
+    return m;
 }
 
 // Fills choice, *gap left between its cost and the bound, *proven. Returns 0, choice untouched, when memory is short for a start.
 static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *choice, double *gap, int *proven) {
-    int stages = snipi_ilp_stages(p), n = p->n_groups, i, q, bits, coupled, cost_exponent, exponent, targets = 0, parts;
+    int stages = snipi_ilp_stages(p), n = p->n_groups, i, q, bits, coupled, cost_exponent, targets = 0, parts;
     int *order = SNIPI_ILP_TAKE(run, int, n), *start = SNIPI_ILP_TAKE(run, int, (size_t)stages + 1), *base = SNIPI_ILP_TAKE(run, int, n);
     size_t options = 0, read = 0;
-    double *cost, *gain, lattice = 0, error = 0, total, left = 0;
+    double *cost, *gain, error = 0, left = 0;
     long double sum = 0;
     int64_t most = 0;
-    snipi_ilp_unit all;
+    snipi_ilp_unit all, unit;
     snipi_ilp_sack whole, *part = SNIPI_ILP_TAKE(run, snipi_ilp_sack, stages);
     memset(&whole, 0, sizeof whole);
     for (i = 0; i < n; i++) options += (size_t)p->groups[i].n_options;
@@ -973,33 +930,26 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     for (i = 0; i < n; i++) start[targets ? snipi_ilp_stage(p, i) : 0]++;
     for (q = 1; q <= parts; q++) start[q] += start[q - 1];
     for (i = n - 1; i >= 0; i--) order[--start[targets ? snipi_ilp_stage(p, i) : 0]] = i;
-    (void)snipi_ilp_flatten(p, order, n, 1, cost, &cost_exponent);
+    (void)snipi_ilp_flatten(p, order, n, 1, cost, &options, &cost_exponent);
     run->cost_step = snipi_ilp_common_unit(cost, options, &error);
     if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step
-    total = snipi_ilp_flatten(p, order, n, 0, gain, &exponent);
-    if (coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
+    if (coupled) all = snipi_ilp_unit_of(p, order, n, NULL, gain);
     for (q = 0; q < parts && coupled; q++) {  // a total needs one lattice, fine enough for every part
-        double reach = snipi_ilp_flatten(p, order + start[q], start[q + 1] - start[q], 0, gain, &i);
-        if (!snipi_ilp_unit_of(ldexp(reach, exponent - i), exponent, n, lattice, error).lattice && reach > 0) lattice = 0;
+        unit = snipi_ilp_unit_of(p, order + start[q], start[q + 1] - start[q], &all, gain);
+        if (unit.step <= 0 && unit.most > 0 && all.step > 0) all.step = 0, all = snipi_ilp_unit_of(p, order, n, &all, gain);
     }
-    all = snipi_ilp_unit_of(total, exponent, n, lattice, error);
-    if (!all.lattice) lattice = 0;
-    for (q = 0, bits = all.bits, whole.first[0] = 0; q < parts; q++) {
+    for (q = 0, bits = INT_MAX, whole.first[0] = 0; q < parts; q++) {
         snipi_ilp_sack *k = &part[q];
         const int *list = order + start[q];
-        double reach, target = snipi_ilp_stage_target(p, q);
-        snipi_ilp_unit unit;
+        double target = snipi_ilp_stage_target(p, q);
         if (parts == 1 && p->total_target > target) target = p->total_target;
         *k = whole;
         k->n = start[q + 1] - start[q], k->first += start[q], k->pick += start[q], k->base = base + start[q];
-        for (i = 0, options = 0; i < k->n; i++) options += (size_t)p->groups[list[i]].n_options;
-        reach = snipi_ilp_flatten(p, list, k->n, 0, gain, &exponent);
-        if (!coupled) lattice = snipi_ilp_common_unit(gain, options, &error);
-        unit = snipi_ilp_unit_of(reach, exponent, k->n, coupled ? ldexp(lattice, exponent - all.exponent) : lattice, error);
-        k->need = snipi_ilp_need(&unit, target, snipi_ilp_read(p, list, cost + read, gain, unit.per_unit, k));
+        unit = snipi_ilp_unit_of(p, list, k->n, coupled ? &all : NULL, gain);
+        read += snipi_ilp_read(p, list, cost + read, gain, unit.per_unit, k);
+        k->need = snipi_ilp_need(&unit, target, snipi_ilp_gain(k, k->pick));
         k->shift = unit.bits;
         if (unit.bits < bits) bits = unit.bits;
-        read += options;
     }
     snipi_ilp_give(run, gain);
     snipi_ilp_give(run, cost);
@@ -1009,11 +959,12 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
         left += part[q].excess - part[q].proven;
     }
     if (coupled) {                            // the total is counted in the coarsest unit, parts rounded down to it
+        if (all.bits < bits) bits = all.bits;
         for (q = 0; q < parts; q++) {
-            part[q].shift = all.lattice ? 0 : part[q].shift - bits < 62 ? part[q].shift - bits : 62;
-            most += snipi_ilp_gain(&part[q]) >> part[q].shift;
+            part[q].shift = all.step > 0 ? 0 : part[q].shift - bits < 62 ? part[q].shift - bits : 62;
+            most += snipi_ilp_gain(&part[q], part[q].pick) >> part[q].shift;
         }
-        if (!all.lattice) all.per_unit *= ldexp(1.0, bits - all.bits), all.most *= ldexp(1.0, bits - all.bits), all.rounding += parts;
+        if (all.step <= 0) all.per_unit *= ldexp(1.0, bits - all.bits), all.most *= ldexp(1.0, bits - all.bits), all.rounding += parts;
         whole.need = snipi_ilp_need(&all, p->total_target, most);
         snipi_ilp_join(run, &whole, part, parts);
         *proven = whole.proven >= whole.excess;
@@ -1029,7 +980,7 @@ SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, con
     snip_ilp_params use = {0, 0, 0};
     snipi_ilp_run run;
     long double cost = 0, gain = 0, least = 0;
-    double gap = 0, shortfall;
+    double gap = 0, shortfall, cheapest;
     int i, proven = 1;
     if (params) use = *params;
     if (!snipi_ilp_problem_ok(problem) || (problem->n_groups > 0 && !choice) || !snipi_ilp_finite(use.time_limit) || use.time_limit < 0 ||
@@ -1044,13 +995,14 @@ SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, con
         return SNIP_ILP_INFEASIBLE;
     }
     if (problem->n_groups > 0 && !snipi_ilp_search(&run, problem, choice, &gap, &proven)) {
-        for (i = 0; i < problem->n_groups; i++) choice[i] = snipi_ilp_largest(&problem->groups[i]);
+        for (i = 0; i < problem->n_groups; i++) choice[i] = snipi_ilp_largest(&problem->groups[i], &cheapest);
         gap = SNIPI_ILP_HUGE, proven = 0;
     }
     snipi_ilp_give_since(&run, NULL);
     for (i = 0; i < problem->n_groups; i++) {
         const snip_ilp_group *g = &problem->groups[i];
-        cost += g->options[choice[i]].cost, gain += g->options[choice[i]].gain, least += snipi_ilp_cheapest(g);
+        (void)snipi_ilp_largest(g, &cheapest);
+        cost += g->options[choice[i]].cost, gain += g->options[choice[i]].gain, least += cheapest;
     }
     if (result) {
         result->cost = (double)cost;
@@ -1073,7 +1025,4 @@ SNIP_ILP_API int snip_ilp_shortfall(const snip_ilp_problem *problem, double *sho
     return target;
 }
 
-#ifdef __cplusplus
-}
-#endif
 #endif // SNIP_ILP_IMPLEMENTATION
