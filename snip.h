@@ -262,7 +262,7 @@ typedef struct {                // zero means the default
     double loss_weight;         // of the loss divergence in the cost; 0: 1; negative: off
     double update_weight;       // of the weight divergence; 0: 1; negative: off (saves its probe pass)
     double horizon;             // steps over which rounding noise of the backward GEMMs averages out; 0: 100
-    double sample;              // share of the output rows on which GEMM errors are measured; 0: 0.25
+    double sample;              // share of the output rows on which GEMM errors are measured; 0: 0.125
     snip_recipes fp8, fp4;      // zero format: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR
     snip_isa isa;
     snip_alloc alloc;
@@ -571,46 +571,67 @@ enum { SNIPI_SIGNS = 128 };
 SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {      // -x where bit j is set
     return snipi_float(snipi_bits(x) ^ (signs[j >> 5] >> (j & 31) & 1u) << 31);
 }
-// Elements [j0, j1) of block b: out = factor * x (factor where x is NULL) times the block's signs; zeros elsewhere. x[0] is element j0.
-SNIPI_INLINE void snipi_sign_block(snip_rng_key key, int64_t b, const float *x, float factor, int j0, int j1, float out[SNIPI_SIGNS]) {
-    uint32_t signs[4];
+static void snipi_flip_scalar(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     int j;
-    snip_philox(key, (uint64_t)b, signs);
-    for (j = 0; j < SNIPI_SIGNS; j++) out[j] = j >= j0 && j < j1 ? (x ? factor * x[j - j0] : factor) : 0.0f;
-    for (j = 0; j < SNIPI_SIGNS; j++) out[j] = snipi_signed(out[j], signs, j);
+    for (j = 0; j < SNIPI_SIGNS; j++) x[j] = snipi_signed(x[j], signs, j);
+}
+typedef void (*snipi_flip)(const uint32_t signs[4], float x[SNIPI_SIGNS]);
+static snipi_flip snipi_flip_of(snip_isa isa);
+enum { SNIPI_GROUP = 8, SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS };        // blocks whose signs are made at once
+static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]);
+
+// out = factor * x (factor where x is NULL) times a block's signs for its elements [j0, j1), zeros elsewhere. x[0] is element j0.
+SNIPI_INLINE void snipi_sign_block(snipi_flip flip, const uint32_t signs[4], const float *x, float factor, int j0, int j1, float out[SNIPI_SIGNS]) {
+    int j;
+    if (x && j0 == 0 && j1 == SNIPI_SIGNS)
+        for (j = 0; j < SNIPI_SIGNS; j++) out[j] = factor * x[j];
+    else
+        for (j = 0; j < SNIPI_SIGNS; j++) out[j] = j >= j0 && j < j1 ? (x ? factor * x[j - j0] : factor) : 0.0f;
+    flip(signs, out);
 }
 
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
-    int64_t b, blocks = snipi_ceil_div(n, SNIPI_SIGNS);
+    int64_t g, groups = snipi_ceil_div(n, SNIPI_GROUP_SIGNS);
+    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (b = 0; b < blocks; b++) {
+    for (g = 0; g < groups; g++) {
+        uint32_t words[4 * SNIPI_GROUP];
         float noise[SNIPI_SIGNS];
-        int64_t i0 = b * SNIPI_SIGNS;
-        int j, m = (int)snipi_min(SNIPI_SIGNS, n - i0);
-        snipi_sign_block(key, b, shape ? shape + i0 : NULL, scale, 0, m, noise);
-        for (j = 0; j < m; j++) out[i0 + j] = x[i0 + j] + noise[j];
+        int64_t i0;
+        int b, j;
+        snipi_group_signs(key, (uint64_t)g * SNIPI_GROUP, words);
+        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < n; b++, i0 += SNIPI_SIGNS) {
+            int m = (int)snipi_min(SNIPI_SIGNS, n - i0);
+            snipi_sign_block(flip, words + 4 * b, shape ? shape + i0 : NULL, scale, 0, m, noise);
+            for (j = 0; j < m; j++) out[i0 + j] = x[i0 + j] + noise[j];
+        }
     }
     return SNIP_OK;
 }
 
 SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
     double part[SNIPI_CHUNKS], sum = 0;
-    int64_t blocks = snipi_ceil_div(n, SNIPI_SIGNS);
+    int64_t groups = snipi_ceil_div(n, SNIPI_GROUP_SIGNS);
+    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
     int c;
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+        int64_t g, i0, end = groups * (c + 1) / SNIPI_CHUNKS;
         part[c] = 0;
-        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+        for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
+            uint32_t words[4 * SNIPI_GROUP];
             float terms[SNIPI_SIGNS], lanes[16];
-            int i, j;
-            snipi_sign_block(key, b, x + b * SNIPI_SIGNS, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, n - b * SNIPI_SIGNS), terms);
-            memcpy(lanes, terms, sizeof lanes);
-            for (i = 1; i < SNIPI_SIGNS / 16; i++)
-                for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
-            for (j = 0; j < 16; j++) part[c] += (double)lanes[j];
+            int b, i, j;
+            snipi_group_signs(key, (uint64_t)g * SNIPI_GROUP, words);
+            for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < n; b++, i0 += SNIPI_SIGNS) {
+                snipi_sign_block(flip, words + 4 * b, x + i0, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, n - i0), terms);
+                memcpy(lanes, terms, sizeof lanes);
+                for (i = 1; i < SNIPI_SIGNS / 16; i++)
+                    for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
+                for (j = 0; j < 16; j++) part[c] += (double)lanes[j];
+            }
         }
     }
     for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
@@ -2051,6 +2072,22 @@ SNIPI_TARGET_AVX2 static void snipi_decode_avx2(const float *lut, const uint8_t 
         }
     snipi_decode_scalar(lut, codes + (packed ? i / 2 : i), packed, n - i, scale, out + i);
 }
+SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 8) {                          // x[j] with bit j in its sign place flipped
+        __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(signs[j >> 5] >> (j & 31))), lane);
+        _mm256_storeu_ps(x + j, _mm256_xor_ps(_mm256_loadu_ps(x + j), _mm256_castsi256_ps(_mm256_and_si256(bits, top))));
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    const __m512i top = _mm512_set1_epi32((int)0x80000000u);
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 16) {
+        __m512i v = _mm512_loadu_si512(x + j);
+        _mm512_storeu_si512(x + j, _mm512_mask_xor_epi32(v, (__mmask16)(signs[j >> 5] >> (j & 31)), v, top));
+    }
+}
 #endif // SNIPI_X86
 #if defined(__GNUC__) && !defined(__clang__)
 #  pragma GCC diagnostic pop
@@ -2094,6 +2131,19 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
     (void)isa;
 #endif
     return &scalar;
+}
+static snipi_flip snipi_flip_of(snip_isa isa) {
+#ifdef SNIPI_X86
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return snipi_flip_avx512;
+    if (isa == SNIP_ISA_AVX2) return snipi_flip_avx2;
+#else
+    (void)isa;
+#endif
+    return snipi_flip_scalar;
+}
+static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]) {
+    snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
 }
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
     snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar };
@@ -2389,7 +2439,7 @@ enum { SNIPI_SKETCH = 4096, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_SKETCH_X, SNIPI_ROLE_SKETCH_DY };
 enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNIPI_SLOT_GEMM, SNIPI_SLOT_X, SNIPI_SLOT_W, SNIPI_SLOT_OUT,
-       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOTS };
+       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
 enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
@@ -2517,7 +2567,7 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
     if (d.loss_weight == 0) d.loss_weight = 1;
     if (d.update_weight == 0) d.update_weight = 1;
     if (d.horizon == 0) d.horizon = 100;
-    if (d.sample == 0) d.sample = 0.25;
+    if (d.sample == 0) d.sample = 0.125;
     if ((int)d.fp8.activation.format == 0) d.fp8.activation = fp8_tile;
     if ((int)d.fp8.weight.format == 0) d.fp8.weight = fp8_block;
     if ((int)d.fp8.gradient.format == 0) d.fp8.gradient = fp8_tile;
@@ -2735,32 +2785,42 @@ static void snipi_add_to(float *to, const float *from, int64_t n) {
 }
 
 // Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
-// bucket (i % 4096) xor h(c) with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation
-// sqrt(2 / 4096) and the sketch of a difference is the difference of sketches. Each thread owns blocks of buckets and
-// visits the chunks in order: the sums do not depend on the number of threads.
-static void snipi_sketch_add(float *sketch, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key) {
-    enum { BLOCKS = SNIPI_SKETCH / SNIPI_SIGNS };
-    int64_t first = offset / SNIPI_SKETCH, last = snipi_ceil_div(offset + n, SNIPI_SKETCH);
-    int block;
+// bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096), and
+// the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on n
+// alone, each with a sketch of its own: the sums do not depend on the number of threads.
+static snip_status snipi_sketch_add(snip *s, float *sketch, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key) {
+    int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first, j;
+    int64_t parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16)), p;
+    float *own = snipi_reserve_floats(s, SNIPI_SLOT_SKETCH, parts * SNIPI_SKETCH);
+    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
+    if (!own) return SNIP_OUT_OF_MEMORY;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (block = 0; block < BLOCKS; block++) {
-        int64_t chunk;
-        for (chunk = first; chunk < last; chunk++) {
-            uint32_t hash[4];
-            float terms[SNIPI_SIGNS];
-            int64_t from;
-            int low, high, j, j0, j1;
+    for (p = 0; p < parts; p++) {
+        float *to = own + p * SNIPI_SKETCH;
+        int64_t chunk, end = first + chunks * (p + 1) / parts;
+        memset(to, 0, SNIPI_SKETCH * sizeof(float));
+        for (chunk = first + chunks * p / parts; chunk < end; chunk++) {
+            uint32_t hash[4], words[4 * SNIPI_GROUP];
+            int b;
             snip_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-            low = (int)(hash[0] % SNIPI_SIGNS);
-            high = (int)(hash[1] % BLOCKS);
-            from = chunk * SNIPI_SKETCH + (int64_t)(block ^ high) * SNIPI_SIGNS;      // elements that land in this block of buckets
-            j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset - from));
-            j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset + n - from));
-            if (j0 >= j1) continue;
-            snipi_sign_block(key, from / SNIPI_SIGNS, x + (from + j0 - offset), factor, j0, j1, terms);
-            for (j = 0; j < SNIPI_SIGNS; j++) sketch[block * SNIPI_SIGNS + (j ^ low)] += terms[j];
+            for (b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
+                float terms[SNIPI_SIGNS];
+                int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
+                int i, bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
+                int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset - from)), j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset + n - from));
+                if (b % SNIPI_GROUP == 0) snipi_group_signs(key, (uint64_t)from / SNIPI_SIGNS, words);
+                if (j0 >= j1) continue;
+                snipi_sign_block(flip, words + b % SNIPI_GROUP * 4, x + (from + j0 - offset), factor, j0, j1, terms);
+                if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
+                    for (i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
+                else
+                    for (i = 0; i < SNIPI_SIGNS; i++) to[(bucket + i) % SNIPI_SKETCH] += terms[i];
+            }
         }
     }
+    for (p = 0; p < parts; p++)
+        for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
+    return SNIP_OK;
 }
 
 // D = du/dg at learning rate 1, from the optimizer's state alone: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps).
@@ -2894,8 +2954,9 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     }
     if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
     if (!x || !w) return SNIP_OUT_OF_MEMORY;
-    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s))
-        snipi_sketch_add(l->sketch_x, inp, rows * l->k, l->elements_x, s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_X));
+    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s) &&
+        snipi_sketch_add(s, l->sketch_x, inp, rows * l->k, l->elements_x, s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_X)))
+        return snipi_finish_call(s, l, nonfinite, SNIP_OUT_OF_MEMORY);
     l->elements_x += rows * l->k;
     status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
     if (!status && s->pass == SNIP_PASS_CLEAN && snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_FWD, inp, rows, weight, bias, out);
@@ -2914,8 +2975,9 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     if (!clean) w = snipi_probe_weight(s, l, weight);
     own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, nw));
     if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
-    if (!loss_probe && snipi_probes_updates(s))
-        snipi_sketch_add(l->sketch_dy, dout, rows * l->n, l->elements_y, clean ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_DY));
+    if (!loss_probe && snipi_probes_updates(s) &&
+        snipi_sketch_add(s, l->sketch_dy, dout, rows * l->n, l->elements_y, clean ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_DY)))
+        return SNIP_OUT_OF_MEMORY;
 
     l->elements_y += rows * l->n;
     status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
