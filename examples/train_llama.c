@@ -380,7 +380,7 @@ static void write_report(const char *path, const run *runs, int n, const tr_opti
     snprintf(value[0], 96, "%d blocks, d %d, %d heads (%d for keys and values), FFN %d", g->config.blocks, g->config.dim, g->config.heads, g->config.kv_heads, g->config.ffn);
     snprintf(value[1], 96, "%.2f million", (double)params * 1e-6);
     snprintf(value[2], 96, "%d", d->vocab);
-    snprintf(value[3], 96, "%lld tokens, the last tenth for validation", (long long)d->n);
+    snprintf(value[3], 96, "%lld tokens, the last tenth of each file for validation", (long long)d->n);
     snprintf(value[4], 96, "%lld", (long long)o->steps);
     snprintf(value[5], 96, "%lld x %lld x %lld", (long long)o->accum, (long long)o->batch, (long long)o->seq);
     snprintf(value[6], 96, "%g%%", 100 * o->budget);
