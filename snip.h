@@ -813,21 +813,17 @@ typedef struct {
 } snipi_quantizer;
 
 // Float to double and back through integers where the float is subnormal: hardware may be set to flush those
-// (-Ofast does). Finite only; narrowing rounds to nearest even and stops at the largest float.
+// (-Ofast does). Of finite x >= 0; narrowing rounds to nearest even and stops at the largest float.
 static double snipi_widen(float x) {
-    uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu;
-    double tiny = (double)(int32_t)a * 1.40129846432481707e-45;
-    return a >= 0x00800000u ? (double)x : u >> 31 ? -tiny : tiny;
+    uint32_t u = snipi_bits(x);
+    return u >= 0x00800000u ? (double)x : (double)(int32_t)u * 1.40129846432481707e-45;
 }
 static float snipi_narrow(double x) {
-    double a = x < 0 ? -x : x, sum = a + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
-    uint64_t u, v;
-    uint32_t sign;
+    double sum = x + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
+    uint64_t u;
     memcpy(&u, &sum, 8);
-    memcpy(&v, &x, 8);
-    sign = (uint32_t)(v >> 32) & 0x80000000u;
-    if (a > 3.4028234663852886e38) a = 3.4028234663852886e38;
-    return snipi_float(sign | (a < 1.1754943508222875e-38 ? (uint32_t)u : snipi_bits((float)a) & 0x7FFFFFFFu));
+    if (x < 1.1754943508222875e-38) return snipi_float((uint32_t)u);
+    return x > 3.4028234663852886e38 ? 3.4028234663852886e38f : (float)x;
 }
 // Division that -Ofast (reciprocals) cannot touch: the divisor is hidden from it. Rounding the double quotient of
 // two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
@@ -839,8 +835,9 @@ static float snipi_divide(float a, float b) {
 static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
 // scale * element: no element is smaller than 2^-16.
 SNIPI_INLINE float snipi_value(float scale, float element) {
+    uint32_t u = snipi_bits(element);
     if (snipi_bits(scale) >= (127u - 100u) << 23 || snipi_nonfinite(element)) return scale * element;
-    return snipi_multiply(scale, element);
+    return snipi_float(snipi_bits(snipi_multiply(scale, snipi_float(u & 0x7FFFFFFFu))) | (u & 0x80000000u));
 }
 
 typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte: the stored code, if any
@@ -888,12 +885,13 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
     return t;
 }
 
-// x * 2^64 in integers, for tiles near or below the smallest normal float.
+// x * 2^64, at most FLT_MAX, in integers: for tiles near or below the smallest normal float.
 static float snipi_raise(float x) {
     uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
     if (a == 0 || a >= 0x7F800000u) return x;
     while (a < 0x00800000u) { a <<= 1; shift++; }
-    return snipi_float(sign | (a + ((64u - shift) << 23)));
+    a += (64u - shift) << 23;
+    return snipi_float(sign | (a < 0x7F7FFFFFu ? a : 0x7F7FFFFFu));
 }
 
 // Codes of a run, one to a byte; the number of saturated elements is returned.
@@ -1074,10 +1072,10 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
     uint32_t random[SNIPI_RUN + 8 * 4];
     int64_t r, c;
     run->scale = t->scale;
-    // Under 2^-64 a subnormal x could still matter to the code, and x * inverse would lose it.
-    run->low = amax < (127u - 64u) << 23 && !unscaled;
+    // Here a subnormal x could still matter to the code, and x * inverse would lose it.
+    run->low = (amax < (127u - 64u) << 23 || snipi_bits(t->scale) == 0) && !unscaled;
     run->inverse = run->low ? t->inverse * snipi_float((127u - 64u) << 23) : t->inverse;
-    exact = run->low || snipi_bits(t->scale) == 0 || (unscaled && (amax < (127u - 40u) << 23 || amax > (127u + 40u) << 23));
+    exact = run->low || (unscaled && (amax < (127u - 40u) << 23 || amax > (127u + 40u) << 23));
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += SNIPI_RUN) {
             int n = (int)snipi_min(SNIPI_RUN, c1 - c), aside = e2m1 && (c & 1);     // aside: does not begin on a byte
