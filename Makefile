@@ -10,7 +10,7 @@ DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help demo test test-headers test-exhaustive sanitize bench fidelity clean
+.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
 	@echo 'make test       all tests, under 10 minutes'
@@ -18,6 +18,7 @@ help:
 	@echo 'make bench      benchmarks, tab-separated'
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
 	@echo 'make test-exhaustive   all 2^32 inputs of every codec'
+	@echo 'make fuzz       libFuzzer on the solver, the quantizer and the file readers'
 	@echo 'make clean      remove build/ and out/'
 
 $(B):
@@ -36,13 +37,38 @@ demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
 TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
+SHELL_TESTS ?= trainer headers compilers reference
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
-	CC="$(CC)" BUILD=$(B) tests/run.sh $(TESTS)
+	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:
-	$(MAKE) B=build/sanitize CFLAGS="$(SANITIZE)" OPENMP= test
+	$(MAKE) B=build/sanitize CFLAGS="$(SANITIZE)" OPENMP= SHELL_TESTS=trainer test
+
+# Every one of the 2^32 float inputs against NVIDIA's own host conversions: needs the CUDA toolkit's headers, not a GPU.
+CUDA_HOME ?= /usr/local/cuda
+test-exhaustive: | $(B)
+	@if [ -f $(CUDA_HOME)/include/cuda_fp4.h ]; then \
+	    $(CXX) -O2 $(OPENMP) -std=c++17 -w -I$(CUDA_HOME)/include tests/codec_oracle.cpp -o $(B)/codec_oracle -lm && $(B)/codec_oracle; \
+	else echo 'skipped: no CUDA headers in $(CUDA_HOME)/include (set CUDA_HOME)'; echo '0 passed, 0 failed, 1 skipped'; fi
+
+# One core each. Peers that are not installed are named in "skipped" lines.
+BENCH_ILP = --limit 10 --cases snip_560x8,snip_560x8_8stages,measured_560x27_8stages,coupled_measured_560x8
+bench: $(B)/bench_ilp $(B)/bench_quant
+	$(B)/bench_quant
+	@if command -v python3 > /dev/null; then python3 bench/bench_ilp.py --bench $(B)/bench_ilp $(BENCH_ILP); else echo 'skipped: python3'; fi
+$(B)/bench_%: bench/bench_%.c $(HEADERS) | $(B)
+	$(CC) -O2 -std=gnu99 $< -o $@ -lm
 
 fidelity: $(B)/fidelity
 	$(B)/fidelity $(DATA:%=--data %) --steps $(or $(STEPS),400) --batch 4
+
+# Ten minutes each by default, under ASan and UBSan; needs clang with libFuzzer.
+FUZZ_SECONDS ?= 600
+fuzz: | $(B)
+	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DSNIP_FUZZER tests/fuzz_ilp.c -o $(B)/fuzz_ilp -lm
+	clang -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz_quant.c -o $(B)/fuzz_quant -lm
+	mkdir -p $(B)/corpus && cp tests/corpus_ilp/* tests/corpus_quant/* $(B)/corpus
+	$(B)/fuzz_ilp -max_len=600 -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
+	$(B)/fuzz_quant -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
 
 clean:
 	rm -rf build out
