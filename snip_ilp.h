@@ -20,9 +20,8 @@
    FAST: costs and gains not tied to one another. 560 groups of 2 to 27 options take about a millisecond, with or without stages and a
    total, 100,000 groups of 8 a tenth of a second. Reading, the LP bound and a first choice take linear time and are always completed;
    then the time limit is looked at every few thousand states.
-   HARD (the problem is NP-hard): cost = gain + constant with large integers or very many groups (10,000 strongly correlated groups), and
-   cost = gain in real numbers (subset sum). There the search ends at the memory limit, after seconds, FEASIBLE with a gap of 1e-7 to
-   1e-10 of the cost. Set time_limit.
+   HARD (the problem is NP-hard): cost = gain + constant with large integers or 10,000 groups, and cost = gain in real numbers (subset
+   sum). There the search ends at the memory limit, after seconds, FEASIBLE with a gap of 1e-7 to 1e-10 of the cost. Set time_limit.
    DETERMINISTIC: same input, same choice, on one machine and compiler, unless a time limit strikes. Thread-safe; no globals, no recursion.
    The clock is CLOCK_MONOTONIC or C11's timespec_get where the language mode declares them, else clock(), which counts all threads of the
    process and makes limits come early; SNIP_ILP_CLOCK() overrides it.
@@ -68,7 +67,7 @@ typedef enum {
     SNIP_ILP_OPTIMAL = 0,         // proven to within 1e-12 of the cost above the sum of the cheapest options
     SNIP_ILP_FEASIBLE,            // stopped early; the least cost lies between bound and cost
     SNIP_ILP_INFEASIBLE,          // some target cannot be met: see snip_ilp_shortfall(); choice untouched, result zero but for seconds
-    SNIP_ILP_BAD_ARGUMENT,        // nothing written. NaN, infinity, a negative cost or gain, a group without options, a stage out of range, ...
+    SNIP_ILP_BAD_ARGUMENT,        // nothing written. NaN, infinity, a negative cost, a group without options, a stage out of range, ...
     SNIP_ILP_OUT_OF_MEMORY        // not returned at present: the last resort needs no memory, and is FEASIBLE
 } snip_ilp_status;
 
@@ -131,10 +130,8 @@ static double snipi_ilp_clock(void) {
 #endif
 }
 static int snipi_ilp_late(snipi_ilp_run *run) {
-    if (!run->late && run->deadline > 0 && snipi_ilp_clock() >= run->deadline) run->late = 1;
-    return run->late;
+    return run->late = run->late || (run->deadline > 0 && snipi_ilp_clock() >= run->deadline);
 }
-
 // NULL when the limit or the heap is exhausted. Blocks are chained, so that whole stretches of work can be freed at once.
 static void *snipi_ilp_take(snipi_ilp_run *run, size_t count, size_t size) {
     snipi_ilp_block *b;
@@ -196,7 +193,6 @@ static int snipi_ilp_stage(const snip_ilp_problem *p, int group) { return p->sta
 static double snipi_ilp_stage_target(const snip_ilp_problem *p, int stage) {
     return p->stage_target && stage < p->n_stages && p->stage_target[stage] > 0 ? p->stage_target[stage] : 0;
 }
-
 // As snip_ilp_shortfall(). Stages are summed a chunk at a time, so that their sums fit on the stack.
 static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
     enum { CHUNK = 128 };
@@ -223,7 +219,6 @@ static int snipi_ilp_unreachable(const snip_ilp_problem *p, double *shortfall) {
 
 // >>numbers: gains become integers, so that sums of gains are exact and equal sums are equal
 static double snipi_ilp_off_lattice(double q) { return fabs(q - floor(q + 0.5)); }
-
 // The unit of which all values are multiples, or 0, by Euclid's algorithm on rounded numbers. It is snapped to a fraction of the largest
 // value at every step, which keeps it from drifting. *error is the sum of the distances to the lattice, in units.
 static double snipi_ilp_common_unit(const double *x, size_t n, double *error) {
@@ -253,7 +248,6 @@ typedef struct {                  // integer = round(gain * 2^exponent * per_uni
     double per_unit, most;        // most: sum of the groups' largest gains, in units
     double rounding;              // how far the integer sum of a choice may be off
 } snipi_ilp_unit;
-
 // The least integer sum sure to be within the tolerance of the target, but none that keeps out a choice that truly meets it.
 static int64_t snipi_ilp_need(const snipi_ilp_unit *u, double target, int64_t most) {
     double tolerance = SNIPI_ILP_TOLERANCE * u->most - u->rounding, need = 0;
@@ -270,7 +264,7 @@ typedef struct {
     snipi_ilp_item *items;        // gain and cost strictly increase within a group, from cost 0
     int64_t need;
     double mu;                    // reward for a unit of gain: 0 but in the coupled problem
-    int shift;                    // of the coupled problem: a unit of the total's gain is 2^shift of this one's
+    int shift;                    // in the coupled problem: a unit of the total's gain is 2^shift of this one's
     double spent;                 // cost above the cheapest options that is not in the items
     int *pick;                    // (n) the best choice so far, by item
     double excess, proven;        // of pick above the LP bound; a lower bound of any choice's
@@ -306,7 +300,6 @@ static double snipi_ilp_cost(const snipi_ilp_sack *k, const int *pick) {
             }                                                                                            \
     }
 SNIPI_ILP_SORT(snipi_ilp_sort_items, snipi_ilp_item, x.gain < y.gain || (x.gain == y.gain && x.cost > y.cost))
-
 // Drops the items that another beats or equals in both gain and cost; sorts the rest. Returns how many stay.
 static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
     double least = SNIPI_ILP_HUGE;
@@ -323,7 +316,7 @@ static int snipi_ilp_undominated(snipi_ilp_item *o, int n) {
 typedef struct { double slope; int64_t gain; int group, item; } snipi_ilp_segment;       // of a hull, ending at item
 SNIPI_ILP_SORT(snipi_ilp_sort_segments, snipi_ilp_segment, x.slope < y.slope)
 
-// What an item costs more than base does, less theta for each unit it gains more: never less than 0 but for rounding, if base is the LP's.
+// What an item costs more than base, less theta for each unit it gains more: not negative but for rounding, if base is the LP's.
 static double snipi_ilp_reduced(const snipi_ilp_item *o, const snipi_ilp_item *base, double theta) {
     double r = (o->cost - base->cost) - theta * (double)(o->gain - base->gain);
     return r > 0 ? r : 0;
@@ -359,7 +352,6 @@ static void snipi_ilp_swap(snipi_ilp_segment *a, snipi_ilp_segment *b) {
     *a = *b;
     *b = t;
 }
-
 // Reorders the segments so that the first p, all of least slope, gain less than need, and reach it with the next; returns p.
 static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
     size_t low = 0, high = n, i;
@@ -385,7 +377,6 @@ static size_t snipi_ilp_select(snipi_ilp_segment *s, size_t n, int64_t need) {
     for (i = low; i < high && s[i].gain < need; i++) need -= s[i].gain;
     return i;
 }
-
 // Finds base, lack and theta; need must be in reach. Returns 0 when memory is short.
 static int snipi_ilp_relax(snipi_ilp_run *run, snipi_ilp_sack *k) {
     snipi_ilp_segment *s = SNIPI_ILP_TAKE(run, snipi_ilp_segment, snipi_ilp_most_segments(k));
@@ -472,7 +463,6 @@ typedef struct {
     int states;
 } snipi_ilp_core;
 SNIPI_ILP_SORT(snipi_ilp_sort_rows, snipi_ilp_row, x.key < y.key)
-
 // The least reduced cost of a group's items other than base; *count: base and those below limit.
 static double snipi_ilp_ambiguity(const snipi_ilp_sack *k, int group, double limit, int *count) {
     const snipi_ilp_item *o = snipi_ilp_items(k, group), *b = o + k->base[group], *end = o + snipi_ilp_count(k, group);
@@ -484,7 +474,6 @@ static double snipi_ilp_ambiguity(const snipi_ilp_sack *k, int group, double lim
     }
     return least;
 }
-
 // Returns 0 when memory is short; what was taken stays for snipi_ilp_give_since().
 static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_sack *k, double limit, snipi_ilp_core *c) {
     snipi_ilp_row *r = SNIPI_ILP_TAKE(run, snipi_ilp_row, k->n);
@@ -535,27 +524,26 @@ static double snipi_ilp_guess(const snipi_ilp_sack *k) {
 }
 
 // >>curve: the LP bound of the rows not yet decided, as a function of the gain still lacking (negative: a surplus)
-typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;       // sums up to and including a segment, and its slope; point 0 is the origin
+typedef struct { int64_t gain; double value, slope; } snipi_ilp_point;   // sums to the end of a segment, and its slope; point 0: the origin
 typedef struct {
     double price;                     // theta - mu, for each unit of gain beyond need
     snipi_ilp_point *side[2];
     size_t points[2], at[2];          // at: the point of the last question; questions come with rising lack
 } snipi_ilp_curve;
-// For rows from row on, and lacks up to reach[0] and surpluses up to reach[1].
-static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, const int64_t *reach, snipi_ilp_curve *v) {
+// For rows from row on, and no larger lack or surplus.
+static void snipi_ilp_curve_make(const snipi_ilp_core *c, int row, int64_t lack, int64_t surplus, snipi_ilp_curve *v) {
     int down;
     for (down = 0; down < 2; down++) {
         const snipi_ilp_segment *s = c->side[down], *end = c->end[down];
         snipi_ilp_point sum = {0, 0, 0};
         v->points[down] = 0;
-        for (v->side[down][0] = sum; s < end && sum.gain <= reach[down] && !(down && s->slope >= v->price); s++) {
+        for (v->side[down][0] = sum; s < end && sum.gain <= (down ? surplus : lack) && !(down && s->slope >= v->price); s++) {
             if (s->group < row) continue;
             sum.gain += s->gain, sum.value += s->slope * (double)s->gain, sum.slope = s->slope;
             v->side[down][++v->points[down]] = sum;
         }
     }
 }
-
 // The bound; in *rounded the excess of the LP's choice, rounded to meet need, which takes *taken segments. HUGE if need is out of reach.
 static double snipi_ilp_curve_ask(snipi_ilp_curve *v, int64_t lack, double *rounded, size_t *taken) {
     int down = lack <= 0;
@@ -575,8 +563,8 @@ static double snipi_ilp_curve_ask(snipi_ilp_curve *v, int64_t lack, double *roun
     return s[at].value + s[at + 1].slope * (double)(lack - s[at].gain);
 }
 
-// >>states: dynamic programming over the rows; lists of states are sorted by falling gain. States are pruned by the bound before the
-// dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
+// >>states: dynamic programming over the rows by lists of undominated states (Nemhauser & Ullmann 1969), sorted by falling gain. States are
+// pruned by the bound before the dominance merge, which spares most of the merging; each one's rounded LP choice is a candidate.
 typedef struct { double excess; int row, down; snipi_ilp_step step; size_t segments; } snipi_ilp_best;       // a state, and its completion
 // Merges two lists, keeping of no higher gain only what is cheaper.
 static int snipi_ilp_merge(const snipi_ilp_state *a, int na, const snipi_ilp_state *b, int nb, snipi_ilp_state *out) {
@@ -604,13 +592,11 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
     c->states = c->rows > 0 || k->lack <= 0;
     for (row = 0; row < c->rows && c->states; row++) {
         const snipi_ilp_move *move = c->row[row].move;
-        int64_t reach[2];
+        const int64_t most = c->state[0].gain + move[c->row[row].count - 1].gain, least = c->state[c->states - 1].gain + move[0].gain;
         snipi_ilp_state *shifted = SNIPI_ILP_TAKE(run, snipi_ilp_state, c->states), *all = NULL, *merged;
         int alls = 0;
         if (!shifted) return 0;
-        reach[0] = k->lack - (c->state[c->states - 1].gain + move[0].gain);
-        reach[1] = c->state[0].gain + move[c->row[row].count - 1].gain - k->lack;
-        snipi_ilp_curve_make(c, row + 1, reach, &v);
+        snipi_ilp_curve_make(c, row + 1, k->lack - least, most - k->lack, &v);
         for (j = 0; j < c->row[row].count; j++) {
             if (move[j].reduced > limit) continue;
             v.at[0] = 0, v.at[1] = v.points[1];
@@ -622,8 +608,7 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
                 if (bound >= SNIPI_ILP_HUGE / 2) break;       // out of reach, as are all of less gain
                 if ((i & 4095) == 4095 && snipi_ilp_late(run)) return 0;
                 if (best && rounded + reduced < best->excess) {
-                    double cut = rounded + reduced;
-                    cut -= snipi_ilp_margin(run, snipi_ilp_cost_of(k, cut), k->mu, run->rel_gap);
+                    double cut = rounded + reduced - snipi_ilp_margin(run, snipi_ilp_cost_of(k, rounded + reduced), k->mu, run->rel_gap);
                     best->excess = rounded + reduced, best->row = row, best->step.parent = i, best->step.move = j;
                     best->down = gain >= k->lack, best->segments = taken;
                     if (cut < limit) limit = cut;
@@ -642,27 +627,25 @@ static int snipi_ilp_states(snipi_ilp_run *run, const snipi_ilp_sack *k, double 
         }
         snipi_ilp_give(run, shifted);
         snipi_ilp_give(run, c->state);
-        c->state = all;
-        c->states = alls;
+        c->state = all, c->states = alls;
         c->step[row] = SNIPI_ILP_TAKE(run, snipi_ilp_step, alls);
         if (!c->step[row] || snipi_ilp_late(run)) return 0;
         for (i = 0; i < alls; i++) c->step[row][i] = all[i].step;
     }
     return 1;
 }
-
 // Picks what a state stands for: base, its own move, those of the steps from its parent back, and the segments of the rows beyond it.
 static void snipi_ilp_trace(const snipi_ilp_sack *k, const snipi_ilp_core *c, const snipi_ilp_best *best) {
     const snipi_ilp_segment *s = c->side[best->down];
     snipi_ilp_step step = best->step;
-    size_t left;
+    size_t left = best->segments;
     int row;
     memcpy(k->pick, k->base, (size_t)k->n * sizeof *k->pick);
     for (row = best->row; row >= 0; row--) {
         k->pick[c->row[row].group] = c->row[row].move[step.move].item;
         if (row) step = c->step[row - 1][step.parent];
     }
-    for (left = best->segments; left > 0; s++)
+    for (; left > 0; s++)
         if (s->group > best->row) k->pick[c->row[s->group].group] = s->item, left--;
 }
 
@@ -676,11 +659,9 @@ static int snipi_ilp_refine(snipi_ilp_run *run, snipi_ilp_sack *k) {
     for (k->proven = 0; !snipi_ilp_settled(run, k, snipi_ilp_cost_of(k, k->excess), &cut); guess *= 3) {
         double limit = guess < cut ? guess : cut;
         snipi_ilp_core core;
-        snipi_ilp_best best;
+        snipi_ilp_best best = {k->excess, 0, 0, {0, 0}, 0};
         int done;
         if (snipi_ilp_late(run)) return 0;
-        memset(&best, 0, sizeof best);
-        best.excess = k->excess;
         done = snipi_ilp_states(run, k, limit, &best, &core);
         if (best.excess < k->excess) snipi_ilp_trace(k, &core, &best);
         k->excess = best.excess;
@@ -690,13 +671,10 @@ static int snipi_ilp_refine(snipi_ilp_run *run, snipi_ilp_sack *k) {
     }
     return 1;
 }
-
-// Leaves pick as it is when memory is short for the LP. Returns 0 when time or memory is short.
+// Takes pick as it is, at the largest gains, when memory is short for the LP. Returns 0 when time or memory is short.
 static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k) {
-    if (!snipi_ilp_relax(run, k)) {
-        k->excess = snipi_ilp_cost(k, k->pick), k->proven = 0;
-        return 0;
-    }
+    k->excess = snipi_ilp_cost(k, k->pick), k->proven = 0;
+    if (!snipi_ilp_relax(run, k)) return 0;
     snipi_ilp_greedy(k);
     return snipi_ilp_refine(run, k);
 }
@@ -704,7 +682,6 @@ static int snipi_ilp_single(snipi_ilp_run *run, snipi_ilp_sack *k) {
 // >>join: parts with targets of their own and a target over all. A multiplier mu on the latter separates the parts (Lagrange); each part's
 // choices within the gap are listed, and one of each list is chosen by a small knapsack of the same kind. `whole` has the groups of all
 // parts and the total's need.
-
 // The LP of parts within a total: each part takes what it needs, then all take the cheapest segments that are left; mu, whole's theta, is
 // the slope of the last. Any mu gives a valid bound. Returns 0 when memory is short.
 static int snipi_ilp_join_relax(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_sack *part, int parts) {
@@ -741,7 +718,6 @@ static int snipi_ilp_join_relax(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi
     }
     return 1;
 }
-
 // Takes cheaper items, group after group, as far as the surplus allows; returns the change of the cost, which is that of the excess.
 static double snipi_ilp_join_spend(const snipi_ilp_sack *part, int parts, int64_t surplus) {
     double change = 0;
@@ -774,8 +750,7 @@ static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, cons
     double found;
     memset(&top, 0, sizeof top);
     for (p = 0; p < parts; p++) items += (size_t)list[p].states;
-    top.n = parts;
-    top.need = whole->need;
+    top.n = parts, top.need = whole->need;
     top.first = SNIPI_ILP_TAKE(run, size_t, (size_t)parts + 1), top.items = SNIPI_ILP_TAKE(run, snipi_ilp_item, items);
     top.base = SNIPI_ILP_TAKE(run, int, parts), top.pick = SNIPI_ILP_TAKE(run, int, parts);
     if (!top.first || !top.items || !top.base || !top.pick) return 0;
@@ -797,10 +772,8 @@ static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, cons
     if (found >= whole->excess) return done;
     whole->excess = found;
     for (p = 0; p < parts; p++) {
-        snipi_ilp_best best;
-        memset(&best, 0, sizeof best);
-        best.row = list[p].rows - 1;
-        best.step = list[p].state[snipi_ilp_items(&top, p)[top.pick[p]].option].step;
+        const snipi_ilp_state *s = &list[p].state[snipi_ilp_items(&top, p)[top.pick[p]].option];
+        const snipi_ilp_best best = {found, list[p].rows - 1, 0, s->step, 0};
         snipi_ilp_trace(&part[p], &list[p], &best);
     }
     return done;
@@ -874,7 +847,6 @@ static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int 
         }
     return sum;
 }
-
 // Flattens the gains of some groups and finds their unit: the step of a lattice (that of all, if given) if its rounding is small beside
 // the tolerance of the target; else 2^60 <= most < 2^61.
 static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *list, int n, const snipi_ilp_unit *all, double *gain) {
@@ -891,7 +863,6 @@ static snipi_ilp_unit snipi_ilp_unit_of(const snip_ilp_problem *p, const int *li
     u.most = sum * u.per_unit;
     return u;
 }
-
 // Fills k's items from flat costs and gains, and pick with the largest gains; returns how many costs it took.
 static size_t snipi_ilp_read(const snip_ilp_problem *p, const int *list, const double *cost, const double *gain, double per_unit,
                              snipi_ilp_sack *k) {
@@ -915,7 +886,7 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     double *cost, *gain, error = 0, left = 0;
     long double sum = 0;
     int64_t most = 0;
-    snipi_ilp_unit all, unit;
+    snipi_ilp_unit all = {0, 0, 0, 0, 0, 0}, unit;
     snipi_ilp_sack whole, *part = SNIPI_ILP_TAKE(run, snipi_ilp_sack, stages);
     memset(&whole, 0, sizeof whole);
     for (i = 0; i < n; i++) options += (size_t)p->groups[i].n_options;
@@ -1005,9 +976,7 @@ SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, con
         cost += g->options[choice[i]].cost, gain += g->options[choice[i]].gain, least += cheapest;
     }
     if (result) {
-        result->cost = (double)cost;
-        result->gain = (double)gain;
-        result->bound = (double)least;
+        result->cost = (double)cost, result->gain = (double)gain, result->bound = (double)least;
         if (result->cost * (1 - 1e-14) - gap > result->bound) result->bound = result->cost * (1 - 1e-14) - gap;     // rounding
         if (proven || result->bound > result->cost) result->bound = result->cost;
         result->nodes = run.nodes;
