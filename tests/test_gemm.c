@@ -67,7 +67,7 @@ static int guarded_intact(const guarded *g) {
 }
 static void guarded_free(guarded *g) { free(g->base); g->base = NULL; }
 static void *exact(size_t size) {              // no byte to spare, so that a sanitizer sees an overrun
-    void *p = malloc(size ? size : 1);
+    void *p = calloc(1, size ? size : 1);
     if (!p) { printf("out of memory\n"); exit(2); }
     return p;
 }
@@ -191,7 +191,7 @@ static float scale_at(const operand *o, int64_t row, int64_t col) {     // read 
     float tensor;
     switch (r->scale) {
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)o->scales)[i];
-        case SNIP_SCALE_UE8M0: return ldexpf(1.0f, (int)bytes[i] - 127);
+        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return ldexpf(1.0f, (int)bytes[i] - 127);
         case SNIP_SCALE_UE4M3:
             memcpy(&tensor, bytes + (tiles + 3) / 4 * 4, 4);
             return (bytes[i] < 8 ? ldexpf((float)bytes[i], -9) : ldexpf((float)(8 + (bytes[i] & 7)), (bytes[i] >> 3) - 10)) * tensor;

@@ -838,6 +838,7 @@ static snip_status bundle_step(const bundle *b, snip *s, int64_t step) {
 static void formats_of(const snip *s, snip_format *out) {
     snip_layer_info info;
     int l;
+    memset(&info, 0, sizeof info);
     for (l = 0; l < snip_layers(s); l++) { snip_layer(s, l, &info); memcpy(out + 3 * l, info.format, sizeof info.format); }
 }
 static void test_plan(void) {
@@ -1150,6 +1151,7 @@ static void test_nonfinite(void) {
             snip_status fwd, bwd;
             float keep[2], *at = which == 1 ? x : which == 2 ? w : dy;
             snip *s = snip_create(&d);
+            memset(&info, 0, sizeof info);
             snprintf(what, sizeof what, "not finite: %s, tensor %d", snip_format_name(formats[f]), which);
             snip_add_linear(s, "l", N, K, 0);
             snip_set_format(s, 0, SNIP_GEMMS, formats[f]);
