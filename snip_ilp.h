@@ -129,6 +129,10 @@ static double snipi_ilp_clock(void) {
     return (double)clock() / CLOCKS_PER_SEC;
 #endif
 }
+static double snipi_ilp_seconds(const snipi_ilp_run *run) {  // not an ulp below 0, where -Ofast rounds the two readings apart
+    double seconds = snipi_ilp_clock() - run->start;
+    return seconds > 0 ? seconds : 0;
+}
 static int snipi_ilp_late(snipi_ilp_run *run) {
     return run->late = run->late || (run->deadline > 0 && snipi_ilp_clock() >= run->deadline);
 }
@@ -739,7 +743,6 @@ static double snipi_ilp_join_spend(const snipi_ilp_sack *part, int parts, int64_
     }
     return change;
 }
-
 // Chooses a state of each part's list; takes it into whole's pick if that is better. Returns 0 when time or memory is short.
 static int snipi_ilp_join_choose(snipi_ilp_run *run, snipi_ilp_sack *whole, const snipi_ilp_sack *part, int parts,
                                  const snipi_ilp_core *list) {
@@ -826,11 +829,11 @@ static void snipi_ilp_join(snipi_ilp_run *run, snipi_ilp_sack *whole, snipi_ilp_
 // Writes the options' costs above their group's least, or gains, group after group and times 2^*exponent, near 1 or as near as a double
 // holds: no sum overflows, none is lost to underflow. Returns the sum of the groups' largest.
 static double snipi_ilp_flatten(const snip_ilp_problem *p, const int *list, int n, int costs, double *x, size_t *count, int *exponent) {
-    double most = 0, sum = 0, factor, least, *end = x;
+    double most = 0, sum = 0, factor, least = 0, *end = x;
     int i, j, e;
     for (i = 0; i < n; i++) {
         const snip_ilp_group *g = &p->groups[list[i]];
-        (void)snipi_ilp_largest(g, &least);
+        if (costs) (void)snipi_ilp_largest(g, &least);
         for (j = 0; j < g->n_options; j++, end++) {
             *end = costs ? g->options[j].cost - least : g->options[j].gain;
             if (*end > most) most = *end;
@@ -905,9 +908,9 @@ static int snipi_ilp_search(snipi_ilp_run *run, const snip_ilp_problem *p, int *
     run->cost_step = snipi_ilp_common_unit(cost, options, &error);
     if (error > 1e-13) run->cost_step = 0;    // the proof's relative precision, of one step
     if (coupled) all = snipi_ilp_unit_of(p, order, n, NULL, gain);
-    for (q = 0; q < parts && coupled; q++) {  // a total needs one lattice, fine enough for every part
+    for (q = 0; q < parts && all.step > 0; q++) {             // a total needs one lattice, fine enough for every part
         unit = snipi_ilp_unit_of(p, order + start[q], start[q + 1] - start[q], &all, gain);
-        if (unit.step <= 0 && unit.most > 0 && all.step > 0) all.step = 0, all = snipi_ilp_unit_of(p, order, n, &all, gain);
+        if (unit.step <= 0 && unit.most > 0) all.step = 0, all = snipi_ilp_unit_of(p, order, n, &all, gain);
     }
     for (q = 0, bits = INT_MAX, whole.first[0] = 0; q < parts; q++) {
         snipi_ilp_sack *k = &part[q];
@@ -962,7 +965,7 @@ SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, con
     run.deadline = use.time_limit > 0 ? run.start + use.time_limit : 0;
     run.rel_gap = use.rel_gap;
     if (snipi_ilp_unreachable(problem, &shortfall) >= 0) {
-        if (result) memset(result, 0, sizeof *result), result->seconds = snipi_ilp_clock() - run.start;
+        if (result) memset(result, 0, sizeof *result), result->seconds = snipi_ilp_seconds(&run);
         return SNIP_ILP_INFEASIBLE;
     }
     if (problem->n_groups > 0 && !snipi_ilp_search(&run, problem, choice, &gap, &proven)) {
@@ -980,7 +983,7 @@ SNIP_ILP_API snip_ilp_status snip_ilp_solve(const snip_ilp_problem *problem, con
         if (result->cost * (1 - 1e-14) - gap > result->bound) result->bound = result->cost * (1 - 1e-14) - gap;     // rounding
         if (proven || result->bound > result->cost) result->bound = result->cost;
         result->nodes = run.nodes;
-        result->seconds = snipi_ilp_clock() - run.start;
+        result->seconds = snipi_ilp_seconds(&run);
     }
     return proven ? SNIP_ILP_OPTIMAL : SNIP_ILP_FEASIBLE;
 }
