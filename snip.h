@@ -169,7 +169,7 @@ SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
 // Random numbers: (seed, step, tensor) and the element's index r * cols + c in the quantized matrix.
 typedef struct { uint64_t seed; uint32_t step, tensor; } snip_rng_key;
 typedef struct {
-    double sum_sq, err_sq, dot;         // |x|^2, |Q(x) - x|^2, <weight, Q(x) - x>, over finite elements
+    double sum_sq, err_sq, dot;         // |x|^2, |Q(x) - x|^2, <weight, Q(x) - x>, over finite elements; d = Q(x) - x to 2e-7 |x|
     float amax;                         // of finite elements
     int64_t nonfinite, saturated;       // NaN and infinity; elements that rounding alone puts beyond the largest
 } snip_quant_stats;
