@@ -169,7 +169,7 @@ SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
 // Random numbers: (seed, step, tensor) and the element's index r * cols + c in the quantized matrix.
 typedef struct { uint64_t seed; uint32_t step, tensor; } snip_rng_key;
 typedef struct {
-    double sum_sq, err_sq, dot;         // |x|^2, |Q(x) - x|^2, <weight, Q(x) - x>, over finite elements
+    double sum_sq, err_sq, dot;         // |x|^2, |Q(x) - x|^2, <weight, Q(x) - x>, over finite elements; d = Q(x) - x to 2e-7 |x|
     float amax;                         // of finite elements
     int64_t nonfinite, saturated;       // NaN and infinity; elements that rounding alone puts beyond the largest
 } snip_quant_stats;
@@ -786,7 +786,7 @@ typedef struct {
 
 typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
-    void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 8 blocks
+    void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 16 blocks
     void (*run)(const snipi_run *);
     void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_PANEL_LD]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
@@ -1069,7 +1069,7 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
     int e2m1 = q->recipe.format == SNIP_E2M1, unscaled = q->recipe.scale == SNIP_SCALE_NONE, exact;
     float buffer[SNIPI_RUN];
     uint8_t loose[SNIPI_RUN];
-    uint32_t random[SNIPI_RUN + 8 * 4];
+    uint32_t random[SNIPI_RUN + 16 * 4];
     int64_t r, c;
     run->scale = t->scale;
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
@@ -1761,28 +1761,38 @@ SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int
 attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) { \
     const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57), low = pre##set1_epi64##si(0xFFFFFFFF); \
     uint64_t keys[20]; \
-    int b, round; \
+    int b, g, round; \
     for (round = 0; round < 10; round++) { \
         keys[2 * round] = (uint32_t)((uint32_t)key.seed + (uint32_t)round * 0x9E3779B9u); \
         keys[2 * round + 1] = (uint32_t)((uint32_t)(key.seed >> 32) + (uint32_t)round * 0xBB67AE85u); \
     } \
-    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 8u) { snipi_philox_scalar(key, first, blocks, out); return; } \
-    for (b = 0; b < blocks; b += lanes, out += 4 * lanes) { \
-        vec c0 = pre##add_epi64(pre##set1_epi64##si((int64_t)((uint32_t)first + (uint32_t)b)), order), c1 = pre##set1_epi64##si((int64_t)(first >> 32)); \
-        vec c2 = pre##set1_epi64##si((int64_t)key.step), c3 = pre##set1_epi64##si((int64_t)key.tensor), even, odd; \
-        SNIPI_UNROLL for (round = 0; round < 10; round++) { \
-            vec p0 = pre##mul_epu32(c0, m0), p1 = pre##mul_epu32(c2, m1);      /* as snip_philox */ \
-            c0 = SNIPI_XOR3_##lanes(pre##srli_epi64(p1, 32), c1, pre##set1_epi64##si((int64_t)keys[2 * round])); \
-            c2 = SNIPI_XOR3_##lanes(pre##srli_epi64(p0, 32), c3, pre##set1_epi64##si((int64_t)keys[2 * round + 1])); \
-            c1 = p1; \
-            c3 = p0; \
+    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 16u) { snipi_philox_scalar(key, first, blocks, out); return; } \
+    for (b = 0; b < blocks; b += 2 * lanes) {                                   /* two in turn: the products' latency is long */ \
+        vec c0[2], c1[2], c2[2], c3[2]; \
+        SNIPI_UNROLL for (g = 0; g < 2; g++) { \
+            c0[g] = pre##add_epi64(pre##set1_epi64##si((int64_t)((uint32_t)first + (uint32_t)(b + g * lanes))), order); \
+            c1[g] = pre##set1_epi64##si((int64_t)(first >> 32)); \
+            c2[g] = pre##set1_epi64##si((int64_t)key.step); \
+            c3[g] = pre##set1_epi64##si((int64_t)key.tensor); \
         } \
-        even = SNIPI_JOIN_##lanes(c0, c1, low); \
-        odd = SNIPI_JOIN_##lanes(c2, c3, low); \
-        SNIPI_STORE_##lanes(out, pre##unpacklo_epi64(even, odd)); \
-        SNIPI_STORE_##lanes(out + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
+        SNIPI_UNROLL for (round = 0; round < 10; round++) { \
+            SNIPI_UNROLL for (g = 0; g < 2; g++) { \
+                vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1);     /* as snip_philox */ \
+                c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)keys[2 * round])); \
+                c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g], pre##set1_epi64##si((int64_t)keys[2 * round + 1])); \
+                c1[g] = p1; \
+                c3[g] = p0; \
+            } \
+        } \
+        SNIPI_UNROLL for (g = 0; g < 2; g++, out += 4 * lanes) { \
+            vec even = SNIPI_JOIN_##lanes(c0[g], c1[g], low), odd = SNIPI_JOIN_##lanes(c2[g], c3[g], low); \
+            SNIPI_STORE_##lanes(out, pre##unpacklo_epi64(even, odd)); \
+            SNIPI_STORE_##lanes(out + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
+        } \
     } \
 }
+#define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
+#define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)        // the shift's port is the product's
 #define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
 #define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
 #define SNIPI_JOIN_4(a, b, low) _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi64(b, 32))      // b : a
@@ -1998,8 +2008,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, co
 }
 SNIPI_TARGET_AVX512 static void snipi_run_avx512(const snipi_run *q) {
     const int sums = q->want_sums && !q->exact, whole = q->n % 64 == 0;      // constants below: a loop each, without branches
-    if (q->random && sums) snipi_run_avx512_as(q, 1, 1, 0);
-    else if (q->random) snipi_run_avx512_as(q, 1, 0, 0);
+    if (q->random && whole) snipi_run_avx512_as(q, 1, sums, 1);
+    else if (q->random) snipi_run_avx512_as(q, 1, sums, 0);
     else if (sums && whole) snipi_run_avx512_as(q, 0, 1, 1);
     else if (sums) snipi_run_avx512_as(q, 0, 1, 0);
     else if (whole) snipi_run_avx512_as(q, 0, 0, 1);

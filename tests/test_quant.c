@@ -497,7 +497,7 @@ static void test_philox(void) {     // known answers of Random123's philox4x32-1
         uint64_t firsts[] = { 0, 5, 0xFFFFFFF0u, 0xFFFFFFFFFFu, 0x1FFFFFFFEu };
         for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++)
             for (i = 0; i < 5 && snip_isa_available((snip_isa)isa); i++) {
-                uint32_t a[4 * 40], b[4 * 33];
+                uint32_t a[4 * 48], b[4 * 33];
                 snipi_vector_of((snip_isa)isa)->philox(pi, firsts[i], 33, a);
                 snipi_philox_scalar(pi, firsts[i], 33, b);
                 wrong += memcmp(a, b, sizeof b) != 0;
@@ -581,7 +581,7 @@ static void test_refusals(void) {
     float v[64], v0[64];
     snip_quant_stats stats, stats0;
     snip_quantize_job job;
-    int refused = 0, i;
+    int refused = 0, i, out_of_range = 99;
     memset(c, 1, sizeof c); memset(s, 2, sizeof s); memset(v, 3, sizeof v); memset(&stats, 4, sizeof stats);
     memcpy(c0, c, sizeof c); memcpy(s0, s, sizeof s); memcpy(v0, v, sizeof v); memcpy(&stats0, &stats, sizeof stats);
     fill(x, 64, GAUSS);
@@ -611,9 +611,9 @@ static void test_refusals(void) {
     REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
     bad = good; bad.tile_cols = -1;
     REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
-    bad = good; bad.scale = (snip_scale)99;
+    bad = good; bad.scale = (snip_scale)out_of_range;
     REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
-    bad = good; bad.rounding = (snip_rounding)7;
+    bad = good; bad.rounding = (snip_rounding)out_of_range;
     REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
     bad = good; bad.format = SNIP_E4M3; bad.scale = SNIP_SCALE_UE4M3;
     REFUSED(snip_quantize(&bad, x, 2, 8, 8, c, s, key, NULL, &stats));
@@ -623,7 +623,7 @@ static void test_refusals(void) {
     job.recipe = &good; job.x = x; job.rows = 2; job.cols = 8; job.ld = 8; job.codes = c; job.scales = s;
     job.x_format = SNIP_E4M3;
     REFUSED(snip_quantize_with(&job, &stats, NULL));
-    job.x_format = SNIP_F32; job.isa = (snip_isa)99;
+    job.x_format = SNIP_F32; job.isa = (snip_isa)out_of_range;
     REFUSED(snip_quantize_with(&job, &stats, NULL));
     job.isa = SNIP_ISA_BEST; job.codes_t = c;
     REFUSED(snip_quantize_with(&job, &stats, NULL));
