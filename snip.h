@@ -577,7 +577,7 @@ static void snipi_flip_scalar(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
 }
 typedef void (*snipi_flip)(const uint32_t signs[4], float x[SNIPI_SIGNS]);
 static snipi_flip snipi_flip_of(snip_isa isa);
-enum { SNIPI_GROUP = 8, SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS };        // blocks whose signs are made at once
+enum { SNIPI_GROUP = 16, SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS };       // blocks whose signs are made at once: what snipi_vector.philox fills
 static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]);
 
 // out = factor * x (factor where x is NULL) times a block's signs for its elements [j0, j1), zeros elsewhere. x[0] is element j0.
