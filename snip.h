@@ -791,7 +791,7 @@ typedef struct {
     void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_PANEL_LD]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
-    void (*decode)(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out);
+    void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out);
 } snipi_vector;
 static const snipi_vector *snipi_vector_of(snip_isa isa);
 
@@ -1024,8 +1024,8 @@ static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
     int i;
     for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
 }
-static void snipi_decode_scalar(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out) {
-    int i;
+static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+    int i, packed = format == SNIP_E2M1;
     for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
 }
 
@@ -1512,7 +1512,7 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
         int packed = q->recipe->format == SNIP_E2M1;
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
-            q->vector->decode(q->lut, codes + (packed ? c >> 1 : c), packed, part, scale, out);
+            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out);
             c += part; out += part;
         } else if (packed)
             for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
@@ -2063,22 +2063,38 @@ SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t 
     }
     snipi_narrow_scalar(x + i, n - i, out + i);
 }
-SNIPI_TARGET_AVX2 static void snipi_decode_avx2(const float *lut, const uint8_t *codes, int packed, int n, float scale, float *out) {
-    const __m256 s = _mm256_set1_ps(scale);
-    int i = 0;
+SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+    const snipi_element e = snipi_element_of(format);
+    const __m256i magnitude = _mm256_set1_epi32((1 << e.sign) - 1), base = _mm256_set1_epi32((127 - e.bias) << 23), largest = _mm256_set1_epi32((int)e.largest);
+    const __m256i last_tiny = _mm256_set1_epi32((1 << e.mantissa) - 1), sign = _mm256_set1_epi32((int)0x80000000u);
+    const __m128i shift = _mm_cvtsi32_si128(23 - e.mantissa), sign_shift = _mm_cvtsi32_si128(31 - e.sign);
+    const __m256 step = _mm256_set1_ps(lut[1]), s = _mm256_set1_ps(scale);
+    int i = 0, packed = format == SNIP_E2M1;
     if (snipi_bits(scale) >= (127u - 100u) << 23)
-        for (; i + 8 <= n; i += 8) {                                // out[i] = scale * lut[code i]
-            __m128i c;
+        for (; i + 8 <= n; i += 8) {
+            __m256i c, m;
+            __m256 tiny, normal;
+            __m128i bytes;
             if (packed) {
                 int32_t four;
                 memcpy(&four, codes + i / 2, 4);
-                c = _mm_cvtsi32_si128(four);
-                c = _mm_and_si128(_mm_unpacklo_epi8(c, _mm_srli_epi16(c, 4)), _mm_set1_epi8(15));
+                bytes = _mm_cvtsi32_si128(four);
+                bytes = _mm_and_si128(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)), _mm_set1_epi8(15));
             } else
-                c = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
-            _mm256_storeu_ps(out + i, _mm256_mul_ps(s, _mm256_i32gather_ps(lut, _mm256_cvtepu8_epi32(c), 4)));
+                bytes = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
+            c = _mm256_cvtepu8_epi32(bytes);
+            m = _mm256_and_si256(c, magnitude);
+            if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(m, largest))) {             // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                continue;
+            }
+            tiny = _mm256_mul_ps(_mm256_cvtepi32_ps(m), step);                      // m * smallest, or its fields moved into a float's
+            normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sll_epi32(m, shift), base));
+            tiny = _mm256_blendv_ps(tiny, normal, _mm256_castsi256_ps(_mm256_cmpgt_epi32(m, last_tiny)));
+            tiny = _mm256_or_ps(tiny, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(c, sign_shift), sign)));
+            _mm256_storeu_ps(out + i, _mm256_mul_ps(s, tiny));
         }
-    snipi_decode_scalar(lut, codes + (packed ? i / 2 : i), packed, n - i, scale, out + i);
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
 }
 SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);

@@ -574,6 +574,37 @@ static void test_hadamard(void) {
           && snip_hadamard(NULL, 1, 16, 16, 16, key) == SNIP_BAD_ARGUMENT && snip_hadamard(a, 1, 32, 16, 16, key) == SNIP_BAD_ARGUMENT, "Hadamard refuses");
 }
 
+// NVFP4's block scale is amax * (S * (1/6)) in float32: here S = 1 and 114 * 0x1.555556p-3 is a tie, rounded up to 20.
+static void test_nvfp4_order(void) {
+    snip_recipe r = SNIP_RECIPE_NVFP4;
+    snip_rng_key key = { 0, 0, 0 };
+    uint8_t c[16], s[8];
+    float v[32];
+    memset(v, 0, sizeof v);
+    v[3] = 2688;
+    v[20] = -114;
+    check(snip_quantize(&r, v, 1, 32, 32, c, s, key, NULL, NULL) == SNIP_OK && s[0] == 0x7E && snip_ue4m3_to_f32(s[1]) == 20, "NVFP4's order of products");
+}
+
+// Any byte as a code of any format, vectors against the codecs.
+static void test_decode_bytes(void) {
+    int f, i, wrong = 0;
+    static uint8_t all[256];
+    static float out[512], scale = 0.75f;
+    for (i = 0; i < 256; i++) all[i] = (uint8_t)(i * 37);
+    for (f = SNIP_E4M3; f <= SNIP_E3M2; f++) {
+        snip_recipe r = { SNIP_E4M3, 0, 0, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN };
+        int n = f == SNIP_E2M1 ? 512 : 256;
+        r.format = (snip_format)f;
+        wrong += snip_dequantize(&r, all, &scale, 1, n, out, n) != SNIP_OK;
+        for (i = 0; i < n; i++) {
+            float expected = 0.75f * decode(r.format, f == SNIP_E2M1 ? (uint8_t)(all[i / 2] >> (i & 1) * 4) : all[i]);
+            wrong += !same_floats(&out[i], &expected, 1);
+        }
+    }
+    check(wrong == 0, "every byte dequantizes as its format says");
+}
+
 static void test_refusals(void) {
     snip_recipe good = SNIP_RECIPE_FP4_TILE, bad;
     snip_rng_key key = { 0, 0, 0 };
@@ -703,6 +734,8 @@ int main(int argc, char **argv) {
     test_stochastic();
     test_gauss();
     test_hadamard();
+    test_nvfp4_order();
+    test_decode_bytes();
     test_refusals();
     test_huge();
     printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
