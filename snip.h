@@ -1079,7 +1079,7 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += SNIPI_RUN) {
             int n = (int)snipi_min(SNIPI_RUN, c1 - c), aside = e2m1 && (c & 1);     // aside: does not begin on a byte
-            uint8_t *row = (uint8_t *)q->codes + (q->codes ? (size_t)r * row_bytes : 0);
+            uint8_t *row = q->codes ? (uint8_t *)q->codes + (size_t)r * row_bytes : NULL;
             int64_t bad_here = 0;
             run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n);
             if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, n);
