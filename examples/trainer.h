@@ -276,7 +276,7 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
         tr_grow(&d->tokens, &room, d->n_train + first, path);
         tr_grow(&val, &val_room, n_val + last, path);
         for (int64_t j = 0; j < n; j++) {
-            uint16_t t = bin ? (uint16_t)(p[1024 + 2 * j] | p[1025 + 2 * j] << 8) : p[j];
+            uint16_t t = (uint16_t)(bin ? p[1024 + 2 * j] | p[1025 + 2 * j] << 8 : p[j]);
             *(j < first ? &d->tokens[d->n_train + j] : &val[n_val + j - first]) = t;
             if (t > top) top = t;
         }

@@ -598,7 +598,7 @@ static void test_decode_bytes(void) {
         r.format = (snip_format)f;
         wrong += snip_dequantize(&r, all, &scale, 1, n, out, n) != SNIP_OK;
         for (i = 0; i < n; i++) {
-            float expected = 0.75f * decode(r.format, f == SNIP_E2M1 ? (uint8_t)(all[i / 2] >> (i & 1) * 4) : all[i]);
+            float expected = 0.75f * decode(r.format, (uint8_t)(f == SNIP_E2M1 ? all[i / 2] >> (i & 1) * 4 : all[i]));
             wrong += !same_floats(&out[i], &expected, 1);
         }
     }
