@@ -13,7 +13,7 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 .PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
-	@echo 'make test       all tests, under 10 minutes'
+	@echo 'make test       all tests'
 	@echo 'make sanitize   the same tests under ASan and UBSan'
 	@echo 'make bench      benchmarks, tab-separated'
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
