@@ -781,8 +781,26 @@ typedef struct {
     int packed, stream;                 // stream: past the caches, where alignment allows
     float *values;                      // may be NULL
     snipi_tally *tally;
-    int want_sums;
+    int want_sums, stochastic;
 } snipi_run;
+
+// Runs side by side: `pieces` times `length` elements (a multiple of 64), a fold of the sums every `width` of them (16, 32, 64
+// or 128), all of one scale or each of its own.
+enum { SNIPI_STRIP = 2048, SNIPI_STRIP_TILES = SNIPI_STRIP / 16 };
+typedef struct {
+    int64_t length, x_stride, code_stride, value_stride, random_stride;
+    int pieces, width, one_scale, capped;       // capped: some may lie beyond the largest
+    const float *scale, *inverse;
+} snipi_strip;
+// A block of SNIPI_RUN x `cols` floats (a multiple of 16), quantized by columns: logical row c is column c.
+typedef struct {
+    const float *x;                     // [SNIPI_RUN][SNIPI_PANEL_LD]
+    int cols, height, capped;           // height: rows to a tile, 16, 32, 64 or 128
+    const float *scale, *inverse;       // [SNIPI_RUN / height][SNIPI_RUN]
+    int64_t code_stride;
+    snip_rng_key key;                   // stochastic: 4 * (first + c * step + r / 4) is the element's index
+    uint64_t first, step;
+} snipi_columns;
 
 typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
@@ -792,6 +810,13 @@ typedef struct {
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
     void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out);
+    // The rest may be NULL; where they do not apply, run does the work. All elements finite.
+    void (*peaks)(const snipi_strip *, const float *x, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
+    int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes);
+    void (*strip)(const snipi_run *, const snipi_strip *);
+    // A block of SNIPI_RUN rows and a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
+    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int cols, int height, float *block, uint32_t *amax);
+    void (*columns)(const snipi_run *, const snipi_columns *);
 } snipi_vector;
 static const snipi_vector *snipi_vector_of(snip_isa isa);
 
@@ -1062,42 +1087,73 @@ static size_t snipi_row_bytes(snip_format format, int64_t cols) {
     return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
 
+static int snipi_has_sums_in_units(const snipi_quantizer *q, uint32_t amax, const snipi_tile_scale *t) {
+    if (q->recipe.scale == SNIP_SCALE_NONE) return amax == 0 || (amax >= (127u - 40u) << 23 && amax <= (127u + 40u) << 23);
+    return amax == 0 || (amax >= (127u - 64u) << 23 && snipi_bits(t->scale) != 0);
+}
+// The words of elements [c, c + n) of row r; `random` has room for n + 64.
+static const uint32_t *snipi_random_run(const snipi_quantizer *q, int64_t r, int64_t c, int64_t n, uint32_t *random) {
+    uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
+    q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
+    return random + (element & 3);
+}
+static uint8_t *snipi_codes_at(const snipi_quantizer *q, int64_t r, int64_t c) {
+    if (!q->codes) return NULL;
+    return (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols) + (q->recipe.format == SNIP_E2M1 ? c >> 1 : c);
+}
+static void snipi_store_scale(const snipi_quantizer *q, int64_t at, const snipi_tile_scale *t) {
+    if (!q->scales || q->recipe.scale == SNIP_SCALE_NONE) return;
+    if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[at] = (uint8_t)t->byte;
+    else ((float *)q->scales)[at] = t->scale;
+}
+
 // Codes of a tile whose scale is known; `run` is a copy of q->run.
 static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t r0, int64_t r1, int64_t c0, int64_t c1, uint32_t amax, int64_t bad,
                               const snipi_tile_scale *t, snipi_run *run) {
-    size_t row_bytes = snipi_row_bytes(q->recipe.format, q->cols);
-    int e2m1 = q->recipe.format == SNIP_E2M1, unscaled = q->recipe.scale == SNIP_SCALE_NONE, exact;
+    int e2m1 = q->recipe.format == SNIP_E2M1, stochastic = q->recipe.rounding == SNIP_ROUND_STOCHASTIC, exact = !snipi_has_sums_in_units(q, amax, t);
+    int strips = q->vector->strip && !q->transposed && !exact && !bad && !(q->out && q->out_bf16) && !(e2m1 && (c0 & 1));
     float buffer[SNIPI_RUN];
     uint8_t loose[SNIPI_RUN];
-    uint32_t random[SNIPI_RUN + 16 * 4];
-    int64_t r, c;
+    uint32_t random[SNIPI_STRIP + 64];
+    int64_t r, c, n;
     run->scale = t->scale;
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
-    run->low = (amax < (127u - 64u) << 23 || snipi_bits(t->scale) == 0) && !unscaled;
+    run->low = q->recipe.scale != SNIP_SCALE_NONE && exact;
     run->inverse = run->low ? t->inverse * snipi_float((127u - 64u) << 23) : t->inverse;
-    exact = run->low || (unscaled && (amax < (127u - 40u) << 23 || amax > (127u + 40u) << 23));
     for (r = r0; r < r1; r++)
-        for (c = c0; c < c1; c += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, c1 - c), aside = e2m1 && (c & 1);     // aside: does not begin on a byte
-            uint8_t *row = q->codes ? (uint8_t *)q->codes + (size_t)r * row_bytes : NULL;
+        for (c = c0; c < c1; c += n) {
+            int aside = e2m1 && (c & 1);        // does not begin on a byte
             int64_t bad_here = 0;
-            run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n);
-            if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, n);
-            run->n = n;
-            if (q->recipe.rounding == SNIP_ROUND_STOCHASTIC) {
-                uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
-                q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
-                run->random = random + (element & 3);
-            }
+            n = strips && c1 - c >= SNIPI_RUN ? snipi_min(SNIPI_STRIP, (c1 - c) / SNIPI_RUN * SNIPI_RUN) : snipi_min(SNIPI_RUN, c1 - c);
+            run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, (int)n);
+            if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, (int)n);
+            run->n = (int)n;
+            if (stochastic) run->random = snipi_random_run(q, r, c, n, random);
             run->packed = e2m1 && !aside;
-            run->codes = !q->codes ? NULL : aside ? loose : row + (e2m1 ? c >> 1 : c);
+            run->codes = q->codes && aside ? loose : snipi_codes_at(q, r, c);
             run->values = !q->out ? NULL : q->out_bf16 ? buffer : (float *)q->out + r * q->ld_out + c;
-            if (bad) (void)q->vector->amax(run->x, n, &bad_here);
+            if (strips && n % SNIPI_RUN == 0) {
+                snipi_strip strip;
+                memset(&strip, 0, sizeof strip);
+                strip.pieces = stochastic || q->x_bf16 || n < c1 - c0 ? 1 : (int)snipi_min(r1 - r, SNIPI_RUN);
+                strip.length = n;
+                strip.width = SNIPI_RUN;
+                strip.x_stride = q->ld;
+                strip.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
+                strip.value_stride = q->ld_out;
+                strip.one_scale = strip.capped = 1;
+                strip.scale = &t->scale;
+                strip.inverse = &t->inverse;
+                q->vector->strip(run, &strip);
+                r += strip.pieces - 1;
+                continue;
+            }
+            if (bad) (void)q->vector->amax(run->x, (int)n, &bad_here);
             run->exact = exact || bad_here;
             if (run->exact) snipi_run_scalar(run);
             else q->vector->run(run);
-            if (aside && q->codes) snipi_store_codes(row, 1, c, loose, n);
-            if (q->out_bf16 && q->out) q->vector->narrow(buffer, n, (uint16_t *)q->out + r * q->ld_out + c);
+            if (aside && q->codes) snipi_store_codes((uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols), 1, c, loose, (int)n);
+            if (q->out_bf16 && q->out) q->vector->narrow(buffer, (int)n, (uint16_t *)q->out + r * q->ld_out + c);
         }
 }
 // `count` tiles, at most SNIPI_BATCH, from (tr, tc) rightward or downward. All largest magnitudes come before all
@@ -1125,21 +1181,82 @@ static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int6
         if (t->amax > tally->amax) tally->amax = t->amax;
     }
     for (i = 0, t = tile; i < count; i++, t++) {
-        int64_t at = (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i);
         t->scale = snipi_scale_of(q, t->amax);
-        if (!q->scales || q->recipe.scale == SNIP_SCALE_NONE) continue;
-        if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[at] = (uint8_t)t->scale.byte;
-        else ((float *)q->scales)[at] = t->scale.scale;
+        snipi_store_scale(q, (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i), &t->scale);
     }
     for (i = 0, t = tile; i < count; i++, t++) snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
+}
+static int snipi_beyond(const snipi_quantizer *q, uint32_t amax, float inverse) {
+    return snipi_bits(snipi_float(amax) * inverse) > (q->recipe.rounding == SNIP_ROUND_STOCHASTIC ? snipi_bits(q->run.e.max) : (uint32_t)q->run.k.beyond);
+}
+// Tiles of one row side by side, from (r, c): `pieces` rows of x of `length` elements. 0: not such as strips are for.
+static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c, int pieces, int64_t length, snipi_tally *tally) {
+    uint32_t amax[SNIPI_STRIP_TILES], random[SNIPI_STRIP + 64 * SNIPI_BATCH], most = 0;
+    float scale[SNIPI_STRIP_TILES], inverse[SNIPI_STRIP_TILES];
+    uint8_t byte[SNIPI_STRIP_TILES];
+    int across = (int)(length / q->tile_cols), tiles = pieces * across, i;
+    snipi_run run = q->run;
+    snipi_strip strip;
+    if (run.stochastic && pieces > 1 && (q->cols & 3)) return 0;        // the pieces' first words lie differently
+    memset(&strip, 0, sizeof strip);
+    strip.pieces = pieces;
+    strip.length = length;
+    strip.width = (int)q->tile_cols;
+    strip.x_stride = x_stride;
+    strip.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
+    strip.value_stride = q->ld_out;
+    strip.scale = scale;
+    strip.inverse = inverse;
+    q->vector->peaks(&strip, x, amax);
+    for (i = 0; i < tiles; i++) most = amax[i] > most ? amax[i] : most;
+    if (most >= 0x7F800000u) return 0;
+    if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, amax, tiles, scale, inverse, byte))
+        for (i = 0; i < tiles; i++) {
+            snipi_tile_scale t = snipi_scale_of(q, amax[i]);
+            if (!snipi_has_sums_in_units(q, amax[i], &t)) return 0;
+            scale[i] = t.scale;
+            inverse[i] = t.inverse;
+            byte[i] = (uint8_t)t.byte;
+        }
+    for (i = 0; i < tiles; i++) strip.capped |= snipi_beyond(q, amax[i], inverse[i]);
+    if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
+        for (i = 0; i < pieces; i++) {
+            int64_t at = (r + i) * q->tiles_across + c / q->tile_cols;
+            if (snipi_byte_scale(q->recipe.scale)) memcpy((uint8_t *)q->scales + at, byte + i * across, (size_t)across);
+            else memcpy((float *)q->scales + at, scale + i * across, (size_t)across * sizeof(float));
+        }
+    if (most > tally->amax) tally->amax = most;
+    run.tally = tally;
+    run.x = x;
+    run.weight = q->weight ? q->weight + r * q->ld + c : NULL;
+    run.packed = q->recipe.format == SNIP_E2M1;
+    run.codes = snipi_codes_at(q, r, c);
+    run.values = q->out ? (float *)q->out + r * q->ld_out + c : NULL;
+    if (run.stochastic) {
+        strip.random_stride = length + 64;
+        for (i = pieces - 1; i >= 0; i--) run.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
+    }
+    q->vector->strip(&run, &strip);
+    return 1;
+}
+static int snipi_takes_strips(const snipi_quantizer *q) {
+    int64_t w = q->tile_cols;
+    return q->vector->strip && q->tile_rows == 1 && (w == 16 || w == 32 || w == 64 || w == SNIPI_RUN) && !(q->out && q->out_bf16);
 }
 // Tiles [tr0, tr1) x [tc0, tc1), in batches that stay in the nearest cache: along rows, or down a transposed panel.
 static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0, int64_t tc1, snipi_tally *tally) {
     int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g;
     int64_t panel = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
     if (!q->transposed) {
+        int strips = snipi_takes_strips(q);
         for (tr = tr0; tr < tr1; tr++)
-            for (tc = tc0; tc < tc1; tc += fit) snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
+            for (tc = tc0; tc < tc1; tc += fit) {
+                int64_t c = tc * q->tile_cols, unit = snipi_max(64, q->tile_cols), n = snipi_min(SNIPI_STRIP, snipi_min(tc1 * q->tile_cols, q->cols) - c) / unit * unit;
+                if (strips && n > 0 && snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n, tally))
+                    tc += n / q->tile_cols - fit;
+                else
+                    snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
+            }
         return;
     }
     for (g = tr0; g < tr1; g += panel)
@@ -1248,6 +1365,7 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa;
     run->format = format;
     run->e = e;
+    run->stochastic = stochastic;
     run->k.least = (128 - e.bias) << 23;
     run->k.cap = max_bits + (stochastic ? 1 << 23 : 0);
     run->k.beyond = max_bits + (1 << (shift - 1)) - (int32_t)(e.largest & 1u);      // the last that still rounds to the largest
@@ -1312,34 +1430,92 @@ static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
     if (stats) snipi_tally_end(part, stats);
 }
 
-// The tiles of q that lie in block (r0, c0) of the source, 128 x 128.
-static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, snipi_tally *tally) {
-    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0;
-    snipi_quantize_region(q, panels, lr / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
-                          lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
-}
 static int snipi_fits_blocks(const snipi_quantizer *q) {
     return !snipi_plain(q->recipe.format) && SNIPI_RUN % q->tile_rows == 0 && SNIPI_RUN % q->tile_cols == 0;
+}
+static int snipi_takes_columns(const snipi_quantizer *q) {
+    if (!q->transposed || !q->vector->columns || q->weight || q->tile_cols < 16) return 0;
+    return (!q->want_sums || (q->tile_cols == SNIPI_RUN && q->tile_rows <= SNIPI_RUN)) && (q->recipe.rounding == SNIP_ROUND_NEAREST_EVEN || q->cols % 4 == 0);
+}
+// A whole block of the source by its columns. amax: of each tile's columns, [SNIPI_RUN / tile_cols][SNIPI_RUN]; 0: not such as columns are for.
+static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, const uint32_t *amax, int64_t r0, int64_t c0, int cols, snipi_tally *tally) {
+    float scale[SNIPI_RUN / 16 * SNIPI_RUN], inverse[SNIPI_RUN / 16 * SNIPI_RUN];
+    int tile_rows = (int)q->tile_rows, tiles = (int)(SNIPI_RUN / q->tile_cols), t, c, i;
+    snipi_run run = q->run;
+    snipi_columns columns;
+    uint32_t most = 0;
+    if (cols % tile_rows != 0) return 0;
+    memset(&columns, 0, sizeof columns);
+    for (c = 0; c < cols; c += tile_rows)
+        for (t = 0; t < tiles; t++) {
+            uint32_t a = 0;
+            snipi_tile_scale s;
+            for (i = c; i < c + tile_rows; i++) a = amax[t * SNIPI_RUN + i] > a ? amax[t * SNIPI_RUN + i] : a;
+            if (a >= 0x7F800000u) return 0;
+            s = snipi_scale_of(q, a);
+            if (!snipi_has_sums_in_units(q, a, &s)) return 0;
+            for (i = c; i < c + tile_rows; i++) {
+                scale[t * SNIPI_RUN + i] = s.scale;
+                inverse[t * SNIPI_RUN + i] = s.inverse;
+            }
+            most = a > most ? a : most;
+            columns.capped |= snipi_beyond(q, a, s.inverse);
+            snipi_store_scale(q, (c0 + c) / tile_rows * q->tiles_across + r0 / q->tile_cols + t, &s);
+        }
+    if (most > tally->amax) tally->amax = most;
+    columns.x = block;
+    columns.cols = cols;
+    columns.height = (int)q->tile_cols;
+    columns.scale = scale;
+    columns.inverse = inverse;
+    columns.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
+    columns.key = q->key;
+    columns.step = (uint64_t)q->cols >> 2;
+    columns.first = (uint64_t)c0 * columns.step + ((uint64_t)r0 >> 2);
+    run.tally = tally;
+    run.packed = q->recipe.format == SNIP_E2M1;
+    run.codes = snipi_codes_at(q, c0, r0);
+    if (run.codes || run.want_sums) q->vector->columns(&run, &columns);
+    return 1;
+}
+// The tiles of q that lie in block (r0, c0) of the source, 128 x 128. `block`: a copy of it, [SNIPI_RUN][SNIPI_PANEL_LD], or NULL.
+static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, const float *block, const uint32_t *amax, int cols, snipi_tally *tally) {
+    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0, r = 0;
+    if (block && snipi_takes_columns(q) && snipi_quantize_columns(q, block, amax, r0, c0, cols, tally)) return;
+    if (block && !q->transposed && cols == SNIPI_RUN && snipi_takes_strips(q)) {
+        int rows = (int)snipi_min(SNIPI_BATCH, SNIPI_STRIP_TILES * q->tile_cols / SNIPI_RUN);
+        while (r < SNIPI_RUN && snipi_quantize_strip(q, block + r * SNIPI_PANEL_LD, SNIPI_PANEL_LD, r0 + r, c0, rows, SNIPI_RUN, tally)) r += rows;
+        if (r == SNIPI_RUN) return;
+    }
+    snipi_panels_clear(panels);
+    snipi_quantize_region(q, panels, (lr + r) / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
+                          lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
 }
 // One read of the source for one or two quantizers (the second may be NULL), block by block.
 static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
     snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
     int64_t across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
+    const snipi_quantizer *by_columns = snipi_takes_columns(q) ? q : q2 && snipi_takes_columns(q2) ? q2 : NULL;
     int c;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
         int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
         snipi_tally local, local2;
         snipi_panels panels;
+        float copy[SNIPI_RUN][SNIPI_PANEL_LD];
+        uint32_t amax[SNIPI_RUN / 16 * SNIPI_RUN];
         memset(&local, 0, sizeof local);
         memset(&local2, 0, sizeof local2);
         for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
             int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
-            snipi_panels_clear(&panels);
-            snipi_quantize_block(q, &panels, r0, c0, &local);
-            if (!q2) continue;
-            snipi_panels_clear(&panels);
-            snipi_quantize_block(q2, &panels, r0, c0, &local2);
+            int width = (int)snipi_min(SNIPI_RUN, cols - c0);
+            const float *block = NULL;
+            if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
+                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, width, (int)by_columns->tile_cols, copy[0], amax);
+                block = copy[0];
+            }
+            snipi_quantize_block(q, &panels, r0, c0, block, amax, width, &local);
+            if (q2) snipi_quantize_block(q2, &panels, r0, c0, block, amax, width, &local2);
         }
         snipi_stream_end();
         part[c] = local;
@@ -1718,7 +1894,7 @@ SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_ep
 #define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
 #define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
 
-enum { SNIPI_AHEAD = 3072 };    // bytes: the hardware prefetcher stops at pages
+enum { SNIPI_AHEAD = 3072, SNIPI_AHEAD_STRIP = 12288 };     // bytes: the hardware prefetcher stops at pages; the next strip loads while this one is coded
 
 SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
@@ -1906,114 +2082,421 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
         _mm256_storeu_pd(t->dot + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->dot + 4 * g), w));
     }
 }
-// The same, 64 elements at a time, the last ones masked.
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_run_avx512_as(const snipi_run *q, const int stochastic, const int sums, const int whole) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), exponents = _mm512_set1_epi32(0x7F800000), least = _mm512_set1_epi32(q->k.least);
-    const __m512i cap = _mm512_set1_epi32(q->k.cap), beyond = _mm512_set1_epi32(q->k.beyond), largest = _mm512_set1_epi32((int)q->e.largest);
-    const __m512i magic = _mm512_set1_epi32(q->k.magic), unit = _mm512_set1_epi32(q->k.unit), fixed_top = _mm512_set1_epi32((int)(277u << 23));
-    const __m512i shifts = _mm512_set1_epi32(q->k.shift), sign_shifts = _mm512_set1_epi32(q->k.sign_shift), random_shifts = _mm512_set1_epi32(q->k.random_shift);
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), one = _mm512_set1_epi32(1);
-    const __m512 inverse = _mm512_set1_ps(q->inverse), scale = _mm512_set1_ps(q->scale), max = _mm512_set1_ps(q->e.max);
-    const __m512i sign_bit = _mm512_set1_epi32(q->k.sign), low = _mm512_set1_epi32(2 * q->k.sign - 1);
-    const int n = q->n, packed = q->packed;
-    const int stream = q->stream && ((uintptr_t)q->values & 63) == 0, stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0;
-    const float *x = q->x, *weight = q->weight;
-    float *values = q->values;
-    uint8_t *codes = q->codes;
+// Strips and columns, AVX-512: exact for finite runs of ordinary size, as snipi_run_scalar. `power` (above) depends on the
+// exponent alone: a table of 32. The sum keeps the sign of y in its top bit; rotated left by one, it has the code and then
+// the sign in its low bits, and four such words rotated further make up four bytes at a time, eight make up nibbles.
+// Stochastic: below the smallest normal number adding that number, truncated, puts |y| into the same fixed point.
+typedef struct {
+    __m512i magnitude, least, beyond, cap, top, keep, power[2], code_normal, code_below, sign_bit;
+    __m512 least_float;
+} snipi_codec512;
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *q) {
+    snipi_codec512 k;
+    int32_t power[32], e;
+    memset(power, 0, sizeof power);
+    for (e = q->k.least >> 23; e <= q->k.cap >> 23; e++) power[e & 31] = (e << 23) + q->k.magic + ((e << 23) >> q->k.shift);
+    k.power[0] = _mm512_loadu_si512(power);
+    k.power[1] = _mm512_loadu_si512(power + 16);
+    k.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    k.sign_bit = _mm512_set1_epi32((int)0x80000000u);
+    k.least = _mm512_set1_epi32(q->k.least);
+    k.least_float = _mm512_castsi512_ps(k.least);
+    k.beyond = _mm512_set1_epi32(q->k.beyond);
+    k.cap = _mm512_set1_epi32(q->k.cap);
+    k.top = _mm512_set1_epi32((int32_t)snipi_bits(q->e.max) + (1 << q->k.shift) - 1);
+    k.keep = _mm512_set1_epi32(-(1 << q->k.shift));
+    k.code_normal = _mm512_set1_epi32(q->k.least - (1 << 23));
+    k.code_below = k.least;
+    return k;
+}
+// y's code, in `sum` as above, and value.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over, __m512i *sum) {
+    __m512 power, s;
+    if (capped) {
+        __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude);
+        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(a, k->beyond), *over, _mm512_set1_epi32(1));
+        y = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(k->magnitude, _mm512_min_epi32(a, k->cap), _mm512_castps_si512(y), 0xCA));
+    }
+    power = _mm512_maskz_range_ps(0xFFFF, y, k->least_float, 3);      // the larger magnitude, with y's sign
+    power = _mm512_castsi512_ps(_mm512_permutex2var_epi32(k->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), k->power[1]));
+    power = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(power), _mm512_castps_si512(y), k->sign_bit, 0xF8));
+    s = _mm512_add_ps(y, power);
+    SNIPI_KEPT512(s);
+    *sum = _mm512_castps_si512(s);
+    return _mm512_sub_ps(s, power);
+}
+// The code from bit `shift` upwards of *sum; the value of |y| is returned.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512 *k, __m512 y, __m512i random, int capped, __m512i *over, __m512i *sum) {
+    __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude), t;
+    __mmask16 below = _mm512_cmplt_epi32_mask(a, k->least);
+    __m512 value;
+    t = _mm512_castps_si512(_mm512_mask_add_round_ps(_mm512_castsi512_ps(a), below, _mm512_castsi512_ps(a), k->least_float, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+    t = _mm512_add_epi32(t, random);
+    if (capped) {
+        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(t, k->top), *over, _mm512_set1_epi32(1));
+        t = _mm512_min_epi32(t, k->top);
+    }
+    value = _mm512_castsi512_ps(_mm512_and_si512(t, k->keep));
+    *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
+    return _mm512_mask_sub_ps(value, below, value, k->least_float);
+}
+// tally += (lane + lane 8 further) * scale^2
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
+    __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
+    SNIPI_KEPT512(v);
+    return _mm512_add_pd(total, v);
+}
+
+SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, const float *x, uint32_t *amax) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const int vectors = s->width / 16, tiles = (int)(s->pieces * s->length / s->width);
+    const float *p = x;
+    int64_t along = 0;
+    int first, i, v;
+    for (first = 0; first < tiles; first += 16) {
+        __m512i most[16];
+        for (i = 0; i < 16; i++) {
+            most[i] = _mm512_setzero_si512();
+            if (first + i >= tiles) continue;
+            if (vectors == 8) {
+                __m512i other = most[i];
+                SNIPI_UNROLL for (v = 0; v < 8; v += 2) {
+                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
+                    other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
+                }
+                most[i] = _mm512_max_epu32(most[i], other);
+            } else
+                for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
+            p += s->width;
+            along += s->width;
+            if (along == s->length) { x += s->x_stride; p = x; along = 0; }
+        }
+        // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
+        SNIPI_UNROLL for (i = 0; i < 8; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
+        SNIPI_UNROLL for (i = 0; i < 4; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi64(most[2 * i], most[2 * i + 1]));
+        SNIPI_UNROLL for (i = 0; i < 2; i++) most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88), _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
+        most[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88), _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
+        _mm512_storeu_si512(amax + first, most[0]);
+    }
+}
+// Scales of 16 tiles as snipi_scale_of has them; 0 where an amax is zero, tiny, huge or not finite. Quotients in double, then rounded.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_quotient512(__m512 a, __m512 b) {
+    __m512d low = SNIPI_LOW(b), high = SNIPI_HIGH(b);
+    SNIPI_KEPT512(low);
+    SNIPI_KEPT512(high);
+    low = _mm512_div_pd(SNIPI_LOW(a), low);
+    high = _mm512_div_pd(SNIPI_HIGH(a), high);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_maskz_cvtpd_ps(0xFF, low)), _mm512_maskz_cvtpd_ps(0xFF, high), 1);
+}
+SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *q, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes) {
+    const __m512i least = _mm512_set1_epi32((127 - 40) << 23), range = _mm512_set1_epi32(80 << 23), fraction = _mm512_set1_epi32(0x7FFFFF), one = _mm512_set1_epi32(127);
+    const __m512i max_bits = _mm512_set1_epi32((int)snipi_bits(q->e.max));
+    int i;
+    for (i = 0; i < tiles; i += 16) {
+        const __mmask16 live = (__mmask16)(tiles - i >= 16 ? 0xFFFF : (1 << (tiles - i)) - 1);
+        __m512i a = _mm512_loadu_si512(amax + i), k, up;
+        __m512 s, v;
+        if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(a, least), range)) return 0;
+        a = _mm512_mask_mov_epi32(least, live, a);
+        k = _mm512_sub_epi32(_mm512_srli_epi32(a, 23), _mm512_set1_epi32(127 + q->e.emax));                        // as in snipi_scale_of
+        if (kind == SNIP_SCALE_POW2 || kind == SNIP_SCALE_UE8M0_UP) {
+            up = _mm512_and_si512(max_bits, fraction);
+            k = _mm512_mask_add_epi32(k, _mm512_cmpgt_epi32_mask(_mm512_and_si512(a, fraction), up), k, _mm512_set1_epi32(1));
+        }
+        if (kind == SNIP_SCALE_F32) {
+            s = snipi_quotient512(_mm512_castsi512_ps(a), _mm512_castsi512_ps(max_bits));
+            v = snipi_quotient512(_mm512_castsi512_ps(max_bits), _mm512_castsi512_ps(a));
+        } else if (kind == SNIP_SCALE_UE4M3) {                      // E4M3 by adding a power of two, as >>simd's runs
+            const float sixth = tensor_inverse * snipi_float(0x3E2AAAABu);
+            __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(sixth)), power, sum;
+            __m512i e;
+            SNIPI_KEPT512(y);
+            if (_mm512_mask_cmplt_epu32_mask(live, _mm512_castps_si512(y), _mm512_set1_epi32((127 - 10) << 23))) return 0;     // perhaps a scale of 0
+            y = _mm512_castsi512_ps(_mm512_min_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((int)snipi_bits(448.0f))));
+            e = _mm512_max_epi32(_mm512_andnot_si512(fraction, _mm512_castps_si512(y)), _mm512_set1_epi32((127 - 6) << 23));
+            power = _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(20 << 23)));
+            sum = _mm512_add_ps(y, power);
+            SNIPI_KEPT512(sum);
+            y = _mm512_sub_ps(sum, power);
+            SNIPI_KEPT512(y);
+            k = _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(e, 23), _mm512_set1_epi32(127 - 6)), 3));
+            k = _mm512_and_si512(k, _mm512_set1_epi32(0x7F));
+            s = _mm512_mul_ps(y, _mm512_set1_ps(tensor_scale));
+            if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(_mm512_castps_si512(s), _mm512_set1_epi32((127 - 100) << 23)), _mm512_set1_epi32(200 << 23))) return 0;
+            v = snipi_quotient512(_mm512_set1_ps(1.0f), s);
+            if (bytes) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, k);
+        } else {
+            s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(one, k), 23));
+            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(one, k), 23));
+            if (bytes && kind != SNIP_SCALE_POW2) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, _mm512_add_epi32(one, k));
+        }
+        _mm512_storeu_ps(scale + i, s);
+        _mm512_storeu_ps(inverse + i, v);
+    }
+    return 1;
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s, const int stochastic, const int sums, const int narrow) {
+    const snipi_codec512 k = snipi_codec512_of(q);
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
+    const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
+    const int packed = q->packed, capped = s->capped, step = s->one_scale ? 0 : 1;
+    const int stream = q->stream && ((uintptr_t)q->values & 63) == 0 && (s->value_stride & 15) == 0;
+    const int stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    const float *scale = s->scale, *inverse = s->inverse;
     snipi_tally *t = q->tally;
-    __m512i over = _mm512_setzero_si512();
+    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq), total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
     __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
-    __m512d dot = _mm512_setzero_pd();
-    int i, g;
-    for (i = 0; i < n; i += 64) {
-        const int left = whole ? 64 : n - i;
-        __m512i code[4];
-        SNIPI_UNROLL for (g = 0; g < 4; g++) {
-            const int at = i + 16 * g, rest = left - 16 * g;
-            const __mmask16 live = (__mmask16)(rest >= 16 ? 0xFFFF : (1 << (rest & 15)) - 1);
-            __m512i u, a, capped, e, sign, k;
-            __m512 value;
-            code[g] = _mm512_setzero_si512();
-            if (rest <= 0) continue;
-            u = _mm512_castps_si512(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + at), inverse));
-            a = _mm512_and_si512(u, magnitude);
-            capped = _mm512_min_epu32(a, cap);
-            e = _mm512_max_epi32(_mm512_and_si512(capped, exponents), least);
-            sign = _mm512_andnot_si512(magnitude, u);
-            if (!stochastic) {
-                __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_add_epi32(e, magic), _mm512_srlv_epi32(e, shifts)));
-                __m512 sum = _mm512_add_ps(_mm512_castsi512_ps(capped), power);
-                SNIPI_KEPT512(sum);
-                k = _mm512_castps_si512(sum);
-                value = _mm512_sub_ps(sum, power);
-                over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(a, beyond), over, one);
-            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
-                __m512i r = _mm512_srlv_epi32(_mm512_maskz_loadu_epi32(live, q->random + at), random_shifts);
-                __m512 fixed = _mm512_mul_ps(_mm512_castsi512_ps(capped), _mm512_castsi512_ps(_mm512_sub_epi32(fixed_top, e)));
-                k = _mm512_srlv_epi32(_mm512_add_epi32(_mm512_maskz_cvttps_epi32(0xFFFF, fixed), r), shifts);
-                value = _mm512_min_ps(max, _mm512_mul_ps(_mm512_maskz_cvtepi32_ps(0xFFFF, k), _mm512_castsi512_ps(_mm512_sub_epi32(e, unit))));
-                k = _mm512_add_epi32(k, _mm512_srlv_epi32(_mm512_sub_epi32(e, least), shifts));
-                over = _mm512_mask_add_epi32(over, _mm512_cmpgt_epi32_mask(k, largest), over, one);
-                k = _mm512_min_epu32(k, largest);
-            }
-            // (k & ~sign) | ((u >> sign_shift) & sign), less what lies above
-            code[g] = _mm512_and_si512(low, _mm512_ternarylogic_epi32(sign_bit, _mm512_srlv_epi32(u, sign_shifts), k, 0xCA));
-            if (sums) {                                             // of |y|: the signs of y and value are the same
-                __m512 d = _mm512_sub_ps(value, _mm512_castsi512_ps(a)), v2 = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(a)), d2 = _mm512_mul_ps(d, d);
-                SNIPI_KEPT512(v2);
-                SNIPI_KEPT512(d2);
-                sum_sq = _mm512_add_ps(sum_sq, v2);
-                err_sq = _mm512_add_ps(err_sq, d2);
-                if (weight) {
-                    __m512 w = _mm512_maskz_loadu_ps(live, weight + at);
-                    d = _mm512_xor_ps(d, _mm512_castsi512_ps(sign));
-                    dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
-                    dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
+    __m512i over = _mm512_setzero_si512();
+    int piece, g, in_tile = 0;
+    for (piece = 0; piece < s->pieces; piece++) {
+        const float *x = q->x + piece * s->x_stride, *weight = q->weight ? q->weight + piece * s->x_stride : NULL;
+        const uint32_t *random = stochastic ? q->random + piece * s->random_stride : NULL;
+        float *values = q->values ? q->values + piece * s->value_stride : NULL;
+        uint8_t *codes = q->codes ? q->codes + piece * s->code_stride : NULL;
+        int64_t i;
+        for (i = 0; i < s->length; i += 64) {
+            __m512i word[4];
+            SNIPI_UNROLL for (g = 0; g < 4; g++) {
+                const int64_t at = i + 16 * g;
+                __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
+                _mm_prefetch((const char *)(x + at) + SNIPI_AHEAD_STRIP, _MM_HINT_T0);
+                SNIPI_KEPT512(y);
+                if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + at), random_shift), capped, &over, &word[g]);
+                else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
+                if (stochastic && (values || weight)) value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), _mm512_castps_si512(y), k.sign_bit, 0xF8));
+                if (sums) {
+                    __m512 to = stochastic && !(values || weight) ? _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude)) : y;
+                    __m512 d = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(d, d);
+                    SNIPI_KEPT512(v2);
+                    SNIPI_KEPT512(d2);
+                    sum_sq = _mm512_add_ps(sum_sq, v2);
+                    err_sq = _mm512_add_ps(err_sq, d2);
+                    if (weight) {
+                        __m512 w = _mm512_loadu_ps(weight + at);
+                        dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
+                        dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
+                    }
+                }
+                if (values) {
+                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), _mm512_castps_si512(y), k.sign_bit, 0xF8));
+                    value = _mm512_mul_ps(value, _mm512_set1_ps(*scale));
+                    if (stream) _mm512_stream_ps(values + at, value);
+                    else _mm512_storeu_ps(values + at, value);
+                }
+                if (stochastic) {
+                    const int place = 8 * g + q->e.sign;
+                    word[g] = _mm512_rolv_epi32(word[g], _mm512_set1_epi32(32 - q->k.shift + 8 * g));
+                    word[g] = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)(1u << place)), _mm512_rolv_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(place + 1)), word[g], 0xCA);
+                } else
+                    word[g] = g == 0 ? _mm512_rol_epi32(word[g], 1) : g == 1 ? _mm512_rol_epi32(word[g], 9) : g == 2 ? _mm512_rol_epi32(word[g], 17) : _mm512_rol_epi32(word[g], 25);
+                if (narrow || g == 3) {
+                    in_tile += narrow ? 16 : 64;
+                    if (in_tile == s->width) {
+                        if (sums) {
+                            const __m512d one = _mm512_set1_pd((double)*scale), square = _mm512_mul_pd(one, one);
+                            total_sq = snipi_fold512(total_sq, sum_sq, square);
+                            total_err = snipi_fold512(total_err, err_sq, square);
+                            sum_sq = err_sq = _mm512_setzero_ps();
+                            if (weight) {
+                                __m512d w = _mm512_mul_pd(dot, one);
+                                SNIPI_KEPT512(w);
+                                total_dot = _mm512_add_pd(total_dot, w);
+                                dot = _mm512_setzero_pd();
+                            }
+                        }
+                        in_tile = 0;
+                        scale += step;
+                        inverse += step;
+                    }
                 }
             }
-            if (!values) continue;
-            value = _mm512_mul_ps(_mm512_or_ps(value, _mm512_castsi512_ps(sign)), scale);
-            if (rest < 16) _mm512_mask_storeu_ps(values + at, live, value);
-            else if (stream) _mm512_stream_ps(values + at, value);
-            else _mm512_storeu_ps(values + at, value);
-        }
-        if (codes) {
-            __m512i words0 = _mm512_packus_epi32(code[0], code[1]), words1 = _mm512_packus_epi32(code[2], code[3]);
-            __m512i bytes = _mm512_permutexvar_epi32(turn, _mm512_packus_epi16(words0, words1));
-            if (packed) {                                           // low + 16 * high
-                __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x1001)));
-                if (left < 64) _mm256_mask_storeu_epi8(codes + i / 2, (__mmask32)(((uint64_t)1 << (left + 1) / 2) - 1), pairs);
-                else if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(codes + i / 2), pairs);
-                else _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
-            } else if (left < 64) _mm512_mask_storeu_epi8(codes + i, ((uint64_t)1 << left) - 1, bytes);
-            else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
-            else _mm512_storeu_si512(codes + i, bytes);
+            if (codes) {                                            // byte g of dword j is the code of element 16 g + j
+                __m512i bytes = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA),
+                                                          _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA), 0xCA);
+                bytes = _mm512_permutexvar_epi32(turn, _mm512_shuffle_epi8(bytes, spread));
+                if (!stochastic) bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift), _mm512_srli_epi16(bytes, 1), 0xCA);
+                bytes = _mm512_and_si512(bytes, bytes_kept);
+                if (packed) {                                       // low + 16 * high
+                    __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
+                    if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(codes + i / 2), pairs);
+                    else _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
+                } else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
+                else _mm512_storeu_si512(codes + i, bytes);
+            }
         }
     }
     if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
-    if (sums) {                                                     // tally += (lane + lane 8 further) * scale^2
-        const __m512d s = _mm512_set1_pd((double)q->scale), s2 = _mm512_mul_pd(s, s);
-        __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(sum_sq), SNIPI_HIGH(sum_sq)), s2);
-        __m512d d = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(err_sq), SNIPI_HIGH(err_sq)), s2);
-        SNIPI_KEPT512(v);
-        SNIPI_KEPT512(d);
-        _mm512_storeu_pd(t->sum_sq, _mm512_add_pd(_mm512_loadu_pd(t->sum_sq), v));
-        _mm512_storeu_pd(t->err_sq, _mm512_add_pd(_mm512_loadu_pd(t->err_sq), d));
-        if (weight) {
-            __m512d w = _mm512_mul_pd(dot, s);
-            SNIPI_KEPT512(w);
-            _mm512_storeu_pd(t->dot, _mm512_add_pd(_mm512_loadu_pd(t->dot), w));
+    if (!sums) return;
+    _mm512_storeu_pd(t->sum_sq, total_sq);
+    _mm512_storeu_pd(t->err_sq, total_err);
+    _mm512_storeu_pd(t->dot, total_dot);
+}
+SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
+    const int narrow = s->width < 64;                               // constants below: a loop each
+    if (q->stochastic) {
+        if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1);
+        else if (q->want_sums) snipi_strip_avx512_as(q, s, 1, 1, 0);
+        else snipi_strip_avx512_as(q, s, 1, 0, 1);
+    } else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 0, 1, 1);
+    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0);
+    else if (narrow) snipi_strip_avx512_as(q, s, 0, 0, 1);
+    else snipi_strip_avx512_as(q, s, 0, 0, 0);
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
+    __m512i w[16];
+    int i;
+    SNIPI_UNROLL for (i = 0; i < 8; i++) {                          // dwords of neighbours, then pairs, then 128-bit lanes
+        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    SNIPI_UNROLL for (i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]); v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]); v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+    }
+    SNIPI_UNROLL for (i = 0; i < 4; i++) {
+        w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88); w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+        w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88); w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+    }
+    SNIPI_UNROLL for (i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88); v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xDD);
+        v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88); v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int cols, int height, float *block, uint32_t *amax) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const int vectors = cols / 16;
+    int r, v;
+    for (r = 0; r < SNIPI_RUN; r++, at += ld, block += SNIPI_PANEL_LD) {
+        uint32_t *most = amax + r / height * SNIPI_RUN;
+        for (v = 0; v < vectors; v++) {
+            const char *p = (const char *)x + (at + 16 * v) * (bf16 ? 2 : 4);
+            __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)), 16) : _mm512_loadu_si512(p);
+            _mm_prefetch(p + (bf16 ? 256 : 512), _MM_HINT_T1);      // the next block's
+            _mm512_storeu_si512(block + 16 * v, u);
+            u = _mm512_and_si512(u, magnitude);
+            if (r % height) u = _mm512_max_epu32(u, _mm512_loadu_si512(most + 16 * v));
+            _mm512_storeu_si512(most + 16 * v, u);
         }
     }
 }
-SNIPI_TARGET_AVX512 static void snipi_run_avx512(const snipi_run *q) {
-    const int sums = q->want_sums && !q->exact, whole = q->n % 64 == 0;      // constants below: a loop each, without branches
-    if (q->random && whole) snipi_run_avx512_as(q, 1, sums, 1);
-    else if (q->random) snipi_run_avx512_as(q, 1, sums, 0);
-    else if (sums && whole) snipi_run_avx512_as(q, 0, 1, 1);
-    else if (sums) snipi_run_avx512_as(q, 0, 1, 0);
-    else if (whole) snipi_run_avx512_as(q, 0, 0, 1);
-    else snipi_run_avx512_as(q, 0, 0, 0);
+// 4 words each for the counters `index` (8, in 64-bit lanes) of 16 columns, even ones and odd ones.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_random512(snip_rng_key key, __m512i even, __m512i odd, __m512i out[4]) {
+    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+    __m512i c[2][4];
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+    int round, g;
+    c[0][0] = even; c[1][0] = odd;
+    SNIPI_UNROLL for (g = 0; g < 2; g++) {
+        c[g][1] = _mm512_srli_epi64(c[g][0], 32);
+        c[g][2] = _mm512_set1_epi64((int64_t)key.step);
+        c[g][3] = _mm512_set1_epi64((int64_t)key.tensor);
+    }
+    SNIPI_UNROLL for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        SNIPI_UNROLL for (g = 0; g < 2; g++) {
+            __m512i p0 = _mm512_mul_epu32(c[g][0], m0), p1 = _mm512_mul_epu32(c[g][2], m1);
+            c[g][0] = SNIPI_XOR3_8(SNIPI_UPPER_8(p1), c[g][1], _mm512_set1_epi32((int)k0));
+            c[g][2] = SNIPI_XOR3_8(SNIPI_UPPER_8(p0), c[g][3], _mm512_set1_epi32((int)k1));
+            c[g][1] = p1;
+            c[g][3] = p0;
+        }
+    }
+    SNIPI_UNROLL for (g = 0; g < 4; g++) out[g] = _mm512_mask_shuffle_epi32(c[0][g], 0xAAAA, c[1][g], _MM_PERM_CCAA);
+}
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q, const snipi_columns *s, const int stochastic, const int sums, const int packed) {
+    const snipi_codec512 k = snipi_codec512_of(q);
+    const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each, capped = s->capped;         // rows to a dword, to a register of them
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift);
+    const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
+    const __m512i signs = _mm512_set1_epi32(packed ? (int)0x88888888u : 0x01010101 << q->e.sign), kept = _mm512_set1_epi32(packed ? -1 : 0x01010101 * (2 * q->k.sign - 1));
+    const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
+    const int stream = q->stream && ((uintptr_t)q->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    snipi_tally *t = q->tally;
+    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq);
+    __m512i over = _mm512_setzero_si512();
+    int c, r0, d, j, g, i;
+    for (c = 0; c < s->cols; c += 16) {
+        const __m512i columns = _mm512_add_epi64(_mm512_set1_epi64(c), lanes);
+        const __m512i even = _mm512_add_epi64(_mm512_set1_epi64((int64_t)s->first), _mm512_mullo_epi64(columns, step)), odd = _mm512_add_epi64(even, step);
+        __m512i sum_sq[16], err_sq[16];                             // by row modulo 16
+        if (sums)
+            for (i = 0; i < 16; i++) sum_sq[i] = err_sq[i] = _mm512_setzero_si512();
+        for (r0 = 0; r0 < SNIPI_RUN; r0 += rows) {
+            __m512i out[16];
+            for (d = 0; d < 16; d++) {
+                const int r = r0 + each * d;
+                const __m512 inverse = _mm512_loadu_ps(s->inverse + r / s->height * SNIPI_RUN + c);
+                __m512i all = _mm512_setzero_si512(), random[4];
+                SNIPI_UNROLL for (j = 0; j < each; j++) {
+                    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(s->x + (r + j) * SNIPI_PANEL_LD + c), inverse), value, to = y;
+                    const __m512i place = _mm512_set1_epi32((int)(((1u << bits) - 1u) << (bits * j)));
+                    __m512i word;
+                    SNIPI_KEPT512(y);
+                    if (stochastic) {
+                        const int sign = bits * j + q->e.sign;
+                        if (j % 4 == 0) {
+                            const __m512i block = _mm512_set1_epi64((r + j) / 4);
+                            snipi_random512(s->key, _mm512_add_epi64(even, block), _mm512_add_epi64(odd, block), random);
+                        }
+                        value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(random[j % 4], random_shift), capped, &over, &word);
+                        word = _mm512_rolv_epi32(word, _mm512_set1_epi32(32 - q->k.shift + bits * j));
+                        word = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)(1u << sign)), _mm512_rolv_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((sign + 1) & 31)), word, 0xCA);
+                        if (sums) to = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude));
+                    } else {
+                        value = snipi_nearest512(&k, y, capped, &over, &word);
+                        word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
+                    }
+                    all = j == 0 ? word : _mm512_ternarylogic_epi32(place, word, all, 0xCA);
+                    if (sums) {
+                        __m512 dv = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(dv, dv);
+                        SNIPI_KEPT512(v2);
+                        SNIPI_KEPT512(d2);
+                        i = (each * d + j) % 16;
+                        sum_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum_sq[i]), v2));
+                        err_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(err_sq[i]), d2));
+                    }
+                }
+                if (!stochastic) all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1), 0xCA);
+                out[d] = _mm512_and_si512(all, kept);
+            }
+            if (!q->codes) continue;
+            snipi_transpose512(out);
+            for (g = 0; g < 16; g++) {
+                uint8_t *codes = q->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
+                if (stream) _mm512_stream_si512((__m512i *)(void *)codes, out[g]);
+                else _mm512_storeu_si512(codes, out[g]);
+            }
+        }
+        if (sums) {
+            snipi_transpose512(sum_sq);
+            snipi_transpose512(err_sq);
+            for (i = 0; i < 16; i++) {
+                const __m512d one = _mm512_set1_pd((double)s->scale[c + i]), square = _mm512_mul_pd(one, one);
+                total_sq = snipi_fold512(total_sq, _mm512_castsi512_ps(sum_sq[i]), square);
+                total_err = snipi_fold512(total_err, _mm512_castsi512_ps(err_sq[i]), square);
+            }
+        }
+    }
+    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
+    if (!sums) return;
+    _mm512_storeu_pd(t->sum_sq, total_sq);
+    _mm512_storeu_pd(t->err_sq, total_err);
+}
+SNIPI_TARGET_AVX512 static void snipi_columns_avx512(const snipi_run *q, const snipi_columns *s) {
+    const int stochastic = q->stochastic, sums = q->want_sums;
+    if (q->packed) {
+        if (stochastic && sums) snipi_columns_avx512_as(q, s, 1, 1, 1);
+        else if (stochastic) snipi_columns_avx512_as(q, s, 1, 0, 1);
+        else if (sums) snipi_columns_avx512_as(q, s, 0, 1, 1);
+        else snipi_columns_avx512_as(q, s, 0, 0, 1);
+    } else if (stochastic && sums) snipi_columns_avx512_as(q, s, 1, 1, 0);
+    else if (stochastic) snipi_columns_avx512_as(q, s, 1, 0, 0);
+    else if (sums) snipi_columns_avx512_as(q, s, 0, 1, 0);
+    else snipi_columns_avx512_as(q, s, 0, 0, 0);
 }
 
 SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out) {
@@ -2144,10 +2627,13 @@ static snip_isa snipi_best_isa(void) {
     return (snip_isa)isa;
 }
 static const snipi_vector *snipi_vector_of(snip_isa isa) {
-    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar };
+    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar,
+                                         NULL, NULL, NULL, NULL, NULL };
 #ifdef SNIPI_X86
-    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2 };
-    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx512, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2 };
+    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+                                       NULL, NULL, NULL, NULL, NULL };
+    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+                                         snipi_peaks_avx512, snipi_scales_avx512, snipi_strip_avx512, snipi_copy_avx512, snipi_columns_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
     if (isa == SNIP_ISA_AVX2) return &avx2;
