@@ -806,7 +806,7 @@ typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
     void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 16 blocks
     void (*run)(const snipi_run *);
-    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out);     // out[cols][SNIPI_PANEL_LD]
+    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out);      // out[cols][rows]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
     void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out);
@@ -1036,10 +1036,10 @@ static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, ui
     int i;
     for (i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
 }
-static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out) {
+static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
     int r, c;
     for (r = 0; r < rows; r++)
-        for (c = 0; c < cols; c++) out[c * SNIPI_PANEL_LD + r] = x[r * ld + c];
+        for (c = 0; c < cols; c++) out[c * ld_out + r] = x[r * ld + c];
 }
 static void snipi_widen_scalar(const uint16_t *x, int n, float *out) {
     int i;
@@ -1070,10 +1070,10 @@ static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, 
                 float wide[8][SNIPI_PANEL_ROWS];
                 int j, m = (int)snipi_min(8, n - i);
                 for (j = 0; j < m; j++) q->vector->widen((const uint16_t *)x + (c + i + j) * q->ld + row, width, wide[j]);
-                q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, m, width, p->at[0] + i);
+                q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, m, width, p->at[0] + i, SNIPI_PANEL_LD);
             }
         else
-            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0]);
+            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0], SNIPI_PANEL_LD);
     }
     return p->at[r - row];
 }
@@ -1735,17 +1735,20 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. S8 panels hold twice
 // the E2M1 values, an integer of at most 12: [k / 4][width][4]. A's are stored plus 12, unsigned, as the
 // x86 byte products want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the block).
-enum { SNIPI_KC_F32 = 256, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
+enum { SNIPI_KC_F32 = 384, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
 
 typedef struct {
     int f32_mr, f32_nr, s8_mr, s8_nr;
-    // c[mr][nr] += a[kc][mr] * b[kc][nr]
-    void (*f32)(int64_t kc, const float *a, const float *b, float *c, int64_t ldc);
+    // c[mr][nr] += a[kc][mr] * b[kc][nr]; where `from` is not NULL, each row of c starts as from[nr]
+    void (*f32)(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc);
     // for each scale block of `block` along k: c = fmaf(sa * sb, exact integer sum, c)
-    void (*s8)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc);
+    void (*s8)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
+    // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in out[steps][width][4].
+    void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width);
+    void (*start)(const int8_t *b, int64_t steps, int width, int32_t *start);
 } snipi_kernels;
 
-static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
+static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
     float acc[4][16];
     int64_t k;
     int i, j;
@@ -1754,12 +1757,12 @@ static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, 
         for (i = 0; i < 4; i++)
             for (j = 0; j < 16; j++) acc[i][j] += a[i] * b[j];
     for (i = 0; i < 4; i++)
-        for (j = 0; j < 16; j++) c[i * ldc + j] += acc[i][j];
+        for (j = 0; j < 16; j++) c[i * ldc + j] = (from ? from[j] : c[i * ldc + j]) + acc[i][j];
 }
-static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) {
+static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
     int64_t k;
     int i, j, t;
-    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16) {
+    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16, from = NULL) {
         int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4;
         int32_t acc[4][16];
         for (i = 0; i < 4; i++) memcpy(acc[i], start, sizeof acc[i]);
@@ -1768,7 +1771,24 @@ static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, 
                 for (j = 0; j < 16; j++)
                     for (t = 0; t < 4; t++) acc[i][j] += (int32_t)a[4 * i + t] * b[4 * j + t];
         for (i = 0; i < 4; i++)
-            for (j = 0; j < 16; j++) c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], c[i * ldc + j]);
+            for (j = 0; j < 16; j++) c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], from ? from[j] : c[i * ldc + j]);
+    }
+}
+static const int8_t snipi_twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };      // E2M1
+static void snipi_spread_scalar(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
+    int64_t t;
+    int i, j;
+    for (i = 0; i < rows; i++)
+        for (t = 0; t < steps; t++)
+            for (j = 0; j < 4; j++) out[4 * (t * width + i) + j] = (uint8_t)(snipi_twice[codes[(size_t)i * row_bytes + 2 * (size_t)t + (size_t)j / 2] >> j % 2 * 4 & 15] + offset);
+}
+static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_t *start) {
+    int64_t t;
+    int i;
+    for (i = 0; i < width; i++) {
+        int32_t sum = 0;
+        for (t = 0; t < steps; t++) sum += b[4 * (t * width + i)] + b[4 * (t * width + i) + 1] + b[4 * (t * width + i) + 2] + b[4 * (t * width + i) + 3];
+        start[i] = -12 * sum;
     }
 }
 
@@ -1783,107 +1803,146 @@ static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, 
 #define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
 
-SNIPI_TARGET_AVX2 static void snipi_kernel_f32_avx2(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
-    __m256 acc[6][2];
-    int64_t k;
-    int i;
-    SNIPI_UNROLL for (i = 0; i < 6; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-    for (k = 0; k < kc; k++, a += 6, b += 16) {
-        __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-        SNIPI_UNROLL for (i = 0; i < 6; i++) {                      // acc[i][j] += a[i] * b[j]
-            __m256 ai = _mm256_broadcast_ss(a + i);
-            acc[i][0] = _mm256_fmadd_ps(ai, b0, acc[i][0]);
-            acc[i][1] = _mm256_fmadd_ps(ai, b1, acc[i][1]);
-        }
-    }
-    SNIPI_UNROLL for (i = 0; i < 6; i++) {
-        float *ci = c + i * ldc;
-        _mm256_storeu_ps(ci, _mm256_add_ps(_mm256_loadu_ps(ci), acc[i][0]));
-        _mm256_storeu_ps(ci + 8, _mm256_add_ps(_mm256_loadu_ps(ci + 8), acc[i][1]));
-    }
-}
-SNIPI_TARGET_AVX2 static void snipi_kernel_s8_avx2(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    int64_t k;
-    int i;
-    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16) {
-        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4;
-        __m256i acc[4][2];
-        SNIPI_UNROLL for (i = 0; i < 4; i++) {
-            acc[i][0] = _mm256_loadu_si256((const __m256i *)(const void *)start);
-            acc[i][1] = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
-        }
-        for (step = 0; step < steps; step++, a += 16, b += 64) {
-            __m256i b0 = _mm256_loadu_si256((const __m256i *)(const void *)b), b1 = _mm256_loadu_si256((const __m256i *)(const void *)(b + 32));
-            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3; pairs reach at most 576
-                int32_t four;
-                __m256i ai;
-                memcpy(&four, a + 4 * i, 4);
-                ai = _mm256_set1_epi32(four);
-                acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(ai, b0), ones));
-                acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(ai, b1), ones));
-            }
-        }
-        SNIPI_UNROLL for (i = 0; i < 4; i++) {                      // c = fmaf(sa[i] * sb[j], acc[i][j], c)
-            float *ci = c + i * ldc;
-            __m256 s = _mm256_broadcast_ss(sa + i);
-            _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(acc[i][0]), _mm256_loadu_ps(ci)));
-            _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(acc[i][1]), _mm256_loadu_ps(ci + 8)));
-        }
-    }
-}
-SNIPI_TARGET_AVX512 static void snipi_kernel_f32_avx512(int64_t kc, const float *a, const float *b, float *c, int64_t ldc) {
-    __m512 acc[12][2];
-    int64_t k;
-    int i;
-    SNIPI_UNROLL for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    for (k = 0; k < kc; k++, a += 12, b += 32) {
-        __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
-        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[i] * b[j]
-            __m512 ai = _mm512_set1_ps(a[i]);
-            acc[i][0] = _mm512_fmadd_ps(ai, b0, acc[i][0]);
-            acc[i][1] = _mm512_fmadd_ps(ai, b1, acc[i][1]);
-        }
-    }
-    SNIPI_UNROLL for (i = 0; i < 12; i++) {
-        float *ci = c + i * ldc;
-        _mm512_storeu_ps(ci, _mm512_add_ps(_mm512_loadu_ps(ci), acc[i][0]));
-        _mm512_storeu_ps(ci + 16, _mm512_add_ps(_mm512_loadu_ps(ci + 16), acc[i][1]));
-    }
-}
-// The two AVX-512 integer kernels differ in the byte product alone: acc[j] += a[4j + t] * b[4j + t], t = 0..3.
-#define SNIPI_KERNEL_S8_AVX512(name, attribute, dot4) \
-attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, float *c, int64_t ldc) { \
-    const __m512i ones = _mm512_set1_epi16(1); \
+// Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0, p1, q1,
+// ... hold the two vectors of each row.
+#define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
+#define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
+#define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
+
+// acc[i][j] += a[i] * b[j]
+#define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre) \
+attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
+    vec each(SNIPI_F32_DECLARE) b0, b1, ai; \
     int64_t k; \
-    int i; \
+    each(SNIPI_F32_ZERO_##lanes) \
+    for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) { \
+        b0 = pre##loadu_ps(b); b1 = pre##loadu_ps(b + lanes); \
+        each(SNIPI_F32_STEP_##lanes) \
+    } \
+    b0 = pre##setzero_ps(); b1 = b0; \
+    if (from) { b0 = pre##loadu_ps(from); b1 = pre##loadu_ps(from + lanes); } \
+    each(SNIPI_F32_STORE_##lanes) \
+}
+#define SNIPI_F32_DECLARE(i) p##i, q##i,
+#define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
+#define SNIPI_F32_STEP_8(i) ai = _mm256_broadcast_ss(a + i); p##i = _mm256_fmadd_ps(ai, b0, p##i); q##i = _mm256_fmadd_ps(ai, b1, q##i);
+#define SNIPI_F32_STORE_8(i) \
+    _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
+    _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
+#define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
+#define SNIPI_F32_STEP_16(i) ai = _mm512_set1_ps(a[i]); p##i = _mm512_fmadd_ps(ai, b0, p##i); q##i = _mm512_fmadd_ps(ai, b1, q##i);
+#define SNIPI_F32_STORE_16(i) \
+    _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
+    _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
+SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
+SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
+
+// acc[i][j] += a[4i + t] * b[4j + t], t = 0..3, then c = fmaf(sa[i] * sb[j], acc[i][j], c). Without VNNI the byte products are
+// added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
+enum { SNIPI_S8_STEPS = 32 };
+#define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si) \
+attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+    const vec ones = widths##set1_epi16(1); \
+    int64_t k; \
     (void)ones; \
-    for (k = 0; k < kc; k += block, sa += 12, sb += 32, start += 32) { \
-        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4; \
-        __m512i acc[12][2]; \
-        SNIPI_UNROLL for (i = 0; i < 12; i++) { acc[i][0] = _mm512_loadu_si512(start); acc[i][1] = _mm512_loadu_si512(start + 16); } \
-        for (step = 0; step < steps; step++, a += 48, b += 128) { \
-            __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64); \
-            SNIPI_UNROLL for (i = 0; i < 12; i++) { \
-                int32_t four; \
-                __m512i ai; \
-                memcpy(&four, a + 4 * i, 4); \
-                ai = _mm512_set1_epi32(four); \
-                acc[i][0] = dot4(acc[i][0], ai, b0); \
-                acc[i][1] = dot4(acc[i][1], ai, b1); \
+    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, from = NULL) { \
+        int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4; \
+        vec each(declare) b0, b1, ai; \
+        b0 = widths##loadu_##si((const vec *)(const void *)start); b1 = widths##loadu_##si((const vec *)(const void *)(start + lanes)); \
+        each(begin##_START) \
+        while (step < steps) { \
+            const int64_t stop = begin##_STOP(step, steps); \
+            each(begin##_CLEAR) \
+            for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) { \
+                b0 = widths##loadu_##si((const vec *)(const void *)b); b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes)); \
+                each(begin##_STEP) \
             } \
+            each(begin##_WIDEN) \
         } \
-        SNIPI_UNROLL for (i = 0; i < 12; i++) { \
-            float *ci = c + i * ldc; \
-            __m512 s = _mm512_set1_ps(sa[i]); \
-            _mm512_storeu_ps(ci, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb)), _mm512_maskz_cvtepi32_ps(0xFFFF, acc[i][0]), _mm512_loadu_ps(ci))); \
-            _mm512_storeu_ps(ci + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb + 16)), _mm512_maskz_cvtepi32_ps(0xFFFF, acc[i][1]), _mm512_loadu_ps(ci + 16))); \
-        } \
+        each(SNIPI_S8_STORE_##lanes) \
     } \
 }
-#define SNIPI_DOT4_BW(acc, x, y) _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(x, y), ones))
-SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, SNIPI_DOT4_BW)
-SNIPI_KERNEL_S8_AVX512(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, _mm512_dpbusd_epi32)
+#define SNIPI_S8_DECLARE(i) p##i, q##i,
+#define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
+SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4); return x; }
+#define SNIPI_S8_STORE_8(i) { \
+    __m256 s = _mm256_broadcast_ss(sa + i); \
+    float *ci = c + i * ldc; \
+    const float *old = from ? from : ci; \
+    _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(old))); \
+    _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(old + 8))); }
+#define SNIPI_S8_STORE_16(i) { \
+    __m512 s = _mm512_set1_ps(sa[i]); \
+    float *ci = c + i * ldc; \
+    const float *old = from ? from : ci; \
+    _mm512_storeu_ps(ci, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb)), _mm512_maskz_cvtepi32_ps(0xFFFF, p##i), _mm512_loadu_ps(old))); \
+    _mm512_storeu_ps(ci + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb + 16)), _mm512_maskz_cvtepi32_ps(0xFFFF, q##i), _mm512_loadu_ps(old + 16))); }
+#define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#define SNIPI_MADD256_START(i) p##i = b0; q##i = b1;
+#define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
+#define SNIPI_MADD256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+    u##i = _mm256_add_epi16(u##i, _mm256_maddubs_epi16(ai, b0)); v##i = _mm256_add_epi16(v##i, _mm256_maddubs_epi16(ai, b1));
+#define SNIPI_MADD256_WIDEN(i) p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
+#define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#define SNIPI_MADD512_START(i) p##i = b0; q##i = b1;
+#define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
+#define SNIPI_MADD512_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+    u##i = _mm512_add_epi16(u##i, _mm512_maddubs_epi16(ai, b0)); v##i = _mm512_add_epi16(v##i, _mm512_maddubs_epi16(ai, b1));
+#define SNIPI_MADD512_WIDEN(i) p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
+#define SNIPI_VNNI_STOP(step, steps) (steps)
+#define SNIPI_VNNI_START(i) p##i = b0; q##i = b1;
+#define SNIPI_VNNI_CLEAR(i)
+#define SNIPI_DPBUSD(acc, x, y) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))      // GCC copies the intrinsic's accumulator about
+#define SNIPI_VNNI_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBUSD(p##i, ai, b0); SNIPI_DPBUSD(q##i, ai, b1);
+#define SNIPI_VNNI_WIDEN(i)
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD256, _mm256_, si256)
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD512, _mm512_, si512)
+SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI, _mm512_, si512)
+SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
+    const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)), low = _mm_set1_epi8(15);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    int64_t t;
+    int i, r;
+    for (r = 0; r < rows; r += 8) {
+        const int used = rows - r < 8 ? rows - r : 8;
+        const __m256i live = _mm256_cmpgt_epi32(_mm256_set1_epi32(used), lane);
+        for (t = 0; t + 8 <= steps; t += 8) {                       // 8 rows x 32 codes, as 8 x 8 dwords
+            __m256i a[8], b[8];
+            for (i = 0; i < 8; i++) {
+                __m128i x = i < used ? _mm_loadu_si128((const __m128i *)(const void *)(codes + (size_t)(r + i) * row_bytes + 2 * (size_t)t)) : low;
+                __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low)), odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));
+                a[i] = _mm256_insertf128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+            }
+            SNIPI_UNROLL for (i = 0; i < 4; i++) {
+                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            SNIPI_UNROLL for (i = 0; i < 2; i++) {
+                a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]); a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]); a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+            }
+            for (i = 0; i < 8; i++) {
+                int *to = (int *)(void *)(out + 4 * ((t + i) * width + r));
+                __m256i v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x20);
+                if (i >= 4) v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x31);
+                if (used == 8) _mm256_storeu_si256((__m256i *)(void *)to, v);
+                else _mm256_maskstore_epi32(to, live, v);
+            }
+        }
+        snipi_spread_scalar(codes + (size_t)r * row_bytes + 2 * (size_t)t, row_bytes, used, steps - t, offset, out + 4 * (t * width + r), width);
+    }
+}
+SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int width, int32_t *start) {
+    const __m256i ones = _mm256_set1_epi8(1), twelve = _mm256_set1_epi16(-12);
+    int64_t t;
+    int i;
+    for (i = 0; i < width; i += 8) {
+        __m256i sum = _mm256_setzero_si256();
+        for (t = 0; t < steps; t++)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, _mm256_loadu_si256((const __m256i *)(const void *)(b + 4 * (t * width + i)))), twelve));
+        _mm256_storeu_si256((__m256i *)(void *)(start + i), sum);
+    }
+}
 // Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
 // 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
 // 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
@@ -2499,7 +2558,7 @@ SNIPI_TARGET_AVX512 static void snipi_columns_avx512(const snipi_run *q, const s
     else snipi_columns_avx512_as(q, s, 0, 0, 0);
 }
 
-SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out) {
+SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
     int r, c, i;
     for (r = 0; r + 8 <= rows; r += 8)
         for (c = 0; c < cols; c += 8) {
@@ -2507,7 +2566,7 @@ SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, i
             if (c + 8 > cols) {
                 for (i = r; i < r + 8; i++) {
                     int j;
-                    for (j = c; j < cols; j++) out[j * SNIPI_PANEL_LD + i] = x[i * ld + j];
+                    for (j = c; j < cols; j++) out[j * ld_out + i] = x[i * ld + j];
                 }
                 continue;
             }
@@ -2519,13 +2578,13 @@ SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, i
             SNIPI_UNROLL for (i = 0; i < 8; i += 4) {               // 4 x 4 in each half
                 b[0] = _mm256_unpacklo_ps(a[i], a[i + 1]); b[1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
                 b[2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]); b[3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-                _mm256_storeu_ps(out + (c + i) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
-                _mm256_storeu_ps(out + (c + i + 1) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
-                _mm256_storeu_ps(out + (c + i + 2) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
-                _mm256_storeu_ps(out + (c + i + 3) * SNIPI_PANEL_LD + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
+                _mm256_storeu_ps(out + (c + i) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
+                _mm256_storeu_ps(out + (c + i + 1) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
+                _mm256_storeu_ps(out + (c + i + 2) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
+                _mm256_storeu_ps(out + (c + i + 3) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
             }
         }
-    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r);
+    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
 }
 SNIPI_TARGET_AVX2 static void snipi_widen_avx2(const uint16_t *x, int n, float *out) {
     int i;
@@ -2656,10 +2715,14 @@ static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4
     snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
 }
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
-    snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar };
+    snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, snipi_spread_scalar, snipi_start_scalar };
 #ifdef SNIPI_X86
+    if (isa != SNIP_ISA_SCALAR) {
+        k.spread = snipi_spread_avx2;
+        k.start = snipi_start_avx2;
+    }
     if (isa == SNIP_ISA_AVX2) {
-        k.f32_mr = 6;
+        k.f32_mr = k.s8_mr = 6;
         k.f32 = snipi_kernel_f32_avx2;
         k.s8 = snipi_kernel_s8_avx2;
     } else if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) {
@@ -2691,79 +2754,71 @@ static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64
     side->ld = operand->ld ? operand->ld : operand->transposed ? rows : k;
     snipi_reader_init(&side->reader, operand->recipe, operand->codes, operand->scales, rows, k);
 }
+// Elements [k0, k0 + n) of a row that lie together, as floats.
+static void snipi_side_row(const snipi_side *side, int64_t row, int64_t k0, int64_t n, float *out) {
+    const void *x = side->operand->codes;
+    if (!side->direct) snipi_reader_row(&side->reader, row, k0, n, out, 1);
+    else if (side->operand->recipe->format == SNIP_BF16) side->reader.vector->widen((const uint16_t *)x + row * side->ld + k0, (int)n, out);
+    else memcpy(out, (const float *)x + row * side->ld + k0, (size_t)n * sizeof(float));
+}
+static void snipi_round_to_bf16(const snipi_vector *vector, float *x, int n) {
+    uint16_t narrow[SNIPI_RUN];
+    int i;
+    for (i = 0; i < n; i += SNIPI_RUN) {
+        int m = (int)snipi_min(SNIPI_RUN, n - i);
+        vector->narrow(x + i, m, narrow);
+        vector->widen(narrow, m, x + i);
+    }
+}
 // Rows [row0, row0 + used) of k range [k0, k0 + kc) into panel[kc][width], zeros beyond `used`.
 static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, float *panel) {
+    const snipi_vector *vector = side->reader.vector;
     const float *x = (const float *)side->operand->codes;
     const uint16_t *x16 = (const uint16_t *)side->operand->codes;
+    float part[SNIPI_MAX_NR][64];
     int bf16 = side->operand->recipe->format == SNIP_BF16, i;
-    int64_t k, across = side->operand->transposed ? 1 : side->ld, along = side->operand->transposed ? side->ld : 1;
-    for (i = used; i < width; i++)
-        for (k = 0; k < kc; k++) panel[k * width + i] = 0.0f;
-    if (!side->direct)
-        for (i = 0; i < used; i++) snipi_reader_row(&side->reader, row0 + i, k0, kc, panel + i, width);
-    else if (side->operand->transposed)
-        for (k = 0; k < kc; k++) {
-            int64_t at = row0 + (k0 + k) * along;
-            for (i = 0; i < used; i++) panel[k * width + i] = bf16 ? snip_bf16_to_f32(x16[at + i]) : x[at + i];
+    int64_t k, n;
+    for (k = 0; k < kc; k += n) {
+        n = snipi_min(64, kc - k);
+        if (side->operand->transposed) {
+            for (i = 0; i < n; i++) {
+                int64_t at = row0 + (k0 + k + i) * side->ld;
+                float *to = panel + (k + i) * width;
+                if (bf16) vector->widen(x16 + at, used, to);
+                else memcpy(to, x + at, (size_t)used * sizeof(float));
+                memset(to + used, 0, (size_t)(width - used) * sizeof(float));
+                if (side->round_bf16) snipi_round_to_bf16(vector, to, used);
+            }
+            continue;
         }
-    else
         for (i = 0; i < used; i++) {
-            int64_t at = (row0 + i) * across + k0;
-            if (bf16) for (k = 0; k < kc; k++) panel[k * width + i] = snip_bf16_to_f32(x16[at + k]);
-            else for (k = 0; k < kc; k++) panel[k * width + i] = x[at + k];
+            snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
+            if (side->round_bf16) snipi_round_to_bf16(vector, part[i], (int)n);
         }
-    if (side->round_bf16)
-        for (k = 0; k < kc * width; k++) panel[k] = snipi_float(snipi_bf16_round(snipi_bits(panel[k])) << 16);
-}
-// Twice the two E2M1 values of a byte, as two bytes, plus an offset each.
-static void snipi_pair_table(uint16_t pairs[256], int offset) {
-    static const int8_t twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };
-    int i;
-    for (i = 0; i < 256; i++) pairs[i] = (uint16_t)((twice[i & 15] + offset) & 255) | (uint16_t)(((twice[i >> 4] + offset) & 255) << 8);
+        memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
+        vector->transpose(part[0], 64, width, (int)n, panel + k * width, width);
+    }
 }
 // E2M1 rows into an S8 panel with one scale per (block, row), halved because the integers are doubled.
-static void snipi_pack_s8(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, int64_t block,
-                          int offset, const uint16_t pairs[256], uint8_t *panel, float *scales, int32_t *start) {
+static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, int64_t block,
+                          int offset, uint8_t *panel, float *scales, int32_t *start) {
     const snipi_reader *q = &side->reader;
-    uint32_t zeros = (uint32_t)offset * 0x01010101u;
     int64_t k, b;
     int i;
     for (b = k = 0; k < kc; b++, k += block) {
-        int64_t length = snipi_min(block, kc - k), whole = length / 4, padded = (length + 3) / 4 * 4, t;
-        for (i = 0; i < width; i++) {
-            uint8_t *out = panel + 4 * i;
-            const uint8_t *codes = q->codes + (size_t)(row0 + i) * q->row_bytes + (k0 + k) / 2;
-            if (i >= used) {
-                for (t = 0; t < padded / 4; t++) memcpy(out + t * 4 * width, &zeros, 4);
-                scales[b * width + i] = 0.0f;
-                if (start) start[b * width + i] = 0;
-                continue;
-            }
-            for (t = 0; t < whole; t++) {
-                uint16_t two[2];
-                two[0] = pairs[codes[2 * t]];
-                two[1] = pairs[codes[2 * t + 1]];
-                memcpy(out + t * 4 * width, two, 4);
-            }
-            if (length & 3) {
-                int rest = (int)(length & 3);
-                uint16_t two[2];
-                two[0] = pairs[codes[2 * t]];
-                two[1] = rest > 2 ? pairs[codes[2 * t + 1]] : (uint16_t)zeros;
-                memcpy(out + t * 4 * width, two, 4);
-                if (rest & 1) out[t * 4 * width + rest] = (uint8_t)offset;      // an odd row's last byte holds one code
-            }
-            scales[b * width + i] = 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols);
-            if (start) {
-                int32_t sum = 0;
-                for (t = 0; t < padded / 4; t++) {
-                    const uint8_t *four = out + t * 4 * width;
-                    sum += (int8_t)four[0] + (int8_t)four[1] + (int8_t)four[2] + (int8_t)four[3];
-                }
-                start[b * width + i] = -12 * sum;
-            }
+        int64_t length = snipi_min(block, kc - k), whole = length / 4, steps = (length + 3) / 4, rest = length & 3, t;
+        const uint8_t *codes = q->codes + (size_t)row0 * q->row_bytes + (k0 + k) / 2;
+        kernels->spread(codes, q->row_bytes, used, whole, offset, panel, width);
+        for (t = 0; t < steps && used < width; t++) memset(panel + 4 * (t * width + used), offset, (size_t)4 * (size_t)(width - used));
+        for (i = 0; i < used && rest; i++) {
+            const uint8_t *last = codes + (size_t)i * q->row_bytes + 2 * whole;
+            uint8_t *to = panel + 4 * (whole * width + i);
+            memset(to, offset, 4);
+            for (t = 0; t < rest; t++) to[t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] + offset);
         }
-        panel += padded * width;
+        for (i = 0; i < width; i++) scales[b * width + i] = i < used ? 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
+        if (start) kernels->start((const int8_t *)panel, steps, width, start + b * width);
+        panel += 4 * steps * width;
     }
 }
 
@@ -2811,7 +2866,8 @@ typedef struct {
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
     int32_t *start;
-    uint16_t pairs_a[256], pairs_b[256];
+    const float *bias;                  // of C's start, or NULL
+    int accumulate;
 } snipi_gemm_job;
 
 // Panels of one k-block: index p of operand `side`.
@@ -2822,29 +2878,32 @@ static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_
     char *base = is_b ? g->panel_b : g->panel_a;
     if (s8) {
         int64_t blocks = snipi_ceil_div(kc, g->block);
-        snipi_pack_s8(side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, is_b ? g->pairs_b : g->pairs_a, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
+        snipi_pack_s8(&g->kernels, side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
                       (is_b ? g->scales_b : g->scales_a) + p * width * blocks, is_b ? g->start + p * width * blocks : NULL);
     } else
         snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)base + p * width * kc);
 }
-// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside.
-static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int64_t kc) {
+// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. first: C starts here.
+static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int64_t kc, int first) {
+    static const float zeros[SNIPI_MAX_NR] = { 0 };
     int s8 = g->block > 0, mr = s8 ? g->kernels.s8_mr : g->kernels.f32_mr, nr = s8 ? g->kernels.s8_nr : g->kernels.f32_nr, i;
     int rows = (int)snipi_min(mr, g->m - ip * mr), cols = (int)snipi_min(nr, g->n - jp * nr);
     float aside[SNIPI_MAX_MR * SNIPI_MAX_NR], *c = g->c + ip * mr * g->ldc + jp * nr;
     int whole = rows == mr && cols == nr;
     float *target = whole ? c : aside;
+    const float *from = !first || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
     int64_t ld = whole ? g->ldc : nr;
     if (!whole) {
         memset(aside, 0, sizeof aside);
-        for (i = 0; i < rows; i++) memcpy(aside + i * nr, c + i * g->ldc, (size_t)cols * sizeof(float));
+        for (i = 0; i < rows; i++) memcpy(aside + i * nr, from ? from : c + i * g->ldc, (size_t)cols * sizeof(float));
+        from = NULL;
     }
     if (s8) {
         int64_t padded = snipi_round_up(kc, 4), blocks = snipi_ceil_div(kc, g->block);
         g->kernels.s8(kc, g->block, (const uint8_t *)g->panel_a + ip * mr * padded, (const int8_t *)g->panel_b + jp * nr * padded,
-                      g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, target, ld);
+                      g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
     } else
-        g->kernels.f32(kc, (const float *)(const void *)g->panel_a + ip * mr * kc, (const float *)(const void *)g->panel_b + jp * nr * kc, target, ld);
+        g->kernels.f32(kc, (const float *)(const void *)g->panel_a + ip * mr * kc, (const float *)(const void *)g->panel_b + jp * nr * kc, from, target, ld);
     if (!whole)
         for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
 }
@@ -2864,12 +2923,11 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
     memset(&g, 0, sizeof g);
     g.kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
     g.m = m; g.n = n; g.k = k; g.c = c; g.ldc = ldc;
+    g.bias = bias; g.accumulate = accumulate;
     if (k > 0) {
         snipi_side_init(&g.a, a, m, k);
         snipi_side_init(&g.b, b, n, k);
         g.block = snipi_s8_block(a, b, k);
-        snipi_pair_table(g.pairs_a, 12);
-        snipi_pair_table(g.pairs_b, 0);
     }
     mr = g.block ? g.kernels.s8_mr : g.kernels.f32_mr;
     nr = g.block ? g.kernels.s8_nr : g.kernels.f32_nr;
@@ -2893,7 +2951,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
     }
     SNIPI_OMP(omp parallel private(k0))
     {
-        if (!accumulate) {
+        if (!accumulate && k == 0) {
             SNIPI_OMP(omp for schedule(static))
             for (i = 0; i < m; i++) {
                 if (bias) memcpy(c + i * ldc, bias, (size_t)n * sizeof(float));
@@ -2908,7 +2966,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
             for (t = 0; t < chunks_m * chunks_n; t++) {
                 int64_t i0 = t % chunks_m * SNIPI_CHUNK_PANELS, j0 = t / chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
                 for (jp = j0; jp < snipi_min(np, j0 + SNIPI_CHUNK_PANELS); jp++)
-                    for (ip = i0; ip < snipi_min(mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(&g, ip, jp, kc);
+                    for (ip = i0; ip < snipi_min(mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(&g, ip, jp, kc, k0 == 0);
             }
         }
         if (accumulate && bias) {

@@ -399,7 +399,7 @@ static void test_nonfinite(void) {
 
 static void refuse(const char *name, snip_status expected, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, int64_t ldc, int with_scratch, int isa) {
     static float c[64];
-    static double scratch[8192];
+    static double scratch[16384];
     int i, same = 1;
     snprintf(what, sizeof what, "refused: %s", name);
     for (i = 0; i < 64; i++) c[i] = (float)i;
@@ -465,7 +465,7 @@ static void test_refused(void) {
     }
     strcpy(what, "c NULL");
     {
-        static double scratch[8192];
+        static double scratch[16384];
         CHECK(snip_gemm(4, 4, 8, &f, &f, NULL, 4, 0, NULL, scratch, SNIP_ISA_BEST) == SNIP_BAD_ARGUMENT);
         CHECK(snip_gemm(0, 4, 8, &f, &f, NULL, 4, 0, NULL, NULL, SNIP_ISA_BEST) == SNIP_OK);
     }

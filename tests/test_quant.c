@@ -409,6 +409,54 @@ static void test_both(void) {
     check(wrong == 0, "both orientations at once as each alone");
 }
 
+// Whole blocks without a weight, both orientations, with statistics and without: every instruction set as the scalar one.
+static void test_blocks(void) {
+    static const int sizes[][2] = { { 128, 128 }, { 256, 144 }, { 260, 48 }, { 384, 272 }, { 130, 2112 } };
+    static const int widths[][2] = { { 1, 128 }, { 1, 64 }, { 1, 32 }, { 1, 16 }, { 16, 16 }, { 128, 128 }, { 32, 128 } };
+    enum { MOST = 384 * 2112 };
+    static float data[MOST], value[2][MOST];
+    static uint8_t c[2][2 * MOST], s[2][8 * MOST];
+    static uint16_t half[MOST];
+    snip_rng_key key = { 0xABCDEF0123456789u, 11, 13 };
+    int f, kind, rounding, w, z, d, isa, pass, wrong = 0, tried = 0, i;
+    for (f = SNIP_E4M3; f <= SNIP_E3M2; f++)
+        for (kind = SNIP_SCALE_NONE; kind <= SNIP_SCALE_UE8M0_UP; kind++)
+            for (rounding = 0; rounding < 2; rounding++)
+                for (w = 0; w < 7; w++) {
+                    snip_recipe r;
+                    snip_quant_stats st[2][2];
+                    int64_t rows, cols;
+                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3) continue;
+                    z = (f + kind + w + 3 * rounding) % 5; d = (f * 7 + kind * 3 + w) % KINDS;
+                    rows = sizes[z][0]; cols = sizes[z][1];
+                    r.format = (snip_format)f; r.tile_rows = widths[w][0]; r.tile_cols = widths[w][1];
+                    r.scale = (snip_scale)kind; r.rounding = (snip_rounding)rounding;
+                    fill(data, rows * cols, d);
+                    for (i = 0; i < rows * cols; i++) half[i] = snip_bf16_from_f32(data[i]);
+                    for (pass = 0; pass < 8; pass++)            // bit 0: statistics; then the first, the second, both; BF16
+                        for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+                            int at = isa != SNIP_ISA_SCALAR;
+                            snip_quantize_job job;
+                            size_t nc = snip_codes_bound(&r, rows, cols), ns = snip_scales_bound(&r, rows, cols), nt = snip_codes_bound(&r, cols, rows), nst = snip_scales_bound(&r, cols, rows);
+                            if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI) continue;
+                            memset(&job, 0, sizeof job);
+                            memset(c[at], 0, nc + nt); memset(s[at], 0, ns + nst + 8); memset(st[at], 0, sizeof st[at]);
+                            job.x = pass >= 6 ? (void *)half : (void *)data;
+                            if (pass >= 6) job.x_format = SNIP_BF16;
+                            job.rows = rows; job.cols = cols; job.ld = cols; job.key = key; job.isa = (snip_isa)isa;
+                            if (pass / 2 != 1) { job.recipe = &r; job.codes = c[at]; job.scales = s[at]; job.out = pass / 2 == 0 ? value[at] : NULL; job.ld_out = cols; }
+                            if (pass / 2 != 0) { job.recipe_t = &r; job.codes_t = c[at] + nc; job.scales_t = s[at] + (ns + 7) / 8 * 8; }
+                            if (snip_quantize_with(&job, pass & 1 ? &st[at][0] : NULL, pass & 1 ? &st[at][1] : NULL) != SNIP_OK) wrong++;
+                            if (!at) continue;
+                            wrong += differs(memcmp(c[0], c[1], nc + nt) != 0, "codes of blocks") + differs(memcmp(s[0], s[1], ns + nst) != 0, "scales of blocks");
+                            wrong += differs(job.out && !same_floats(value[0], value[1], rows * cols), "values of blocks") + differs((pass & 1) && memcmp(st[0], st[1], sizeof st[0]) != 0, "statistics of blocks");
+                            tried++;
+                        }
+                }
+    if (tried) check(wrong == 0, "whole blocks as the scalar specification");
+    else skipped++;
+}
+
 static void test_in_place_and_threads(void) {
     snip_recipe r = SNIP_RECIPE_FP4_TILE_SR, nv = SNIP_RECIPE_NVFP4;
     static float a[200 * 300], b[200 * 300];
@@ -769,6 +817,7 @@ int main(int argc, char **argv) {
     test_everything(0);
     test_plain_formats();
     test_both();
+    test_blocks();
     test_in_place_and_threads();
     test_stochastic();
     test_gauss();
