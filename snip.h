@@ -253,6 +253,8 @@ typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, 
 
 typedef struct {                // zero means the default
     double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]
+    double speedup;             // positive: instead of budget, each stage's linear GEMMs this many times as fast as in `high`,
+    double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times
     int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never
     uint64_t seed;
     int n_stages;               // pipeline stages; 0: 1
@@ -286,6 +288,7 @@ typedef struct {
     snip_format format[SNIP_GEMMS];         // the plan
     snip_estimate fp8, fp4;
     int64_t nonfinite, saturated;           // operand elements of the current step so far
+    double seconds[3][SNIP_GEMMS];          // in `high`, FP8, FP4: measured or set; 0: not yet
 } snip_layer_info;
 typedef enum { SNIP_PASS_ORDINARY, SNIP_PASS_LOSS_PROBE, SNIP_PASS_UPDATE_PROBE, SNIP_PASS_CLEAN } snip_pass;
 typedef enum { SNIP_TRAIN, SNIP_EVAL /* forward under the plan, outside any pass */, SNIP_EVAL_HIGH /* in desc.high */ } snip_mode;
@@ -298,6 +301,11 @@ SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, i
 SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
 // Formats a plan may use for a layer's GEMM; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
+// Time each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up operands;
+// layers of one shape are timed once. Plans are solved by these seconds where desc.speedup or desc.seconds asks for it.
+SNIP_API snip_status snip_measure_gains(snip *, int64_t rows);
+SNIP_API snip_status snip_set_seconds(snip *, int layer, snip_gemm_kind, const double seconds[3]);     // the same by hand
+SNIP_API double      snip_plan_seconds(const snip *);   // of all layers' GEMMs under the plan; 0 if not measured
 // Put a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan.
 SNIP_API snip_status snip_set_format(snip *, int layer, snip_gemm_kind gemm, snip_format);
 SNIP_API snip_status snip_set_mode(snip *, snip_mode);
@@ -3032,6 +3040,7 @@ typedef struct {
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
+    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];       // in desc.high, then in each candidate
 } snipi_layer;
 
 struct snip {
@@ -3089,6 +3098,7 @@ SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!d || !snipi_in_range(d->budget, 0, 1) || d->n_stages < 0) return SNIP_BAD_ARGUMENT;
     if ((int)d->high != 0 && !snipi_plain(d->high)) return SNIP_BAD_ARGUMENT;
     if ((int)d->measure != 0 && !snipi_plain(d->measure)) return SNIP_BAD_ARGUMENT;
+    if ((d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) || !snipi_in_range(d->seconds, 0, 1e9)) return SNIP_BAD_ARGUMENT;
     if (snipi_nonfinite_f64(d->loss_weight) || snipi_nonfinite_f64(d->update_weight)) return SNIP_BAD_ARGUMENT;
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
@@ -3713,9 +3723,67 @@ static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
     if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, fabs(s->loss));
 }
 
+// ---- planning
+static int snipi_by_seconds(const snip *s) { return s->desc.speedup > 0 || s->desc.seconds > 0; }
+
+SNIP_API snip_status snip_set_seconds(snip *s, int layer, snip_gemm_kind gemm, const double seconds[3]) {
+    int i;
+    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds) return SNIP_BAD_ARGUMENT;
+    for (i = 0; i < 3; i++) if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return SNIP_BAD_ARGUMENT;
+    for (i = 0; i < 3; i++) s->layers[layer].seconds[i][gemm] = seconds[i];
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
+    enum { TIMES = 5 };
+    int l, same, g, i, f;
+    if (!s || rows < 1 || rows > INT32_MAX) return SNIP_BAD_ARGUMENT;
+    for (l = 0; l < s->n_layers; l++) {
+        snipi_layer *layer = &s->layers[l];
+        int64_t n = layer->n, k = layer->k, nonfinite = layer->nonfinite, saturated = layer->saturated;
+        snip_status status = SNIP_OK;
+        float *x, *w, *dy, *out;
+        for (same = 0; same < l && (s->layers[same].n != n || s->layers[same].k != k); same++) {}
+        if (same < l) {
+            memcpy(layer->seconds, s->layers[same].seconds, sizeof layer->seconds);
+            continue;
+        }
+        x = (float *)snipi_alloc(s, (size_t)(rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k)) * sizeof(float));
+        if (!x) return SNIP_OUT_OF_MEMORY;
+        dy = x + rows * k; w = dy + rows * n; out = w + n * k;
+        snip_noise_add(x, x, rows * (n + k) + n * k, 1.0f, NULL, snipi_key(s, layer, 0, SNIPI_ROLE_NOISE_X));
+        for (g = 0; g < SNIP_GEMMS; g++)
+            for (f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
+                snip_format format = f ? snipi_candidates[f - 1] : s->desc.high;
+                double best = 0;
+                for (i = 0; i < 1 + TIMES && !status; i++) {            // the first warms up
+                    double t = snipi_ilp_clock();
+                    status = g == SNIP_FWD ? snipi_fwd(s, layer, 0, format, out, x, w, NULL, rows) : g == SNIP_DGRAD ? snipi_dgrad(s, layer, 0, format, out, 0, dy, w, rows)
+                                           : snipi_wgrad(s, layer, 0, format, out, 0, dy, n, x, rows);
+                    t = snipi_ilp_clock() - t;
+                    if (i == 1 || (i > 1 && t < best)) best = t;
+                }
+                layer->seconds[f][g] = best > 1e-9 ? best : 1e-9;
+            }
+        snipi_free(s, x);
+        layer->nonfinite = nonfinite;
+        layer->saturated = saturated;
+        if (status) return status;
+    }
+    return SNIP_OK;
+}
+static int snipi_state_of(const snip *s, snip_format format) { return format == s->desc.high || snipi_plain(format) ? 0 : format == SNIP_E4M3 ? 1 : 2; }
+SNIP_API double snip_plan_seconds(const snip *s) {
+    double sum = 0;
+    int l, g;
+    for (l = 0; s && l < s->n_layers; l++)
+        for (g = 0; g < SNIP_GEMMS; g++) sum += s->layers[l].seconds[snipi_state_of(s, s->layers[l].format[g])][g];
+    return sum;
+}
+
 static int snipi_candidate_of(unsigned option, int g) { return (int)(option >> g & 1u); }       // bit g: gemm g in FP4
 
-// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly.
+// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved against the
+// slowest candidate.
 static snip_status snipi_solve(snip *s) {
     int n = s->n_layers, l, g;
     unsigned o;
@@ -3746,7 +3814,8 @@ static snip_status snipi_solve(snip *s) {
                 int fp4 = snipi_candidate_of(o, g);
                 if (!(layer->allow[g] & (fp4 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) allowed = 0;
                 option.cost += layer->estimate[fp4].cost[g];
-                option.gain += fp4 ? (double)layer->n * (double)layer->k : 0;
+                if (snipi_by_seconds(s)) option.gain += (layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g]) - layer->seconds[1 + fp4][g];
+                else option.gain += fp4 ? (double)layer->n * (double)layer->k : 0;
             }
             if (!allowed) continue;
             if (s->desc.per_layer) {        // FP4 wherever it is allowed, or nowhere
@@ -3765,7 +3834,19 @@ static snip_status snipi_solve(snip *s) {
         groups[l].options = list;
         groups[l].n_options = count;
         groups[l].stage = layer->stage;
-        target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
+        if (!snipi_by_seconds(s)) target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
+        for (g = 0; g < SNIP_GEMMS && snipi_by_seconds(s); g++) {
+            target[layer->stage] += layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g];
+            if (s->desc.speedup > 0) target[layer->stage] -= layer->seconds[0][g] / s->desc.speedup;
+            if (!(layer->seconds[0][g] > 0)) {
+                snipi_free(s, memory);
+                return snipi_fail(s, SNIP_BAD_ARGUMENT, "a plan by seconds needs snip_measure_gains or snip_set_seconds first");
+            }
+        }
+    }
+    for (l = 0; l < s->desc.n_stages; l++) {
+        if (snipi_by_seconds(s) && !(s->desc.speedup > 0)) target[l] -= s->desc.seconds;
+        if (target[l] < 0) target[l] = 0;
     }
     memset(&problem, 0, sizeof problem);
     problem.n_groups = n;
@@ -3784,7 +3865,8 @@ static snip_status snipi_solve(snip *s) {
     if (solved == SNIP_ILP_INFEASIBLE) {
         double lacking = 0;
         int stage = snip_ilp_shortfall(&problem, &lacking);
-        if (stage >= 0 && stage < s->desc.n_stages)
+        if (snipi_by_seconds(s)) snprintf(s->message, sizeof s->message, "stage %d cannot be as fast as asked: %.3g seconds are lacking", stage, lacking);
+        else if (stage >= 0 && stage < s->desc.n_stages)
             snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
                      100 * s->desc.budget * (1 - lacking / target[stage]), 100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
     }
@@ -3844,6 +3926,7 @@ SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info)
     info->fp4 = l->estimate[1];
     info->nonfinite = l->nonfinite;
     info->saturated = l->saturated;
+    memcpy(info->seconds, l->seconds, sizeof info->seconds);
     return SNIP_OK;
 }
 SNIP_API double snip_share(const snip *s, snip_format format) {
@@ -3990,7 +4073,7 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
 
 // State: header, one record a layer, hash. In the machine's own byte order.
 typedef struct { char magic[8]; uint64_t layers, model; int64_t step, plans; snip_adamw adamw; } snipi_state_header;
-typedef struct { int64_t format[SNIP_GEMMS]; snipi_average average[SNIPI_CANDIDATES]; snip_estimate estimate[SNIPI_CANDIDATES]; } snipi_state_layer;
+typedef struct { int64_t format[SNIP_GEMMS]; snipi_average average[SNIPI_CANDIDATES]; snip_estimate estimate[SNIPI_CANDIDATES]; double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS]; } snipi_state_layer;
 
 static uint64_t snipi_model_hash(const snip *s) {
     uint64_t hash = SNIPI_HASH_START;
@@ -4027,6 +4110,7 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
         for (g = 0; g < SNIP_GEMMS; g++) record.format[g] = s->layers[l].format[g];
         memcpy(record.average, s->layers[l].average, sizeof record.average);
         memcpy(record.estimate, s->layers[l].estimate, sizeof record.estimate);
+        memcpy(record.seconds, s->layers[l].seconds, sizeof record.seconds);
         memcpy(at, &record, sizeof record);
         at += sizeof record;
     }
@@ -4058,6 +4142,7 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
         for (g = 0; g < SNIP_GEMMS; g++) s->layers[l].format[g] = (snip_format)record.format[g];
         memcpy(s->layers[l].average, record.average, sizeof record.average);
         memcpy(s->layers[l].estimate, record.estimate, sizeof record.estimate);
+        memcpy(s->layers[l].seconds, record.seconds, sizeof record.seconds);
     }
     snipi_begin_step(s);
     return SNIP_OK;

@@ -170,6 +170,7 @@ static void open_run(run *r, const tr_options *o, const tr_data *d, const char *
             desc.high = fixed[i].high;
             desc.every = -1;
         }
+    if (!format && !o->plan) desc.speedup = o->speedup;
     if ((st = snip_desc_check(&desc)) != SNIP_OK) tr_die("the session's options: %s", snip_status_text(st));
     llama_config c = { d->vocab, (int)o->dim, (int)o->blocks, (int)o->heads, (int)o->kv_heads, (int)o->ffn, (int)o->seq,
                        (int)o->tied, (int)o->stages, (uint64_t)o->seed };
@@ -183,6 +184,8 @@ static void open_run(run *r, const tr_options *o, const tr_data *d, const char *
     for (int64_t i = 0; i < o->steps; i++) r->number[i] = (double)(i + 1);
     if (format) snip_set_format(r->session, -1, SNIP_GEMMS, format);
     if (o->resume) load_checkpoint(r, o);
+    if (desc.speedup > 0 && snip_plan_seconds(r->session) <= 0 && (st = snip_measure_gains(r->session, o->batch * o->seq)) != SNIP_OK)
+        tr_die("timing the layers: %s", session_error(r->session, st));
     if (o->plan && !format) {
         if ((st = snip_plan_load(r->session, o->plan)) != SNIP_OK) {
             const char *why = session_error(r->session, st);
@@ -383,7 +386,8 @@ static void write_report(const char *path, const run *runs, int n, const tr_opti
     snprintf(value[3], 96, "%lld tokens, the last tenth of each file for validation", (long long)d->n);
     snprintf(value[4], 96, "%lld", (long long)o->steps);
     snprintf(value[5], 96, "%lld x %lld x %lld", (long long)o->accum, (long long)o->batch, (long long)o->seq);
-    snprintf(value[6], 96, "%g%%", 100 * o->budget);
+    if (o->speedup > 0) snprintf(value[6], 96, "as many as make the linear layers %g times as fast", o->speedup);
+    else snprintf(value[6], 96, "%g%%", 100 * o->budget);
     snprintf(value[7], 96, o->plan ? "never: plan from a file" : o->every ? "%lld steps" : "never", (long long)o->every);
     snprintf(value[8], 96, "%lld", (long long)o->seed);
     snprintf(value[9], 96, "%.0f s", seconds);

@@ -86,7 +86,7 @@ typedef struct {
     const char *runs[TR_MAX_RUNS];          // of --compare
     int n_data, n_runs;
     int64_t steps, every, dim, blocks, heads, kv_heads, ffn, seq, batch, accum, warmup, seed, threads, stages, save_every, val_every;
-    double budget, lr;
+    double budget, speedup, lr;
     int64_t resume, quiet, tied;
     int budget_given, precision_given;
 } tr_options;
@@ -100,6 +100,7 @@ static const tr_option tr_option_table[] = {
     { "--steps",      TR_INT,  TR_AT(steps), 1, 1e9, "N", "optimizer steps (600)" },
     { "--precision",  TR_TEXT, TR_AT(precision), 0, 0, "P", "snip, f32, bf16, fp8 or fp4 for the linear layers (snip)" },
     { "--budget",     TR_REAL, TR_AT(budget), 0, 1, "F", "snip: least share of the linear layers' FLOPs in FP4 (0.75)" },
+    { "--speedup",    TR_REAL, TR_AT(speedup), 0, 100, "F", "snip: instead, the linear layers at least F times as fast as in BF16, as timed here (0: off)" },
     { "--every",      TR_INT,  TR_AT(every), 0, 1e9, "N", "snip: steps from measurement to measurement; 0: never (100)" },
     { "--plan",       TR_TEXT, TR_AT(plan), 0, 0, "FILE", "train under this plan, without measuring" },
     { "--compare",    TR_TEXT, TR_AT(compare), 0, 0, "LIST", "train each precision of a list such as bf16,fp8,fp4,snip" },

@@ -941,6 +941,100 @@ static void test_plan(void) {
 
 // ------------------------------------------------------------------------------------------ files
 
+// Plans by seconds: the cheapest one that is fast enough, of all 64 of two layers.
+static void test_seconds(void) {
+    bundle b = bundle_new();
+    int by, i, l, g, f, o;
+    note("plans by seconds");
+    for (by = 0; by < 2; by++)
+        for (i = 0; i < 6; i++) {
+            static const double asked[6] = { 0.8, 1.0, 1.3, 1.7, 1.95, 3.5 };
+            snip_desc d = defaults();
+            double high = 0, least = 0, got = 0, allowed, sum = 0, cost = 0, best = 1e300;
+            snip_status st;
+            snip_layer_info info[MANY];
+            snip *s;
+            d.budget = 1;               // ignored
+            d.n_stages = 1;
+            if (by) d.seconds = 42.0 / asked[i]; else d.speedup = asked[i];
+            s = bundle_session(&b, d, 2);
+            CHECK(bundle_step(&b, s, 1) == SNIP_OK);
+            CHECK(snip_plan_seconds(s) == 0);
+            CHECK(bundle_step(&b, s, 2) == SNIP_BAD_ARGUMENT && strstr(snip_message(s), "snip_measure_gains") != NULL);
+            for (l = 0; l < 2; l++)
+                for (g = 0; g < 3; g++) {
+                    double seconds[3];
+                    seconds[0] = 7; seconds[1] = 6 + g - l; seconds[2] = 2 + (l ^ (g & 1));
+                    CHECK(snip_set_seconds(s, l, (snip_gemm_kind)g, seconds) == SNIP_OK);
+                    high += seconds[0];
+                    least += seconds[2] < seconds[1] ? seconds[2] : seconds[1];
+                }
+            allowed = high / asked[i];
+            st = bundle_step(&b, s, 3);
+            CHECK(st == (least <= allowed ? SNIP_OK : SNIP_INFEASIBLE));
+            if (st == SNIP_INFEASIBLE) CHECK(strstr(snip_message(s), "seconds are lacking") != NULL);
+            if (st == SNIP_OK) {
+                for (l = 0; l < 2; l++) {
+                    CHECK(snip_layer(s, l, &info[l]) == SNIP_OK);
+                    for (g = 0; g < 3; g++) {
+                        int fp4 = info[l].format[g] == SNIP_E2M1;
+                        got += info[l].seconds[1 + fp4][g];
+                        cost += (fp4 ? info[l].fp4 : info[l].fp8).cost[g];
+                    }
+                }
+                CHECK(got <= allowed * (1 + 1e-9) && near(snip_plan_seconds(s), got, 1e-12));
+                for (o = 0; o < 64; o++) {
+                    double price = 0;
+                    for (sum = 0, f = 0; f < 6; f++) {
+                        int fp4 = o >> f & 1;
+                        sum += info[f / 3].seconds[1 + fp4][f % 3];
+                        price += (fp4 ? info[f / 3].fp4 : info[f / 3].fp8).cost[f % 3];
+                    }
+                    if (sum <= allowed * (1 + 1e-12) && price < best) best = price;
+                }
+                CHECK(fabs(cost - best) <= 1e-9 * (fabs(cost) + 1e-3));
+            }
+            snip_destroy(s);
+        }
+    {
+        snip_desc d = defaults();
+        snip *s = bundle_session(&b, d, MANY);
+        double seconds[3] = { 1, 1, 1 };
+        snip_layer_info one, two;
+        snip_format before[3 * MANY], after[3 * MANY];
+        formats_of(s, before);
+        CHECK(snip_measure_gains(s, 0) == SNIP_BAD_ARGUMENT && snip_measure_gains(NULL, 4) == SNIP_BAD_ARGUMENT && snip_measure_gains(s, 5) == SNIP_OK);
+        formats_of(s, after);
+        CHECK(!memcmp(before, after, sizeof before) && snip_plan_seconds(s) > 0);
+        for (l = 0; l < MANY; l++) {
+            CHECK(snip_layer(s, l, &one) == SNIP_OK && one.nonfinite == 0);
+            for (g = 0; g < 3; g++) for (f = 0; f < 3; f++) CHECK(one.seconds[f][g] > 0 && one.seconds[f][g] < 10);
+        }
+        CHECK(snip_set_seconds(s, MANY, SNIP_FWD, seconds) == SNIP_BAD_ARGUMENT && snip_set_seconds(s, 0, SNIP_GEMMS, seconds) == SNIP_BAD_ARGUMENT);
+        CHECK(snip_set_seconds(s, 0, SNIP_FWD, NULL) == SNIP_BAD_ARGUMENT);
+        seconds[1] = 0;
+        CHECK(snip_set_seconds(s, 0, SNIP_FWD, seconds) == SNIP_BAD_ARGUMENT);
+        {
+            size_t size = snip_state_size(s);
+            void *state = get(size);
+            snip *t = bundle_session(&b, d, MANY);
+            CHECK(snip_state_save(s, state) == SNIP_OK && snip_state_load(t, state, size) == SNIP_OK);
+            for (l = 0; l < MANY; l++) {
+                snip_layer(s, l, &one); snip_layer(t, l, &two);
+                CHECK(!memcmp(one.seconds, two.seconds, sizeof one.seconds));
+            }
+            snip_destroy(t);
+            free(state);
+        }
+        snip_destroy(s);
+        d.speedup = -1;
+        CHECK(snip_desc_check(&d) == SNIP_BAD_ARGUMENT);
+        d.speedup = 0; d.seconds = -1;
+        CHECK(snip_desc_check(&d) == SNIP_BAD_ARGUMENT);
+    }
+    bundle_free(&b);
+}
+
 static const char plan_path[] = "test_session_plan.tmp", other_path[] = "test_session_other.tmp";
 static char *read_whole(const char *path, size_t *size) {
     char *text = (char *)get(65536);
@@ -1396,6 +1490,7 @@ int main(void) {
     test_determinism();
     test_accumulation();
     test_plan();
+    test_seconds();
     test_plan_file();
     test_state();
     test_nonfinite();
