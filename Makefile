@@ -52,12 +52,17 @@ test-exhaustive: | $(B)
 
 # One core each. Peers that are not installed are named in "skipped" lines; GGML=path of libggml-cpu.so, DNNL=path of libdnnl.so.
 BENCH_ILP = --limit 10 --cases snip_560x8,snip_560x8_8stages,measured_560x27_8stages,coupled_measured_560x8
-bench: $(B)/bench_ilp $(B)/bench_quant $(B)/snip.so
+bench: $(B)/bench_ilp $(B)/bench_quant $(B)/bench_gemm $(B)/snip.so
 	$(B)/bench_quant
+	OMP_WAIT_POLICY=passive $(B)/bench_gemm
 	@if command -v python3 > /dev/null; then python3 bench/bench_quant_peers.py --lib $(B)/snip.so; else echo 'skipped: python3'; fi
 	@if command -v python3 > /dev/null; then python3 bench/bench_ilp.py --bench $(B)/bench_ilp $(BENCH_ILP); else echo 'skipped: python3'; fi
 $(B)/snip.so: $(HEADERS) | $(B)
 	$(CC) -O2 -std=gnu99 -shared -fPIC -DSNIP_IMPLEMENTATION -DSNIP_ILP_IMPLEMENTATION -x c snip.h -o $@ -lm
+# HAS,header,library,flags: flags where a program with both compiles and links
+HAS = $(shell printf '\043include <$(1)>\nint main(void){return 0;}' | $(CC) -x c - -o /dev/null $(2) 2>/dev/null && echo "$(3)")
+$(B)/bench_gemm: bench/bench_gemm.c $(HEADERS) | $(B)
+	$(CC) -O2 $(OPENMP) $(call HAS,cblas.h,-lopenblas,-DOPENBLAS) $(call HAS,dnnl.h,-ldnnl,-DDNNL) -std=gnu99 $< -o $@ -lm $(call HAS,cblas.h,-lopenblas,-lopenblas) $(call HAS,dnnl.h,-ldnnl,-ldnnl)
 $(B)/bench_%: bench/bench_%.c $(HEADERS) | $(B)
 	$(CC) -O2 -std=gnu99 $< -o $@ -lm
 
