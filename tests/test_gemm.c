@@ -490,7 +490,7 @@ int main(int argc, char **argv) {
     test_edges();
     test_nonfinite();
     strcpy(what, "coverage");
-    CHECK(exact_cases > 500 && close_cases > 500);
+    CHECK(exact_cases > 200 && close_cases > 500);
     printf("%ld exact products, %ld close ones: relative error at most %.2g (f32, bf16) and %.2g\n", exact_cases, close_cases, worst_f32, worst_other);
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;

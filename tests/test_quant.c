@@ -251,7 +251,7 @@ static int compare(const snip_recipe *r, int rows, int cols, int ld, int hash_on
     for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
         snip_quantize_job job;
         snip_quant_stats stats, stats_t;
-        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI) continue;     // VNNI quantizes as AVX-512
+        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI || isa == SNIP_ISA_NEON_DOT) continue;     // these quantize as the one before
         memset(&job, 0, sizeof job);
         memset(codes, 0xAA, nc + 1);
         memset(scales, 0, sizeof scales > ns + 8 ? ns + 8 : ns);
