@@ -37,7 +37,7 @@ demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
 TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
-SHELL_TESTS ?= trainer headers compilers reference
+SHELL_TESTS ?= trainer headers compilers targets reference
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:

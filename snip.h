@@ -132,7 +132,7 @@ typedef struct {                        // how a matrix is quantized
 #define SNIP_RECIPE_NVFP4       { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
 
 // Instruction sets with code of their own.
-typedef enum { SNIP_ISA_BEST, SNIP_ISA_SCALAR, SNIP_ISA_AVX2, SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_COUNT } snip_isa;
+typedef enum { SNIP_ISA_BEST, SNIP_ISA_SCALAR, SNIP_ISA_AVX2, SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_NEON, SNIP_ISA_NEON_DOT, SNIP_ISA_COUNT } snip_isa;
 SNIP_API int         snip_isa_available(snip_isa);      // on this machine and in this build
 SNIP_API const char *snip_isa_name(snip_isa);
 
@@ -385,6 +385,13 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #  define SNIPI_X86 1
 #  include <immintrin.h>
 #endif
+#if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#  define SNIPI_NEON 1
+#  include <arm_neon.h>
+#  ifdef __linux__
+#    include <sys/auxv.h>
+#  endif
+#endif
 
 // Between a product's store and its use: keeps the compiler from fusing the two into one multiply-add.
 #if defined(__GNUC__) || defined(__clang__)
@@ -395,6 +402,8 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 // The compiler cannot see where this double comes from.
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#  define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
 #else
 #  define SNIPI_HIDDEN(x) do { volatile double hidden = (x); (x) = hidden; } while (0)
 #endif
@@ -2666,6 +2675,328 @@ SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float
 #if defined(__GNUC__) && !defined(__clang__)
 #  pragma GCC diagnostic pop
 #endif
+#ifdef SNIPI_NEON
+// Vectors of 4 floats, 16 elements a turn, so that element i stays in lane i % 16. Right shifts by a variable are left
+// shifts by its negative. Tiles divide SNIPI_MAX_MR and SNIPI_MAX_NR. Intrinsics are plain arithmetic to the compiler:
+// SNIPI_KEPT also holds sums in their order under -Ofast.
+#define SNIPI_KEPT(v) __asm__("" : "+w"(v))
+#ifdef __clang__
+#  define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
+#else
+#  define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+
+static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
+    float32x4_t acc[12][2];
+    int64_t k;
+    int i;
+    SNIPI_UNROLL for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = vdupq_n_f32(0.0f);
+    for (k = 0; k < kc; k++, a += 12, b += 8) {
+        float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
+        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[i] * b[j]
+            acc[i][0] = vfmaq_n_f32(acc[i][0], b0, a[i]);
+            acc[i][1] = vfmaq_n_f32(acc[i][1], b1, a[i]);
+        }
+    }
+    SNIPI_UNROLL for (i = 0; i < 12; i++) {
+        float *ci = c + i * ldc;
+        const float *old = from ? from : ci;
+        vst1q_f32(ci, vaddq_f32(vld1q_f32(old), acc[i][0]));
+        vst1q_f32(ci + 4, vaddq_f32(vld1q_f32(old + 4), acc[i][1]));
+    }
+}
+// c[j] = fmaf(sa * sb[j], acc[j], from ? from[j] : c[j]), 8 columns
+SNIPI_INLINE void snipi_scale_neon(float sa, const float *sb, int32x4_t acc0, int32x4_t acc1, const float *from, float *c) {
+    const float *old = from ? from : c;
+    vst1q_f32(c, vfmaq_f32(vld1q_f32(old), vmulq_n_f32(vld1q_f32(sb), sa), vcvtq_f32_s32(acc0)));
+    vst1q_f32(c + 4, vfmaq_f32(vld1q_f32(old + 4), vmulq_n_f32(vld1q_f32(sb + 4), sa), vcvtq_f32_s32(acc1)));
+}
+static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+    int64_t k;
+    int i, j;
+    for (k = 0; k < kc; k += block, sa += 4, sb += 8, start += 8, from = NULL) {
+        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
+        int32x4_t acc[4][2];
+        SNIPI_UNROLL for (i = 0; i < 4; i++) { acc[i][0] = vld1q_s32(start); acc[i][1] = vld1q_s32(start + 4); }
+        while (steps > 0) {
+            int64_t some = snipi_min(steps, 113);                   // 113 * 24 * 12 < 2^15
+            int16x8_t part[4][4];
+            SNIPI_UNROLL for (i = 0; i < 4; i++) part[i][0] = part[i][1] = part[i][2] = part[i][3] = vdupq_n_s16(0);
+            for (steps -= some; some > 0; some--, a += 16, b += 32) {
+                int8x16_t b0 = vld1q_s8(b), b1 = vld1q_s8(b + 16);
+                SNIPI_UNROLL for (i = 0; i < 4; i++) {              // part[i][j / 2][4 (j % 2) + t] += a[4i + t] * b[4j + t]
+                    int32_t four;
+                    int8x16_t ai;
+                    memcpy(&four, a + 4 * i, 4);
+                    ai = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                    part[i][0] = vmlal_s8(part[i][0], vget_low_s8(ai), vget_low_s8(b0));
+                    part[i][1] = vmlal_high_s8(part[i][1], ai, b0);
+                    part[i][2] = vmlal_s8(part[i][2], vget_low_s8(ai), vget_low_s8(b1));
+                    part[i][3] = vmlal_high_s8(part[i][3], ai, b1);
+                }
+            }
+            SNIPI_UNROLL for (i = 0; i < 4; i++)
+                SNIPI_UNROLL for (j = 0; j < 2; j++)
+                    acc[i][j] = vaddq_s32(acc[i][j], vpaddq_s32(vpaddlq_s16(part[i][2 * j]), vpaddlq_s16(part[i][2 * j + 1])));
+        }
+        SNIPI_UNROLL for (i = 0; i < 4; i++) snipi_scale_neon(sa[i], sb, acc[i][0], acc[i][1], from, c + i * ldc);
+    }
+}
+// sum[i][j] = start[j] + a[i] * b[j] over `steps` times 4 elements. The instruction by name, because clang before 16 has the
+// intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target does not contain.
+SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start, int32_t *sum) {
+    int32x4_t acc[12][2];
+    int i;
+    SNIPI_UNROLL for (i = 0; i < 12; i++) memcpy(acc[i], start, sizeof acc[i]);
+    for (; steps > 0; steps--, a += 48, b += 32) {
+        int8x16_t b0, b1;
+        memcpy(&b0, b, 16);
+        memcpy(&b1, b + 16, 16);
+        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
+            int32_t four;
+            memcpy(&four, a + 4 * i, 4);
+            {
+                int32x4_t ai = { four, four, four, four };
+                __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc[i][0]) : "w"(ai), "w"(b0));
+                __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc[i][1]) : "w"(ai), "w"(b1));
+            }
+        }
+    }
+    memcpy(sum, acc, sizeof acc);
+}
+static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+    int64_t k;
+    int i;
+    for (k = 0; k < kc; k += block, sa += 12, sb += 8, start += 8, from = NULL) {
+        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
+        int32_t sum[12 * 8];
+        snipi_dot_neon(steps, a, b, start, sum);
+        a += 48 * steps;
+        b += 32 * steps;
+        for (i = 0; i < 12; i++) snipi_scale_neon(sa[i], sb, vld1q_s32(sum + 8 * i), vld1q_s32(sum + 8 * i + 4), from, c + i * ldc);
+    }
+}
+
+static uint32_t snipi_amax_neon(const float *x, int n, int64_t *nonfinite) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF);
+    uint32x4_t most[4];
+    uint32_t a, rest;
+    int64_t bad = 0;
+    int i, g;
+    SNIPI_UNROLL for (g = 0; g < 4; g++) most[g] = vdupq_n_u32(0);
+    for (i = 0; i + 16 <= n; i += 16)                               // most = max(most, |x|) of bits
+        SNIPI_UNROLL for (g = 0; g < 4; g++) most[g] = vmaxq_u32(most[g], vandq_u32(magnitude, vreinterpretq_u32_f32(vld1q_f32(x + i + 4 * g))));
+    a = vmaxvq_u32(vmaxq_u32(vmaxq_u32(most[0], most[1]), vmaxq_u32(most[2], most[3])));
+    rest = snipi_amax_scalar(x + i, n - i, &bad);
+    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
+    return rest > a ? rest : a;
+}
+static void snipi_philox_neon(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
+    static const uint32_t order[4] = { 0, 1, 2, 3 };
+    const uint32x4_t m0 = vdupq_n_u32(0xD2511F53u), m1 = vdupq_n_u32(0xCD9E8D57u);
+    int b, g, round;
+    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 16u) { snipi_philox_scalar(key, first, blocks, out); return; }
+    for (b = 0; b < blocks; b += 8) {                               // two vectors in turn: the products' latency is long
+        uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+        uint32x4x4_t c[2];
+        SNIPI_UNROLL for (g = 0; g < 2; g++) {
+            c[g].val[0] = vaddq_u32(vdupq_n_u32((uint32_t)first + (uint32_t)(b + 4 * g)), vld1q_u32(order));
+            c[g].val[1] = vdupq_n_u32((uint32_t)(first >> 32));
+            c[g].val[2] = vdupq_n_u32(key.step);
+            c[g].val[3] = vdupq_n_u32(key.tensor);
+        }
+        for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+            SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // as snip_philox: even words are low halves, odd ones high
+                uint32x4_t low0 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[0]), vget_low_u32(m0))), high0 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[0], m0));
+                uint32x4_t low1 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[2]), vget_low_u32(m1))), high1 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[2], m1));
+                c[g].val[0] = veorq_u32(veorq_u32(vuzp2q_u32(low1, high1), c[g].val[1]), vdupq_n_u32(k0));
+                c[g].val[2] = veorq_u32(veorq_u32(vuzp2q_u32(low0, high0), c[g].val[3]), vdupq_n_u32(k1));
+                c[g].val[1] = vuzp1q_u32(low1, high1);
+                c[g].val[3] = vuzp1q_u32(low0, high0);
+            }
+        SNIPI_UNROLL for (g = 0; g < 2; g++, out += 16) vst4q_u32(out, c[g]);
+    }
+}
+
+// As snipi_run_avx2.
+static void snipi_run_neon(const snipi_run *q) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF), exponents = vdupq_n_u32(0x7F800000), least = vdupq_n_u32((uint32_t)q->k.least);
+    const uint32x4_t cap = vdupq_n_u32((uint32_t)q->k.cap), beyond = vdupq_n_u32((uint32_t)q->k.beyond), largest = vdupq_n_u32(q->e.largest);
+    const uint32x4_t magic = vdupq_n_u32((uint32_t)q->k.magic), unit = vdupq_n_u32((uint32_t)q->k.unit), fixed_top = vdupq_n_u32(277u << 23);
+    const int32x4_t shift = vdupq_n_s32(-q->k.shift), sign_shift = vdupq_n_s32(-q->k.sign_shift), random_shift = vdupq_n_s32(-q->k.random_shift);
+    const uint32x4_t low = vdupq_n_u32((uint32_t)q->k.sign - 1u);
+    const float32x4_t max = vdupq_n_f32(q->e.max);
+    snipi_tally *t = q->tally;
+    uint32x4_t over = vdupq_n_u32(0);
+    float32x4_t sum_sq[4], err_sq[4];
+    float64x2_t dot[4];
+    int i, g;
+    SNIPI_UNROLL for (g = 0; g < 4; g++) { sum_sq[g] = err_sq[g] = vdupq_n_f32(0.0f); dot[g] = vdupq_n_f64(0.0); }
+    for (i = 0; i < q->n; i += 16) {
+        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
+        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
+        const uint32_t *random = q->random ? q->random + i : NULL;
+        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
+        uint32_t last_random[16];
+        uint32x4_t code[4];
+        if (!whole) {                                               // the last elements, padded with zeros
+            memset(last_x, 0, sizeof last_x);
+            memcpy(last_x, x, (size_t)rest * sizeof(float));
+            x = last_x;
+            if (random) { memset(last_random, 0, sizeof last_random); memcpy(last_random, random, (size_t)rest * sizeof(uint32_t)); random = last_random; }
+            if (weight) { memset(last_weight, 0, sizeof last_weight); memcpy(last_weight, weight, (size_t)rest * sizeof(float)); weight = last_weight; }
+            if (values) values = last_values;
+        }
+        SNIPI_UNROLL for (g = 0; g < 4; g++) {
+            uint32x4_t u = vreinterpretq_u32_f32(vmulq_n_f32(vld1q_f32(x + 4 * g), q->inverse)), a = vandq_u32(u, magnitude), k;
+            uint32x4_t capped = vminq_u32(a, cap), e = vmaxq_u32(vandq_u32(capped, exponents), least), sign = vbicq_u32(u, magnitude);
+            float32x4_t y = vreinterpretq_f32_u32(a), value;
+            if (!random) {
+                float32x4_t power = vreinterpretq_f32_u32(vaddq_u32(vaddq_u32(e, magic), vshlq_u32(e, shift)));
+                float32x4_t sum = vaddq_f32(vreinterpretq_f32_u32(capped), power);
+                SNIPI_KEPT(sum);
+                k = vandq_u32(vreinterpretq_u32_f32(sum), low);
+                value = vsubq_f32(sum, power);
+                over = vsubq_u32(over, vcgtq_u32(a, beyond));
+            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
+                uint32x4_t r = vshlq_u32(vld1q_u32(random + 4 * g), random_shift);
+                float32x4_t fixed = vmulq_f32(vreinterpretq_f32_u32(capped), vreinterpretq_f32_u32(vsubq_u32(fixed_top, e)));
+                k = vshlq_u32(vaddq_u32(vcvtq_u32_f32(fixed), r), shift);
+                value = vminq_f32(max, vmulq_f32(vcvtq_f32_u32(k), vreinterpretq_f32_u32(vsubq_u32(e, unit))));
+                k = vaddq_u32(k, vshlq_u32(vsubq_u32(e, least), shift));
+                over = vsubq_u32(over, vcgtq_u32(k, largest));
+                k = vminq_u32(k, largest);
+            }
+            SNIPI_KEPT(value);
+            code[g] = vorrq_u32(k, vshlq_u32(sign, sign_shift));
+            if (q->want_sums) {                                     // of |y|: the signs of y and value are the same
+                float32x4_t d = vsubq_f32(value, y), v2 = vmulq_f32(y, y), d2 = vmulq_f32(d, d);
+                SNIPI_KEPT(v2);
+                SNIPI_KEPT(d2);
+                sum_sq[g] = vaddq_f32(sum_sq[g], v2);
+                err_sq[g] = vaddq_f32(err_sq[g], d2);
+                SNIPI_KEPT(sum_sq[g]);
+                SNIPI_KEPT(err_sq[g]);
+                if (weight) {                                       // lane i % 8
+                    const int pair = 2 * (g & 1);
+                    float32x4_t w = vld1q_f32(weight + 4 * g);
+                    d = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(d), sign));
+                    dot[pair] = vfmaq_f64(dot[pair], vcvt_f64_f32(vget_low_f32(w)), vcvt_f64_f32(vget_low_f32(d)));
+                    dot[pair + 1] = vfmaq_f64(dot[pair + 1], vcvt_high_f64_f32(w), vcvt_high_f64_f32(d));
+                }
+            }
+            if (values) vst1q_f32(values + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(value), sign)), q->scale));
+        }
+        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
+        if (q->codes) {
+            uint16x8_t words0 = vcombine_u16(vmovn_u32(code[0]), vmovn_u32(code[1])), words1 = vcombine_u16(vmovn_u32(code[2]), vmovn_u32(code[3]));
+            uint8x16_t bytes = vcombine_u8(vmovn_u16(words0), vmovn_u16(words1));
+            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
+            if (q->packed) {                                        // low + 16 * high
+                uint16x8_t pairs = vreinterpretq_u16_u8(bytes);
+                uint8x8_t packed = vorr_u8(vmovn_u16(pairs), vshrn_n_u16(pairs, 4));
+                bytes = vcombine_u8(packed, packed);
+            }
+            if (!whole) {
+                vst1q_u8(last, bytes);
+                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
+            } else if (q->packed) vst1_u8(codes, vget_low_u8(bytes));
+            else vst1q_u8(codes, bytes);
+        }
+    }
+    t->saturated += vaddvq_u32(over);
+    if (!q->want_sums) return;
+    SNIPI_UNROLL for (g = 0; g < 4; g++) {                          // tally += (lane + lane 8 further) * scale^2
+        const double s = (double)q->scale;
+        const int h = g / 2, upper = g & 1;
+        float64x2_t v = upper ? vaddq_f64(vcvt_high_f64_f32(sum_sq[h]), vcvt_high_f64_f32(sum_sq[h + 2]))
+                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(sum_sq[h])), vcvt_f64_f32(vget_low_f32(sum_sq[h + 2])));
+        float64x2_t d = upper ? vaddq_f64(vcvt_high_f64_f32(err_sq[h]), vcvt_high_f64_f32(err_sq[h + 2]))
+                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(err_sq[h])), vcvt_f64_f32(vget_low_f32(err_sq[h + 2])));
+        float64x2_t w = vmulq_n_f64(dot[g], s);
+        v = vmulq_n_f64(v, s * s);
+        d = vmulq_n_f64(d, s * s);
+        SNIPI_KEPT(v);
+        SNIPI_KEPT(d);
+        SNIPI_KEPT(w);
+        vst1q_f64(t->sum_sq + 2 * g, vaddq_f64(vld1q_f64(t->sum_sq + 2 * g), v));
+        vst1q_f64(t->err_sq + 2 * g, vaddq_f64(vld1q_f64(t->err_sq + 2 * g), d));
+        vst1q_f64(t->dot + 2 * g, vaddq_f64(vld1q_f64(t->dot + 2 * g), w));
+    }
+}
+
+static void snipi_transpose_neon(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
+    int r, c, i;
+    for (r = 0; r + 4 <= rows; r += 4) {
+        for (c = 0; c + 4 <= cols; c += 4) {                        // rows 0 and 2, 1 and 3 interleaved, then those
+            const float *p = x + r * ld + c;
+            float *to = out + c * ld_out + r;
+            float32x4_t a0 = vld1q_f32(p), a1 = vld1q_f32(p + ld), a2 = vld1q_f32(p + 2 * ld), a3 = vld1q_f32(p + 3 * ld);
+            float32x4_t b0 = vzip1q_f32(a0, a2), b1 = vzip1q_f32(a1, a3), b2 = vzip2q_f32(a0, a2), b3 = vzip2q_f32(a1, a3);
+            vst1q_f32(to, vzip1q_f32(b0, b1));
+            vst1q_f32(to + ld_out, vzip2q_f32(b0, b1));
+            vst1q_f32(to + 2 * ld_out, vzip1q_f32(b2, b3));
+            vst1q_f32(to + 3 * ld_out, vzip2q_f32(b2, b3));
+        }
+        for (; c < cols; c++)
+            for (i = r; i < r + 4; i++) out[c * ld_out + i] = x[i * ld + c];
+    }
+    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
+}
+static void snipi_widen_neon(const uint16_t *x, int n, float *out) {
+    int i;
+    for (i = 0; i + 4 <= n; i += 4) vst1q_f32(out + i, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(x + i)), 16)));    // out[i] = bits x[i] << 16
+    snipi_widen_scalar(x + i, n - i, out + i);
+}
+static void snipi_narrow_neon(const float *x, int n, uint16_t *out) {
+    int i;
+    for (i = 0; i + 4 <= n; i += 4) {                               // as snipi_bf16_round
+        uint32x4_t u = vreinterpretq_u32_f32(vld1q_f32(x + i)), high = vshrq_n_u32(u, 16);
+        uint32x4_t rounded = vshrq_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7FFF)), vandq_u32(high, vdupq_n_u32(1))), 16);
+        uint32x4_t nan = vcgtq_u32(vandq_u32(u, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(0x7F800000));
+        vst1_u16(out + i, vmovn_u32(vbslq_u32(nan, vorrq_u32(high, vdupq_n_u32(0x40)), rounded)));
+    }
+    snipi_narrow_scalar(x + i, n - i, out + i);
+}
+static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+    const snipi_element e = snipi_element_of(format);
+    const uint32x4_t magnitude = vdupq_n_u32((1u << e.sign) - 1u), base = vdupq_n_u32((uint32_t)(127 - e.bias) << 23);
+    const uint32x4_t last_tiny = vdupq_n_u32((1u << e.mantissa) - 1u), top = vdupq_n_u32(0x80000000u);
+    const int32x4_t shift = vdupq_n_s32(23 - e.mantissa), sign_shift = vdupq_n_s32(31 - e.sign);
+    int i = 0, g, packed = format == SNIP_E2M1;
+    if (snipi_bits(scale) >= (127u - 100u) << 23)
+        for (; i + 8 <= n; i += 8) {
+            uint8x8_t bytes;
+            if (packed) {
+                uint32_t four;
+                memcpy(&four, codes + i / 2, 4);
+                bytes = vcreate_u8(four);
+                bytes = vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
+            } else
+                bytes = vld1_u8(codes + i);
+            if (vmaxv_u8(vand_u8(bytes, vdup_n_u8((uint8_t)((1 << e.sign) - 1)))) > e.largest) {       // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                continue;
+            }
+            SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // m * smallest, or its fields moved into a float's
+                uint16x8_t wide = vmovl_u8(bytes);
+                uint32x4_t c = vmovl_u16(g ? vget_high_u16(wide) : vget_low_u16(wide)), m = vandq_u32(c, magnitude);
+                uint32x4_t tiny = vreinterpretq_u32_f32(vmulq_n_f32(vcvtq_f32_u32(m), lut[1])), normal = vaddq_u32(vshlq_u32(m, shift), base);
+                uint32x4_t v = vorrq_u32(vbslq_u32(vcgtq_u32(m, last_tiny), normal, tiny), vandq_u32(vshlq_u32(c, sign_shift), top));
+                vst1q_f32(out + i + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(v), scale));
+            }
+        }
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
+}
+static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    static const int32_t lane[4] = { 31, 30, 29, 28 };
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 4) {                          // x[j] with bit j in its sign place flipped
+        uint32x4_t bits = vandq_u32(vshlq_u32(vdupq_n_u32(signs[j >> 5] >> (j & 31)), vld1q_s32(lane)), vdupq_n_u32(0x80000000u));
+        vst1q_f32(x + j, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + j)), bits)));
+    }
+}
+#endif // SNIPI_NEON
 
 SNIP_API int snip_isa_available(snip_isa isa) {
 #ifdef SNIPI_X86
@@ -2673,6 +3004,14 @@ SNIP_API int snip_isa_available(snip_isa isa) {
     if (isa == SNIP_ISA_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == SNIP_ISA_AVX512) return avx512;
     if (isa == SNIP_ISA_AVX512_VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
+#endif
+#ifdef SNIPI_NEON
+    if (isa == SNIP_ISA_NEON) return 1;
+#  if defined(__ARM_FEATURE_DOTPROD)
+    if (isa == SNIP_ISA_NEON_DOT) return 1;
+#  elif defined(__linux__)
+    if (isa == SNIP_ISA_NEON_DOT) return (int)(getauxval(AT_HWCAP) >> 20 & 1);      // HWCAP_ASIMDDP
+#  endif
 #endif
     return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
 }
@@ -2683,6 +3022,8 @@ SNIP_API const char *snip_isa_name(snip_isa isa) {
         case SNIP_ISA_AVX2: return "avx2";
         case SNIP_ISA_AVX512: return "avx512";
         case SNIP_ISA_AVX512_VNNI: return "avx512-vnni";
+        case SNIP_ISA_NEON: return "neon";
+        case SNIP_ISA_NEON_DOT: return "neon-dot";
         case SNIP_ISA_COUNT: break;
     }
     return "?";
@@ -2704,6 +3045,10 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
     if (isa == SNIP_ISA_AVX2) return &avx2;
+#elif defined(SNIPI_NEON)
+    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon,
+                                       NULL, NULL, NULL, NULL, NULL };
+    if (isa != SNIP_ISA_SCALAR) return &neon;
 #else
     (void)isa;
 #endif
@@ -2714,6 +3059,8 @@ static snipi_flip snipi_flip_of(snip_isa isa) {
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return snipi_flip_avx512;
     if (isa == SNIP_ISA_AVX2) return snipi_flip_avx2;
+#elif defined(SNIPI_NEON)
+    if (isa != SNIP_ISA_SCALAR) return snipi_flip_neon;
 #else
     (void)isa;
 #endif
@@ -2738,6 +3085,14 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.f32_nr = k.s8_nr = 32;
         k.f32 = snipi_kernel_f32_avx512;
         k.s8 = isa == SNIP_ISA_AVX512_VNNI ? snipi_kernel_s8_vnni : snipi_kernel_s8_avx512;
+    }
+#elif defined(SNIPI_NEON)
+    if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
+        k.f32_mr = 12;
+        k.f32_nr = k.s8_nr = 8;
+        k.f32 = snipi_kernel_f32_neon;
+        k.s8_mr = isa == SNIP_ISA_NEON_DOT ? 12 : 4;
+        k.s8 = isa == SNIP_ISA_NEON_DOT ? snipi_kernel_s8_neon_dot : snipi_kernel_s8_neon;
     }
 #else
     (void)isa;

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Other machines under qemu-user: NEON with and without dot products, a 32-bit target and a big-endian one. Codecs,
+# quantizer, GEMM and solver against their references, a share of the cases each; and a digest of many quantized
+# matrices, which is this machine's. Run from the project's folder.
+set -u
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 skipped=0
+cc=${CC:-cc}
+there() { for tool; do command -v "$tool" > /dev/null 2>&1 || { echo "skipped: no $tool"; skipped=$((skipped + 1)); return 1; }; done; }
+build() { # program, compiler and flags
+    name=$1
+    shift
+    rm -f "$dir/$name"
+    "$@" -w -I. "tests/test_$name.c" -o "$dir/$name" -lm 2> "$dir/log" && return 0
+    echo "FAILED to build test_$name: $*"
+    head -3 "$dir/log"
+    failed=$((failed + 1))
+    return 1
+}
+digest() { # emulator, name: of the quantizer built last
+    got=$(SNIP_TEST_FEW=4 $1 "$dir/quant" --hash)
+    if [ "$got" = "$expected" ]; then passed=$((passed + 1))
+    else echo "FAILED: digest of $2 under $1: $got, expected $expected"; failed=$((failed + 1)); fi
+}
+whole() { # one case in how many, emulator, compiler and flags: all four programs
+    few=$1 emulator=$2
+    shift 2
+    there "$emulator" "$1" || return
+    for t in codec gemm ilp quant; do
+        build $t "$@" || continue
+        arguments=
+        [ $t = ilp ] && arguments="--instances 2000 --lattices 5 --slow 100"
+        SNIP_TEST_FEW=$few $emulator "$dir/$t" $arguments > "$dir/log" 2>&1
+        status=$?
+        line=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$dir/log" | tail -n 1)
+        passed=$((passed + ${line:+${line%% *}} + 0))
+        [ $status = 0 ] && [ -n "$line" ] && continue
+        echo "FAILED: test_$t, $* under $emulator: status $status, $line"
+        grep FAILED "$dir/log" | head -5
+        failed=$((failed + 1))
+    done
+    [ -x "$dir/quant" ] && digest "$emulator" "$*"
+}
+there "$cc" && build quant "$cc" -O1 -DSNIP_NO_SIMD && expected=$(SNIP_TEST_FEW=4 "$dir/quant" --hash) || exit 1
+whole 32 qemu-arm-static arm-linux-gnueabihf-gcc -O1 -static
+whole 32 qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
+if whole 16 qemu-aarch64-static aarch64-linux-gnu-gcc -O2 -static; then
+    digest "qemu-aarch64-static -cpu cortex-a53" "the same"                             # no dot products
+    build quant aarch64-linux-gnu-gcc -Ofast -mcpu=neoverse-v1 -static && digest qemu-aarch64-static "gcc -Ofast"
+    there clang && build quant clang --target=aarch64-linux-gnu -Ofast -static && digest qemu-aarch64-static "clang -Ofast"
+fi
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
