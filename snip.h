@@ -3143,23 +3143,23 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
     int64_t k, n;
     for (k = 0; k < kc; k += n) {
         n = snipi_min(64, kc - k);
-        if (side->operand->transposed) {
+        if (side->operand->transposed)
             for (i = 0; i < n; i++) {
-                int64_t at = row0 + (k0 + k + i) * side->ld;
+                int64_t at = row0 + (k0 + k + i) * side->ld, j = 0;
                 float *to = panel + (k + i) * width;
                 if (bf16) vector->widen(x16 + at, used, to);
-                else memcpy(to, x + at, (size_t)used * sizeof(float));
-                memset(to + used, 0, (size_t)(width - used) * sizeof(float));
-                if (side->round_bf16) snipi_round_to_bf16(vector, to, used);
+                else {
+                    for (; j + 4 <= used; j += 4) memcpy(to + j, x + at + j, 4 * sizeof(float));
+                    for (; j < used; j++) to[j] = x[at + j];
+                }
+                for (j = used; j < width; j++) to[j] = 0.0f;
             }
-            continue;
+        else {
+            for (i = 0; i < used; i++) snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
+            memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
+            vector->transpose(part[0], 64, width, (int)n, panel + k * width, width);
         }
-        for (i = 0; i < used; i++) {
-            snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
-            if (side->round_bf16) snipi_round_to_bf16(vector, part[i], (int)n);
-        }
-        memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
-        vector->transpose(part[0], 64, width, (int)n, panel + k * width, width);
+        if (side->round_bf16) snipi_round_to_bf16(vector, panel + k * width, (int)n * width);
     }
 }
 // E2M1 rows into an S8 panel with one scale per (block, row), halved because the integers are doubled.
@@ -3379,6 +3379,8 @@ typedef struct {                // of one candidate format, over the step's micr
 } snipi_measured;
 typedef struct { double count, first, first_var, second, update[SNIP_GEMMS]; } snipi_average;   // over measurements
 
+typedef struct { void *codes, *scales; int64_t nonfinite, saturated; const float *held; snip_format format; } snipi_cached;     // held: the weight quantized in this pass
+
 typedef struct {
     char *name;
     int64_t n, k;
@@ -3396,6 +3398,8 @@ typedef struct {
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
     double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];       // in desc.high, then in each candidate
+    int64_t micros;                             // forward calls of the last pass
+    snipi_cached weight[2];                     // W and its transpose, where micro-batches share them
 } snipi_layer;
 
 struct snip {
@@ -3467,6 +3471,8 @@ static void snipi_begin_pass(snip *s, snip_pass pass) {
     s->pass = pass;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
+        layer->micros = layer->calls_forward;
+        layer->weight[0].held = layer->weight[1].held = NULL;
         layer->calls_forward = layer->calls_backward = layer->elements_x = layer->elements_y = 0;
     }
 }
@@ -3514,6 +3520,14 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
     s->desc = d;
     return s;
 }
+static void snipi_drop(snip *s, snipi_layer *l) {
+    int i;
+    for (i = 0; i < 2; i++) {
+        snipi_free(s, l->weight[i].codes);
+        snipi_free(s, l->weight[i].scales);
+    }
+    memset(l->weight, 0, sizeof l->weight);
+}
 SNIP_API void snip_destroy(snip *s) {
     int i;
     if (!s) return;
@@ -3521,6 +3535,7 @@ SNIP_API void snip_destroy(snip *s) {
         snipi_free(s, s->layers[i].name);
         snipi_free(s, s->layers[i].sketch_x);
         snipi_free(s, s->layers[i].sketch_dy);
+        snipi_drop(s, &s->layers[i]);
     }
     snipi_free(s, s->layers);
     for (i = 0; i < SNIPI_SLOTS; i++) snipi_free(s, s->slot[i]);
@@ -3638,11 +3653,25 @@ static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
     for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
     return sum;
 }
+static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
+
+// Bytes for codes or scales in whichever candidate takes more.
+static size_t snipi_widest(const snip *s, snipi_kind kind, int64_t rows, int64_t cols, int scales) {
+    size_t most = 0, size;
+    int f;
+    for (f = 0; f < SNIPI_CANDIDATES; f++) {
+        snip_recipe r = snipi_recipe_of(s, snipi_candidates[f], kind);
+        size = scales ? snip_scales_bound(&r, rows, cols) : snip_codes_bound(&r, rows, cols);
+        most = size > most ? size : most;
+    }
+    return most;
+}
 // Quantize a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
 static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t, int slot, snip_recipe *recipe, snip_operand *out) {
     int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
     snip_quant_stats counts;
     snip_status status;
+    snipi_cached *cached = NULL;
     void *codes, *scales;
     *recipe = snipi_recipe_of(s, format, t->kind);
     memset(out, 0, sizeof *out);
@@ -3654,15 +3683,34 @@ static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_fo
         l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
         return SNIP_OK;
     }
-    codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
-    scales = snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
+    // The weight is the same for all micro-batches of a pass: where there were several, it is quantized for the first.
+    if (t->kind == SNIPI_WEIGHT && l->micros > 1 && s->pass == SNIP_PASS_ORDINARY && s->mode == SNIP_TRAIN && recipe->rounding == SNIP_ROUND_NEAREST_EVEN) {
+        cached = &l->weight[t->transposed];
+        if (!cached->codes) cached->codes = snipi_alloc(s, snipi_widest(s, t->kind, rows, cols, 0));
+        if (!cached->scales) cached->scales = snipi_alloc(s, snipi_widest(s, t->kind, rows, cols, 1));
+        if (!cached->codes || !cached->scales) return SNIP_OUT_OF_MEMORY;
+        if (micro == 0) cached->held = NULL;
+    }
+    codes = cached ? cached->codes : snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
+    scales = cached ? cached->scales : snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
     if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
     out->codes = codes;
     out->scales = scales;
+    if (cached && cached->held == t->x && cached->format == format) {
+        l->nonfinite += cached->nonfinite;
+        l->saturated += cached->saturated;
+        return SNIP_OK;
+    }
     status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1, codes, scales,
                                      snipi_key(s, l, micro, t->role), NULL, &counts, 0);
     l->nonfinite += counts.nonfinite;
     l->saturated += counts.saturated;
+    if (cached) {
+        cached->nonfinite = counts.nonfinite;
+        cached->saturated = counts.saturated;
+        cached->held = status ? NULL : t->x;
+        cached->format = format;
+    }
     return status;
 }
 // c[m][n] (+)= a * b^T in `format`, contiguous.
@@ -3811,7 +3859,6 @@ static double snipi_distance_sq(const float *a, const float *b, int64_t rows, in
     }
     return sum;
 }
-static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
 
 // Errors of the forward or dgrad GEMM's output in each candidate format against `exact`, on sampled rows of `operand`.
 static snip_status snipi_measure_rows(snip *s, snipi_layer *l, int64_t micro, snip_gemm_kind gemm, const float *operand, int64_t rows, const float *w, const float *bias, const float *exact) {

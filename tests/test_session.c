@@ -788,6 +788,57 @@ static void test_accumulation(void) {
         }
 }
 
+// Weights quantized once for several micro-batches: outputs and counts as without, also when weights or formats change.
+static void test_kept_weights(void) {
+    enum { ROWS = 5, IN = 48, OUT = 40, MICROS = 3, STEPS = 5 };
+    float *w = randoms(OUT * IN, 1), *x = randoms(ROWS * IN, 1), *dy = randoms(ROWS * OUT, 1), *out[2], *dx[2];
+    snip_layer_info info[2];
+    int step, micro, i, k, same = 1, differs = 0;
+    note("weights kept for micro-batches");
+    for (i = 0; i < 2; i++) { out[i] = floats(ROWS * OUT); dx[i] = floats(ROWS * IN); }
+    {
+        snip_desc d = defaults();
+        snip *s[2];
+        float last = 0;
+        d.every = -1;
+        for (i = 0; i < 2; i++) {
+            s[i] = snip_create(&d);
+            CHECK(snip_add_linear(s[i], "0.a.b", OUT, IN, 0) == 0);
+        }
+        for (step = 1; step <= STEPS; step++) {
+            snip_adamw o = optimizer(step);
+            for (i = 0; i < 2; i++) CHECK(snip_set_format(s[i], 0, SNIP_GEMMS, step == 3 ? SNIP_E4M3 : SNIP_E2M1) == SNIP_OK);
+            if (step == 5) w[3] = (float)HUGE_VAL;
+            for (micro = 0; micro < MICROS; micro++) {
+                for (i = 0; i < 2; i++) {
+                    snip_status forward, backward;
+                    if (i) {                        // a new session each time: nothing to keep
+                        snip_destroy(s[1]);
+                        s[1] = snip_create(&d);
+                        snip_add_linear(s[1], "0.a.b", OUT, IN, 0);
+                        snip_set_format(s[1], 0, SNIP_GEMMS, step == 3 ? SNIP_E4M3 : SNIP_E2M1);
+                    }
+                    forward = snip_linear_forward(s[i], 0, out[i], x, w, NULL, ROWS);
+                    memset(dx[i], 0, ROWS * IN * sizeof(float));
+                    backward = snip_linear_backward(s[i], 0, dx[i], NULL, NULL, dy, x, w, ROWS);
+                    CHECK(step == 5 ? forward == SNIP_NONFINITE : forward == SNIP_OK && backward == SNIP_OK);
+                }
+                same &= !memcmp(out[0], out[1], ROWS * OUT * sizeof(float));
+                if (step == 5 && snip_layer(s[0], 0, &info[0]) == SNIP_OK && micro == 0) info[1] = info[0];
+                if (step == 5) CHECK(info[0].nonfinite == (micro + 1) * info[1].nonfinite && info[1].nonfinite > 0);
+            }
+            differs += out[0][0] != last;
+            last = out[0][0];
+            (void)snip_end_step(s[0], &o);
+            for (k = 0; k < OUT * IN; k++) w[k] += 0.3f * normal();
+        }
+        CHECK(same && differs == STEPS);
+        for (i = 0; i < 2; i++) snip_destroy(s[i]);
+    }
+    for (i = 0; i < 2; i++) { free(out[i]); free(dx[i]); }
+    free(w); free(x); free(dy);
+}
+
 // ------------------------------------------------------------------------------------------ the plan
 
 enum { MANY = 7 };
@@ -1489,6 +1540,7 @@ int main(void) {
     test_update_estimates();
     test_determinism();
     test_accumulation();
+    test_kept_weights();
     test_plan();
     test_seconds();
     test_plan_file();
