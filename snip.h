@@ -249,6 +249,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 typedef struct snip snip;
 typedef enum { SNIP_FWD, SNIP_DGRAD, SNIP_WGRAD, SNIP_GEMMS } snip_gemm_kind;
 typedef struct { snip_recipe activation, weight, gradient; } snip_recipes;     // of the GEMMs in one precision
+typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION } snip_optimizer;
 typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, void *user); void *user; } snip_alloc;
 
 typedef struct {                // zero means the default
@@ -263,13 +264,14 @@ typedef struct {                // zero means the default
     double update_weight;       // of the weight divergence; 0: 1; negative: off (saves its probe pass)
     double horizon;             // steps over which rounding noise of the backward GEMMs averages out; 0: 100
     double sample;              // share of the output features on which wgrad's error is measured; 0: 0.125
+    snip_optimizer optimizer;   // whose updates the weight divergence is about: SNIP_ADAMW (default)
     snip_recipes fp8, fp4;      // zero format: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR
     snip_isa isa;
     snip_alloc alloc;
 } snip_desc;
 
 typedef struct {                // of the step just taken: update = lr * mhat / (sqrt(vhat) + eps)
-    double lr, beta1, beta2, eps;
+    double lr, beta1, beta2, eps;   // SGD: update = lr * m, m = beta1 m + g. Lion: lr * sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g
     int64_t step;               // 1 for the first
     double grad_scale;          // factor on the gradients before the optimizer (clipping); 0: 1
 } snip_adamw;
@@ -296,6 +298,7 @@ SNIP_API void  snip_destroy(snip *);
 // Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied.
 SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
 SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
+SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);                  // SGD with momentum, Lion
 // Formats a plan may use for a layer's GEMM; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
 // Put a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan.
@@ -2943,7 +2946,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
 // dY' W and X' W^T are sketched behind a random projection of W to 32 columns. dY'^T X + dY^T X' is the change of dW; its two
 // parts are uncorrelated and share its square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
-// Adam's learning rate cancels in the ratio, so D and u are taken at rate 1.
+// The learning rate cancels in the ratio, so D and u are taken at rate 1.
 //
 // Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
 // update_weight * update / horizon: their errors are zero-mean noise, which averages out over steps, while
@@ -3040,6 +3043,7 @@ SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
     if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
+    if ((int)d->optimizer < 0 || d->optimizer > SNIP_LION) return SNIP_BAD_ARGUMENT;
     if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
     return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
 }
@@ -3150,9 +3154,15 @@ static snipi_layer *snipi_layer_at(const snip *s, int layer) { return s && layer
 
 SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || !v) return SNIP_BAD_ARGUMENT;
+    if (!l || !m || !v || s->desc.optimizer != SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
     l->m = m;
     l->v = v;
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !m || s->desc.optimizer == SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
+    l->m = m;
     return SNIP_OK;
 }
 static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
@@ -3364,21 +3374,40 @@ static snip_status snipi_sketch_projected(snip *s, snipi_layer *l, int which, co
     return status ? status : snipi_sketch_add(s, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED);
 }
 
-// D = du/dg at learning rate 1, from the optimizer's state alone: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps).
-// Where v is 0 no gradient has ever arrived and none is expected: D = 0.
-typedef struct { float numerator, v_scale, eps; } snipi_sensitivity;
-static snipi_sensitivity snipi_sensitivity_of(const snip_adamw *o) {
+// D = du/dg at learning rate 1, from the optimizer's state alone.
+// AdamW: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is expected: D = 0.
+// SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's noise, N(0, noise^2):
+// 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all noise, of variance
+// noise^2 (1 - beta2) / (1 + beta2).
+typedef struct { snip_optimizer kind; const float *state; float numerator, scale, eps; } snipi_sensitivity;
+static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l) {
+    const snip_adamw *o = &s->adamw;
     snipi_sensitivity d;
-    d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
-    d.v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    d.kind = s->desc.optimizer;
+    d.state = d.kind == SNIP_ADAMW ? l->v : l->m;
+    d.numerator = 1;
+    d.scale = 0;
     d.eps = (float)o->eps;
+    if (d.kind == SNIP_ADAMW) {
+        d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
+        d.scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    } else if (d.kind == SNIP_LION) {
+        double noise = sqrt(snipi_sum_sq(l->m, l->n * l->k) / (double)(l->n * l->k) * (1 + o->beta2) / (1 - o->beta2));
+        d.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;     // 2 / sqrt(2 pi)
+        d.scale = noise > 0 ? (float)(o->beta1 / ((1 - o->beta1) * noise)) : 0;
+    }
     return d;
 }
-SNIPI_INLINE float snipi_sensitivity_at(snipi_sensitivity d, float v) { return v > 0 ? d.numerator / (sqrtf(v * d.v_scale) + d.eps) : 0.0f; }
-static void snipi_sensitivities(snipi_sensitivity d, const float *v, int64_t n, float *out) {
+SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
+    float x = d->state[i];
+    if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
+    return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
+}
+static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
+    snipi_sensitivity d = snipi_sensitivity_of(s, l);
     int64_t i;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (i = 0; i < n; i++) out[i] = snipi_sensitivity_at(d, v[i]);
+    for (i = 0; i < l->n * l->k; i++) out[i] = snipi_sensitivity_at(&d, i);
 }
 
 // The weights a probe pass runs on: the caller's plus noise.
@@ -3389,7 +3418,7 @@ static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) 
     if (s->pass == SNIP_PASS_LOSS_PROBE)
         snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
     else {
-        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), l->v, n, noisy);
+        snipi_sensitivities(s, l, noisy);
         snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
     }
     return noisy;
@@ -3406,7 +3435,7 @@ static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_
 static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
     int64_t samples = snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
     float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
-    snipi_sensitivity d = snipi_sensitivity_of(&s->adamw);
+    snipi_sensitivity d = snipi_sensitivity_of(s, l);
     snip_status status = SNIP_OK;
     int f;
     if (!picked || !result) return SNIP_OUT_OF_MEMORY;
@@ -3419,7 +3448,7 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
             int64_t at = i * l->n / samples * l->k;
             double row = 0;
             for (j = 0; j < l->k; j++) {
-                float e = (result[i * l->k + j] - exact[at + j]) * snipi_sensitivity_at(d, l->v[at + j]);
+                float e = (result[i * l->k + j] - exact[at + j]) * snipi_sensitivity_at(&d, at + j);
                 row += (double)e * (double)e;
             }
             sum += row;
@@ -3568,12 +3597,12 @@ static snip_status snipi_prepare_update_probe(snip *s) {
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
         char message[160];
-        if (!layer->v) {
-            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call snip_bind_adamw", layer->name);
+        if (!layer->m) {
+            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", layer->name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
             return snipi_fail(s, SNIP_NOT_BOUND, message);
         }
         if (!d) return SNIP_OUT_OF_MEMORY;
-        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), layer->v, n, d);
+        snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
         if (layer->weight_sq > 0) sum += layer->sensitivity_sq / (layer->weight_sq * layer->weight_sq);
     }
@@ -3618,7 +3647,8 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
             int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
             double local = 0;
             for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
-                float u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
+                float u = s->desc.optimizer == SNIP_SGD_MOMENTUM ? layer->m[i] : 1.0f;         // Lion's are all -1 or 1
+                if (s->desc.optimizer == SNIP_ADAMW) u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
                 local += (double)u * (double)u;
             }
             part[c] = local;

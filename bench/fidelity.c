@@ -5,8 +5,8 @@
 //   loss     L' - L when the layer's forward GEMM alone runs in the format
 //   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
 //            three of the layer's GEMMs run in the format; u is the AdamW update
-// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's norms (norms.h), whose weight
-// divergence has no scale of its own kind: compare its ranks. "additive" is the sum of the single layers' truths against the
+// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone
+// (norms.h). "additive" is the sum of the single layers' truths against the
 // truth of whole random plans. The options are the trainer's; --steps defaults to 400 here.
 //
 //   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N]
@@ -160,6 +160,7 @@ int main(int argc, char **argv) {
         do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
         llama_adamw(g, o.lr, BETA1, BETA2, EPS, 0, o.steps + 1, 1);
         snip_adamw update = { o.lr, BETA1, BETA2, EPS, o.steps + 1, 1 };
+        double update_sq = snipi_update_sq(s, &update);
         check(snip_end_step(s, &update), s, "measuring");
         measuring_s += tr_now() - t0;
         double base = run_batch(h, t, tokens, targets, (int)o.batch, 1);
@@ -175,7 +176,7 @@ int main(int argc, char **argv) {
                     pair *p = &weight_pair[(f * TRUTHS + k) * n + l];
                     for (int i = k < ALL ? k : 0; i <= (k < ALL ? k : ALL - 1); i++) {
                         p->estimate[ADJOINT] += e->update[i] / BATCHES;
-                        p->estimate[SNIP] += norms_weight(&norms[l], f, i) / BATCHES;
+                        p->estimate[SNIP] += norms_weight(&norms[l], f, i) / update_sq / BATCHES;
                     }
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
                     double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);

@@ -21,7 +21,7 @@ typedef struct {
 } norms_layer;
 static norms_layer norms[NORMS_LAYERS];
 
-static double norms_error(const snip *s, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols, float *out) {
+static inline double norms_error(const snip *s, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols, float *out) {
     snip_recipe recipe = snipi_recipe_of(s, format, kind);
     snip_rng_key key = { 1, 0, 0 };
     snip_quant_stats stats;
@@ -29,7 +29,7 @@ static double norms_error(const snip *s, snip_format format, snipi_kind kind, co
     snip_fake_quantize(&recipe, x, rows, cols, cols, out, cols, key, NULL, &stats);
     return stats.err_sq;
 }
-static snip_status norms_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight, int64_t rows) {
+static inline snip_status norms_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight, int64_t rows) {
     if (snip_current_pass(s) != SNIP_PASS_CLEAN || layer >= NORMS_LAYERS) return snip_linear_backward(s, layer, dinp, dweight, dbias, dout, inp, weight, rows);
     snip_layer_info info;
     snip_layer(s, layer, &info);
@@ -55,15 +55,15 @@ static snip_status norms_linear_backward(snip *s, int layer, float *dinp, float 
 }
 #define snip_linear_backward norms_linear_backward
 
-static double norms_ratio(double a, double b) { return b > 0 ? a / b : 0; }
-static double norms_loss(const norms_layer *q, int f) { return sqrt(norms_ratio(q->dx * q->e_x[f], q->n_x) + norms_ratio(q->dw * q->e_w[f], q->n_w)); }
-static double norms_weight(const norms_layer *q, int f, int gemm) {
+static inline double norms_ratio(double a, double b) { return b > 0 ? a / b : 0; }
+static inline double norms_loss(const norms_layer *q, int f) { return sqrt(norms_ratio(q->dx * q->e_x[f], q->n_x) + norms_ratio(q->dw * q->e_w[f], q->n_w)); }
+static inline double norms_weight(const norms_layer *q, int f, int gemm) {
     double x = norms_ratio(q->e_x[f], q->x), w = norms_ratio(q->e_w[f], q->w), dy = norms_ratio(q->e_dy[f], q->dy);
     double relative = gemm == SNIP_FWD ? x + w : gemm == SNIP_DGRAD ? dy + w : dy + x;
     return relative * norms_ratio(q->d * q->dw, q->n_w * q->w);
 }
 // Squared error of a GEMM's operands, absolute or relative to their size.
-static double norms_operands(const norms_layer *q, int f, int gemm, int relative) {
+static inline double norms_operands(const norms_layer *q, int f, int gemm, int relative) {
     double a = gemm == SNIP_FWD ? q->x : q->dy, b = gemm == SNIP_WGRAD ? q->x : q->w;
     double e_a = gemm == SNIP_FWD ? q->e_x[f] : q->e_dy[f], e_b = gemm == SNIP_WGRAD ? q->e_x[f] : q->e_w[f];
     return relative ? norms_ratio(e_a, a) + norms_ratio(e_b, b) : e_a + e_b;

@@ -21,7 +21,7 @@
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
 
-enum { MEASUREMENTS = 3, EVAL_BATCHES = 16, MAX_SEEDS = 64, MAX_BUDGETS = 16 };
+enum { MEASUREMENTS = 3, EVAL_BATCHES = 16, MAX_SEEDS = 64 };
 static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8, DECAY = 0.1;
 
 typedef enum { MAKER_FP8, MAKER_FP4, MAKER_RANDOM, MAKER_ABS, MAKER_REL, MAKER_ENDS, MAKER_SNIP, MAKER_ADJOINT, MAKER_GEMM, MAKERS } maker;
@@ -114,10 +114,10 @@ static void measure(const run *r, double lr, int64_t step, layer_costs *costs) {
             loss_sum += norms_loss(q, 1);
             for (int k = 0; k < SNIP_GEMMS; k++) weight_sum += norms_weight(q, 1, k);
         }
+        double scale = loss_sum / weight_sum;           // the paper's two terms weigh the same
         for (int l = 0; l < n; l++) {
             const norms_layer *q = &norms[l];
             for (int k = 0; k < SNIP_GEMMS; k++) {
-                double scale = loss_sum / weight_sum;   // both of the paper's terms weigh the same
                 costs[l].cost[MAKER_ABS][k] += norms_operands(q, 1, k, 0) - norms_operands(q, 0, k, 0);
                 costs[l].cost[MAKER_REL][k] += norms_operands(q, 1, k, 1) - norms_operands(q, 0, k, 1);
                 costs[l].cost[MAKER_SNIP][k] += scale * (norms_weight(q, 1, k) - norms_weight(q, 0, k)) + (k == SNIP_FWD ? norms_loss(q, 1) - norms_loss(q, 0) : 0);
@@ -189,16 +189,119 @@ static void make_plan(snip *s, const layer_costs *costs, maker who, double budge
 }
 
 typedef struct { double own, high, share; } outcome;
-typedef struct { float *params, *m, *v; int64_t step; } checkpoint;
+typedef struct { float *params, *m, *v; } checkpoint;
 
-static outcome train_on(const run *r, const checkpoint *from, const void *state, int seed, double lr) {
+static void restore(const run *r, const checkpoint *from, const void *fresh) {
     size_t bytes = (size_t)r->g->n_params * sizeof(float);
+    memcpy(r->g->params, from->params, bytes);
+    memcpy(r->g->m, from->m, bytes);
+    memcpy(r->g->v, from->v, bytes);
+    check(snip_state_load(r->s, fresh, snip_state_size(r->s)), r->s, "state");
+}
+// The rest of the training under the session's plan.
+static outcome train_on(const run *r, int64_t warm, int seed, double lr) {
     outcome out;
-    memcpy(r->g->params, from->params, bytes); memcpy(r->g->m, from->m, bytes); memcpy(r->g->v, from->v, bytes);
-    (void)state;
     out.share = snip_share(r->s, SNIP_E2M1);
-    for (int64_t i = 1; i <= r->o->steps; i++) train_step(r, (uint64_t)r->o->seed + 1000 + (uint64_t)seed, i, lr, from->step + i);
+    for (int64_t i = 1; i <= r->o->steps; i++) train_step(r, (uint64_t)r->o->seed + 1000 + (uint64_t)seed, i, lr, warm + i);
     out.own = validate(r, SNIP_EVAL);
     out.high = validate(r, SNIP_EVAL_HIGH);
     return out;
+}
+
+int main(int argc, char **argv) {
+    static tr_options o;
+    static tr_data d;
+    char *args[64];
+    const char *budgets = "0.75", *settings = "default,tensor", *makers = NULL;
+    int n_args = 0, seeds = 3, trained_hot = -1;
+    int64_t warm = 300;
+    static char steps_default[] = "--steps=60", batch_default[] = "--batch=4", lr_default[] = "--lr=1e-3";
+    tr_program = "quality";
+    args[n_args++] = argv[0];
+    args[n_args++] = steps_default; args[n_args++] = batch_default; args[n_args++] = lr_default;
+    for (int i = 1; i < argc; i++) {                    // ours; the rest are the trainer's
+        static const char *const own[5] = { "--seeds", "--budgets", "--settings", "--makers", "--warm" };
+        const char *eq = strchr(argv[i], '='), *value;
+        size_t length = eq ? (size_t)(eq - argv[i]) : strlen(argv[i]);
+        int k = 0;
+        while (k < 5 && (strlen(own[k]) != length || strncmp(own[k], argv[i], length))) k++;
+        if (k == 5) {
+            if (n_args > 60) tr_die("too many options");
+            args[n_args++] = argv[i];
+            continue;
+        }
+        if (!eq && i + 1 == argc) tr_die("%s needs a value", own[k]);
+        value = eq ? eq + 1 : argv[++i];
+        if (k == 0) seeds = atoi(value);
+        if (k == 1) budgets = value;
+        if (k == 2) settings = value;
+        if (k == 3) makers = value;
+        if (k == 4) warm = atoi(value);
+    }
+    tr_parse(&o, n_args, args);
+    if (seeds < 1 || seeds > MAX_SEEDS) tr_die("--seeds must be between 1 and %d", MAX_SEEDS);
+    if (warm < 1) tr_die("--warm must be at least 1");
+#ifdef _OPENMP
+    if (o.threads) omp_set_num_threads((int)o.threads);
+#endif
+    tr_load_data(&d, &o);
+    llama_config config = { d.vocab, (int)o.dim, (int)o.blocks, (int)o.heads, (int)o.kv_heads, (int)o.ffn, (int)o.seq, (int)o.tied, 0, (uint64_t)o.seed };
+    if (llama_config_check(&config)) tr_die("%s", llama_config_check(&config));
+    if (o.blocks * 7 > NORMS_LAYERS) tr_die("at most %d blocks", NORMS_LAYERS / 7);
+    int32_t *tokens = (int32_t *)tr_alloc((size_t)(o.batch * o.seq) * sizeof *tokens), *targets = (int32_t *)tr_alloc((size_t)(o.batch * o.seq) * sizeof *targets);
+    checkpoint from = { NULL, NULL, NULL };
+    for (int setting = 0; setting < SETTINGS; setting++) {
+        if (!listed(settings, setting_name[setting])) continue;
+        int hot = setting == 3;
+        double lr = o.lr * (hot ? 4 : 1), start = tr_now();
+        snip_desc desc = describe(setting, (uint64_t)o.seed), measuring = desc;
+        measuring.every = 1;
+        run r = { NULL, snip_create(&desc), tokens, targets, &d, &o }, m = { NULL, snip_create(&measuring), tokens, targets, &d, &o };
+        if (!r.s || !m.s || !(r.g = llama_create(&config, (int)o.batch, r.s)) || !(m.g = llama_create(&config, (int)o.batch, m.s))) tr_stop("out of memory");
+        size_t floats = (size_t)r.g->n_params, bytes = floats * sizeof(float);
+        int n = snip_layers(r.s);
+        void *fresh = tr_alloc(snip_state_size(r.s));
+        check(snip_state_save(r.s, fresh), r.s, "state");
+        if (!from.params) { from.params = (float *)tr_alloc(3 * bytes); from.m = from.params + floats; from.v = from.m + floats; }
+        if (trained_hot != hot) {
+            for (int64_t step = 1; step <= warm; step++) train_step(&r, (uint64_t)o.seed, step, lr * (step < 50 ? (double)step / 50 : 1), step);
+            memcpy(from.params, r.g->params, bytes); memcpy(from.m, r.g->m, bytes); memcpy(from.v, r.g->v, bytes);
+            trained_hot = hot;
+        }
+        memcpy(m.g->params, from.params, bytes); memcpy(m.g->m, from.m, bytes); memcpy(m.g->v, from.v, bytes);
+        layer_costs *costs = (layer_costs *)tr_alloc((size_t)n * sizeof *costs);
+        measure(&m, lr, warm + 1, costs);
+        outcome twin[MAX_SEEDS];
+        for (int seed = 0; seed < seeds; seed++) {
+            restore(&r, &from, fresh);
+            twin[seed] = train_on(&r, warm, seed, lr);
+        }
+        fprintf(stderr, "%s: bf16 %.4f after %lld steps, %.0f s\n", setting_name[setting], twin[0].own, (long long)(warm + o.steps), tr_now() - start);
+        for (const char *at = budgets; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+            double budget = atof(at);
+            if (!(budget >= 0 && budget <= 1)) tr_die("a budget must be between 0 and 1");
+            for (int who = 0; who < MAKERS; who++) {
+                double own = 0, high = 0, spread = 0, share = 0, gap[MAX_SEEDS];
+                if (!listed(makers, maker_name[who]) || (at != budgets && who <= MAKER_FP4)) continue;     // uniform: once
+                for (int seed = 0; seed < seeds; seed++) {
+                    restore(&r, &from, fresh);
+                    make_plan(r.s, costs, (maker)who, budget, (uint64_t)(o.seed * 1000 + seed));
+                    outcome out = train_on(&r, warm, seed, lr);
+                    gap[seed] = out.own - twin[seed].own;
+                    own += gap[seed] / seeds;
+                    high += (out.high - twin[seed].high) / seeds;
+                    share += out.share / seeds;
+                }
+                for (int seed = 0; seed < seeds; seed++) spread += (gap[seed] - own) * (gap[seed] - own);
+                printf("quality\t%s\t%g\t%s\t%.5f\t%.5f\t%.5f\t%.3f\n", setting_name[setting], who == MAKER_FP8 ? 0 : who == MAKER_FP4 ? 1 : budget, maker_name[who], own, high,
+                       seeds > 1 ? student(seeds - 1) * sqrt(spread / (seeds - 1) / seeds) : 0, share);
+                fflush(stdout);
+            }
+        }
+        llama_destroy(r.g); llama_destroy(m.g);
+        snip_destroy(r.s); snip_destroy(m.s);
+        free(costs); free(fresh);
+    }
+    free(from.params); free(tokens); free(targets);
+    return 0;
 }

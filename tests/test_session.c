@@ -110,8 +110,9 @@ static void model_add(model *n, snip *s, int bind) {
     CHECK(snip_add_linear(s, "0.mlp.up", n->hid, n->in, 0) == 0);
     CHECK(snip_add_linear(s, "0.mlp.down", n->out, n->hid, 0) == 1);
     if (bind) {
-        CHECK(snip_bind_adamw(s, 0, n->m[0], n->v[0]) == SNIP_OK);
-        CHECK(snip_bind_adamw(s, 1, n->m[1], n->v[1]) == SNIP_OK);
+        int l;
+        for (l = 0; l < 2; l++)
+            CHECK((s->desc.optimizer == SNIP_ADAMW ? snip_bind_adamw(s, l, n->m[l], n->v[l]) : snip_bind_momentum(s, l, n->m[l])) == SNIP_OK);
     }
 }
 // One pass over all micro-batches from zeroed gradients; the worst status of its calls.
@@ -191,7 +192,7 @@ static void test_arguments(void) {
     DESC(e.high = SNIP_E4M3); DESC(e.high = (snip_format)-1); DESC(e.high = (snip_format)50);
     DESC(e.measure = SNIP_E2M1); DESC(e.measure = (snip_format)99);
     DESC(e.loss_weight = nan); DESC(e.loss_weight = -inf); DESC(e.update_weight = nan); DESC(e.update_weight = inf);
-    DESC(e.horizon = -1); DESC(e.horizon = nan); DESC(e.sample = -0.1); DESC(e.sample = 1.5); DESC(e.sample = nan);
+    DESC(e.horizon = -1); DESC(e.horizon = nan); DESC(e.sample = -0.1); DESC(e.sample = 1.5); DESC(e.sample = nan); DESC(e.optimizer = (snip_optimizer)3); DESC(e.optimizer = (snip_optimizer)-1);
     DESC(e.isa = (snip_isa)-1); DESC(e.isa = SNIP_ISA_COUNT);
     DESC(e.fp8.weight.format = (snip_format)77); DESC(e.fp8.activation.format = SNIP_F32); DESC(e.fp4.gradient.format = SNIP_UE8M0);
     DESC(e.fp4.weight.format = SNIP_E2M1; e.fp4.weight.tile_cols = -1); DESC(e.fp8.gradient.format = SNIP_E4M3; e.fp8.gradient.scale = SNIP_SCALE_UE4M3);
@@ -749,6 +750,70 @@ static uint64_t fingerprint(int threads, int micros, int eval_between, int steps
     model_free(&n);
     set_threads(1);
     return hash;
+}
+// The mean of sign(a + noise * N(0, 1)) by the trapezoid rule.
+static double mean_sign(double a, double noise) {
+    double sum = 0, z;
+    for (z = -8; z <= 8; z += 1e-4) sum += (a + noise * z > 0 ? 1 : a + noise * z < 0 ? -1 : 0) * exp(-0.5 * z * z) * 1e-4 / sqrt(2 * 3.14159265358979);
+    return sum;
+}
+// SGD and Lion: |D * dW_err|^2 / |W|^2 / U^2 with the layer's own weight gradient in FP4, D by definition.
+static void test_other_optimizers(void) {
+    int kind, l, i;
+    note("SGD and Lion");
+    for (kind = SNIP_SGD_MOMENTUM; kind <= SNIP_LION; kind++) {
+        model n = model_new(12, 32, 24, 40, 16);
+        snip_desc d = defaults();
+        snip_adamw o = optimizer(9);
+        snip *s, *exact, *q;
+        snip_layer_info info;
+        double update_sq = 0, w_sq[2] = { 0, 0 }, truth[2] = { 0, 0 };
+        d.optimizer = (snip_optimizer)kind;
+        d.fp4.gradient = recipe_fp4_tile();
+        d.sample = 1; d.every = 1;
+        s = snip_create(&d);
+        CHECK(s && snip_bind_momentum(s, 0, n.m[0]) == SNIP_BAD_ARGUMENT);          // no such layer yet
+        model_add(&n, s, 1);
+        CHECK(snip_bind_adamw(s, 0, n.m[0], n.v[0]) == SNIP_BAD_ARGUMENT && snip_bind_momentum(s, 0, NULL) == SNIP_BAD_ARGUMENT);
+        CHECK(model_step(&n, s, o.step, 0) == SNIP_OK && model_step(&n, s, o.step, 0) == SNIP_OK && snip_plans(s) == 1);
+        d.every = -1; d.high = SNIP_F32;
+        exact = snip_create(&d); q = snip_create(&d);
+        model_add(&n, exact, 0); model_add(&n, q, 0);
+        snip_set_format(q, -1, SNIP_GEMMS, SNIP_E2M1);
+        model_pass(&n, exact);
+        for (l = 0; l < 2; l++) {
+            int count = weights_of(&n, l);
+            float *y = floats(n.rows * n.hid), *dw = floats(count);
+            double m_sq = 0, u_sq = 0, noise;
+            snip_linear_forward(q, l, y, l ? n.a : n.x, n.w[l], NULL, n.rows);
+            snip_linear_backward(q, l, NULL, dw, NULL, l ? n.dy : n.dh, l ? n.a : n.x, n.w[l], n.rows);
+            for (i = 0; i < count; i++) { w_sq[l] += (double)n.w[l][i] * (double)n.w[l][i]; m_sq += (double)n.m[l][i] * (double)n.m[l][i]; }
+            noise = sqrt(m_sq / count * (1 + o.beta2) / (1 - o.beta2));
+            u_sq = kind == SNIP_LION ? count : m_sq;
+            update_sq += u_sq / w_sq[l];
+            for (i = 0; i < count; i++) {
+                double D = 1, step = 1e-2 * noise, rest = (1 - o.beta1) * noise;
+                if (kind == SNIP_LION && i % 97 == 0) {         // the formula against its definition
+                    snipi_sensitivity z;
+                    double m = o.beta1 * (double)n.m[l][i];
+                    s->adamw = o;
+                    z = snipi_sensitivity_of(s, &s->layers[l]);
+                    D = (mean_sign(m + (1 - o.beta1) * step, rest) - mean_sign(m - (1 - o.beta1) * step, rest)) / (2 * step);
+                    CHECK(near(snipi_sensitivity_at(&z, i), D, 0.02));
+                }
+                if (kind == SNIP_LION) D = sqrt(2 / 3.14159265358979) / noise * exp(-0.5 * pow(o.beta1 * (double)n.m[l][i] / rest, 2));
+                truth[l] += pow(D * ((double)dw[i] - (double)n.dw[l][i]), 2) / w_sq[l];
+            }
+            free(y); free(dw);
+        }
+        for (l = 0; l < 2; l++) {
+            snip_layer(s, l, &info);
+            CHECK(near(info.fp4.update[SNIP_WGRAD], truth[l] / update_sq, 1e-3));
+            CHECK(info.fp4.update[SNIP_FWD] > 10 * info.fp8.update[SNIP_FWD] && info.fp8.update[SNIP_FWD] > 0);
+        }
+        snip_destroy(s); snip_destroy(exact); snip_destroy(q);
+        model_free(&n);
+    }
 }
 static void test_determinism(void) {
     uint64_t one, two;
@@ -1410,6 +1475,7 @@ int main(void) {
     test_protocol();
     test_loss_estimates();
     test_update_estimates();
+    test_other_optimizers();
     test_determinism();
     test_accumulation();
     test_plan();
