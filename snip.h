@@ -249,6 +249,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 typedef struct snip snip;
 typedef enum { SNIP_FWD, SNIP_DGRAD, SNIP_WGRAD, SNIP_GEMMS } snip_gemm_kind;
 typedef struct { snip_recipe activation, weight, gradient; } snip_recipes;     // of the GEMMs in one precision
+typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION } snip_optimizer;
 typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, void *user); void *user; } snip_alloc;
 
 typedef struct {                // zero means the default
@@ -264,14 +265,15 @@ typedef struct {                // zero means the default
     double loss_weight;         // of the loss divergence in the cost; 0: 1; negative: off
     double update_weight;       // of the weight divergence; 0: 1; negative: off (saves its probe pass)
     double horizon;             // steps over which rounding noise of the backward GEMMs averages out; 0: 100
-    double sample;              // share of the output rows on which GEMM errors are measured; 0: 0.125
+    double sample;              // share of the output features on which wgrad's error is measured; 0: 0.125
+    snip_optimizer optimizer;   // whose updates the weight divergence is about: SNIP_ADAMW (default)
     snip_recipes fp8, fp4;      // zero format: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR
     snip_isa isa;
     snip_alloc alloc;
 } snip_desc;
 
 typedef struct {                // of the step just taken: update = lr * mhat / (sqrt(vhat) + eps)
-    double lr, beta1, beta2, eps;
+    double lr, beta1, beta2, eps;   // SGD: update = lr * m, m = beta1 m + g. Lion: lr * sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g
     int64_t step;               // 1 for the first
     double grad_scale;          // factor on the gradients before the optimizer (clipping); 0: 1
 } snip_adamw;
@@ -299,6 +301,7 @@ SNIP_API void  snip_destroy(snip *);
 // Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied.
 SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
 SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
+SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);                  // SGD with momentum, Lion
 // Formats a plan may use for a layer's GEMM; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
 // Time each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up operands;
@@ -3349,33 +3352,37 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 //   loss probe     noise sigma * xi on the operands X and W of every layer at once, sigma = 2% of their rms.
 //                  <xi, dA(noisy) - dA(clean)> / sigma estimates h_A = tr d2L/dA2 for each operand A by
 //                  itself (Hutchinson; cross terms vanish in expectation because the xi are independent).
-//   update probe   weights W + tau z, z = D xi / |W|, D the optimizer's sensitivity du/dg. The change of X
-//                  and dY of each layer is the model's Jacobian transposed times z, which says how an error
+//   update probe   weights W + tau z, z = D xi / |W|, D the optimizer's sensitivity du/dg. X' = (X(tau) - X) / tau
+//                  and dY' of each layer are the model's Jacobian transposed times z, which says how an error
 //                  at the layer's outputs reaches every weight's next update. Kept as count-sketches.
 //   clean          statistics; its gradients are the ones the optimizer uses.
 //
 // Loss change if layer l's forward GEMM runs in format f, e_A = Q_f(A) - A:
 //   first  = <dX, e_X> + <dW, e_W>             second = (h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
 // Relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2:
-//   fwd    mean(dY_err^2) * |dY(tau) - dY|^2 / tau^2 / U^2
-//   dgrad  mean(dX_err^2) * |X(tau) - X|^2 / tau^2 / U^2
-//   wgrad  |D * dW_err|^2 / |W|^2 / U^2
-// dY_err, dX_err, dW_err: error of the GEMM's output in format f, measured on a sample of its rows.
-// Adam's learning rate cancels in the ratio, so D and u are taken at rate 1.
+//   fwd    (|e_X|^2 / n_X * |dY' W|^2  +  |e_W|^2 / n_W * |dY'^T X|^2) / U^2
+//   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2  +  |e_W|^2 / n_W * |dY^T X'|^2) / U^2
+//   wgrad  |D * dW_err|^2 / |W|^2 / U^2, dW_err the GEMM's error in format f, on a sample of the output features
+// The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T repeats
+// with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
+// dY' W and X' W^T are sketched behind a random projection of W to 32 columns. dY'^T X + dY^T X' is the change of dW; its two
+// parts are uncorrelated and share its square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
+// The learning rate cancels in the ratio, so D and u are taken at rate 1.
 //
 // Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
 // update_weight * update / horizon: their errors are zero-mean noise, which averages out over steps, while
 // the forward's repeat with the slowly moving weights.
-enum { SNIPI_SKETCH = 4096, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
+enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
-       SNIPI_ROLE_PROBE, SNIPI_ROLE_SKETCH_X, SNIPI_ROLE_SKETCH_DY };
+       SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
+enum { SNIPI_SKETCH_X, SNIPI_SKETCH_DY, SNIPI_SKETCH_XW, SNIPI_SKETCH_DYW, SNIPI_SKETCH_DW, SNIPI_SKETCHES };     // of X, dY, X W^T, dY W, dW
 enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNIPI_SLOT_GEMM, SNIPI_SLOT_X, SNIPI_SLOT_W, SNIPI_SLOT_OUT,
-       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
+       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_PROJECT, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
 enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
-    double err_x, err_w, dot_x, dot_w;
-    double gemm_err[SNIP_GEMMS], gemm_count[SNIP_GEMMS];
+    double err_x, err_w, err_dy, dot_x, dot_w;
+    double wgrad_err;           // |D * dW_err|^2
 } snipi_measured;
 typedef struct { double count, first, first_var, second, update[SNIP_GEMMS]; } snipi_average;   // over measurements
 
@@ -3393,7 +3400,8 @@ typedef struct {
     double weight_sq, sensitivity_sq, sigma_x, sigma_w;
     double noisy_x, noisy_w, clean_x, clean_w;  // <xi, dA> of the two passes
     int64_t elements_x, elements_y;             // seen by this pass
-    float *sketch_x, *sketch_dy;
+    double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
+    float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
@@ -3462,6 +3470,7 @@ SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
     if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
+    if ((int)d->optimizer < 0 || d->optimizer > SNIP_LION) return SNIP_BAD_ARGUMENT;
     if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
     return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
 }
@@ -3484,9 +3493,8 @@ static void snipi_begin_step(snip *s) {
         layer->nonfinite = layer->saturated = 0;
         if (!measure) continue;
         memset(layer->measured, 0, sizeof layer->measured);
-        memset(layer->sketch_x, 0, SNIPI_SKETCH * sizeof(float));
-        memset(layer->sketch_dy, 0, SNIPI_SKETCH * sizeof(float));
-        layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = 0;
+        memset(layer->sketch, 0, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
+        layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = layer->input_sq = layer->gradient_sq = 0;
     }
     s->pending = SNIP_OK;
     snipi_begin_pass(s, measure ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_ORDINARY);
@@ -3533,8 +3541,7 @@ SNIP_API void snip_destroy(snip *s) {
     if (!s) return;
     for (i = 0; i < s->n_layers; i++) {
         snipi_free(s, s->layers[i].name);
-        snipi_free(s, s->layers[i].sketch_x);
-        snipi_free(s, s->layers[i].sketch_dy);
+        snipi_free(s, s->layers[i].sketch);
         snipi_drop(s, &s->layers[i]);
     }
     snipi_free(s, s->layers);
@@ -3564,12 +3571,10 @@ SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, in
     memset(layer, 0, sizeof *layer);
     length = (size_t)g + 1;
     layer->name = (char *)snipi_alloc(s, length);
-    layer->sketch_x = (float *)snipi_alloc(s, SNIPI_SKETCH * sizeof(float));
-    layer->sketch_dy = (float *)snipi_alloc(s, SNIPI_SKETCH * sizeof(float));
-    if (!layer->name || !layer->sketch_x || !layer->sketch_dy) {
+    layer->sketch = (float *)snipi_alloc(s, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
+    if (!layer->name || !layer->sketch) {
         snipi_free(s, layer->name);
-        snipi_free(s, layer->sketch_x);
-        snipi_free(s, layer->sketch_dy);
+        snipi_free(s, layer->sketch);
         return -(int)SNIP_OUT_OF_MEMORY;
     }
     memcpy(layer->name, name, length);
@@ -3587,9 +3592,15 @@ static snipi_layer *snipi_layer_at(const snip *s, int layer) { return s && layer
 
 SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || !v) return SNIP_BAD_ARGUMENT;
+    if (!l || !m || !v || s->desc.optimizer != SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
     l->m = m;
     l->v = v;
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !m || s->desc.optimizer == SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
+    l->m = m;
     return SNIP_OK;
 }
 static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
@@ -3769,7 +3780,9 @@ static void snipi_add_to(float *to, const float *from, int64_t n) {
 // bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096), and
 // the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on n
 // alone, each with a sketch of its own: the sums do not depend on the number of threads.
-static snip_status snipi_sketch_add(snip *s, float *sketch, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key) {
+static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const float *x, int64_t n, int64_t offset) {
+    snip_rng_key key = snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + which);
+    float *sketch = l->sketch + which * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
     int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first, j;
     int64_t parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16)), p;
     float *own = snipi_reserve_floats(s, SNIPI_SLOT_SKETCH, parts * SNIPI_SKETCH);
@@ -3803,22 +3816,69 @@ static snip_status snipi_sketch_add(snip *s, float *sketch, const float *x, int6
         for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
 }
+static double snipi_sketched_sq(const snipi_layer *l, int which) { return snipi_sum_sq(l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH); }
 
-// D = du/dg at learning rate 1, from the optimizer's state alone: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps).
-// Where v is 0 no gradient has ever arrived and none is expected: D = 0.
-typedef struct { float numerator, v_scale, eps; } snipi_sensitivity;
-static snipi_sensitivity snipi_sensitivity_of(const snip_adamw *o) {
+static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *c) {
+    snip_recipe recipe = SNIP_RECIPE_F32;
+    snip_operand oa, ob;
+    void *scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
+    if (!scratch) return SNIP_OUT_OF_MEMORY;
+    memset(&oa, 0, sizeof oa);
+    memset(&ob, 0, sizeof ob);
+    oa.recipe = ob.recipe = &recipe;
+    oa.codes = a; oa.transposed = a_transposed;
+    ob.codes = b; ob.transposed = b_transposed;
+    return snip_gemm(m, n, k, &oa, &ob, c, n, 0, NULL, scratch, s->desc.isa);
+}
+// Sketches X W^T (x = X) or dY W (x = dY), projected: x (A R), A the weights as x meets them, R random signs / sqrt(32), so
+// that |x A R|^2 is |x A|^2 in expectation for 32 columns of work. weight: the caller's, without the probe's noise.
+static snip_status snipi_sketch_projected(snip *s, snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset) {
+    int64_t in = which == SNIPI_SKETCH_XW ? l->k : l->n, out = which == SNIPI_SKETCH_XW ? l->n : l->k;
+    float *signs = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, SNIPI_PROJECTED * out), *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
+    float *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, rows * SNIPI_PROJECTED);
+    snip_status status;
+    if (!signs || !seen || !result) return SNIP_OUT_OF_MEMORY;
+    memset(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float));
+    snip_noise_add(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, snipi_key(s, l, 0, SNIPI_ROLE_PROJECT));
+    status = snipi_f32_gemm(s, in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_XW, signs, 0, seen);
+    if (!status) status = snipi_f32_gemm(s, rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result);
+    return status ? status : snipi_sketch_add(s, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED);
+}
+
+// D = du/dg at learning rate 1, from the optimizer's state alone.
+// AdamW: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is expected: D = 0.
+// SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's noise, N(0, noise^2):
+// 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all noise, of variance
+// noise^2 (1 - beta2) / (1 + beta2).
+typedef struct { snip_optimizer kind; const float *state; float numerator, scale, eps; } snipi_sensitivity;
+static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l) {
+    const snip_adamw *o = &s->adamw;
     snipi_sensitivity d;
-    d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
-    d.v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    d.kind = s->desc.optimizer;
+    d.state = d.kind == SNIP_ADAMW ? l->v : l->m;
+    d.numerator = 1;
+    d.scale = 0;
     d.eps = (float)o->eps;
+    if (d.kind == SNIP_ADAMW) {
+        d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
+        d.scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    } else if (d.kind == SNIP_LION) {
+        double noise = sqrt(snipi_sum_sq(l->m, l->n * l->k) / (double)(l->n * l->k) * (1 + o->beta2) / (1 - o->beta2));
+        d.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;     // 2 / sqrt(2 pi)
+        d.scale = noise > 0 ? (float)(o->beta1 / ((1 - o->beta1) * noise)) : 0;
+    }
     return d;
 }
-SNIPI_INLINE float snipi_sensitivity_at(snipi_sensitivity d, float v) { return v > 0 ? d.numerator / (sqrtf(v * d.v_scale) + d.eps) : 0.0f; }
-static void snipi_sensitivities(snipi_sensitivity d, const float *v, int64_t n, float *out) {
+SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
+    float x = d->state[i];
+    if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
+    return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
+}
+static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
+    snipi_sensitivity d = snipi_sensitivity_of(s, l);
     int64_t i;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (i = 0; i < n; i++) out[i] = snipi_sensitivity_at(d, v[i]);
+    for (i = 0; i < l->n * l->k; i++) out[i] = snipi_sensitivity_at(&d, i);
 }
 
 // The weights a probe pass runs on: the caller's plus noise.
@@ -3829,7 +3889,7 @@ static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) 
     if (s->pass == SNIP_PASS_LOSS_PROBE)
         snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
     else {
-        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), l->v, n, noisy);
+        snipi_sensitivities(s, l, noisy);
         snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
     }
     return noisy;
@@ -3840,58 +3900,29 @@ static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, co
     return noisy;
 }
 
-// A sample of output rows, at equal distances.
-static int64_t snipi_sample_rows(const snip *s, int64_t rows) {
-    return snipi_min(rows, snipi_max(16, (int64_t)ceil((double)rows * s->desc.sample)));
-}
-static double snipi_distance_sq(const float *a, const float *b, int64_t rows, int64_t samples, int64_t cols, const float *v, snipi_sensitivity d) {
-    double sum = 0;
-    int64_t i, j;
-    for (i = 0; i < samples; i++) {         // row i of a against sampled row of b, weighted by D where v is given
-        int64_t at = i * rows / samples * cols;
-        double row = 0;
-        for (j = 0; j < cols; j++) {
-            float e = a[i * cols + j] - b[at + j];
-            if (v) e *= snipi_sensitivity_at(d, v[at + j]);
-            row += (double)e * (double)e;
-        }
-        sum += row;
-    }
-    return sum;
-}
-
-// Errors of the forward or dgrad GEMM's output in each candidate format against `exact`, on sampled rows of `operand`.
-static snip_status snipi_measure_rows(snip *s, snipi_layer *l, int64_t micro, snip_gemm_kind gemm, const float *operand, int64_t rows, const float *w, const float *bias, const float *exact) {
-    int64_t samples = snipi_sample_rows(s, rows), in = gemm == SNIP_FWD ? l->k : l->n, out = gemm == SNIP_FWD ? l->n : l->k, i, nonfinite = l->nonfinite, saturated = l->saturated;
-    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, samples * in), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * out);
-    snipi_sensitivity none = { 0, 0, 0 };
-    snip_status status = SNIP_OK;
-    int f;
-    if (!picked || !result) return SNIP_OUT_OF_MEMORY;
-    for (i = 0; i < samples; i++) memcpy(picked + i * in, operand + i * rows / samples * in, (size_t)in * sizeof(float));
-    for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-        snipi_measured *q = &l->measured[f];
-        status = gemm == SNIP_FWD ? snipi_fwd(s, l, micro, snipi_candidates[f], result, picked, w, bias, samples)
-                                  : snipi_dgrad(s, l, micro, snipi_candidates[f], result, 0, picked, w, samples);
-        q->gemm_err[gemm] += snipi_distance_sq(result, exact, rows, samples, out, NULL, none);
-        q->gemm_count[gemm] += (double)samples * (double)out;
-    }
-    l->nonfinite = nonfinite;
-    l->saturated = saturated;
-    return status;
-}
-// |D * dW_err|^2 on sampled output features, scaled up to all of them.
+// |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
 static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
-    int64_t samples = snipi_sample_rows(s, l->n), i, r, nonfinite = l->nonfinite, saturated = l->saturated;
+    int64_t samples = snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
     float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
+    snipi_sensitivity d = snipi_sensitivity_of(s, l);
     snip_status status = SNIP_OK;
     int f;
     if (!picked || !result) return SNIP_OUT_OF_MEMORY;
     for (r = 0; r < rows; r++)
         for (i = 0; i < samples; i++) picked[r * samples + i] = dy[r * l->n + i * l->n / samples];
     for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        double sum = 0;
         status = snipi_wgrad(s, l, micro, snipi_candidates[f], result, 0, picked, samples, x, rows);
-        l->measured[f].gemm_err[SNIP_WGRAD] += snipi_distance_sq(result, exact, l->n, samples, l->k, l->v, snipi_sensitivity_of(&s->adamw)) * ((double)l->n / (double)samples);
+        for (i = 0; i < samples && !status; i++) {
+            int64_t at = i * l->n / samples * l->k;
+            double row = 0;
+            for (j = 0; j < l->k; j++) {
+                float e = (result[i * l->k + j] - exact[at + j]) * snipi_sensitivity_at(&d, at + j);
+                row += (double)e * (double)e;
+            }
+            sum += row;
+        }
+        l->measured[f].wgrad_err += sum * ((double)l->n / (double)samples);
     }
     l->nonfinite = nonfinite;
     l->saturated = saturated;
@@ -3934,12 +3965,13 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     }
     if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
     if (!x || !w) return SNIP_OUT_OF_MEMORY;
-    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s) &&
-        snipi_sketch_add(s, l->sketch_x, inp, rows * l->k, l->elements_x, s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_X)))
-        return snipi_finish_call(s, l, nonfinite, SNIP_OUT_OF_MEMORY);
+    status = SNIP_OK;
+    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
+        status = snipi_sketch_add(s, l, SNIPI_SKETCH_X, inp, rows * l->k, l->elements_x);
+        if (!status) status = snipi_sketch_projected(s, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k);
+    }
     l->elements_x += rows * l->k;
-    status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
-    if (!status && s->pass == SNIP_PASS_CLEAN && snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_FWD, inp, rows, weight, bias, out);
+    if (!status) status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
     return snipi_finish_call(s, l, nonfinite, status);
 }
 
@@ -3950,15 +3982,16 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     float *own;
     double dot = 0;
     snip_status status;
-    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE, f;
+    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(s), f;
     if (loss_probe) x = snipi_probe_input(s, l, micro, inp, nx);
     if (!clean) w = snipi_probe_weight(s, l, weight);
     own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, nw));
     if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
-    if (!loss_probe && snipi_probes_updates(s) &&
-        snipi_sketch_add(s, l->sketch_dy, dout, rows * l->n, l->elements_y, clean ? -1.0f : 1.0f, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH_DY)))
-        return SNIP_OUT_OF_MEMORY;
-
+    if (sketched) {
+        status = snipi_sketch_add(s, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y);
+        if (!status) status = snipi_sketch_projected(s, l, SNIPI_SKETCH_DYW, dout, rows, weight, l->elements_y / l->n);
+        if (status) return status;
+    }
     l->elements_y += rows * l->n;
     status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
     if (status) return status;
@@ -3969,19 +4002,23 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
+            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION), gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
             snip_quant_stats stats;
             snip_fake_quantize(&recipe, inp, rows, l->k, l->k, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_X), own, &stats);
             l->measured[f].err_x += stats.err_sq;
             l->measured[f].dot_x += stats.dot;
+            if (f == 0) l->input_sq += stats.sum_sq;
+            if (!sketched) continue;
+            snip_fake_quantize(&gradient, dout, rows, l->n, l->n, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_DY), NULL, &stats);
+            l->measured[f].err_dy += stats.err_sq;
+            if (f == 0) l->gradient_sq += stats.sum_sq;
         }
-        if (snipi_probes_updates(s)) status = snipi_measure_rows(s, l, micro, SNIP_DGRAD, dout, rows, weight, NULL, own);
-        if (status) return status;
     }
 
     status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, dout, l->n, x, rows);
     if (status) return status;
     if (dweight) snipi_add_to(dweight, own, nw);
+    if (sketched && (status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, own, nw, 0)) != SNIP_OK) return status;
     if (s->pass != SNIP_PASS_UPDATE_PROBE) {
         snip_noise_dot(own, nw, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W), &dot);
         *(clean ? &l->clean_w : &l->noisy_w) += dot;
@@ -4029,12 +4066,12 @@ static snip_status snipi_prepare_update_probe(snip *s) {
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
         char message[160];
-        if (!layer->v) {
-            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call snip_bind_adamw", layer->name);
+        if (!layer->m) {
+            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", layer->name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
             return snipi_fail(s, SNIP_NOT_BOUND, message);
         }
         if (!d) return SNIP_OUT_OF_MEMORY;
-        snipi_sensitivities(snipi_sensitivity_of(&s->adamw), layer->v, n, d);
+        snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
         if (layer->weight_sq > 0) sum += layer->sensitivity_sq / (layer->weight_sq * layer->weight_sq);
     }
@@ -4079,7 +4116,8 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
             int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
             double local = 0;
             for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
-                float u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
+                float u = s->desc.optimizer == SNIP_SGD_MOMENTUM ? layer->m[i] : 1.0f;         // Lion's are all -1 or 1
+                if (s->desc.optimizer == SNIP_ADAMW) u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
                 local += (double)u * (double)u;
             }
             part[c] = local;
@@ -4094,14 +4132,16 @@ static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
     const snipi_measured *q = &l->measured[f];
     double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
+    double fwd_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DY) * l->input_sq, dgrad_sq = snipi_sketched_sq(l, SNIPI_SKETCH_X) * l->gradient_sq;
+    double dw_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DW), by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
     snip_estimate e;
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
     e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e.update[SNIP_FWD] = snipi_ratio(q->gemm_err[SNIP_FWD], q->gemm_count[SNIP_FWD]) * snipi_sum_sq(l->sketch_dy, SNIPI_SKETCH) * probe;
-    e.update[SNIP_DGRAD] = snipi_ratio(q->gemm_err[SNIP_DGRAD], q->gemm_count[SNIP_DGRAD]) * snipi_sum_sq(l->sketch_x, SNIPI_SKETCH) * probe;
-    e.update[SNIP_WGRAD] = snipi_ratio(q->gemm_err[SNIP_WGRAD], l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
+    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * snipi_sketched_sq(l, SNIPI_SKETCH_DYW) + q->err_w / n_w * by_fwd) * probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * snipi_sketched_sq(l, SNIPI_SKETCH_XW) + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
+    e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }
 static int snipi_estimate_finite(const snip_estimate *e) {

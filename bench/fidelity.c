@@ -5,7 +5,9 @@
 //   loss     L' - L when the layer's forward GEMM alone runs in the format
 //   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
 //            three of the layer's GEMMs run in the format; u is the AdamW update
-// Both are means over the batches. The options are the trainer's; --steps defaults to 400 here.
+// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone
+// (norms.h). "additive" is the sum of the single layers' truths against the
+// truth of whole random plans. The options are the trainer's; --steps defaults to 400 here.
 //
 //   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N]
 //
@@ -16,14 +18,17 @@
 #endif
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
+#include "norms.h"
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
 
-enum { BATCHES = 3, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS };
+enum { BATCHES = 3, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS, PLANS = 50 };
 static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8;
 static const snip_format formats[FORMATS] = { SNIP_E4M3, SNIP_E2M1 };
+enum { ADJOINT, SNIP, ESTIMATORS };
+static const char *const estimator_name[ESTIMATORS] = { "adjoint", "snip" };
 
-typedef struct { double truth, estimate; } pair;
+typedef struct { double truth, estimate[ESTIMATORS]; } pair;
 
 static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -43,11 +48,11 @@ static double correlation(const double *x, const double *y, int n) {
     for (int i = 0; i < n; i++) { xy += (x[i] - mx) * (y[i] - my); xx += (x[i] - mx) * (x[i] - mx); yy += (y[i] - my) * (y[i] - my); }
     return xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : 0;
 }
-static void report(const char *what, const char *estimator, snip_format format, const char *gemm, const pair *p, int n) {
+static void report(const char *what, const char *estimator, const char *format, const char *gemm, const pair *p, int n, int column) {
     double *x = (double *)tr_alloc((size_t)n * 5 * sizeof *x), *y = x + n, *rx = y + n, *ry = rx + n, *ratio = ry + n;
     double agree = 0, mean = 0, spread = 0;
     int positive = 0;
-    for (int i = 0; i < n; i++) { x[i] = p[i].estimate; y[i] = p[i].truth; }
+    for (int i = 0; i < n; i++) { x[i] = p[i].estimate[column]; y[i] = p[i].truth; }
     ranks(x, n, rx);
     ranks(y, n, ry);
     for (int i = 0; i < n; i++)
@@ -56,7 +61,7 @@ static void report(const char *what, const char *estimator, snip_format format, 
     qsort(ratio, (size_t)positive, sizeof *ratio, by_value);
     for (int i = 0; i < positive; i++) mean += log10(ratio[i]) / positive;
     for (int i = 0; i < positive; i++) spread += (log10(ratio[i]) - mean) * (log10(ratio[i]) - mean) / positive;
-    printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, snip_format_name(format), gemm, correlation(rx, ry, n),
+    printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, format, gemm, correlation(rx, ry, n),
            n > 1 ? agree / (0.5 * n * (n - 1)) : 0, positive ? ratio[positive / 2] : 0, sqrt(spread));
     free(x);
 }
@@ -146,6 +151,7 @@ int main(int argc, char **argv) {
     memcpy(h->m, m, bytes);
     memcpy(h->v, v, bytes);
     pair *loss_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS)), *weight_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
+    static pair plan_loss[PLANS], plan_weight[PLANS];
     memset(loss_pair, 0, sizeof(pair) * (size_t)(n * FORMATS));
     memset(weight_pair, 0, sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
     for (int batch = 0; batch < BATCHES; batch++) {
@@ -154,6 +160,7 @@ int main(int argc, char **argv) {
         do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
         llama_adamw(g, o.lr, BETA1, BETA2, EPS, 0, o.steps + 1, 1);
         snip_adamw update = { o.lr, BETA1, BETA2, EPS, o.steps + 1, 1 };
+        double update_sq = snipi_update_sq(s, &update);
         check(snip_end_step(s, &update), s, "measuring");
         measuring_s += tr_now() - t0;
         double base = run_batch(h, t, tokens, targets, (int)o.batch, 1);
@@ -163,10 +170,14 @@ int main(int argc, char **argv) {
             snip_layer(s, l, &info);
             for (int f = 0; f < FORMATS; f++) {
                 const snip_estimate *e = f ? &info.fp4 : &info.fp8;
-                loss_pair[f * n + l].estimate += (e->loss_first + e->loss_second) / BATCHES;
+                loss_pair[f * n + l].estimate[ADJOINT] += (e->loss_first + e->loss_second) / BATCHES;
+                loss_pair[f * n + l].estimate[SNIP] += norms_loss(&norms[l], f) / BATCHES;
                 for (int k = 0; k < TRUTHS; k++) {
                     pair *p = &weight_pair[(f * TRUTHS + k) * n + l];
-                    p->estimate += (k < ALL ? e->update[k] : e->update[0] + e->update[1] + e->update[2]) / BATCHES;
+                    for (int i = k < ALL ? k : 0; i <= (k < ALL ? k : ALL - 1); i++) {
+                        p->estimate[ADJOINT] += e->update[i] / BATCHES;
+                        p->estimate[SNIP] += norms_weight(&norms[l], f, i) / update_sq / BATCHES;
+                    }
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
                     double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);
                     snip_set_format(t, l, SNIP_GEMMS, SNIP_F32);
@@ -176,6 +187,21 @@ int main(int argc, char **argv) {
             }
             fprintf(stderr, "\rbatch %d of %d, layer %d of %d  %.1f s ", batch + 1, BATCHES, l + 1, n, tr_now() - before);
         }
+        for (int i = 0; batch == 0 && i < PLANS; i++) {         // of every share of FP4, against this batch's single layers
+            snip_rng_key key = { (uint64_t)o.seed, (uint32_t)i, 0x706C616Eu };
+            for (int l = 0; l < n; l++)
+                for (int k = 0; k < SNIP_GEMMS; k++) {
+                    uint32_t random[4];
+                    snip_philox(key, (uint64_t)(l * SNIP_GEMMS + k), random);
+                    int f = random[0] / 4294967296.0 < (i + 0.5) / PLANS;
+                    snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
+                    plan_weight[i].estimate[0] += weight_pair[(f * TRUTHS + k) * n + l].truth * BATCHES;
+                    if (k == SNIP_FWD) plan_loss[i].estimate[0] += loss_pair[f * n + l].truth * BATCHES;
+                }
+            plan_loss[i].truth = run_batch(h, t, tokens, targets, (int)o.batch, 1) - base;
+            plan_weight[i].truth = update_difference(h, h->grads, clean, o.steps + 1);
+        }
+        snip_set_format(t, -1, SNIP_GEMMS, SNIP_F32);
         memcpy(g->params, params, bytes);
         memcpy(g->m, m, bytes);
         memcpy(g->v, v, bytes);
@@ -187,16 +213,20 @@ int main(int argc, char **argv) {
         snip_layer(s, l, &info);
         printf("%-12s", info.name);
         for (int f = 0; f < FORMATS; f++) {
-            printf("  %s loss %+.2e est %+.2e  update", snip_format_name(formats[f]), loss_pair[f * n + l].truth, loss_pair[f * n + l].estimate);
-            for (int k = 0; k < TRUTHS; k++) printf(" %s %.2e/%.2e", gemm_name[k], weight_pair[(f * TRUTHS + k) * n + l].truth, weight_pair[(f * TRUTHS + k) * n + l].estimate);
+            printf("  %s loss %+.2e est %+.2e  update", snip_format_name(formats[f]), loss_pair[f * n + l].truth, loss_pair[f * n + l].estimate[ADJOINT]);
+            for (int k = 0; k < TRUTHS; k++) printf(" %s %.2e/%.2e", gemm_name[k], weight_pair[(f * TRUTHS + k) * n + l].truth, weight_pair[(f * TRUTHS + k) * n + l].estimate[ADJOINT]);
         }
         printf("\n");
     }
     printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)o.steps, loss,
            1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / BATCHES, measuring_s / BATCHES / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
-    for (int f = 0; f < FORMATS; f++) report("loss", "adjoint", formats[f], "fwd", loss_pair + f * n, n);
-    for (int f = 0; f < FORMATS; f++)
-        for (int k = 0; k < TRUTHS; k++) report("weight", "adjoint", formats[f], gemm_name[k], weight_pair + (f * TRUTHS + k) * n, n);
+    for (int i = 0; i < ESTIMATORS; i++)
+        for (int f = 0; f < FORMATS; f++) {
+            report("loss", estimator_name[i], snip_format_name(formats[f]), "fwd", loss_pair + f * n, n, i);
+            for (int k = 0; k < TRUTHS; k++) report("weight", estimator_name[i], snip_format_name(formats[f]), gemm_name[k], weight_pair + (f * TRUTHS + k) * n, n, i);
+        }
+    report("loss", "additive", "mixed", "fwd", plan_loss, PLANS, 0);
+    report("weight", "additive", "mixed", "all", plan_weight, PLANS, 0);
     llama_destroy(g);
     llama_destroy(h);
     snip_destroy(s);
