@@ -2689,6 +2689,7 @@ SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float
 #  define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
 
+#define SNIPI_NEON_ROW(r) acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
 static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
     float32x4_t acc[12][2];
     int64_t k;
@@ -2696,9 +2697,9 @@ static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, co
     SNIPI_UNROLL for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = vdupq_n_f32(0.0f);
     for (k = 0; k < kc; k++, a += 12, b += 8) {
         float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
-        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[i] * b[j]
-            acc[i][0] = vfmaq_n_f32(acc[i][0], b0, a[i]);
-            acc[i][1] = vfmaq_n_f32(acc[i][1], b1, a[i]);
+        SNIPI_UNROLL for (i = 0; i < 12; i += 4) {                  // acc[i][j] += a[i] * b[j]; of scalars GCC makes too many registers
+            float32x4_t ai = vld1q_f32(a + i);
+            SNIPI_NEON_ROW(0) SNIPI_NEON_ROW(1) SNIPI_NEON_ROW(2) SNIPI_NEON_ROW(3)
         }
     }
     SNIPI_UNROLL for (i = 0; i < 12; i++) {
@@ -2747,25 +2748,25 @@ static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, co
 }
 // sum[i][j] = start[j] + a[i] * b[j] over `steps` times 4 elements. The instruction by name, because clang before 16 has the
 // intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target does not contain.
+typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
+#define SNIPI_DOT(v, y, lane) { snipi_vec16 dot = v; __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); v = dot; }
+#define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
 SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start, int32_t *sum) {
-    int32x4_t acc[12][2];
+    snipi_vec16 acc[12][2], b0 = *(const snipi_vec16 *)(const void *)start, b1 = *(const snipi_vec16 *)(const void *)(start + 4);
     int i;
-    SNIPI_UNROLL for (i = 0; i < 12; i++) memcpy(acc[i], start, sizeof acc[i]);
+    SNIPI_UNROLL for (i = 0; i < 12; i++) { acc[i][0] = b0; acc[i][1] = b1; }
     for (; steps > 0; steps--, a += 48, b += 32) {
-        int8x16_t b0, b1;
-        memcpy(&b0, b, 16);
-        memcpy(&b1, b + 16, 16);
-        SNIPI_UNROLL for (i = 0; i < 12; i++) {                     // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
-            int32_t four;
-            memcpy(&four, a + 4 * i, 4);
-            {
-                int32x4_t ai = { four, four, four, four };
-                __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc[i][0]) : "w"(ai), "w"(b0));
-                __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc[i][1]) : "w"(ai), "w"(b1));
-            }
+        b0 = *(const snipi_vec16 *)(const void *)b;
+        b1 = *(const snipi_vec16 *)(const void *)(b + 16);
+        SNIPI_UNROLL for (i = 0; i < 12; i += 4) {                  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
+            snipi_vec16 ai = *(const snipi_vec16 *)(const void *)(a + 4 * i);
+            SNIPI_DOT_ROW(0) SNIPI_DOT_ROW(1) SNIPI_DOT_ROW(2) SNIPI_DOT_ROW(3)
         }
     }
-    memcpy(sum, acc, sizeof acc);
+    SNIPI_UNROLL for (i = 0; i < 12; i++) {
+        *(snipi_vec16 *)(void *)(sum + 8 * i) = acc[i][0];
+        *(snipi_vec16 *)(void *)(sum + 8 * i + 4) = acc[i][1];
+    }
 }
 static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
     int64_t k;
@@ -2777,6 +2778,30 @@ static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a
         a += 48 * steps;
         b += 32 * steps;
         for (i = 0; i < 12; i++) snipi_scale_neon(sa[i], sb, vld1q_s32(sum + 8 * i), vld1q_s32(sum + 8 * i + 4), from, c + i * ldc);
+    }
+}
+
+static void snipi_spread_neon(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
+    const uint8x16_t table = vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(snipi_twice)), vdupq_n_u8((uint8_t)offset));
+    int64_t t;
+    int i, j;
+    for (i = 0; i < rows; i++, codes += row_bytes, out += 4) {
+        for (t = 0; t + 4 <= steps; t += 4) {                       // out[t][i][j] = snipi_twice[nibble 4t + j] + offset
+            uint8x8_t bytes = vld1_u8(codes + 2 * t), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
+            uint8_t four[16];
+            vst1q_u8(four, vqtbl1q_u8(table, vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high))));
+            for (j = 0; j < 4; j++) memcpy(out + 4 * (t + j) * width, four + 4 * j, 4);
+        }
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, offset, out + 4 * t * width, width);
+    }
+}
+static void snipi_start_neon(const int8_t *b, int64_t steps, int width, int32_t *start) {
+    int64_t t;
+    int i;
+    for (i = 0; i < width; i += 4) {                                // start[j] = -12 * (sum of b's row j), 4 rows
+        int32x4_t sum = vdupq_n_s32(0);
+        for (t = 0; t < steps; t++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(b + 4 * (t * width + i))));
+        vst1q_s32(start + i, vmulq_n_s32(sum, -12));
     }
 }
 
@@ -3094,6 +3119,8 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.f32_mr = 12;
         k.f32_nr = k.s8_nr = 8;
         k.f32 = snipi_kernel_f32_neon;
+        k.spread = snipi_spread_neon;
+        k.start = snipi_start_neon;
         k.s8_mr = isa == SNIP_ISA_NEON_DOT ? 12 : 4;
         k.s8 = isa == SNIP_ISA_NEON_DOT ? snipi_kernel_s8_neon_dot : snipi_kernel_s8_neon;
     }

@@ -432,7 +432,8 @@ static void test_blocks(void) {
     static uint8_t c[2][2 * MOST], s[2][8 * MOST];
     static uint16_t half[MOST];
     snip_rng_key key = { 0xABCDEF0123456789u, 11, 13 };
-    int f, kind, rounding, w, z, d, isa, pass, wrong = 0, tried = 0, i;
+    int f, kind, rounding, w, z, d, isa, pass, wrong = 0, tried = 0, i, number = 0;
+    if (snipi_best_isa() == SNIP_ISA_SCALAR) { skipped++; return; }
     for (f = SNIP_E4M3; f <= SNIP_E3M2; f++)
         for (kind = SNIP_SCALE_NONE; kind <= SNIP_SCALE_UE8M0_UP; kind++)
             for (rounding = 0; rounding < 2; rounding++)
@@ -440,7 +441,7 @@ static void test_blocks(void) {
                     snip_recipe r;
                     snip_quant_stats st[2][2];
                     int64_t rows, cols;
-                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % (3 * few)) continue;
+                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3 || number++ % few) continue;
                     z = (f + kind + w + 3 * rounding) % 5; d = (f * 7 + kind * 3 + w) % KINDS;
                     rows = sizes[z][0]; cols = sizes[z][1];
                     r.format = (snip_format)f; r.tile_rows = widths[w][0]; r.tile_cols = widths[w][1];
@@ -452,7 +453,7 @@ static void test_blocks(void) {
                             int at = isa != SNIP_ISA_SCALAR;
                             snip_quantize_job job;
                             size_t nc = snip_codes_bound(&r, rows, cols), ns = snip_scales_bound(&r, rows, cols), nt = snip_codes_bound(&r, cols, rows), nst = snip_scales_bound(&r, cols, rows);
-                            if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI) continue;
+                            if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI || isa == SNIP_ISA_NEON_DOT) continue;
                             memset(&job, 0, sizeof job);
                             memset(c[at], 0, nc + nt); memset(s[at], 0, ns + nst + 8); memset(st[at], 0, sizeof st[at]);
                             job.x = pass >= 6 ? (void *)half : (void *)data;
@@ -467,8 +468,7 @@ static void test_blocks(void) {
                             tried++;
                         }
                 }
-    if (tried) check(wrong == 0, "whole blocks as the scalar specification");
-    else skipped++;
+    check(wrong == 0 && tried, "whole blocks as the scalar specification");
 }
 
 static void test_in_place_and_threads(void) {
@@ -514,7 +514,9 @@ static void test_in_place_and_threads(void) {
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || (defined(__GNUC__) && !defined(__OPTIMIZE__))
 #  define SLOW_BUILD 1
 #endif
-enum { DRAW_ROWS = 1024, DRAW_COLS = 1024, DRAWS = DRAW_ROWS * DRAW_COLS };
+enum { DRAW_COLS = 1024 };
+#define DRAW_ROWS (few > 1 ? 64 : 1024)
+#define DRAWS (DRAW_ROWS * DRAW_COLS)
 typedef struct { double up, other, scatter, err_sq; } draws;     // draws that gave c + 1, neither; sum of (row's ups - mean)^2; the library's own sum
 static void draw(const snip_recipe *r, int c, float v, double p, uint32_t step, float *in, uint8_t *out, draws *d) {
     snip_rng_key key = { 1234, 0, 0 };
@@ -540,17 +542,17 @@ static void test_stochastic(void) {
 #else
     enum { CALLS = 10 };
 #endif
-    int k, c, i, intervals = 0, biased = 0, spread = 0, clumped = 0, moved = 0, uneven = 0, slow = CALLS == 1 || few > 1 || !snip_isa_available(SNIP_ISA_AVX2);
+    int k, c, i, intervals = 0, biased = 0, spread = 0, clumped = 0, moved = 0, uneven = 0, slow = CALLS == 1 || !snip_isa_available(SNIP_ISA_AVX2);
     double worst = 0, worst_sq = 0, worst_scatter = 0;
-    float *in = (float *)malloc(DRAWS * sizeof(float));
-    uint8_t *out = (uint8_t *)malloc(DRAWS);
+    float *in = (float *)malloc((size_t)DRAWS * sizeof(float));
+    uint8_t *out = (uint8_t *)malloc((size_t)DRAWS);
     if (!in || !out) { failed++; free(in); free(out); return; }
     for (k = 0; k < 5; k++) {
         snip_recipe r = { SNIP_E2M1, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_STOCHASTIC };
         snipi_element e = snipi_element_of(kinds[k].f);
         r.format = kinds[k].f;
-        for (c = 0; c < (int)e.largest; c += k == 2 ? 1 : slow ? 13 : k < 2 ? 3 : 1, intervals++) {
-            int calls = slow && k != 2 ? 1 : CALLS, ups = 0, bits = 23 - e.mantissa, share = (int)((0.04 + 0.92 * uniform()) * (1 << bits)) | 1;
+        for (c = 0; c < (int)e.largest; c += few > 1 ? 40 : k == 2 ? 1 : slow ? 13 : k < 2 ? 3 : 1, intervals++) {
+            int calls = few > 1 || (slow && k != 2) ? 1 : CALLS, ups = 0, bits = 23 - e.mantissa, share = (int)((0.04 + 0.92 * uniform()) * (1 << bits)) | 1;
             double lo = decode(r.format, (uint8_t)c), h = decode(r.format, (uint8_t)(c + 1)) - lo, p = ldexp(share, -bits), q = 1 - p;
             double n = (double)calls * DRAWS, rows = n / DRAW_COLS, pq = p * q, z, z_sq, z_scatter, sq;
             float v = (float)(lo + p * h);                  // exact
@@ -565,8 +567,8 @@ static void test_stochastic(void) {
             clumped += !(fabs(z_scatter) < 6.5);
             for (i = 0; i < (k == 2 ? calls : 1); i++) draw(&r, c, (float)lo, 0, (uint32_t)i, in, out, &still);
             moved += still.up != 0 || still.other != 0 || still.err_sq != 0;
-            for (i = 0; i < 1 << bits; i++) ups += (int)snipi_encode_stochastic(bits_of(v), (uint32_t)i << (32 - bits), e.mantissa, e.bias) - c;
-            uneven += ups != share;
+            for (i = 0; i < 1 << bits && (few == 1 || c == 0); i++) ups += (int)snipi_encode_stochastic(bits_of(v), (uint32_t)i << (32 - bits), e.mantissa, e.bias) - c;
+            uneven += ups != share && (few == 1 || c == 0);
             if (fabs(z) > worst) worst = fabs(z);
             if (fabs(z_sq) > worst_sq) worst_sq = fabs(z_sq);
             if (fabs(z_scatter) > worst_scatter) worst_scatter = fabs(z_scatter);
@@ -574,7 +576,7 @@ static void test_stochastic(void) {
     }
     free(in);
     free(out);
-    check(biased == 0 && intervals > 30, "stochastic rounding is unbiased");
+    check(biased == 0 && intervals > (few > 1 ? 8 : 30), "stochastic rounding is unbiased");
     check(spread == 0, "stochastic rounding has the variance p(1-p)h^2");
     check(clumped == 0, "stochastic rounding draws independently");
     check(moved == 0, "stochastic rounding leaves every code where it is");
