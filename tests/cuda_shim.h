@@ -1,0 +1,237 @@
+// cuda_shim.h - stands in for the CUDA runtime, so that snip_cuda.cuh's kernels run on the CPU: each CUDA thread is a
+// fiber, blocks run one after another. Threads change only where they wait for one another, so that a missing barrier
+// shows as a read of poison or of the last value in one of the three orders (shim_order). Wrong synchronization (lanes
+// at different warp operations, threads at different barriers, a wait without end) aborts with the source line.
+#ifndef CUDA_SHIM_H
+#define CUDA_SHIM_H
+#define SNIP_CUDA_SHIM 1
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <type_traits>
+#include <vector>
+#if !defined(__x86_64__)
+#  include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#  define SHIM_ASAN 1
+#elif defined(__has_feature)
+#  if __has_feature(address_sanitizer)
+#    define SHIM_ASAN 1
+#  endif
+#endif
+#ifdef SHIM_ASAN
+#  include <sanitizer/asan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+// Shared variables lie side by side in a section of their own, for each block to poison.
+#define __shared__ static __attribute__((section("shim_shared")))
+extern char __start_shim_shared[] __attribute__((weak)), __stop_shim_shared[] __attribute__((weak));
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+// ---- fibers ----
+enum { SHIM_STACK = 128 * 1024, SHIM_MOST = 1024, SHIM_ORDERS = 3 };
+struct shim_barrier { unsigned generation, arrived; const char *site; };
+struct shim_warp { shim_barrier barrier; unsigned live, mask, slot_of[32]; uint64_t slot[2][32]; };
+struct shim_fiber {
+    bool done;
+    char *stack;
+#if defined(__x86_64__)
+    void *sp;
+#else
+    ucontext_t context;
+#endif
+    void *fake;
+};
+static struct {
+    shim_fiber fiber[SHIM_MOST], scheduler;
+    shim_warp warp[SHIM_MOST / 32];
+    shim_barrier barrier;
+    unsigned threads, live, current;
+    bool progress;
+    void (*call)(void *);
+    void *argument;
+    char *dynamic_shared;
+} shim;
+static int shim_order;
+static dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+[[noreturn]] static void shim_die(const char *what, const char *site) {
+    fprintf(stderr, "FAILED: %s at %s (block %u, thread %u, order %d)\n", what, site ? site : "?", blockIdx.x, shim.current, shim_order);
+    exit(3);
+}
+#if defined(__x86_64__)
+extern "C" void shim_swap(void **save, void *load);
+asm(".text\n.globl shim_swap\n.type shim_swap,@function\nshim_swap:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\nmovq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size shim_swap,.-shim_swap\n");
+#endif
+static void shim_switch(shim_fiber *from, shim_fiber *to) {
+#ifdef SHIM_ASAN
+    __sanitizer_start_switch_fiber(from->done ? NULL : &from->fake, to->stack, SHIM_STACK);
+#endif
+#if defined(__x86_64__)
+    shim_swap(&from->sp, to->sp);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+#ifdef SHIM_ASAN
+    __sanitizer_finish_switch_fiber(from->fake, NULL, NULL);
+#endif
+}
+static void shim_yield() { shim_switch(&shim.fiber[shim.current], &shim.scheduler); }
+static void shim_entry() {
+#ifdef SHIM_ASAN
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
+    shim.scheduler.stack = (char *)bottom;
+#endif
+    shim.call(shim.argument);
+    shim_warp &w = shim.warp[shim.current / 32];
+    shim.fiber[shim.current].done = true;
+    shim.live--;
+    w.live &= ~(1u << shim.current % 32);
+    shim.progress = true;
+    if (shim.barrier.arrived) shim_die("a thread ends while others wait in __syncthreads", shim.barrier.site);
+    if (w.barrier.arrived && (w.mask & ~w.live)) shim_die("a lane ends while others wait in a warp operation", w.barrier.site);
+    shim_yield();
+}
+static void shim_meet(shim_barrier *b, unsigned count, const char *site) {
+    unsigned generation = b->generation;
+    b->site = site;
+    shim.progress = true;
+    if (++b->arrived == count) { b->arrived = 0; b->generation++; return; }
+    while (b->generation == generation) shim_yield();
+}
+static void shim_syncthreads(const char *site) {
+    if (shim.live != shim.threads) shim_die("__syncthreads after a thread has ended", site);
+    if (shim.barrier.arrived && shim.barrier.site != site) shim_die("threads of one block meet at different __syncthreads", site);
+    shim_meet(&shim.barrier, shim.threads, site);
+}
+static void shim_syncwarp(unsigned mask, const char *site) {
+    shim_warp &w = shim.warp[shim.current / 32];
+    if (!(mask >> shim.current % 32 & 1)) shim_die("a lane is not in its own mask", site);
+    if (mask & ~w.live) shim_die("a mask names a lane that has ended", site);
+    if (w.barrier.arrived && (w.barrier.site != site || w.mask != mask)) shim_die("lanes of one warp meet at different operations", site);
+    w.mask = mask;
+    shim_meet(&w.barrier, (unsigned)__builtin_popcount(mask), site);
+}
+template <class T> static T shim_shuffle(unsigned mask, T value, unsigned from, const char *site) {
+    shim_warp &w = shim.warp[shim.current / 32];
+    unsigned lane = shim.current % 32, parity = w.slot_of[lane]++ & 1;
+    T result;
+    static_assert(sizeof(T) <= sizeof(uint64_t), "");
+    memcpy(&w.slot[parity][lane], &value, sizeof value);
+    shim_syncwarp(mask, site);
+    if (from > 31) from = lane;
+    if (!(mask >> from & 1)) shim_die("a shuffle reads a lane outside its mask", site);
+    memcpy(&result, &w.slot[parity][from], sizeof result);
+    return result;
+}
+
+#define SHIM_TEXT_(x) #x
+#define SHIM_TEXT(x) SHIM_TEXT_(x)
+#define SHIM_SITE __FILE__ ":" SHIM_TEXT(__LINE__)
+#define __syncthreads() shim_syncthreads(SHIM_SITE)
+#define __syncwarp() shim_syncwarp(0xFFFFFFFFu, SHIM_SITE)
+#define __shfl_sync(mask, value, lane) shim_shuffle(mask, value, (unsigned)(lane) % 32, SHIM_SITE)
+#define __shfl_xor_sync(mask, value, bits) shim_shuffle(mask, value, shim.current % 32 ^ (unsigned)(bits), SHIM_SITE)
+#define __shfl_down_sync(mask, value, by) shim_shuffle(mask, value, shim.current % 32 + (unsigned)(by), SHIM_SITE)
+static inline uint32_t atomicMax(uint32_t *p, uint32_t v) { uint32_t old = *p; if (v > old) *p = v; return old; }
+// Each rounded on its own, whatever the compiler may fuse.
+static inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
+static inline float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
+
+// ---- the runtime: launches run at once ----
+typedef int cudaError_t;
+typedef struct shim_stream *cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+
+// Whether the thread got further.
+static bool shim_resume(unsigned thread) {
+    if (thread >= shim.threads || shim.fiber[thread].done) return false;
+    shim.progress = false;
+    shim.current = threadIdx.x = thread;
+    shim_switch(&shim.scheduler, &shim.fiber[thread]);
+    return shim.progress;
+}
+template <class F> static void shim_run(dim3 grid, dim3 block, size_t dynamic, F f) {
+    gridDim = grid;
+    blockDim = block;
+    shim.threads = block.x;
+    shim.call = [](void *p) { (*(F *)p)(); };
+    shim.argument = &f;
+    shim.dynamic_shared = (char *)aligned_alloc(1024, (dynamic + 1024) / 1024 * 1024);
+    for (unsigned i = 0; i < shim.threads; i++)
+        if (!shim.fiber[i].stack) shim.fiber[i].stack = (char *)aligned_alloc(64, SHIM_STACK);
+    for (blockIdx = dim3(0); blockIdx.x < grid.x; blockIdx.x++) {
+        shim.live = shim.threads;
+        shim.barrier = {};
+        memset(shim.warp, 0, sizeof shim.warp);
+        memset(shim.dynamic_shared, 0xA5, dynamic);
+        if (__start_shim_shared) memset(__start_shim_shared, 0xA5, (size_t)(__stop_shim_shared - __start_shim_shared));
+        for (unsigned i = 0; i < shim.threads; i++) {
+            shim_fiber &fiber = shim.fiber[i];
+            fiber.done = false;
+            fiber.fake = NULL;
+#ifdef SHIM_ASAN
+            __asan_unpoison_memory_region(fiber.stack, SHIM_STACK);     // of the last block's frames
+#endif
+            shim.warp[i / 32].live |= 1u << i % 32;
+#if defined(__x86_64__)
+            void **sp = (void **)(fiber.stack + SHIM_STACK);
+            *--sp = NULL;
+            *--sp = (void *)shim_entry;
+            for (int k = 0; k < 6; k++) *--sp = NULL;
+            fiber.sp = sp;
+#else
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack;
+            fiber.context.uc_stack.ss_size = SHIM_STACK;
+            fiber.context.uc_link = NULL;
+            makecontext(&fiber.context, shim_entry, 0);
+#endif
+        }
+        while (shim.live) {
+            bool any = false;
+            if (shim_order == 2)        // all in turn, in steps of 7
+                for (unsigned k = 0; k < shim.threads; k++) any |= shim_resume((7 * k + 3) % shim.threads);
+            else                        // warp after warp as far as it gets, forward or backward
+                for (unsigned w = 0, warps = (shim.threads + 31) / 32; w < warps; w++)
+                    for (bool more = true; more;) {
+                        more = false;
+                        for (unsigned l = 0; l < 32; l++) more |= shim_resume(shim_order ? 32 * (warps - w) - 1 - l : 32 * w + l);
+                        any |= more;
+                    }
+            if (!any && shim.live) shim_die("threads wait for one another without end", shim.barrier.site);
+        }
+    }
+    free(shim.dynamic_shared);
+}
+template <class... P, class... A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), const A &...args) {
+    if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > SHIM_MOST || config->blockDim.x % 7 == 0) return cudaErrorInvalidValue;
+    shim_run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t) { memset(p, byte, size); return cudaSuccess; }
+#endif
