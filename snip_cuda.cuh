@@ -24,8 +24,8 @@
 //   The kernels' own source runs on the CPU in tests/test_cuda.cpp; `make test-gpu` runs the same tests on a GPU.
 //
 // INDEX (search for the tag)
-//   API:             >>cuda-quantize >>cuda-noise
-//   Implementation:  >>cuda-launch >>cuda-quantize-impl >>cuda-noise-impl
+//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm
+//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
 #ifndef SNIP_CUDA_CUH
 #define SNIP_CUDA_CUH
 
@@ -60,6 +60,18 @@ SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, 
 // *dot = sum noise[i] * x[i]. dot and scratch: device memory.
 #define SNIP_CUDA_NOISE_SCRATCH 4096
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+
+// >>cuda-gemm --------------------------------------------------------------------------------------
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 and E5M2, with
+// scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
+//   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
+//   FP8 from 8.9 on: FP8 products; on 8.0 to 8.8: FP16 products. Sums in float32, each block of 128 apart; within 2e-6
+//   (relative, Frobenius) of snip_gemm where the hardware adds in full float32.
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+// The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 
 #ifdef __cplusplus
 }
@@ -102,6 +114,31 @@ SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
         for (int w = 0; w < warps; w++) sum += sums[w];
     return sum;
 }
+
+// >>cuda-ptx ---------------------------------------------------------------------------------------
+#ifndef SNIP_CUDA_SHIM
+// Bytes of low (0 to 3) and high (4 to 7) by the low four nibbles of select; a nibble's top bit takes the byte's sign eight times.
+SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
+    return r;
+}
+// Four 8 x 8 matrices of 16 bits; lane l gives row l % 8 of matrix l / 8.
+SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+#define SNIPI_PTX_MMA(name, shape, types, acc, constraint) \
+    SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) { \
+        asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                     : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+    }
+SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
+SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e5m2, "m16n8k32", "f32.e4m3.e5m2.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e4m3, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "+f")
+#endif
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
 // A thread block takes 128 x 128 elements of x, as it lies (straight), transposed (turned), or both. For each: the
@@ -723,6 +760,285 @@ SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key
     status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, SNIPI_NOISE_BLOCKS, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
     if (status) return status;
     return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, SNIPI_NOISE_BLOCKS, 0, stream, (const double *)scratch, dot);
+}
+
+// >>cuda-gemm-impl ---------------------------------------------------------------------------------
+typedef struct {
+    snipi_cuda_reader reader;
+    int64_t rows, across, along;        // F32 and BF16: element (row, k) lies at row * across + k * along
+    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes may be read at once
+} snipi_cuda_operand;
+typedef struct {
+    snipi_cuda_operand a, b;
+    int64_t m, n, k, ldc, block;        // block: of exact sums along k, 0: float sums
+    float *c;
+    const float *bias;
+    int accumulate;
+} snipi_cuda_gemm_job;
+
+SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
+    int64_t at = row * o.across + k * o.along;
+    float x;
+    if (!o.plain) return snipi_cuda_element(o.reader, row, k);
+    x = o.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)o.reader.codes + at) : ((const float *)o.reader.codes)[at];
+    return o.round_bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x)) << 16) : x;
+}
+SNIPI_DEVICE int snipi_cuda_twice(const snipi_cuda_operand &o, int64_t row, int64_t k) {
+    return (int)(2.0f * snipi_decode(snipi_cuda_code(o.reader, row, k), SNIP_E2M1));
+}
+SNIPI_DEVICE float snipi_cuda_begin_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j) {
+    return g.accumulate ? g.c[i * g.ldc + j] : g.bias ? g.bias[j] : 0.0f;
+}
+SNIPI_DEVICE void snipi_cuda_end_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j, float c) {
+    g.c[i * g.ldc + j] = g.accumulate && g.bias ? __fadd_rn(c, g.bias[j]) : c;
+}
+// Of halved scales, because the exact sums are of doubled elements.
+SNIPI_DEVICE float snipi_cuda_add_block(float scale_a, float scale_b, float sum, float c) { return fmaf(__fmul_rn(scale_a, scale_b), sum, c); }
+
+static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_job g) {
+    const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16, j = blockIdx.x % across * 16 + threadIdx.x % 16;
+    if (i >= g.m || j >= g.n) return;
+    float c = snipi_cuda_begin_c(g, i, j);
+    for (int64_t k0 = 0, step = g.block ? g.block : SNIPI_KC_F32; k0 < g.k; k0 += step) {
+        int64_t end = snipi_min(g.k, k0 + step);
+        if (g.block) {
+            int32_t sum = 0;
+            for (int64_t k = k0; k < end; k++) sum += snipi_cuda_twice(g.a, i, k) * snipi_cuda_twice(g.b, j, k);
+            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(g.a.reader, i, k0 / g.a.reader.tile_cols), 0.5f * snipi_cuda_scale(g.b.reader, j, k0 / g.b.reader.tile_cols), (float)sum, c);
+        } else {
+            float sum = 0;
+            for (int64_t k = k0; k < end; k++) sum = fmaf(snipi_cuda_operand_at(g.a, i, k), snipi_cuda_operand_at(g.b, j, k), sum);
+            c += sum;
+        }
+    }
+    snipi_cuda_end_c(g, i, j, c);
+}
+
+// Tensor cores by mma.sync. A thread block makes 128 x 128 of C from 64 bytes of each row at a time, eight warps of
+// 64 x 32 each. While a warp multiplies, the next codes are on their way from memory to registers, and are then stored
+// to the other half of shared memory: E2M1 as twice its value, FP8 as it is. After every 128 elements of k the partial
+// sums are multiplied by both scales and added to C's, as snip_gemm does.
+enum { SNIPI_MMA_S8, SNIPI_MMA_FP8, SNIPI_MMA_F16 };    // products of: E2M1 as INT8; FP8; FP8 as FP16
+enum { SNIPI_MMA_BYTES = 64, SNIPI_MMA_TILE = SNIPI_BLOCK * SNIPI_MMA_BYTES };
+typedef struct {
+    uint4 tile[2][2][SNIPI_MMA_TILE / 16];      // [half][A, B]
+    float scale[2][2][SNIPI_BLOCK];             // [k block % 2][A, B]
+} snipi_mma_shared;
+
+// Rows are 64 bytes; the 16-byte chunks of two rows are permuted by their line, so that eight rows' chunks lie in different banks.
+SNIPI_DEVICE uint4 *snipi_mma_chunk(uint4 *tile, int row, int chunk) { return tile + row * 4 + (chunk ^ (row >> 1 & 3)); }
+
+// 16 bytes of codes, zeros beyond the edges. Of an odd number of E2M1 codes, the last byte holds one.
+SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64_t row, int64_t byte) {
+    const uint8_t *at = o.reader.codes + row * o.reader.row_bytes + byte;
+    uint32_t w[4] = { 0, 0, 0, 0 };
+    if (row < o.rows && byte < o.reader.row_bytes) {
+        if (o.aligned) return *(const uint4 *)at;
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (byte + i < o.reader.row_bytes) {
+                uint32_t code = at[i];
+                if (o.reader.recipe.format == SNIP_E2M1 && (k & 1) && byte + i == o.reader.row_bytes - 1) code &= 15;
+                w[i / 4] |= code << i % 4 * 8;
+            }
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
+// negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
+SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
+    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes), negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
+    return (positive + 0x80808080u - negative) ^ 0x80808080u;
+}
+// Two of four FP8 bytes, the even ones, as FP16: E4M3 times 2^-8, E5M2 as it is.
+template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
+    if (FORMAT == SNIP_E5M2) return (x & 0x00FF00FFu) << 8;
+    uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
+    return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
+}
+SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2], int format_a, int format_b) {
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
+        uint32_t a16[4], b16[2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) a16[i] = format_a == SNIP_E4M3 ? snipi_mma_half2<SNIP_E4M3>(a[i] >> 8 * odd) : snipi_mma_half2<SNIP_E5M2>(a[i] >> 8 * odd);
+#pragma unroll
+        for (int i = 0; i < 2; i++) b16[i] = format_b == SNIP_E4M3 ? snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd) : snipi_mma_half2<SNIP_E5M2>(b[i] >> 8 * odd);
+        snipi_ptx_mma_f16(d, a16, b16);
+    }
+}
+
+template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
+    typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
+    __shared__ snipi_mma_shared shared;
+    const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
+    // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
+    const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
+    const float post = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : FORMAT_A == SNIP_E4M3 ? 256.0f : 1.0f;
+    const float post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E4M3 ? 256.0f : KIND == SNIPI_MMA_F16 ? 1.0f : post;
+    accumulator d[4][4][4];
+    float c[4][4][4];
+    uint4 next[2][2];
+    float next_scale = 0;
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                c[i][j][e] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+                d[i][j][e] = start;
+            }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < fetches; f++) {
+                int at = thread + SNIPI_THREADS * f;
+                int64_t byte = (t + 1) * per_row * 16 + at % per_row * 16;
+                next[0][f] = snipi_mma_fetch(g.a, g.k, m0 + at / per_row, byte);
+                next[1][f] = snipi_mma_fetch(g.b, g.k, n0 + at / per_row, byte);
+            }
+            if (t & 1) {                // a block of 128 begins: half the threads fetch a row's scale of A, half of B
+                int64_t row = thread < SNIPI_BLOCK ? m0 + thread : n0 + thread - SNIPI_BLOCK;
+                if (thread < SNIPI_BLOCK) next_scale = row < g.m ? post * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
+                else next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
+            }
+        }
+        if (t >= 0) {
+            uint4 *tile_a = shared.tile[t & 1][0], *tile_b = shared.tile[t & 1][1];
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++) {
+                uint32_t a[4][4], b[2][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile_a, warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+#pragma unroll
+                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile_b, warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const uint32_t *bj = b[j / 2] + j % 2 * 2;
+                        if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16(d[i][j], a[i], bj, FORMAT_A, FORMAT_B);
+                        else if constexpr (FORMAT_A == SNIP_E4M3 && FORMAT_B == SNIP_E4M3) snipi_ptx_mma_e4m3_e4m3(d[i][j], a[i], bj);
+                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3_e5m2(d[i][j], a[i], bj);
+                        else if constexpr (FORMAT_B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d[i][j], a[i], bj);
+                        else snipi_ptx_mma_e5m2_e5m2(d[i][j], a[i], bj);
+                    }
+            }
+            if ((t & 1) || t == tiles - 1) {
+                const float *scale_a = shared.scale[t / 2 & 1][0] + warp_m + lane / 4, *scale_b = shared.scale[t / 2 & 1][1] + warp_n + lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float sum = KIND == SNIPI_MMA_S8 ? snipi_float((uint32_t)d[i][j][e]) - 12582912.0f : (float)d[i][j][e];
+                            c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2], sum, c[i][j][e]);
+                            d[i][j][e] = start;
+                        }
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < fetches; f++)
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    int at = thread + SNIPI_THREADS * f, row = at / per_row, chunk = at % per_row;
+                    uint4 *tile = shared.tile[(t + 1) & 1][side], codes = next[side][f];
+                    if (KIND == SNIPI_MMA_S8) {
+                        *snipi_mma_chunk(tile, row, 2 * chunk) = make_uint4(snipi_mma_twice(codes.x), snipi_mma_twice(codes.x >> 16), snipi_mma_twice(codes.y), snipi_mma_twice(codes.y >> 16));
+                        *snipi_mma_chunk(tile, row, 2 * chunk + 1) = make_uint4(snipi_mma_twice(codes.z), snipi_mma_twice(codes.z >> 16), snipi_mma_twice(codes.w), snipi_mma_twice(codes.w >> 16));
+                    } else
+                        *snipi_mma_chunk(tile, row, chunk) = codes;
+                }
+            if (t & 1) shared.scale[(t + 1) / 2 & 1][thread / SNIPI_BLOCK][thread % SNIPI_BLOCK] = next_scale;
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                if (row < g.m && col < g.n) snipi_cuda_end_c(g, row, col, c[i][j][e]);
+            }
+}
+// Empty where the instructions are missing: snip_cuda_gemm does not launch it there.
+template <int KIND, int FORMAT_A, int FORMAT_B>
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (__CUDA_ARCH__ >= 890 ? KIND != SNIPI_MMA_F16 : __CUDA_ARCH__ >= 800 && KIND != SNIPI_MMA_FP8)
+#endif
+    snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
+}
+
+static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t rows, int64_t k) {
+    snipi_cuda_operand q = {};
+    int64_t ld = o->ld ? o->ld : o->transposed ? rows : k;
+    q.reader = snipi_cuda_reader_of(o->recipe, o->codes, o->scales, rows, k);
+    q.rows = rows;
+    q.across = o->transposed ? 1 : ld;
+    q.along = o->transposed ? ld : 1;
+    q.plain = snipi_plain(o->recipe->format);
+    q.round_bf16 = o->round_bf16;
+    q.aligned = k % 2 == 0 && q.reader.row_bytes % 16 == 0 && (uintptr_t)o->codes % 16 == 0;
+    return q;
+}
+static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                         float *c, int64_t ldc, int accumulate, const float *bias) {
+    if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
+    if (m > 0 && n > 0 && !c) return SNIP_BAD_ARGUMENT;
+    g->m = m; g->n = n; g->k = k;
+    g->c = c; g->ldc = ldc;
+    g->bias = bias;
+    g->accumulate = accumulate != 0;
+    if (k == 0) return SNIP_OK;
+    g->a = snipi_cuda_operand_of(a, m, k);
+    g->b = snipi_cuda_operand_of(b, n, k);
+    g->block = snipi_s8_block(a, b, k);
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_gemm_job g = {};
+    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
+    if (status || m == 0 || n == 0) return status;
+    return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
+}
+template <int KIND> static snip_status snipi_mma_launch(const snipi_cuda_gemm_job &g, int64_t blocks, cudaStream_t stream) {
+    int e5m2_a = g.a.reader.recipe.format == SNIP_E5M2, e5m2_b = g.b.reader.recipe.format == SNIP_E5M2;
+    void (*kernel)(const snipi_cuda_gemm_job) =
+        e5m2_a ? e5m2_b ? snipi_mma_kernel<KIND, SNIP_E5M2, SNIP_E5M2> : snipi_mma_kernel<KIND, SNIP_E5M2, SNIP_E4M3>
+               : e5m2_b ? snipi_mma_kernel<KIND, SNIP_E4M3, SNIP_E5M2> : snipi_mma_kernel<KIND, SNIP_E4M3, SNIP_E4M3>;
+    return snipi_cuda_launch(kernel, blocks, SNIPI_THREADS, 0, stream, g);
+}
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_gemm_job g = {};
+    int64_t blocks = snipi_cuda_blocks(m, n);
+    int device, major, minor, fp4, fp8;
+    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
+    if (status) return status;
+    fp4 = a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1;
+    fp8 = (a->recipe->format == SNIP_E4M3 || a->recipe->format == SNIP_E5M2) && (b->recipe->format == SNIP_E4M3 || b->recipe->format == SNIP_E5M2);
+    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return SNIP_DEVICE;
+    if (major < 8) return SNIP_UNSUPPORTED;
+    if (m == 0 || n == 0) return SNIP_OK;
+    if (fp4) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (10 * major + minor >= 89) return snipi_mma_launch<SNIPI_MMA_FP8>(g, blocks, stream);
+    return snipi_mma_launch<SNIPI_MMA_F16>(g, blocks, stream);
 }
 
 #endif // SNIP_IMPLEMENTATION

@@ -5,6 +5,7 @@
 #ifndef CUDA_SHIM_H
 #define CUDA_SHIM_H
 #define SNIP_CUDA_SHIM 1
+#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -161,10 +162,89 @@ static inline uint32_t atomicMax(uint32_t *p, uint32_t v) { uint32_t old = *p; i
 static inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
 static inline float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
 
+// ---- tensor cores: the fragment layouts of the PTX ISA ----
+static inline uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
+    uint64_t bytes = low | (uint64_t)high << 32;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t nibble = select >> 4 * i & 15, byte = (uint32_t)(bytes >> 8 * (nibble & 7)) & 255;
+        r |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return r;
+}
+struct shim_words { uint32_t w[6]; };
+static shim_words shim_lane_words[2][SHIM_MOST];
+static unsigned shim_words_of[SHIM_MOST];
+// Every lane's words, once all lanes have come.
+static const shim_words *shim_gather(const shim_words &mine, const char *site) {
+    unsigned parity = shim_words_of[shim.current]++ & 1;
+    shim_lane_words[parity][shim.current] = mine;
+    shim_syncwarp(0xFFFFFFFFu, site);
+    return &shim_lane_words[parity][shim.current / 32 * 32];
+}
+static inline void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
+    shim_words mine = {};
+    uint64_t at = (uint64_t)(uintptr_t)row;
+    if (at % 16) shim_die("ldmatrix: a row is not aligned", "ldmatrix");
+    memcpy(mine.w, &at, sizeof at);
+    const shim_words *all = shim_gather(mine, "ldmatrix");
+    for (unsigned i = 0; i < 4; i++) {
+        memcpy(&at, all[8 * i + shim.current % 32 / 4].w, sizeof at);
+        memcpy(&r[i], (const char *)(uintptr_t)at + shim.current % 4 * 4, 4);
+    }
+}
+// d += A B^T of 16 x 8 elements, `size` bytes each, 32 bytes of k; multiply(d, a, b) takes elements as bits.
+template <class D, class F> static void shim_mma(D d[4], const uint32_t a[4], const uint32_t b[2], unsigned size, const char *site, F multiply) {
+    shim_words mine = { { a[0], a[1], a[2], a[3], b[0], b[1] } };
+    const shim_words *all = shim_gather(mine, site);
+    unsigned lane = shim.current % 32, mask = size == 1 ? 255 : 65535;
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned half = 0; half < 2; half++)
+            for (unsigned t = 0; t < 4; t++)
+                for (unsigned e = 0; e < 4 / size; e++)
+                    multiply(d[i], all[lane / 4 * 4 + t].w[i / 2 + 2 * half] >> 8 * size * e & mask, all[(lane % 4 * 2 + i % 2) * 4 + t].w[4 + half] >> 8 * size * e & mask);
+}
+static inline float shim_e5m2(uint32_t code) {
+    uint32_t e = code >> 2 & 31, m = code & 3;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(4.0f + (float)m, (int)e - 17) : ldexpf((float)m, -16);
+    return code & 128 ? -v : v;
+}
+static inline float shim_e4m3(uint32_t code) {
+    uint32_t e = code >> 3 & 15, m = code & 7;
+    float v = e == 15 && m == 7 ? NAN : e ? ldexpf(8.0f + (float)m, (int)e - 10) : ldexpf((float)m, -9);
+    return code & 128 ? -v : v;
+}
+static inline float shim_f16(uint32_t code) {
+    uint32_t e = code >> 10 & 31, m = code & 1023;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
+    return code & 32768 ? -v : v;
+}
+static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma s8", [](int32_t &s, uint32_t x, uint32_t y) { s += (int8_t)x * (int8_t)y; });
+}
+static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+}
+#define SHIM_MMA_FP8(fa, fb) \
+    static inline void snipi_ptx_mma_##fa##_##fb(float d[4], const uint32_t a[4], const uint32_t b[2]) { \
+        shim_mma(d, a, b, 1, "mma fp8", [](float &s, uint32_t x, uint32_t y) { s += shim_##fa(x) * shim_##fb(y); }); \
+    }
+SHIM_MMA_FP8(e4m3, e4m3)
+SHIM_MMA_FP8(e4m3, e5m2)
+SHIM_MMA_FP8(e5m2, e4m3)
+SHIM_MMA_FP8(e5m2, e5m2)
+
 // ---- the runtime: launches run at once ----
 typedef int cudaError_t;
 typedef struct shim_stream *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+static int shim_capability = 90;
+static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int) {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? shim_capability / 10 : shim_capability % 10;
+    return cudaSuccess;
+}
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
 
 // Whether the thread got further.

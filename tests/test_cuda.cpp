@@ -268,6 +268,85 @@ static void test_noise() {
         }
 }
 
+// ---- GEMMs ----
+struct matrix {             // quantized on the CPU
+    buffer codes, scales;
+    snip_operand operand;
+    matrix(const snip_recipe *r, int64_t rows, int64_t k, int kind, int transposed = 0) : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)), operand() {
+        buffer x((size_t)(rows * k) * 4);
+        fill(x, rows * k, SNIP_F32, kind);
+        if (transposed) CHECK(snip_quantize(r, x.floats(), k, rows, rows, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        else CHECK(snip_quantize(r, x.floats(), rows, k, k, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        operand.recipe = r; operand.codes = codes; operand.scales = scales; operand.transposed = transposed;
+    }
+};
+// flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
+static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int reference, int exact) {
+    const int64_t ldc = n + 3;
+    buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
+    double error = 0, norm = 0;
+    fill(c, m * ldc, SNIP_F32, GAUSS);
+    fill(bias, n, SNIP_F32, GAUSS);
+    memcpy(c2.at, c.at, c.size);
+    const float *bias_or_not = flags & 2 ? bias.floats() : NULL;
+    CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, flags & 1, bias_or_not, scratch, SNIP_ISA_BEST) == SNIP_OK);
+    CHECK((reference ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    finish();
+    if (exact) { CHECK(same(c, c2)); return; }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < ldc; j++) {
+            double x = c.floats()[i * ldc + j], y = c2.floats()[i * ldc + j];
+            if (j >= n || x != x || y != y) { CHECK(snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y)); continue; }
+            error += (x - y) * (x - y);
+            norm += y * y;
+        }
+    CHECK(error <= 4e-12 * norm);
+}
+static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 200, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 } };
+enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
+static void test_gemm_reference() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_MXFP8, { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
+        SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_MXFP4, SNIP_RECIPE_NVFP4, { SNIP_E2M1, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E2M1, 1, 0, SNIP_SCALE_F32, NEAREST } };
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int ka = 0; ka < 12; ka++)
+            for (int kb = ka % 3; kb < 12; kb += 3) {
+                int64_t m = gemms[i][0] / 3 + 1, n = gemms[i][1] / 3 + 1, k = gemms[i][2];
+                matrix a(&kinds[ka], m, k, GAUSS, ka < 2 && i % 2), b(&kinds[kb], n, k, GAUSS, kb < 2 && i % 3 == 0);
+                if (ka == 0) a.operand.round_bf16 = kb & 1;
+                snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
+                shim_order = (i + ka + kb) % SHIM_ORDERS;
+                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, 1, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+            }
+}
+static void test_gemm_mma() {
+    static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
+    static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int which = 0; which < 7; which++) {
+            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i) % 4];
+            matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
+#ifndef __CUDACC__
+            shim_capability = (i + which) % 2 ? 89 : 80;
+#endif
+            shim_order = (i + 2 * which) % SHIM_ORDERS;
+            snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, order %d", (int)m, (int)n, (int)k, which, shim_order);
+            test_gemm_one(m, n, k, a, b, (i + which) & 3, 0, which < 3);
+        }
+    snip_recipe mx = SNIP_RECIPE_MXFP8;
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS);
+    buffer c(8 * 8 * 4);
+    snprintf(what, sizeof what, "gemm refusals");
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+#ifndef __CUDACC__
+    shim_capability = 75;
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+#endif
+}
+
 int main(int argc, char **argv) {
     stop_at_failure = argc > 1 && !strcmp(argv[1], "--stop");
 #ifdef __CUDACC__
@@ -283,6 +362,8 @@ int main(int argc, char **argv) {
     test_stats_deterministic();
     test_dequantize();
     test_noise();
+    test_gemm_reference();
+    test_gemm_mma();
     printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
     return failed != 0;
 }
