@@ -36,8 +36,12 @@ $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
-TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
-SHELL_TESTS ?= trainer headers compilers reference
+# snip_cuda.cuh's kernels on the CPU.
+$(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) | $(B)
+	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
+
+TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report test_cuda
+SHELL_TESTS ?= trainer headers compilers reference cuda_faults cuda_compile
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:

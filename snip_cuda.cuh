@@ -62,11 +62,11 @@ SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, 
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
-// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 and E5M2, with
-// scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
+// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
-//   FP8 from 8.9 on: FP8 products; on 8.0 to 8.8: FP16 products. Sums in float32, each block of 128 apart; within 2e-6
-//   (relative, Frobenius) of snip_gemm where the hardware adds in full float32.
+//   FP8 on 8.9 and 12.x: FP8 products; elsewhere from 8.0 on: FP16 products of the same values. Sums in float32, each
+//   block of 128 apart; within 2e-6 (relative, Frobenius) of snip_gemm where the hardware adds in full float32.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
@@ -134,10 +134,8 @@ SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
     }
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e5m2, "m16n8k32", "f32.e4m3.e5m2.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e4m3, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
 #endif
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
@@ -365,7 +363,7 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_qu
     for (int j = 0; j < 4; j++) {
         int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
         uint32_t amax = 0;
-#pragma unroll
+#pragma unroll (HELD ? SNIPI_ROWS : 4)
         for (int i = 0; i < SNIPI_ROWS; i++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col));
         atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
     }
@@ -799,7 +797,7 @@ static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_jo
     const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16, j = blockIdx.x % across * 16 + threadIdx.x % 16;
     if (i >= g.m || j >= g.n) return;
     float c = snipi_cuda_begin_c(g, i, j);
-    for (int64_t k0 = 0, step = g.block ? g.block : SNIPI_KC_F32; k0 < g.k; k0 += step) {
+    for (int64_t k0 = 0, step = g.block ? g.block : (int64_t)SNIPI_KC_F32; k0 < g.k; k0 += step) {
         int64_t end = snipi_min(g.k, k0 + step);
         if (g.block) {
             int32_t sum = 0;
@@ -856,19 +854,19 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
     uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
     return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
 }
-SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2], int format_a, int format_b) {
+template <int FORMAT_A> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
         uint32_t a16[4], b16[2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) a16[i] = format_a == SNIP_E4M3 ? snipi_mma_half2<SNIP_E4M3>(a[i] >> 8 * odd) : snipi_mma_half2<SNIP_E5M2>(a[i] >> 8 * odd);
+        for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
 #pragma unroll
-        for (int i = 0; i < 2; i++) b16[i] = format_b == SNIP_E4M3 ? snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd) : snipi_mma_half2<SNIP_E5M2>(b[i] >> 8 * odd);
+        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd);
         snipi_ptx_mma_f16(d, a16, b16);
     }
 }
 
-template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
+template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
     typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
     __shared__ snipi_mma_shared shared;
     const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
@@ -877,8 +875,8 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
     const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
     // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
     const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
-    const float post = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : FORMAT_A == SNIP_E4M3 ? 256.0f : 1.0f;
-    const float post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E4M3 ? 256.0f : KIND == SNIPI_MMA_F16 ? 1.0f : post;
+    const float post_b = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;     // of the elements multiplied
+    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post_b;
     accumulator d[4][4][4];
     float c[4][4][4];
     uint4 next[2][2];
@@ -905,7 +903,7 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
             }
             if (t & 1) {                // a block of 128 begins: half the threads fetch a row's scale of A, half of B
                 int64_t row = thread < SNIPI_BLOCK ? m0 + thread : n0 + thread - SNIPI_BLOCK;
-                if (thread < SNIPI_BLOCK) next_scale = row < g.m ? post * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
+                if (thread < SNIPI_BLOCK) next_scale = row < g.m ? post_a * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
                 else next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
             }
         }
@@ -924,11 +922,9 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
                     for (int j = 0; j < 4; j++) {
                         const uint32_t *bj = b[j / 2] + j % 2 * 2;
                         if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
-                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16(d[i][j], a[i], bj, FORMAT_A, FORMAT_B);
-                        else if constexpr (FORMAT_A == SNIP_E4M3 && FORMAT_B == SNIP_E4M3) snipi_ptx_mma_e4m3_e4m3(d[i][j], a[i], bj);
-                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3_e5m2(d[i][j], a[i], bj);
-                        else if constexpr (FORMAT_B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d[i][j], a[i], bj);
-                        else snipi_ptx_mma_e5m2_e5m2(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A>(d[i][j], a[i], bj);
+                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3(d[i][j], a[i], bj);
+                        else snipi_ptx_mma_e5m2(d[i][j], a[i], bj);
                     }
             }
             if ((t & 1) || t == tiles - 1) {
@@ -973,12 +969,12 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
             }
 }
 // Empty where the instructions are missing: snip_cuda_gemm does not launch it there.
-template <int KIND, int FORMAT_A, int FORMAT_B>
+template <int KIND, int FORMAT_A>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (__CUDA_ARCH__ >= 890 ? KIND != SNIPI_MMA_F16 : __CUDA_ARCH__ >= 800 && KIND != SNIPI_MMA_FP8)
+    if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
-    snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
+    snipi_mma_kernel_body<KIND, FORMAT_A>(g);
 }
 
 static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t rows, int64_t k) {
@@ -1015,30 +1011,26 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
     if (status || m == 0 || n == 0) return status;
     return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
 }
-template <int KIND> static snip_status snipi_mma_launch(const snipi_cuda_gemm_job &g, int64_t blocks, cudaStream_t stream) {
-    int e5m2_a = g.a.reader.recipe.format == SNIP_E5M2, e5m2_b = g.b.reader.recipe.format == SNIP_E5M2;
-    void (*kernel)(const snipi_cuda_gemm_job) =
-        e5m2_a ? e5m2_b ? snipi_mma_kernel<KIND, SNIP_E5M2, SNIP_E5M2> : snipi_mma_kernel<KIND, SNIP_E5M2, SNIP_E4M3>
-               : e5m2_b ? snipi_mma_kernel<KIND, SNIP_E4M3, SNIP_E5M2> : snipi_mma_kernel<KIND, SNIP_E4M3, SNIP_E4M3>;
-    return snipi_cuda_launch(kernel, blocks, SNIPI_THREADS, 0, stream, g);
-}
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     int64_t blocks = snipi_cuda_blocks(m, n);
-    int device, major, minor, fp4, fp8;
+    void (*kernel)(const snipi_cuda_gemm_job);
+    int device, major, minor, fp4, e5m2;
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     fp4 = a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1;
-    fp8 = (a->recipe->format == SNIP_E4M3 || a->recipe->format == SNIP_E5M2) && (b->recipe->format == SNIP_E4M3 || b->recipe->format == SNIP_E5M2);
-    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
+    e5m2 = a->recipe->format == SNIP_E5M2;
+    if (!fp4 && ((!e5m2 && a->recipe->format != SNIP_E4M3) || b->recipe->format != SNIP_E4M3)) return SNIP_UNSUPPORTED;
+    if (a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return SNIP_DEVICE;
     if (major < 8) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
-    if (fp4) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, blocks, SNIPI_THREADS, 0, stream, g);
-    if (10 * major + minor >= 89) return snipi_mma_launch<SNIPI_MMA_FP8>(g, blocks, stream);
-    return snipi_mma_launch<SNIPI_MMA_F16>(g, blocks, stream);
+    if (fp4) kernel = snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>;
+    else if (major == 12 || (major == 8 && minor == 9)) kernel = e5m2 ? snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E5M2> : snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E4M3>;
+    else kernel = e5m2 ? snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E5M2> : snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>;
+    return snipi_cuda_launch(kernel, blocks, SNIPI_THREADS, 0, stream, g);
 }
 
 #endif // SNIP_IMPLEMENTATION

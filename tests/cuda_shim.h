@@ -225,14 +225,12 @@ static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uin
 static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
 }
-#define SHIM_MMA_FP8(fa, fb) \
-    static inline void snipi_ptx_mma_##fa##_##fb(float d[4], const uint32_t a[4], const uint32_t b[2]) { \
-        shim_mma(d, a, b, 1, "mma fp8", [](float &s, uint32_t x, uint32_t y) { s += shim_##fa(x) * shim_##fb(y); }); \
-    }
-SHIM_MMA_FP8(e4m3, e4m3)
-SHIM_MMA_FP8(e4m3, e5m2)
-SHIM_MMA_FP8(e5m2, e4m3)
-SHIM_MMA_FP8(e5m2, e5m2)
+static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_e4m3(x) * shim_e4m3(y); });
+}
+static inline void snipi_ptx_mma_e5m2(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma e5m2", [](float &s, uint32_t x, uint32_t y) { s += shim_e5m2(x) * shim_e4m3(y); });
+}
 
 // ---- the runtime: launches run at once ----
 typedef int cudaError_t;

@@ -324,7 +324,7 @@ static void test_gemm_mma() {
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 7; which++) {
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i) % 4];
+            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i) % 2];
             matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
 #ifndef __CUDACC__
             shim_capability = (i + which) % 2 ? 89 : 80;
@@ -334,10 +334,11 @@ static void test_gemm_mma() {
             test_gemm_one(m, n, k, a, b, (i + which) & 3, 0, which < 3);
         }
     snip_recipe mx = SNIP_RECIPE_MXFP8;
-    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS);
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&fp8[2], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
     snprintf(what, sizeof what, "gemm refusals");
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &e.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
