@@ -10,7 +10,7 @@ DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz clean
+.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz test-gpu bench-gpu clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
 	@echo 'make test       all tests'
@@ -19,6 +19,7 @@ help:
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
 	@echo 'make test-exhaustive   all 2^32 inputs of every codec'
 	@echo 'make fuzz       libFuzzer on the solver, the quantizer and the file readers'
+	@echo 'make test-gpu   the CUDA kernels on the GPU at hand; make bench-gpu: their speed'
 	@echo 'make clean      remove build/ and out/'
 
 $(B):
@@ -73,6 +74,10 @@ fuzz: | $(B)
 	mkdir -p $(B)/corpus && cp tests/corpus_ilp/* tests/corpus_quant/* $(B)/corpus
 	$(B)/fuzz_ilp -max_len=600 -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
 	$(B)/fuzz_quant -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
+
+# Build with nvcc for the GPU at hand; without one they say that they are skipped.
+test-gpu bench-gpu:
+	@BUILD=$(B) tests/gpu.sh $(@:%-gpu=%)
 
 clean:
 	rm -rf build out

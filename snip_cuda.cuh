@@ -7,8 +7,11 @@
 //   Elsewhere:                     #include "snip_cuda.cuh"
 //
 //     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
-//     snip_quantize_job job = { .x = x, .rows = rows, .cols = cols, .ld = cols, .recipe = &fp8, .codes = codes, .scales = scales };
+//     snip_quantize_job job = {};
+//     job.x = x; job.rows = rows; job.cols = job.ld = cols;
+//     job.recipe = &fp8; job.codes = codes; job.scales = scales;
 //     snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, stream);
+//   examples/minimal.cu has a layer's three GEMMs.
 //
 // RULES
 //   Data pointers are device pointers; recipes, operands and jobs are read on the host before a function returns.
@@ -21,7 +24,8 @@
 //   are the same on every GPU; they agree with snip.h's to about 2e-7.
 //
 // WHAT WAS RUN
-//   The kernels' own source runs on the CPU in tests/test_cuda.cpp; `make test-gpu` runs the same tests on a GPU.
+//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp); compiled for 7.5, 8.0, 8.9, 9.0, 10.0 and
+//   12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
 //
 // INDEX (search for the tag)
 //   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm
@@ -31,6 +35,7 @@
 
 #include "snip.h"
 #ifndef SNIP_CUDA_SHIM          // the tests' stand-in for the CUDA runtime
+#  include <cuda.h>
 #  include <cuda_runtime.h>
 #endif
 
@@ -65,8 +70,9 @@ SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
 // E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
-//   FP8 on 8.9 and 12.x: FP8 products; elsewhere from 8.0 on: FP16 products of the same values. Sums in float32, each
-//   block of 128 apart; within 2e-6 (relative, Frobenius) of snip_gemm where the hardware adds in full float32.
+//   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
+//   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
+//   every 128 of k it is added in float32.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
@@ -136,6 +142,61 @@ SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
+
+// Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
+SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+SNIPI_DEVICE char *snipi_ptx_dynamic_shared() { extern __shared__ char snipi_dynamic_shared[]; return snipi_dynamic_shared; }
+SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(bytes) : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_barrier_wait(uint64_t *b, int parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" : : "r"(snipi_ptx_shared(b)), "r"(parity) : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 : : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(b)), "r"(x), "r"(y) : "memory");
+}
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+// Rows of 128 bytes in groups of eight, 128-byte swizzle.
+SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+SNIPI_DEVICE void snipi_ptx_wgmma_begin(float d[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_wgmma_end(float d[64]) {
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : : : "memory");
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+}
+#define SNIPI_PTX_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+// d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup.
+#define SNIPI_PTX_WGMMA(name, types) \
+    SNIPI_DEVICE void name(float d[64], uint64_t a, uint64_t b, int add) { \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32." types \
+                     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
+                     " %64, %65, add, 1, 1;\n}" \
+                     : SNIPI_PTX_8(d, 0), SNIPI_PTX_8(d, 8), SNIPI_PTX_8(d, 16), SNIPI_PTX_8(d, 24), SNIPI_PTX_8(d, 32), SNIPI_PTX_8(d, 40), SNIPI_PTX_8(d, 48), SNIPI_PTX_8(d, 56) \
+                     : "l"(a), "l"(b), "r"(add)); \
+    }
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3, "e4m3.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2, "e5m2.e4m3")  // A is E5M2
+
+// A map of bytes [rows][k] in boxes of 128 x 128, zeros beyond the edges. 1: done.
+static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
+    static void *encode;
+    cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)k };
+    cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
+    cudaDriverEntryPointQueryResult found;
+    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found) != cudaSuccess || found != cudaDriverEntryPointSuccess)) return 0;
+    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
 #endif
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
@@ -496,15 +557,6 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
             for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const float *)q.x + at + i * q.ld, x[i]);
         }
     }
-    if (straight) {
-        snipi_cuda_clear(&shared);
-        if (hold) snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
-        else snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
-        snipi_cuda_scales(q, q.straight, &shared, format, r0, c0);
-        if (hold && !shared.low) snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
-        else snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
-    }
-    if (straight && turned) __syncthreads();
     if (turned) {
         snipi_cuda_clear(&shared);
         if (hold) snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
@@ -513,6 +565,15 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
         if (hold && !shared.low) snipi_cuda_turned_held<FORMAT>(q.turned, &shared, x);
         else snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
         snipi_cuda_turned_store<FORMAT>(q.turned, &shared, r0, c0);
+    }
+    if (straight && turned) __syncthreads();        // also because out may be x
+    if (straight) {
+        snipi_cuda_clear(&shared);
+        if (hold) snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
+        else snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
+        snipi_cuda_scales(q, q.straight, &shared, format, r0, c0);
+        if (hold && !shared.low) snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
+        else snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
     }
 }
 
@@ -662,8 +723,7 @@ static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *
     if (r->scale == SNIP_SCALE_UE4M3) q.tensor_scale = (const float *)snipi_tensor_scale_at(r, scales, rows, cols);
     return q;
 }
-SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int64_t tile_col) {
-    int64_t i = row / q.tile_rows * q.tiles_across + tile_col;
+SNIPI_DEVICE float snipi_cuda_scale_at(const snipi_cuda_reader &q, int64_t i) {
     switch (q.recipe.scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q.scales)[i];
@@ -671,6 +731,9 @@ SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int
         case SNIP_SCALE_UE4M3: return snipi_multiply(snipi_decode(((const uint8_t *)q.scales)[i] & 127u, SNIP_E4M3), *q.tensor_scale);
     }
     return 1.0f;
+}
+SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int64_t tile_col) {
+    return snipi_cuda_scale_at(q, row / q.tile_rows * q.tiles_across + tile_col);
 }
 SNIPI_DEVICE uint32_t snipi_cuda_code(const snipi_cuda_reader &q, int64_t row, int64_t col) {
     const uint8_t *at = q.codes + row * q.row_bytes;
@@ -968,13 +1031,123 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
                 if (row < g.m && col < g.n) snipi_cuda_end_c(g, row, col, c[i][j][e]);
             }
 }
-// Empty where the instructions are missing: snip_cuda_gemm does not launch it there.
+// Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
 template <int KIND, int FORMAT_A>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
 #if defined(__CUDA_ARCH__)
     if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
     snipi_mma_kernel_body<KIND, FORMAT_A>(g);
+}
+
+// Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
+// TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
+// and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
+// Barriers: full, when both have come; empty, when every consuming warp has read the stage.
+enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
+typedef struct {
+    uint64_t full[SNIPI_STAGES], empty[SNIPI_STAGES];
+    float scale[SNIPI_STAGES][2][SNIPI_BLOCK];
+} snipi_wgmma_shared;
+
+// The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
+SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
+    int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK;
+    int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down), width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
+    *m0 = in / width * SNIPI_BLOCK;
+    *n0 = (column * SNIPI_RASTER + in % width) * SNIPI_BLOCK;
+}
+SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
+    int stage = 0, parity = 1;          // of the empty barriers: the first wait is for a phase before the first
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+        int64_t m0, n0;
+        snipi_wgmma_tile(g, t, &m0, &n0);
+        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x;
+        const int64_t at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across, at_b = row_b / g.b.reader.tile_rows * g.b.reader.tiles_across;
+        float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f, next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b) : 0.0f;
+        for (int kb = 0; kb < blocks; kb++) {
+            float scale_a = next_a, scale_b = next_b;
+            if (kb + 1 < blocks) {
+                next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a + kb + 1) : 0.0f;
+                next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b + kb + 1) : 0.0f;
+            }
+            snipi_ptx_barrier_wait(&shared->empty[stage], parity);
+            if (threadIdx.x == 0) {
+                char *to = stages + stage * SNIPI_STAGE_BYTES;
+                snipi_ptx_barrier_arrive_expect(&shared->full[stage], SNIPI_STAGE_BYTES);
+                snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
+                snipi_ptx_tma_load(to + SNIPI_STAGE_BYTES / 2, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0);
+            }
+            shared->scale[stage][0][threadIdx.x] = scale_a;
+            shared->scale[stage][1][threadIdx.x] = scale_b;
+            snipi_ptx_barrier_arrive(&shared->full[stage]);
+            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+        }
+    }
+}
+template <int FORMAT_A>
+SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
+    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
+    int stage = 0, parity = 0;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+        int64_t m0, n0;
+        float c[64], d[64];
+        snipi_wgmma_tile(g, t, &m0, &n0);
+#pragma unroll
+        for (int i = 0; i < 64; i++) {          // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
+            c[i] = r < g.m && j < g.n ? snipi_cuda_begin_c(g, r, j) : 0.0f;
+            d[i] = 0;
+        }
+        for (int kb = 0; kb < blocks; kb++) {
+            const char *a = stages + stage * SNIPI_STAGE_BYTES + group * 64 * 128, *b = stages + stage * SNIPI_STAGE_BYTES + SNIPI_STAGE_BYTES / 2;
+            const float *scale_b = shared->scale[stage][1];
+            snipi_ptx_barrier_wait(&shared->full[stage], parity);
+            snipi_ptx_wgmma_begin(d);
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++) {
+                uint64_t at_a = snipi_ptx_wgmma_operand(a + 32 * kk), at_b = snipi_ptx_wgmma_operand(b + 32 * kk);
+                if (FORMAT_A == SNIP_E4M3) snipi_ptx_wgmma_e4m3(d, at_a, at_b, kk > 0);
+                else snipi_ptx_wgmma_e5m2(d, at_a, at_b, kk > 0);
+            }
+            snipi_ptx_wgmma_end(d);
+            float above = shared->scale[stage][0][row], below = shared->scale[stage][0][row + 8];
+#pragma unroll
+            for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+            __syncwarp();
+            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
+            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+        }
+#pragma unroll
+        for (int i = 0; i < 64; i++) {
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
+            if (r < g.m && j < g.n) snipi_cuda_end_c(g, r, j, c[i]);
+        }
+    }
+}
+template <int FORMAT_A>
+static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    __shared__ snipi_wgmma_shared shared;
+    char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
+    const int64_t tiles = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < SNIPI_STAGES; s++) {
+            snipi_ptx_barrier_init(&shared.full[s], 128 + 1);
+            snipi_ptx_barrier_init(&shared.empty[s], 8);
+        }
+        snipi_ptx_barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        snipi_ptx_registers_fewer<40>();
+        snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks);
+    } else {
+        snipi_ptx_registers_more<232>();
+        snipi_wgmma_consume<FORMAT_A>(g, stages, &shared, tiles, blocks);
+    }
+#endif
 }
 
 static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t rows, int64_t k) {
@@ -1011,26 +1184,37 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
     if (status || m == 0 || n == 0) return status;
     return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
 }
+// Whether the kernel was compiled for this GPU with its body, which has shared memory.
+template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+    int64_t blocks = snipi_cuda_blocks(g.m, g.n);
+    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A>)) {
+        CUtensorMap map_a, map_b;
+        int device, processors;
+        if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+            !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k)) return SNIP_DEVICE;
+        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+    }
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    return SNIP_UNSUPPORTED;
+}
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
-    int64_t blocks = snipi_cuda_blocks(m, n);
-    void (*kernel)(const snipi_cuda_gemm_job);
-    int device, major, minor, fp4, e5m2;
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
-    fp4 = a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1;
-    e5m2 = a->recipe->format == SNIP_E5M2;
-    if (!fp4 && ((!e5m2 && a->recipe->format != SNIP_E4M3) || b->recipe->format != SNIP_E4M3)) return SNIP_UNSUPPORTED;
-    if (a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return SNIP_DEVICE;
-    if (major < 8) return SNIP_UNSUPPORTED;
+    snip_format format_a = a->recipe->format, format_b = b->recipe->format;
+    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
+    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
-    if (fp4) kernel = snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>;
-    else if (major == 12 || (major == 8 && minor == 9)) kernel = e5m2 ? snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E5M2> : snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E4M3>;
-    else kernel = e5m2 ? snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E5M2> : snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>;
-    return snipi_cuda_launch(kernel, blocks, SNIPI_THREADS, 0, stream, g);
+    if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
 }
 
 #endif // SNIP_IMPLEMENTATION

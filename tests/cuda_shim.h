@@ -204,16 +204,20 @@ template <class D, class F> static void shim_mma(D d[4], const uint32_t a[4], co
                 for (unsigned e = 0; e < 4 / size; e++)
                     multiply(d[i], all[lane / 4 * 4 + t].w[i / 2 + 2 * half] >> 8 * size * e & mask, all[(lane % 4 * 2 + i % 2) * 4 + t].w[4 + half] >> 8 * size * e & mask);
 }
-static inline float shim_e5m2(uint32_t code) {
+static float shim_e5m2_value(uint32_t code) {
     uint32_t e = code >> 2 & 31, m = code & 3;
     float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(4.0f + (float)m, (int)e - 17) : ldexpf((float)m, -16);
     return code & 128 ? -v : v;
 }
-static inline float shim_e4m3(uint32_t code) {
+static float shim_e4m3_value(uint32_t code) {
     uint32_t e = code >> 3 & 15, m = code & 7;
     float v = e == 15 && m == 7 ? NAN : e ? ldexpf(8.0f + (float)m, (int)e - 10) : ldexpf((float)m, -9);
     return code & 128 ? -v : v;
 }
+static struct shim_tables {
+    float e4m3[256], e5m2[256];
+    shim_tables() { for (uint32_t c = 0; c < 256; c++) { e4m3[c] = shim_e4m3_value(c); e5m2[c] = shim_e5m2_value(c); } }
+} shim_fp8;
 static inline float shim_f16(uint32_t code) {
     uint32_t e = code >> 10 & 31, m = code & 1023;
     float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
@@ -226,21 +230,98 @@ static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint
     shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
 }
 static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_e4m3(x) * shim_e4m3(y); });
+    shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e4m3[x] * shim_fp8.e4m3[y]; });
 }
 static inline void snipi_ptx_mma_e5m2(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 1, "mma e5m2", [](float &s, uint32_t x, uint32_t y) { s += shim_e5m2(x) * shim_e4m3(y); });
+    shim_mma(d, a, b, 1, "mma e5m2", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e5m2[x] * shim_fp8.e4m3[y]; });
+}
+
+// ---- Hopper: barriers, TMA, wgmma ----
+struct shim_mbarrier { uint16_t count, pending; int32_t bytes : 31; uint32_t phase : 1; };
+static shim_mbarrier *shim_barrier_at(uint64_t *b) { static_assert(sizeof(shim_mbarrier) == 8, ""); return (shim_mbarrier *)(void *)b; }
+static void shim_barrier_step(shim_mbarrier *b) {
+    shim.progress = true;
+    if (b->pending || b->bytes) return;
+    b->phase ^= 1;
+    b->pending = b->count;
+}
+static inline char *snipi_ptx_dynamic_shared() { return shim.dynamic_shared; }
+static inline void snipi_ptx_barrier_init(uint64_t *b, int count) {
+    shim_mbarrier fresh = {};
+    fresh.count = fresh.pending = (uint16_t)count;
+    memcpy(b, &fresh, sizeof fresh);
+}
+static inline void snipi_ptx_barrier_init_fence() {}
+static inline void snipi_ptx_barrier_arrive(uint64_t *at) {
+    shim_mbarrier *b = shim_barrier_at(at);
+    if (!b->pending) shim_die("a barrier gets more arrivals than it waits for", "mbarrier");
+    b->pending--;
+    shim_barrier_step(b);
+}
+static inline void snipi_ptx_barrier_arrive_expect(uint64_t *at, int bytes) {
+    shim_barrier_at(at)->bytes += bytes;
+    snipi_ptx_barrier_arrive(at);
+}
+static inline void snipi_ptx_barrier_wait(uint64_t *at, int parity) {
+    while (shim_barrier_at(at)->phase == (uint32_t)parity) shim_yield();
+    shim.progress = true;
+}
+struct CUtensorMap { const uint8_t *codes; int64_t rows, k; };
+static inline int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
+    map->codes = (const uint8_t *)codes; map->rows = rows; map->k = k;
+    return (uintptr_t)codes % 16 == 0 && k % 16 == 0;
+}
+// A byte of a tile in 128-byte swizzle: address bits 4 to 6 are permuted by bits 7 to 9.
+static uint8_t *shim_swizzled(uintptr_t tile, unsigned row, unsigned k) {
+    uintptr_t at = tile + row * 128 + k;
+    return (uint8_t *)(at ^ (at >> 7 & 7) << 4);
+}
+static inline void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
+    if ((uintptr_t)to % 1024) shim_die("TMA: the destination is not aligned", "TMA");
+    for (unsigned r = 0; r < 128; r++)
+        for (unsigned k = 0; k < 128; k++) *shim_swizzled((uintptr_t)to, r, k) = y + r < map->rows && x + k < map->k ? map->codes[(y + r) * map->k + x + k] : 0;
+    shim_barrier_at(b)->bytes -= 128 * 128;
+    shim_barrier_step(shim_barrier_at(b));
+}
+template <int> static inline void snipi_ptx_registers_fewer() {}
+template <int> static inline void snipi_ptx_registers_more() {}
+static inline uint64_t snipi_ptx_wgmma_operand(const void *p) {
+    if ((uintptr_t)p % 1024 >= 128) shim_die("wgmma: an operand does not begin with a row group", "wgmma");
+    return (uintptr_t)p;
+}
+// Products are put off to the wait, as late as hardware may make them, and the other threads run before.
+struct shim_product { uint64_t a, b; int add; const float *table; };
+static std::vector<shim_product> shim_products[SHIM_MOST];
+static inline void snipi_ptx_wgmma_begin(float *) {}
+static inline void snipi_ptx_wgmma_e4m3(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e4m3 }); }
+static inline void snipi_ptx_wgmma_e5m2(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e5m2 }); }
+static inline void snipi_ptx_wgmma_end(float d[64]) {
+    shim.progress = true;
+    shim_yield();
+    for (const shim_product &p : shim_products[shim.current])
+        for (unsigned i = 0; i < 64; i++) {
+            unsigned row = shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + (i & 2) * 4, col = i / 4 * 8 + shim.current % 4 * 2 + (i & 1);
+            float sum = p.add ? d[i] : 0.0f;
+            for (unsigned k = 0; k < 32; k++) sum += p.table[*shim_swizzled(p.a, row, k)] * shim_fp8.e4m3[*shim_swizzled(p.b, col, k)];
+            d[i] = sum;
+        }
+    shim_products[shim.current].clear();
 }
 
 // ---- the runtime: launches run at once ----
 typedef int cudaError_t;
 typedef struct shim_stream *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
-static int shim_capability = 90;
+enum { cudaDevAttrMultiProcessorCount, cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+static std::vector<const void *> shim_absent;          // kernels without a body on the GPU played
 static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
-static inline cudaError_t cudaDeviceGetAttribute(int *value, int attribute, int) {
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? shim_capability / 10 : shim_capability % 10;
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int) { *value = 2; return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncSetAttribute(F *, int, int) { return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *kernel) {
+    attributes->sharedSizeBytes = 1;
+    for (const void *absent : shim_absent)
+        if (absent == (const void *)kernel) attributes->sharedSizeBytes = 0;
     return cudaSuccess;
 }
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };

@@ -36,6 +36,7 @@ for arch in ${ARCHS:-75 80 89 90a 100a 120a}; do
     case $arch in
         75) want= ;;
         89 | 120a) want="IMMA LDSM QMMA" ;;
+        90a) want="HMMA IMMA LDSM QGMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
     if nvcc -std=c++17 -I. -cubin -arch=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/log" 2>&1; then ok
@@ -48,10 +49,14 @@ for arch in ${ARCHS:-75 80 89 90a 100a 120a}; do
     got=$(python3 "$dir/opcodes.py" "$dir/$arch.cubin")
     if [ "$got" = "$want" ]; then ok; else fail "sm_$arch: opcodes '$got', expected '$want'"; fi
 done
-# The whole program: the implementation by nvcc, a caller by the host compiler.
+# Programs: two files, the implementation by nvcc and a caller by the host compiler; and those that want a GPU.
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
-if nvcc -std=c++17 -I. -arch=sm_75 -Xcicc -O0 -Xptxas -O0 -Werror all-warnings -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
+fast="-std=c++17 -I. -arch=sm_75 -Xcicc -O0 -Xptxas -O0 -Werror all-warnings"
+if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
+for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
+    if nvcc $fast -x cu "$source" -o "$dir/program" > "$dir/log" 2>&1 && "$dir/program" > "$dir/log" 2>&1; then ok; else fail "$source"; head -5 "$dir/log"; fi
+done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]
