@@ -10,7 +10,7 @@ DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz clean
+.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz test-gpu bench-gpu clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
 	@echo 'make test       all tests'
@@ -19,6 +19,7 @@ help:
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
 	@echo 'make test-exhaustive   all 2^32 inputs of every codec'
 	@echo 'make fuzz       libFuzzer on the solver, the quantizer and the file readers'
+	@echo 'make test-gpu   the CUDA kernels on the GPU at hand; make bench-gpu: their speed'
 	@echo 'make clean      remove build/ and out/'
 
 $(B):
@@ -36,8 +37,12 @@ $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
-TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
-SHELL_TESTS ?= trainer headers compilers targets reference
+# snip_cuda.cuh's kernels on the CPU.
+$(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) | $(B)
+	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
+
+TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report test_cuda
+SHELL_TESTS ?= trainer headers compilers targets reference cuda_faults cuda_compile
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:
@@ -77,6 +82,10 @@ fuzz: | $(B)
 	mkdir -p $(B)/corpus && cp tests/corpus_ilp/* tests/corpus_quant/* $(B)/corpus
 	$(B)/fuzz_ilp -max_len=600 -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
 	$(B)/fuzz_quant -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
+
+# Build with nvcc for the GPU at hand; without one they say that they are skipped.
+test-gpu bench-gpu:
+	@BUILD=$(B) tests/gpu.sh $(@:%-gpu=%)
 
 clean:
 	rm -rf build out
