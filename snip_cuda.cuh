@@ -557,7 +557,7 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
             for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const float *)q.x + at + i * q.ld, x[i]);
         }
     }
-    if (turned) {
+    if (turned) {                       // first, because out may be x; nothing of it is read after the barrier in turned_store but codes
         snipi_cuda_clear(&shared);
         if (hold) snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
         else snipi_cuda_turned_amax<0>(q, &shared, x, r0, c0);
@@ -566,7 +566,6 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
         else snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
         snipi_cuda_turned_store<FORMAT>(q.turned, &shared, r0, c0);
     }
-    if (straight && turned) __syncthreads();        // also because out may be x
     if (straight) {
         snipi_cuda_clear(&shared);
         if (hold) snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);

@@ -32,15 +32,20 @@ for s in sections:
 print(' '.join(sorted(found - { None })))
 PY
 
-for arch in ${ARCHS:-75 80 89 90a 100a 120a}; do
+archs=${ARCHS:-75 80 89 90a 100a 120a}
+for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
+    while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
+    nvcc -std=c++17 -I. -cubin -arch=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
+done
+wait
+for arch in $archs; do
     case $arch in
         75) want= ;;
         89 | 120a) want="IMMA LDSM QMMA" ;;
         90a) want="HMMA IMMA LDSM QGMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
-    if nvcc -std=c++17 -I. -cubin -arch=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/log" 2>&1; then ok
-    else fail "sm_$arch"; grep -E 'error|warning' "$dir/log" | head -5; continue; fi
+    if [ -f "$dir/$arch.cubin" ]; then ok; else fail "sm_$arch"; grep -E 'error|warning' "$dir/$arch.log" | head -5; continue; fi
     if ! command -v python3 > /dev/null; then
         echo "skipped: opcodes of sm_$arch, no python3"
         skipped=$((skipped + 1))
