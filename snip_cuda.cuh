@@ -21,7 +21,7 @@
 //
 // DETERMINISM
 //   Codes, scales, values, noise and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that they
-//   are the same on every GPU; they agree with snip.h's to about 2e-7.
+//   are the same on every GPU; they agree with snip.h's to 1e-6.
 //
 // WHAT WAS RUN
 //   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp); compiled for 7.5, 8.0, 8.9, 9.0, 10.0 and
