@@ -10,13 +10,14 @@ DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz test-gpu bench-gpu clean
+.PHONY: help demo test test-exhaustive sanitize bench fidelity quality fuzz test-gpu bench-gpu clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
 	@echo 'make test       all tests'
 	@echo 'make sanitize   the same tests under ASan and UBSan'
 	@echo 'make bench      benchmarks, tab-separated'
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
+	@echo 'make quality    plans of several makers, trained beside each other (DATA="file ...")'
 	@echo 'make test-exhaustive   all 2^32 inputs of every codec'
 	@echo 'make fuzz       libFuzzer on the solver, the quantizer and the file readers'
 	@echo 'make test-gpu   the CUDA kernels on the GPU at hand; make bench-gpu: their speed'
@@ -28,7 +29,7 @@ $(B)/train_llama: examples/train_llama.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
 $(B)/minimal: examples/minimal.c $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
-$(B)/fidelity: bench/fidelity.c $(TRAINER) $(HEADERS) | $(B)
+$(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
@@ -73,6 +74,8 @@ $(B)/bench_%: bench/bench_%.c $(HEADERS) | $(B)
 
 fidelity: $(B)/fidelity
 	$(B)/fidelity $(DATA:%=--data %) --steps $(or $(STEPS),400) --batch 4
+quality: $(B)/quality
+	$(B)/quality $(DATA:%=--data %)
 
 # Ten minutes each by default, under ASan and UBSan; needs clang with libFuzzer.
 FUZZ_SECONDS ?= 600
