@@ -10,15 +10,17 @@ DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: help demo test test-exhaustive sanitize bench fidelity fuzz clean
+.PHONY: help demo test test-exhaustive sanitize bench fidelity quality fuzz test-gpu bench-gpu clean
 help:
 	@echo 'make demo       train a small Llama on real text under snip (DATA="file ..." for other text)'
 	@echo 'make test       all tests'
 	@echo 'make sanitize   the same tests under ASan and UBSan'
 	@echo 'make bench      benchmarks, tab-separated'
 	@echo 'make fidelity   the estimates beside ground truth (DATA="file ...", STEPS=400)'
+	@echo 'make quality    plans of several makers, trained beside each other (DATA="file ...")'
 	@echo 'make test-exhaustive   all 2^32 inputs of every codec'
 	@echo 'make fuzz       libFuzzer on the solver, the quantizer and the file readers'
+	@echo 'make test-gpu   the CUDA kernels on the GPU at hand; make bench-gpu: their speed'
 	@echo 'make clean      remove build/ and out/'
 
 $(B):
@@ -27,7 +29,7 @@ $(B)/train_llama: examples/train_llama.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
 $(B)/minimal: examples/minimal.c $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
-$(B)/fidelity: bench/fidelity.c $(TRAINER) $(HEADERS) | $(B)
+$(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
@@ -36,8 +38,12 @@ $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
-TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report
-SHELL_TESTS ?= trainer headers compilers targets reference
+# snip_cuda.cuh's kernels on the CPU.
+$(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) | $(B)
+	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
+
+TESTS = test_ilp test_codec test_quant test_gemm test_session test_train test_report test_cuda
+SHELL_TESTS ?= trainer headers compilers targets reference cuda_faults cuda_compile
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:
@@ -68,6 +74,8 @@ $(B)/bench_%: bench/bench_%.c $(HEADERS) | $(B)
 
 fidelity: $(B)/fidelity
 	$(B)/fidelity $(DATA:%=--data %) --steps $(or $(STEPS),400) --batch 4
+quality: $(B)/quality
+	$(B)/quality $(DATA:%=--data %)
 
 # Ten minutes each by default, under ASan and UBSan; needs clang with libFuzzer.
 FUZZ_SECONDS ?= 600
@@ -77,6 +85,10 @@ fuzz: | $(B)
 	mkdir -p $(B)/corpus && cp tests/corpus_ilp/* tests/corpus_quant/* $(B)/corpus
 	$(B)/fuzz_ilp -max_len=600 -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
 	$(B)/fuzz_quant -max_total_time=$(FUZZ_SECONDS) $(B)/corpus
+
+# Build with nvcc for the GPU at hand; without one they say that they are skipped.
+test-gpu bench-gpu:
+	@BUILD=$(B) tests/gpu.sh $(@:%-gpu=%)
 
 clean:
 	rm -rf build out

@@ -84,7 +84,8 @@ extern "C" {
     X(SNIP_NOT_BOUND,     "a layer has no optimizer state bound to it") \
     X(SNIP_IO,            "a file cannot be read or written") \
     X(SNIP_CORRUPT,       "the data is damaged, cut short or of another kind") \
-    X(SNIP_MISMATCH,      "the data belongs to a different model or session")
+    X(SNIP_MISMATCH,      "the data belongs to a different model or session") \
+    X(SNIP_DEVICE,        "a call of the CUDA runtime failed")
 typedef enum {
 #define SNIP_X(code, text) code,
     SNIP_STATUS_LIST(SNIP_X)
@@ -377,9 +378,14 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #else
 #  define SNIPI_INLINE static inline
 #endif
+#if defined(__CUDACC__)             // functions that snip_cuda.cuh's kernels share
+#  define SNIPI_HD __host__ __device__
+#else
+#  define SNIPI_HD
+#endif
 #if defined(__clang__)
 #  define SNIPI_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #  define SNIPI_UNROLL _Pragma("GCC unroll 16")
 #else
 #  define SNIPI_UNROLL
@@ -402,8 +408,10 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #else
 #  define SNIPI_ROUNDED(array) ((void)(array))
 #endif
-// The compiler cannot see where this double comes from.
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+// The compiler cannot see where this double comes from. Device code divides doubles as IEEE says under any flags.
+#if defined(__CUDA_ARCH__)
+#  define SNIPI_HIDDEN(x) ((void)0)
+#elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
 #  define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
@@ -420,15 +428,15 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 // cannot show in a sum.
 enum { SNIPI_CHUNKS = 64 };
 
-static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t snipi_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+SNIPI_HD static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; }
+SNIPI_HD static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
+SNIPI_HD static int64_t snipi_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int64_t snipi_round_up(int64_t a, int64_t b) { return snipi_ceil_div(a, b) * b; }
 
-SNIPI_INLINE uint32_t snipi_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-SNIPI_INLINE float snipi_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+SNIPI_HD SNIPI_INLINE uint32_t snipi_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+SNIPI_HD SNIPI_INLINE float snipi_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 // -Ofast folds isnan() to 0, so finiteness is read off the bits.
-SNIPI_INLINE int snipi_nonfinite(float x) { return (snipi_bits(x) & 0x7F800000u) == 0x7F800000u; }
+SNIPI_HD SNIPI_INLINE int snipi_nonfinite(float x) { return (snipi_bits(x) & 0x7F800000u) == 0x7F800000u; }
 static int snipi_nonfinite_f64(double x) {
     uint64_t u;
     memcpy(&u, &x, 8);
@@ -449,7 +457,7 @@ SNIP_API const char *snip_status_text(snip_status status) {
 // An element format is a binary float of `mantissa` bits with subnormals below 2^(1 - bias).
 typedef struct { int mantissa, bias, sign; uint32_t largest, nan; float max; int emax; } snipi_element;
 
-SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
+SNIPI_HD SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
     snipi_element e4m3 = { 3, 7, 7, 0x7E, 0x7F, 448.0f, 8 }, e5m2 = { 2, 15, 7, 0x7B, 0x7F, 57344.0f, 15 };
     snipi_element e2m1 = { 1, 1, 3, 7, 7, 6.0f, 2 }, e2m3 = { 3, 1, 5, 31, 31, 7.5f, 2 };
     snipi_element e3m2 = { 2, 3, 5, 31, 31, 28.0f, 4 }, none = { 0, 0, 0, 0, 0, 0.0f, 0 };
@@ -467,7 +475,7 @@ SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
 // Magnitude code before saturation of a finite |x| given as bits. Above the subnormals the exponent and
 // mantissa fields are rounded as one integer; below, adding 2^(24 - bias - mantissa) makes the float
 // adder round at the subnormal step. The sum's operand comes from bits, so it cannot fuse with a product.
-SNIPI_INLINE uint32_t snipi_encode_nearest(uint32_t a, int mantissa, int bias) {
+SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_nearest(uint32_t a, int mantissa, int bias) {
     int shift = 23 - mantissa;
     uint32_t magic = (uint32_t)(127 + 24 - bias - mantissa) << 23;
     uint32_t tiny = snipi_bits(snipi_float(a) + snipi_float(magic)) - magic;
@@ -476,7 +484,7 @@ SNIPI_INLINE uint32_t snipi_encode_nearest(uint32_t a, int mantissa, int bias) {
 }
 // Stochastic: add uniform bits below the last kept place, then cut. Subnormals first become fixed-point
 // numbers with the same place values; what lies below 2^-23 of the smallest normal number is dropped.
-SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int mantissa, int bias) {
+SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int mantissa, int bias) {
     int shift = 23 - mantissa;
     uint32_t smallest = (uint32_t)(128 - bias) << 23, r = random >> (32 - shift);
     float fixed = snipi_float(a < smallest ? a : 0) * snipi_float((uint32_t)(127 + 22 + bias) << 23);
@@ -485,7 +493,7 @@ SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int m
     return a < smallest ? tiny : big;
 }
 // beyond: what every code above the largest becomes; 0: the largest.
-static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
+SNIPI_HD static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     snipi_element e = snipi_element_of(format);
     uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu, code;
     if (a > 0x7F800000u) return (uint8_t)e.nan;
@@ -493,7 +501,7 @@ static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     if (code > e.largest) code = beyond ? beyond : e.largest;
     return (uint8_t)(code | (u >> 31) << e.sign);
 }
-static float snipi_decode(uint32_t code, snip_format format) {
+SNIPI_HD static float snipi_decode(uint32_t code, snip_format format) {
     snipi_element e = snipi_element_of(format);
     uint32_t a = code & ((1u << e.sign) - 1u), negative = code >> e.sign & 1u, bits, step;
     if (e.sign == 7 && a > e.largest)
@@ -520,10 +528,11 @@ SNIP_API float snip_e2m1_to_f32(uint8_t c) { return snipi_decode(c & 15u, SNIP_E
 SNIP_API float snip_e2m3_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E2M3); }
 SNIP_API float snip_e3m2_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E3M2); }
 
-SNIP_API uint8_t snip_ue4m3_from_f32(float x) {
+SNIPI_HD static uint8_t snipi_ue4m3_encode(float x) {
     uint8_t code = snipi_encode(x, SNIP_E4M3, 0);
     return (code & 0x80) ? 0 : code;
 }
+SNIP_API uint8_t snip_ue4m3_from_f32(float x) { return snipi_ue4m3_encode(x); }
 SNIP_API float snip_ue4m3_to_f32(uint8_t c) { return snipi_decode(c & 127u, SNIP_E4M3); }
 
 // Rounds up (cvt.rp): anything above a power of two takes the next; 2^-127 is a float32 subnormal.
@@ -538,10 +547,11 @@ SNIP_API uint8_t snip_ue8m0_from_f32_floor(float x) {
     uint32_t a = snipi_bits(x) & 0x7FFFFFFFu, e = a >> 23;
     return (uint8_t)(a > 0x7F800000u ? 0xFF : e < 0xFE ? e : 0xFE);
 }
-SNIP_API float snip_ue8m0_to_f32(uint8_t c) {
+SNIPI_HD static float snipi_ue8m0_decode(uint8_t c) {
     return snipi_float(c == 0xFF ? 0x7FC00000u : c == 0 ? 0x00400000u : (uint32_t)c << 23);
 }
-SNIPI_INLINE uint32_t snipi_bf16_round(uint32_t u) {
+SNIP_API float snip_ue8m0_to_f32(uint8_t c) { return snipi_ue8m0_decode(c); }
+SNIPI_HD SNIPI_INLINE uint32_t snipi_bf16_round(uint32_t u) {
     uint32_t rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
     return (u & 0x7FFFFFFFu) > 0x7F800000u ? u >> 16 | 0x40u : rounded;
 }
@@ -570,7 +580,7 @@ SNIP_API int snip_format_bits(snip_format format) {
 }
 
 // >>random-impl ------------------------------------------------------------------------------------
-SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
+SNIPI_HD static void snipi_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
     uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
     uint32_t c0 = (uint32_t)index, c1 = (uint32_t)(index >> 32), c2 = key.step, c3 = key.tensor;
     int round;
@@ -585,6 +595,7 @@ SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) {
     }
     out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
 }
+SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) { snipi_philox(key, index, out); }
 // Element i's sign is bit i % 32 of word i / 32 % 4 of counter i / 128.
 enum { SNIPI_SIGNS = 128 };
 
@@ -859,11 +870,11 @@ typedef struct {
 
 // Float to double and back through integers where the float is subnormal: hardware may be set to flush those
 // (-Ofast does). Of finite x >= 0; narrowing rounds to nearest even and stops at the largest float.
-static double snipi_widen(float x) {
+SNIPI_HD static double snipi_widen(float x) {
     uint32_t u = snipi_bits(x);
     return u >= 0x00800000u ? (double)x : (double)(int32_t)u * 1.40129846432481707e-45;
 }
-static float snipi_narrow(double x) {
+SNIPI_HD static float snipi_narrow(double x) {
     double sum = x + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
     uint64_t u;
     memcpy(&u, &sum, 8);
@@ -872,14 +883,14 @@ static float snipi_narrow(double x) {
 }
 // Division that -Ofast (reciprocals) cannot touch: the divisor is hidden from it. Rounding the double quotient of
 // two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
-static float snipi_divide(float a, float b) {
+SNIPI_HD static float snipi_divide(float a, float b) {
     double y = snipi_widen(b);
     SNIPI_HIDDEN(y);
     return snipi_narrow(snipi_widen(a) / y);
 }
-static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
+SNIPI_HD static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
 // scale * element: no element is smaller than 2^-16.
-SNIPI_INLINE float snipi_value(float scale, float element) {
+SNIPI_HD SNIPI_INLINE float snipi_value(float scale, float element) {
     uint32_t u = snipi_bits(element);
     if (snipi_bits(scale) >= (127u - 100u) << 23 || snipi_nonfinite(element)) return scale * element;
     return snipi_float(snipi_bits(snipi_multiply(scale, snipi_float(u & 0x7FFFFFFFu))) | (u & 0x80000000u));
@@ -887,15 +898,15 @@ SNIPI_INLINE float snipi_value(float scale, float element) {
 
 typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte: the stored code, if any
 
-static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_bits) {
+// tensor_scale, tensor_inverse: NVFP4's 1/S and S.
+SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e, uint32_t amax_bits, float tensor_scale, float tensor_inverse) {
     const float smallest = snipi_float(0x00800000u);        // 2^-126
-    const snipi_element e = q->run.e;
     float amax = snipi_float(amax_bits);
     snipi_tile_scale t = { 1.0f, 1.0f, 0 };
     uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
     // exponent(amax) - emax, one more if amax's mantissa exceeds max's: the least k with amax <= max * 2^k
     int k = a < 0x00800000u ? -200 : (int)(a >> 23) - 127 - e.emax, up = (a & 0x7FFFFFu) > (max_bits & 0x7FFFFFu);
-    switch (q->recipe.scale) {
+    switch (kind) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32:
             if (a == 0) break;
@@ -914,15 +925,15 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
         case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP:
-            k = (int)snipi_max(q->recipe.scale == SNIP_SCALE_UE8M0 ? k : k + up, -127);
+            k = (int)snipi_max(kind == SNIP_SCALE_UE8M0 ? k : k + up, -127);
             t.byte = k + 127;
-            t.scale = snip_ue8m0_to_f32((uint8_t)t.byte);
+            t.scale = snipi_ue8m0_decode((uint8_t)t.byte);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
         case SNIP_SCALE_UE4M3: {
             float sixth = snipi_float(0x3E2AAAABu);         // 1/6 in float32
-            t.byte = snip_ue4m3_from_f32(snipi_multiply(amax, q->tensor_inverse * sixth));
-            t.scale = snipi_multiply(snip_ue4m3_to_f32((uint8_t)t.byte), q->tensor_scale);
+            t.byte = snipi_ue4m3_encode(snipi_multiply(amax, tensor_inverse * sixth));
+            t.scale = snipi_multiply(snipi_decode((uint32_t)t.byte, SNIP_E4M3), tensor_scale);
             t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
             break;
         }
@@ -931,7 +942,7 @@ static snipi_tile_scale snipi_scale_of(const snipi_quantizer *q, uint32_t amax_b
 }
 
 // x * 2^64, at most FLT_MAX, in integers: for tiles near or below the smallest normal float.
-static float snipi_raise(float x) {
+SNIPI_HD static float snipi_raise(float x) {
     uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
     if (a == 0 || a >= 0x7F800000u) return x;
     while (a < 0x00800000u) { a <<= 1; shift++; }
@@ -1102,7 +1113,7 @@ SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, 
 }
 typedef struct { snipi_panel x, weight; } snipi_panels;
 
-static int snipi_byte_scale(snip_scale s) { return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3; }
+SNIPI_HD static int snipi_byte_scale(snip_scale s) { return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3; }
 static size_t snipi_row_bytes(snip_format format, int64_t cols) {
     return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
@@ -1201,7 +1212,7 @@ static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int6
         if (t->amax > tally->amax) tally->amax = t->amax;
     }
     for (i = 0, t = tile; i < count; i++, t++) {
-        t->scale = snipi_scale_of(q, t->amax);
+        t->scale = snipi_scale_of(q->recipe.scale, q->run.e, t->amax, q->tensor_scale, q->tensor_inverse);
         snipi_store_scale(q, (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i), &t->scale);
     }
     for (i = 0, t = tile; i < count; i++, t++) snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
@@ -1232,7 +1243,7 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     if (most >= 0x7F800000u) return 0;
     if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, amax, tiles, scale, inverse, byte))
         for (i = 0; i < tiles; i++) {
-            snipi_tile_scale t = snipi_scale_of(q, amax[i]);
+            snipi_tile_scale t = snipi_scale_of(q->recipe.scale, q->run.e, amax[i], q->tensor_scale, q->tensor_inverse);
             if (!snipi_has_sums_in_units(q, amax[i], &t)) return 0;
             scale[i] = t.scale;
             inverse[i] = t.inverse;
@@ -1308,7 +1319,7 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
     }
 }
 
-static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; }
+SNIPI_HD static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; }
 
 static int snipi_recipe_ok(const snip_recipe *r) {
     if (!r || r->tile_rows < 0 || r->tile_cols < 0) return 0;
@@ -1318,7 +1329,7 @@ static int snipi_recipe_ok(const snip_recipe *r) {
     if (snipi_plain(r->format)) return r->scale == SNIP_SCALE_NONE && r->rounding == SNIP_ROUND_NEAREST_EVEN;
     return r->scale != SNIP_SCALE_UE4M3 || r->format == SNIP_E2M1;
 }
-static int64_t snipi_tile(int32_t tile, int64_t dimension) { return tile ? tile : snipi_max(1, dimension); }
+SNIPI_HD static int64_t snipi_tile(int32_t tile, int64_t dimension) { return tile ? tile : snipi_max(1, dimension); }
 static int64_t snipi_tiles(const snip_recipe *r, int64_t rows, int64_t cols) {
     return snipi_ceil_div(rows, snipi_tile(r->tile_rows, rows)) * snipi_ceil_div(cols, snipi_tile(r->tile_cols, cols));
 }
@@ -1472,7 +1483,7 @@ static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, 
             snipi_tile_scale s;
             for (i = c; i < c + tile_rows; i++) a = amax[t * SNIPI_RUN + i] > a ? amax[t * SNIPI_RUN + i] : a;
             if (a >= 0x7F800000u) return 0;
-            s = snipi_scale_of(q, a);
+            s = snipi_scale_of(q->recipe.scale, q->run.e, a, q->tensor_scale, q->tensor_inverse);
             if (!snipi_has_sums_in_units(q, a, &s)) return 0;
             for (i = c; i < c + tile_rows; i++) {
                 scale[t * SNIPI_RUN + i] = s.scale;
@@ -1586,7 +1597,7 @@ static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quan
         else snipi_quantize_bands(&q[i], s[i]);
 }
 
-SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+static snip_status snipi_job_check(const snip_quantize_job *job) {
     int i;
     if (!job || (!job->recipe && !job->recipe_t) || !snipi_shape_ok(job->rows, job->cols, job->ld)) return SNIP_BAD_ARGUMENT;
     if ((int)job->isa < 0 || job->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
@@ -1600,6 +1611,11 @@ SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant
         if (recipe && codes && !scales && recipe->scale != SNIP_SCALE_NONE && job->rows && job->cols) return SNIP_BAD_ARGUMENT;
     }
     if (!job->x && job->rows > 0 && job->cols > 0) return SNIP_BAD_ARGUMENT;
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+    snip_status status = snipi_job_check(job);
+    if (status) return status;
     if (!snip_isa_available(job->isa)) return SNIP_UNSUPPORTED;
     snipi_quantize_job(job, 1, stats, stats_t);
     return SNIP_OK;

@@ -1,6 +1,6 @@
 // Scaled GEMMs beside OpenBLAS and oneDNN on the same shapes, operands quantized beforehand (or the activation within the
 // time, where the case says so). Each pair is measured in turn; the medians and the median of the ratios are given:
-// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. Wall time, OMP_NUM_THREADS threads (2 if unset).
+// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. OMP_NUM_THREADS threads (2 if unset).
 // Arguments: m n k of one shape instead of the list; "all" for the largest too.
 // -DOPENBLAS and -DDNNL where they are installed: the Makefile asks.
 #define _DEFAULT_SOURCE
@@ -18,9 +18,10 @@ void openblas_set_num_threads(int);
 #endif
 
 enum { PAIRS = 7 };
-static double now(void) {
+static int threads = 1;
+static double now(void) {               // one thread: processor time, so that a shared machine disturbs less
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(threads > 1 ? CLOCK_MONOTONIC : CLOCK_PROCESS_CPUTIME_ID, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 static int by_value(const void *a, const void *b) { double x = *(const double *)a, y = *(const double *)b; return (x > y) - (x < y); }
@@ -186,7 +187,7 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
 }
 
 int main(int argc, char **argv) {
-    int threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
+    threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
 #ifdef _OPENMP
     omp_set_num_threads(threads);
 #else

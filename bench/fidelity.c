@@ -5,9 +5,9 @@
 //   loss     L' - L when the layer's forward GEMM alone runs in the format
 //   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
 //            three of the layer's GEMMs run in the format; u is the AdamW update
-// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone
-// (norms.h). "additive" is the sum of the single layers' truths against the
-// truth of whole random plans. The options are the trainer's; --steps defaults to 400 here.
+// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone (norms.h).
+// "additive" is the sum of the single layers' truths against the truth of whole random plans. The options are the trainer's;
+// --steps defaults to 400 here.
 //
 //   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N]
 //

@@ -1,4 +1,4 @@
-// norms.h - what the norm-only estimators see, and rank statistics; shared by fidelity.c and quality.c.
+// norms.h - what the norm-only estimators see; shared by fidelity.c and quality.c.
 //
 // Include after snip.h (with its implementation) and before llama.h: llama.h's linear layers are routed through here, and on
 // the clean pass of a measuring step the Frobenius norms of every operand, gradient and quantization error are kept.

@@ -50,7 +50,7 @@ static double student(int freedom) {
 typedef struct { llama *g; snip *s; int32_t *tokens, *targets; const tr_data *d; const tr_options *o; } run;
 
 static double pass(const run *r, int backward) {
-    double sum, n = (double)r->o->batch * r->g->config.seq;
+    double sum = 0, n = (double)r->o->batch * r->g->config.seq;
     if (backward) llama_zero_grad(r->g);
     check(llama_forward(r->g, r->s, r->tokens, r->targets, (int)r->o->batch, backward ? (float)(1 / n) : 0.0f, &sum), r->s, "forward");
     if (backward) check(llama_backward(r->g, r->s, r->tokens, (int)r->o->batch), r->s, "backward");

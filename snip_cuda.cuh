@@ -1,0 +1,1219 @@
+// snip_cuda.cuh - snip.h's quantization, noise and GEMMs on NVIDIA GPUs.
+// MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only.
+//
+// QUICK START
+//   In ONE .cu file:               #define SNIP_IMPLEMENTATION         (stands for snip.h's implementation too)
+//                                  #include "snip_cuda.cuh"            (snip.h and snip_ilp.h must lie beside it)
+//   Elsewhere:                     #include "snip_cuda.cuh"
+//
+//     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
+//     snip_quantize_job job = {};
+//     job.x = x; job.rows = rows; job.cols = job.ld = cols;
+//     job.recipe = &fp8; job.codes = codes; job.scales = scales;
+//     snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, stream);
+//   examples/minimal.cu has a layer's three GEMMs.
+//
+// RULES
+//   Data pointers are device pointers; recipes, operands and jobs are read on the host before a function returns.
+//   Every function takes a stream and allocates nothing, so that it may be captured into a CUDA graph.
+//   The status tells whether the arguments are right and the launch succeeded; NaN and infinity are counted in the
+//   statistics. What has no kernel is SNIP_UNSUPPORTED, never something slower or less precise in silence.
+//
+// DETERMINISM
+//   Codes, scales, values, noise and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that they
+//   are the same on every GPU; they agree with snip.h's to 1e-6.
+//
+// WHAT WAS RUN
+//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp); compiled for 7.5, 8.0, 8.9, 9.0, 10.0 and
+//   12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
+//
+// INDEX (search for the tag)
+//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm
+//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
+#ifndef SNIP_CUDA_CUH
+#define SNIP_CUDA_CUH
+
+#include "snip.h"
+#ifndef SNIP_CUDA_SHIM          // the tests' stand-in for the CUDA runtime
+#  include <cuda.h>
+#  include <cuda_runtime.h>
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// >>cuda-quantize ----------------------------------------------------------------------------------
+typedef enum {
+    SNIP_CUDA_PACKED,           // E2M1 two to a byte, as in snip.h
+    SNIP_CUDA_E4M3_BYTES        // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
+} snip_cuda_codes;
+
+// Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may be NULL.
+SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols);
+// snip_quantize_with on the GPU; job->isa is ignored. E4M3, E5M2 and E2M1 with tiles of 1 x 16, 32, 64 or 128 or of
+// 128 x 128; both orientations come from one read of x. stats, transposed: device memory, or NULL.
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats, snip_quant_stats *transposed,
+                                        void *scratch, cudaStream_t);
+// Any recipe of snip.h. x: SNIP_F32 or SNIP_BF16.
+SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                          void *x, snip_format x_format, int64_t ld, cudaStream_t);
+
+// >>cuda-noise -------------------------------------------------------------------------------------
+// out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1); noise is +1 or -1 by (key, i). out may be x.
+SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key, cudaStream_t);
+// *dot = sum noise[i] * x[i]. dot and scratch: device memory.
+#define SNIP_CUDA_NOISE_SCRATCH 4096
+SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+
+// >>cuda-gemm --------------------------------------------------------------------------------------
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
+// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
+//   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
+//   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
+//   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
+//   every 128 of k it is added in float32.
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+// The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+
+#ifdef __cplusplus
+}
+#endif
+#endif // SNIP_CUDA_CUH
+
+// ================= END OF THE API. You need not read further to use the library. =====================
+#if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_CUDA_IMPLEMENTATION_DONE)
+#define SNIP_CUDA_IMPLEMENTATION_DONE
+
+// >>cuda-launch ------------------------------------------------------------------------------------
+#define SNIPI_DEVICE static __device__ __forceinline__
+enum { SNIPI_WARP = 32 };
+static const unsigned SNIPI_ALL_LANES = 0xFFFFFFFFu;
+
+template <class... P, class... A>
+static snip_status snipi_cuda_launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, const A &...args) {
+    cudaLaunchConfig_t config = {};
+    if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+}
+
+SNIPI_DEVICE uint32_t snipi_cuda_amax(uint32_t amax, float x) {         // of finite elements
+    uint32_t a = snipi_bits(x) & 0x7FFFFFFFu;
+    return a < 0x7F800000u && a > amax ? a : amax;
+}
+// The sum over a block, in thread 0. `sums` has a place for each warp.
+SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
+    int lane = (int)threadIdx.x % SNIPI_WARP, warp = (int)threadIdx.x / SNIPI_WARP, warps = (int)blockDim.x / SNIPI_WARP;
+    double sum = 0;
+    for (int o = SNIPI_WARP / 2; o > 0; o /= 2) x += __shfl_down_sync(SNIPI_ALL_LANES, x, o);
+    __syncthreads();                    // the last sum's places have been read
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int w = 0; w < warps; w++) sum += sums[w];
+    return sum;
+}
+
+// >>cuda-ptx ---------------------------------------------------------------------------------------
+#ifndef SNIP_CUDA_SHIM
+// Bytes of low (0 to 3) and high (4 to 7) by the low four nibbles of select; a nibble's top bit takes the byte's sign eight times.
+SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
+    uint32_t r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
+    return r;
+}
+// Four 8 x 8 matrices of 16 bits; lane l gives row l % 8 of matrix l / 8.
+SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+}
+#define SNIPI_PTX_MMA(name, shape, types, acc, constraint) \
+    SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) { \
+        asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                     : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
+    }
+SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
+SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
+
+// Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
+SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+SNIPI_DEVICE char *snipi_ptx_dynamic_shared() { extern __shared__ char snipi_dynamic_shared[]; return snipi_dynamic_shared; }
+SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(bytes) : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_barrier_wait(uint64_t *b, int parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" : : "r"(snipi_ptx_shared(b)), "r"(parity) : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+                 : : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(b)), "r"(x), "r"(y) : "memory");
+}
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+// Rows of 128 bytes in groups of eight, 128-byte swizzle.
+SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+SNIPI_DEVICE void snipi_ptx_wgmma_begin(float d[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+    asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_wgmma_end(float d[64]) {
+    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : : : "memory");
+#pragma unroll
+    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+}
+#define SNIPI_PTX_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+// d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup.
+#define SNIPI_PTX_WGMMA(name, types) \
+    SNIPI_DEVICE void name(float d[64], uint64_t a, uint64_t b, int add) { \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32." types \
+                     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
+                     " %64, %65, add, 1, 1;\n}" \
+                     : SNIPI_PTX_8(d, 0), SNIPI_PTX_8(d, 8), SNIPI_PTX_8(d, 16), SNIPI_PTX_8(d, 24), SNIPI_PTX_8(d, 32), SNIPI_PTX_8(d, 40), SNIPI_PTX_8(d, 48), SNIPI_PTX_8(d, 56) \
+                     : "l"(a), "l"(b), "r"(add)); \
+    }
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3, "e4m3.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2, "e5m2.e4m3")  // A is E5M2
+
+// A map of bytes [rows][k] in boxes of 128 x 128, zeros beyond the edges. 1: done.
+static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
+    static void *encode;
+    cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)k };
+    cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
+    cudaDriverEntryPointQueryResult found;
+    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found) != cudaSuccess || found != cudaDriverEntryPointSuccess)) return 0;
+    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+#endif
+
+// >>cuda-quantize-impl -----------------------------------------------------------------------------
+// A thread block takes 128 x 128 elements of x, as it lies (straight), transposed (turned), or both. For each: the
+// tiles' largest magnitudes by shuffles and maxima in shared memory, their scales, then the codes; turned codes pass
+// through shared memory to leave in whole rows. A thread has 16 rows: straight, of 4 columns side by side; turned, of
+// 4 columns 32 apart, so that its warp reads whole lines. Blocks in the interior that only want codes to nearest hold
+// their elements in registers (straight's columns); the others read them again, from caches.
+enum { SNIPI_BLOCK = 128, SNIPI_THREADS = 256, SNIPI_ROWS = 16, SNIPI_TILES = SNIPI_BLOCK * (SNIPI_BLOCK / 16) };
+enum { SNIPI_E2M1_WIDE = 64 };          // as a kernel's FORMAT: E2M1 values stored as E4M3
+enum { SNIPI_NEAREST, SNIPI_STOCHASTIC, SNIPI_MEASURE };    // a kernel's MODE: codes alone, or with either rounding statistics and values
+
+typedef struct {                        // one orientation
+    snip_recipe recipe;                 // format 0: not wanted
+    int64_t rows, cols, row_bytes;      // as quantized
+    int log2_tile_cols, aligned;        // aligned: straight, four codes may be stored as a word; turned, sixteen
+    uint8_t *codes;                     // may be NULL
+    void *scales;                       // may be NULL
+    snip_quant_stats *part;             // [blocks], or NULL
+} snipi_cuda_side;
+typedef struct {
+    const void *x;
+    const float *weight;
+    int64_t rows, cols, ld;
+    int bf16, vectors, held;                  // rows of x may be read four elements at a time; interior blocks may be held
+    snipi_cuda_side straight, turned;
+    void *out;                          // values of `straight`, or NULL
+    int64_t ld_out;
+    int out_bf16;
+    snip_rng_key key;
+    const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
+} snipi_cuda_quantizer;
+typedef struct {
+    uint32_t amax[SNIPI_TILES];
+    float scale[SNIPI_TILES], inverse[SNIPI_TILES];
+    uint4 codes[SNIPI_BLOCK * SNIPI_BLOCK / 16];
+    double sums[SNIPI_THREADS / SNIPI_WARP];
+    int low;                            // a tile is
+} snipi_cuda_shared;
+typedef struct { double sum_sq, err_sq, dot; uint32_t amax; int nonfinite, saturated; } snipi_cuda_tally;
+
+SNIPI_DEVICE float snipi_cuda_load(const float *x) { return *x; }
+SNIPI_DEVICE float snipi_cuda_load(const uint16_t *x) { return snipi_float((uint32_t)*x << 16); }
+SNIPI_DEVICE void snipi_cuda_load4(const float *x, float out[4]) {
+    float4 v = *(const float4 *)x;
+    out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;
+}
+SNIPI_DEVICE void snipi_cuda_load4(const uint16_t *x, float out[4]) {
+    uint2 v = *(const uint2 *)x;
+    out[0] = snipi_float(v.x << 16); out[1] = snipi_float(v.x & 0xFFFF0000u);
+    out[2] = snipi_float(v.y << 16); out[3] = snipi_float(v.y & 0xFFFF0000u);
+}
+// Elements of x, zeros beyond its edges.
+SNIPI_DEVICE float snipi_cuda_at(const snipi_cuda_quantizer &q, int64_t r, int64_t c) {
+    int64_t at = r * q.ld + c;
+    if (r >= q.rows || c >= q.cols) return 0.0f;
+    return q.bf16 ? snipi_cuda_load((const uint16_t *)q.x + at) : ((const float *)q.x)[at];
+}
+SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
+    int64_t at = r * q.ld + c;
+    if (!q.vectors || r >= q.rows || c + 4 > q.cols)
+        for (int j = 0; j < 4; j++) out[j] = snipi_cuda_at(q, r, c + j);
+    else if (q.bf16) snipi_cuda_load4((const uint16_t *)q.x + at, out);
+    else snipi_cuda_load4((const float *)q.x + at, out);
+}
+SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
+    for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(q, r + i, c);
+}
+// Random words of the four elements from `element` on, which may straddle two counters.
+SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_t out[4]) {
+    uint32_t w[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, skip = (uint32_t)(element & 3);
+    snipi_philox(key, element >> 2, w);
+    if (skip) snipi_philox(key, (element >> 2) + 1, w + 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++) out[i] = skip == 0 ? w[i] : skip == 1 ? w[i + 1] : skip == 2 ? w[i + 2] : w[i + 3];
+}
+
+template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() { return FORMAT == SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT; }
+
+template <int MODE> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side &side) {
+    return MODE == SNIPI_STOCHASTIC || (MODE == SNIPI_MEASURE && side.recipe.rounding == SNIP_ROUND_STOCHASTIC);
+}
+
+// One code. over: 1 if rounding alone puts it beyond the largest.
+template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_encode(float y, int stochastic, uint32_t random, int *over) {
+    snipi_element e = snipi_element_of(snipi_cuda_format<FORMAT>());
+    uint32_t u = snipi_bits(y), a = u & 0x7FFFFFFFu;
+    uint32_t c = stochastic ? snipi_encode_stochastic(a, random, e.mantissa, e.bias) : snipi_encode_nearest(a, e.mantissa, e.bias);
+    *over = c > e.largest;
+    c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
+    return a > 0x7F800000u ? e.nan : c;
+}
+// Codes of four elements as they are stored: bytes, or nibbles in the low half.
+template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_pack(const uint32_t c[4]) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t code = c[i], magnitude = code & 7;
+        if (FORMAT == SNIPI_E2M1_WIDE)          // 0, .5 and the normal numbers 1 .. 6, whose mantissa bit is E4M3's highest
+            code = (code & 8) << 4 | (magnitude > 1 ? 0x30 + 4 * magnitude : 0x30 * magnitude);
+        word |= code << (FORMAT == SNIP_E2M1 ? 4 : 8) * i;
+    }
+    return word;
+}
+// Four codes to nearest, where the tile is not low.
+template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4], float inverse) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    if constexpr (FORMAT == SNIP_E4M3 || FORMAT == SNIP_E5M2) {
+        uint16_t pair[2];
+        for (int i = 0; i < 2; i++) {
+            float low = __fmul_rn(x[2 * i], inverse), high = __fmul_rn(x[2 * i + 1], inverse);
+            if constexpr (FORMAT == SNIP_E4M3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
+            else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
+        }
+        return pair[0] | (uint32_t)pair[1] << 16;
+    } else
+#endif
+    {
+        uint32_t code[4];
+        int over;
+        for (int i = 0; i < 4; i++) code[i] = snipi_cuda_encode<FORMAT>(__fmul_rn(x[i], inverse), 0, 0, &over);
+        return snipi_cuda_pack<FORMAT>(code);
+    }
+}
+// Four elements side by side in the quantized matrix, in any tile: packed codes; with MEASURE their values and tally.
+typedef struct { uint32_t random[4]; float weight[4], value[4]; } snipi_cuda_extras;
+template <int FORMAT, int MODE>
+SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side &side, const snipi_cuda_shared *shared, int slot, snipi_cuda_extras *extra, snipi_cuda_tally *tally) {
+    float scale = shared->scale[slot], inverse = shared->inverse[slot];
+    int low = side.recipe.scale != SNIP_SCALE_NONE && (shared->amax[slot] < (127u - 64u) << 23 || snipi_bits(scale) == 0);      // as in snipi_encode_tile
+    uint32_t code[4];
+    if (low) inverse *= snipi_float((127u - 64u) << 23);
+    for (int i = 0; i < 4; i++) {
+        int over, finite = !snipi_nonfinite(x[i]);
+        float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
+        code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
+        if (MODE == SNIPI_MEASURE) {    // the error in units of the scale: there nothing overflows
+            float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
+            double v = finite ? (double)x[i] : 0, d = !finite ? 0 : low ? (double)(value - x[i]) : (double)(element - y) * (double)scale;
+            extra->value[i] = value;
+            tally->sum_sq += v * v;
+            tally->err_sq += d * d;
+            tally->dot += (double)extra->weight[i] * d;
+            tally->amax = snipi_cuda_amax(tally->amax, x[i]);
+            tally->nonfinite += !finite;
+            tally->saturated += finite & over;
+        }
+    }
+    return snipi_cuda_pack<FORMAT>(code);
+}
+
+// Tile of a block's element (r, c), as quantized.
+SNIPI_DEVICE int snipi_cuda_slot(const snipi_cuda_side &side, int r, int c) {
+    return side.recipe.tile_rows == SNIPI_BLOCK ? 0 : (r << (7 - side.log2_tile_cols)) + (c >> side.log2_tile_cols);
+}
+// The largest of `lanes` neighbours, a power of two.
+SNIPI_DEVICE uint32_t snipi_cuda_lanes_max(uint32_t amax, int lanes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if (lanes == SNIPI_WARP) return __reduce_max_sync(SNIPI_ALL_LANES, amax);
+#endif
+    for (int o = 1; o < lanes; o *= 2) {
+        uint32_t other = __shfl_xor_sync(SNIPI_ALL_LANES, amax, o);
+        amax = amax > other ? amax : other;
+    }
+    return amax;
+}
+SNIPI_DEVICE void snipi_cuda_clear(snipi_cuda_shared *shared) {
+    for (int t = (int)threadIdx.x; t < SNIPI_TILES; t += SNIPI_THREADS) shared->amax[t] = 0;
+    if (threadIdx.x == 0) shared->low = 0;
+    __syncthreads();
+}
+// Scales of the block at (r0, c0), as quantized, from its tiles' largest magnitudes.
+SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_cuda_side &side, snipi_cuda_shared *shared, snip_format format, int64_t r0, int64_t c0) {
+    const int single = side.recipe.tile_rows == SNIPI_BLOCK, log2_across = 7 - side.log2_tile_cols, tiles = single ? 1 : SNIPI_BLOCK << log2_across;
+    const int64_t across = (side.cols + (1 << side.log2_tile_cols) - 1) >> side.log2_tile_cols, down = single ? (side.rows + SNIPI_BLOCK - 1) / SNIPI_BLOCK : side.rows;
+    float tensor_inverse = 1.0f, tensor_scale = 1.0f;
+    __syncthreads();
+    if (side.recipe.scale == SNIP_SCALE_UE4M3) {
+        if (*q.amax) tensor_inverse = snipi_divide(448.0f * 6.0f, snipi_float(*q.amax));
+        tensor_scale = snipi_divide(1.0f, tensor_inverse);
+        if (side.scales && blockIdx.x == 0 && threadIdx.x == 0) {
+            int64_t at = down * across;
+            for (; at % 4; at++) ((uint8_t *)side.scales)[at] = 0;
+            ((float *)side.scales)[at / 4] = tensor_scale;
+        }
+    }
+    for (int t = (int)threadIdx.x; t < tiles; t += SNIPI_THREADS) {
+        int64_t tr = single ? r0 / SNIPI_BLOCK : r0 + (t >> log2_across), tc = (c0 >> side.log2_tile_cols) + (t & ((1 << log2_across) - 1));
+        snipi_tile_scale s = snipi_scale_of(side.recipe.scale, snipi_element_of(format), shared->amax[t], tensor_scale, tensor_inverse);
+        shared->scale[t] = s.scale;
+        shared->inverse[t] = s.inverse;
+        if (shared->amax[t] && (shared->amax[t] < (127u - 64u) << 23 || snipi_bits(s.scale) == 0)) shared->low = 1;
+        if (!side.scales || side.recipe.scale == SNIP_SCALE_NONE || tr >= down || tc >= across) continue;
+        if (snipi_byte_scale(side.recipe.scale)) ((uint8_t *)side.scales)[tr * across + tc] = (uint8_t)s.byte;
+        else ((float *)side.scales)[tr * across + tc] = s.scale;
+    }
+    __syncthreads();
+}
+SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda_shared *shared, snip_quant_stats *part) {
+    double sum_sq = snipi_cuda_block_sum(tally.sum_sq, shared->sums), err_sq = snipi_cuda_block_sum(tally.err_sq, shared->sums);
+    double dot = snipi_cuda_block_sum(tally.dot, shared->sums), nonfinite = snipi_cuda_block_sum(tally.nonfinite, shared->sums);
+    double saturated = snipi_cuda_block_sum(tally.saturated, shared->sums);
+    if (threadIdx.x == 0) shared->amax[0] = 0;
+    __syncthreads();
+    atomicMax(&shared->amax[0], tally.amax);
+    __syncthreads();
+    if (threadIdx.x == 0) *part = { sum_sq, err_sq, dot, snipi_float(shared->amax[0]), (int64_t)nonfinite, (int64_t)saturated };
+}
+
+// (r0, c0): the block's first element in x. held: its elements of this thread, if HELD.
+template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP, lanes = 1 << (q.straight.log2_tile_cols - 2);
+#pragma unroll (HELD ? SNIPI_ROWS : 1)
+    for (int i = 0; i < SNIPI_ROWS; i++) {
+        float x[4];
+        uint32_t amax = 0;
+        if (!HELD) snipi_cuda_row4(q, r0 + row + i, c0 + 4 * lane, x);
+        for (int j = 0; j < 4; j++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
+        amax = snipi_cuda_lanes_max(amax, lanes);
+        if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
+    }
+}
+template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
+#pragma unroll (HELD ? 4 : 1)
+    for (int j = 0; j < 4; j++) {
+        int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
+        uint32_t amax = 0;
+#pragma unroll (HELD ? SNIPI_ROWS : 4)
+        for (int i = 0; i < SNIPI_ROWS; i++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col));
+        atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
+    }
+}
+template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
+    if (!side.codes) return;
+#pragma unroll
+    for (int i = 0; i < SNIPI_ROWS; i++) {
+        uint32_t word = snipi_cuda_nearest4<FORMAT>(held[i], shared->inverse[snipi_cuda_slot(side, row + i, col)]);
+        uint8_t *at = side.codes + (r0 + row + i) * side.row_bytes;
+        if (FORMAT == SNIP_E2M1) ((uint16_t *)at)[(c0 + col) / 4] = (uint16_t)word;
+        else ((uint32_t *)at)[(c0 + col) / 4] = word;
+    }
+}
+template <int FORMAT, int MODE>
+SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+    const snipi_cuda_side &side = q.straight;
+    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
+    const int64_t c = c0 + col;
+    const int n = c >= side.cols ? 0 : (int)snipi_min(4, side.cols - c), bytes = FORMAT == SNIP_E2M1 ? (n + 1) / 2 : n;
+    snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
+#pragma unroll 1
+    for (int i = 0; i < SNIPI_ROWS && n && r0 + row + i < side.rows; i++) {
+        int64_t r = r0 + row + i;
+        snipi_cuda_extras extra = {};
+        uint32_t word;
+        float x[4];
+        snipi_cuda_row4(q, r, c, x);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
+        if constexpr (MODE == SNIPI_MEASURE)
+            for (int j = 0; j < 4; j++)
+                if (j < n && q.weight) extra.weight[j] = q.weight[r * q.ld + c + j];
+        word = snipi_cuda_encode4<FORMAT, MODE>(x, side, shared, snipi_cuda_slot(side, row + i, col), &extra, &tally);
+        if (side.codes) {
+            uint8_t *at = side.codes + r * side.row_bytes + (FORMAT == SNIP_E2M1 ? c >> 1 : c);
+            if (!side.aligned || n < 4)
+                for (int b = 0; b < bytes; b++) at[b] = (uint8_t)(word >> 8 * b);
+            else if (FORMAT == SNIP_E2M1) *(uint16_t *)at = (uint16_t)word;
+            else *(uint32_t *)at = word;
+        }
+        if constexpr (MODE == SNIPI_MEASURE)
+            for (int j = 0; j < 4; j++) {
+                int64_t at = r * q.ld_out + c + j;
+                if (j >= n || !q.out) continue;
+                if (q.out_bf16) ((uint16_t *)q.out)[at] = (uint16_t)snipi_bf16_round(snipi_bits(extra.value[j]));
+                else ((float *)q.out)[at] = extra.value[j];
+            }
+    }
+    if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
+}
+
+// Where 16 rows' codes of a column lie in shared memory: chunks are permuted so that neither the threads that write
+// them nor those that read them meet in one bank.
+template <int FORMAT> SNIPI_DEVICE uint8_t *snipi_cuda_chunk(snipi_cuda_shared *shared, int col, int chunk) {
+    return (uint8_t *)shared->codes + (col * 8 + (chunk ^ ((col ^ col >> 3) & 7))) * (FORMAT == SNIP_E2M1 ? 8 : 16);
+}
+template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_held(const snipi_cuda_side &side, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4]) {
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int col = 4 * lane + j;
+        float inverse = shared->inverse[snipi_cuda_slot(side, col, SNIPI_ROWS * warp)];
+        uint32_t word[4];
+        uint8_t *to = snipi_cuda_chunk<FORMAT>(shared, col, warp);
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+            float x[4] = { held[4 * g][j], held[4 * g + 1][j], held[4 * g + 2][j], held[4 * g + 3][j] };
+            word[g] = snipi_cuda_nearest4<FORMAT>(x, inverse);
+        }
+        if (FORMAT == SNIP_E2M1) *(uint2 *)to = make_uint2(word[0] | word[1] << 16, word[2] | word[3] << 16);
+        else *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+template <int FORMAT, int MODE>
+SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+    const snipi_cuda_side &side = q.turned;
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+    snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
+#pragma unroll 1
+    for (int k = 0; k < SNIPI_ROWS; k++) {
+        int col = lane + SNIPI_WARP * (k / 4), row = SNIPI_ROWS * warp + k % 4 * 4;
+        int64_t r = r0 + row, c = c0 + col;
+        uint8_t *to = snipi_cuda_chunk<FORMAT>(shared, col, warp);
+        snipi_cuda_extras extra = {};
+        uint32_t word;
+        float x[4];
+        snipi_cuda_column4(q, r, c, x);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
+        if constexpr (MODE == SNIPI_MEASURE)
+            for (int i = 0; i < 4; i++)
+                if (r + i < q.rows && c < q.cols && q.weight) extra.weight[i] = q.weight[(r + i) * q.ld + c];
+        word = snipi_cuda_encode4<FORMAT, MODE>(x, side, shared, snipi_cuda_slot(side, col, row), &extra, &tally);
+        if (FORMAT == SNIP_E2M1) ((uint16_t *)to)[k % 4] = (uint16_t)word;
+        else ((uint32_t *)to)[k % 4] = word;
+    }
+    if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
+}
+// Out of shared memory, 16 codes a thread.
+template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda_side &side, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+    const int size = FORMAT == SNIP_E2M1 ? 8 : 16;
+    __syncthreads();
+    for (int t = (int)threadIdx.x; side.codes && t < SNIPI_BLOCK * 8; t += SNIPI_THREADS) {
+        const uint8_t *from = snipi_cuda_chunk<FORMAT>(shared, t / 8, t % 8);
+        int64_t byte = r0 / 16 * size + t % 8 * size, c = c0 + t / 8;
+        int n = c >= side.rows || byte >= side.row_bytes ? 0 : (int)snipi_min(size, side.row_bytes - byte);
+        uint8_t *at = side.codes + c * side.row_bytes + byte;
+        if (!side.aligned || n < size)
+            for (int b = 0; b < n; b++) at[b] = from[b];
+        else if (FORMAT == SNIP_E2M1) *(uint2 *)at = *(const uint2 *)from;
+        else *(uint4 *)at = *(const uint4 *)from;
+    }
+}
+
+template <int FORMAT, int MODE>
+static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_kernel(const snipi_cuda_quantizer q) {
+    __shared__ snipi_cuda_shared shared;
+    const snip_format format = snipi_cuda_format<FORMAT>();
+    const int64_t across = (q.cols + SNIPI_BLOCK - 1) / SNIPI_BLOCK, r0 = blockIdx.x / across * SNIPI_BLOCK, c0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int straight = q.straight.recipe.format != 0, turned = q.turned.recipe.format != 0;
+    const int hold = MODE == SNIPI_NEAREST && q.held && r0 + SNIPI_BLOCK <= q.rows && c0 + SNIPI_BLOCK <= q.cols;
+    float x[SNIPI_ROWS][4];
+    if (hold) {
+        const int64_t at = (r0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * q.ld + c0 + threadIdx.x % SNIPI_WARP * 4;
+        if (q.bf16) {
+#pragma unroll
+            for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const uint16_t *)q.x + at + i * q.ld, x[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const float *)q.x + at + i * q.ld, x[i]);
+        }
+    }
+    if (turned) {                       // first, because out may be x; nothing of it is read after the barrier in turned_store but codes
+        snipi_cuda_clear(&shared);
+        if (hold) snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
+        else snipi_cuda_turned_amax<0>(q, &shared, x, r0, c0);
+        snipi_cuda_scales(q, q.turned, &shared, format, c0, r0);
+        if (hold && !shared.low) snipi_cuda_turned_held<FORMAT>(q.turned, &shared, x);
+        else snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
+        snipi_cuda_turned_store<FORMAT>(q.turned, &shared, r0, c0);
+    }
+    if (straight) {
+        snipi_cuda_clear(&shared);
+        if (hold) snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
+        else snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
+        snipi_cuda_scales(q, q.straight, &shared, format, r0, c0);
+        if (hold && !shared.low) snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
+        else snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
+    }
+}
+
+// Largest magnitude of a tensor; a block takes a row at a time. *amax is 0 before.
+template <class T> static __global__ void snipi_cuda_amax_kernel(const T *x, int64_t rows, int64_t cols, int64_t ld, uint32_t *amax) {
+    uint32_t largest = 0;
+    for (int64_t r = blockIdx.x; r < rows; r += gridDim.x)
+        for (int64_t c = threadIdx.x; c < cols; c += blockDim.x) largest = snipi_cuda_amax(largest, snipi_cuda_load(x + r * ld + c));
+    largest = snipi_cuda_lanes_max(largest, SNIPI_WARP);
+    if (threadIdx.x % SNIPI_WARP == 0) atomicMax(amax, largest);
+}
+// One thread block adds the others' parts.
+static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    __shared__ uint32_t amax;
+    snip_quant_stats s = { 0, 0, 0, 0, 0, 0 };
+    if (threadIdx.x == 0) amax = 0;
+    for (int64_t i = threadIdx.x; i < parts; i += SNIPI_THREADS) {
+        s.sum_sq += part[i].sum_sq;
+        s.err_sq += part[i].err_sq;
+        s.dot += part[i].dot;
+        s.amax = s.amax > part[i].amax ? s.amax : part[i].amax;
+        s.nonfinite += part[i].nonfinite;
+        s.saturated += part[i].saturated;
+    }
+    s.sum_sq = snipi_cuda_block_sum(s.sum_sq, sums);
+    s.err_sq = snipi_cuda_block_sum(s.err_sq, sums);
+    s.dot = snipi_cuda_block_sum(s.dot, sums);
+    s.nonfinite = (int64_t)snipi_cuda_block_sum((double)s.nonfinite, sums);
+    s.saturated = (int64_t)snipi_cuda_block_sum((double)s.saturated, sums);
+    atomicMax(&amax, snipi_bits(s.amax));
+    __syncthreads();
+    s.amax = snipi_float(amax);
+    if (threadIdx.x == 0) *stats = s;
+}
+
+typedef void (*snipi_cuda_quantize_fn)(const snipi_cuda_quantizer);
+template <int FORMAT> static snipi_cuda_quantize_fn snipi_cuda_quantize_of(int mode) {
+    return mode == SNIPI_NEAREST ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_NEAREST> :
+           mode == SNIPI_STOCHASTIC ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_STOCHASTIC> : snipi_cuda_quantize_kernel<FORMAT, SNIPI_MEASURE>;
+}
+static snipi_cuda_quantize_fn snipi_cuda_quantize_of(snip_format format, snip_cuda_codes codes, int mode) {
+    if (format == SNIP_E4M3) return snipi_cuda_quantize_of<SNIP_E4M3>(mode);
+    if (format == SNIP_E5M2) return snipi_cuda_quantize_of<SNIP_E5M2>(mode);
+    return codes == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode) : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
+}
+
+static int snipi_cuda_recipe_ok(const snip_recipe *r) {
+    if (r->format != SNIP_E4M3 && r->format != SNIP_E5M2 && r->format != SNIP_E2M1) return 0;
+    if (r->scale == SNIP_SCALE_NONE) return 1;
+    if (r->tile_rows == SNIPI_BLOCK) return r->tile_cols == SNIPI_BLOCK;
+    return r->tile_rows == 1 && (r->tile_cols == 16 || r->tile_cols == 32 || r->tile_cols == 64 || r->tile_cols == 128);
+}
+static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
+
+// word: of codes stored at once.
+static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows, int64_t cols, void *codes, void *scales, int word) {
+    int packed = recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_PACKED;
+    s->recipe = *recipe;
+    if (recipe->scale == SNIP_SCALE_NONE) { s->recipe.tile_rows = 1; s->recipe.tile_cols = SNIPI_BLOCK; }
+    while (1 << s->log2_tile_cols < s->recipe.tile_cols) s->log2_tile_cols++;
+    s->rows = rows; s->cols = cols;
+    s->row_bytes = packed ? (cols + 1) / 2 : cols;
+    s->codes = (uint8_t *)codes;
+    s->scales = scales;
+    if (packed) word /= 2;
+    s->aligned = s->row_bytes % word == 0 && (uintptr_t)codes % (uintptr_t)word == 0;
+}
+
+SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
+    if (!snipi_shape_ok(rows, cols, cols)) return 0;
+    return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
+}
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
+                                        void *scratch, cudaStream_t stream) {
+    snipi_cuda_quantizer q = {};
+    snip_quantize_job any;
+    const snip_recipe *r, *r_t;
+    int64_t blocks;
+    int nvfp4, mode;
+    snip_status status;
+    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES)) return SNIP_BAD_ARGUMENT;
+    any = *job;
+    any.isa = SNIP_ISA_BEST;
+    status = snipi_job_check(&any);
+    if (status) return status;
+    r = job->recipe;
+    r_t = job->recipe_t;
+    nvfp4 = (r && r->scale == SNIP_SCALE_UE4M3) || (r_t && r_t->scale == SNIP_SCALE_UE4M3);
+    if ((stats && !r) || (stats_t && !r_t)) return SNIP_BAD_ARGUMENT;
+    if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
+    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) return SNIP_UNSUPPORTED;
+    blocks = snipi_cuda_blocks(job->rows, job->cols);
+    if (blocks == 0) {
+        if (stats && cudaMemsetAsync(stats, 0, sizeof *stats, stream) != cudaSuccess) return SNIP_DEVICE;
+        if (stats_t && cudaMemsetAsync(stats_t, 0, sizeof *stats_t, stream) != cudaSuccess) return SNIP_DEVICE;
+        return SNIP_OK;
+    }
+    if ((stats || stats_t || nvfp4) && !scratch) return SNIP_BAD_ARGUMENT;
+    if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
+    q.x = job->x; q.weight = job->weight;
+    q.rows = job->rows; q.cols = job->cols; q.ld = job->ld;
+    q.bf16 = job->x_format == SNIP_BF16;
+    q.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (q.bf16 ? 8 : 16) == 0;
+    q.out = job->out; q.ld_out = job->ld_out; q.out_bf16 = job->out_format == SNIP_BF16;
+    q.key = job->key;
+    q.amax = (const uint32_t *)scratch;
+    if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
+    if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
+    q.held = q.vectors && (!r || q.straight.aligned);
+    if (stats) q.straight.part = (snip_quant_stats *)((char *)scratch + 256);
+    if (stats_t) q.turned.part = (snip_quant_stats *)((char *)scratch + 256) + blocks;
+    if (nvfp4) {
+        int64_t rows = snipi_min(job->rows, 4096);
+        if (cudaMemsetAsync(scratch, 0, sizeof(uint32_t), stream) != cudaSuccess) return SNIP_DEVICE;
+        if (q.bf16)
+            status = snipi_cuda_launch(snipi_cuda_amax_kernel<uint16_t>, rows, SNIPI_THREADS, 0, stream, (const uint16_t *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
+        else
+            status = snipi_cuda_launch(snipi_cuda_amax_kernel<float>, rows, SNIPI_THREADS, 0, stream, (const float *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
+        if (status) return status;
+    }
+    mode = stats || stats_t || job->out ? SNIPI_MEASURE : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC : SNIPI_NEAREST;
+    status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0, stream, q);
+    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats);
+    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t);
+    return status;
+}
+
+// Reads a quantized [rows][cols] matrix, element by element.
+typedef struct {
+    snip_recipe recipe;
+    const uint8_t *codes;
+    const void *scales;
+    int64_t row_bytes, tile_rows, tile_cols, tiles_across;
+    const float *tensor_scale;
+} snipi_cuda_reader;
+
+static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *codes, const void *scales, int64_t rows, int64_t cols) {
+    snipi_cuda_reader q = {};
+    q.recipe = *r;
+    q.codes = (const uint8_t *)codes;
+    q.scales = scales;
+    q.row_bytes = (int64_t)snipi_row_bytes(r->format, cols);
+    q.tile_rows = snipi_tile(r->tile_rows, rows);
+    q.tile_cols = snipi_tile(r->tile_cols, cols);
+    q.tiles_across = snipi_ceil_div(cols, q.tile_cols);
+    if (r->scale == SNIP_SCALE_UE4M3) q.tensor_scale = (const float *)snipi_tensor_scale_at(r, scales, rows, cols);
+    return q;
+}
+SNIPI_DEVICE float snipi_cuda_scale_at(const snipi_cuda_reader &q, int64_t i) {
+    switch (q.recipe.scale) {
+        case SNIP_SCALE_NONE: break;
+        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q.scales)[i];
+        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return snipi_ue8m0_decode(((const uint8_t *)q.scales)[i]);
+        case SNIP_SCALE_UE4M3: return snipi_multiply(snipi_decode(((const uint8_t *)q.scales)[i] & 127u, SNIP_E4M3), *q.tensor_scale);
+    }
+    return 1.0f;
+}
+SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int64_t tile_col) {
+    return snipi_cuda_scale_at(q, row / q.tile_rows * q.tiles_across + tile_col);
+}
+SNIPI_DEVICE uint32_t snipi_cuda_code(const snipi_cuda_reader &q, int64_t row, int64_t col) {
+    const uint8_t *at = q.codes + row * q.row_bytes;
+    return q.recipe.format == SNIP_E2M1 ? at[col >> 1] >> (col & 1) * 4 & 15u : at[col];
+}
+SNIPI_DEVICE float snipi_cuda_element(const snipi_cuda_reader &q, int64_t row, int64_t col) {
+    const uint8_t *at = q.codes + row * q.row_bytes;
+    if (q.recipe.format == SNIP_F32) return ((const float *)at)[col];
+    if (q.recipe.format == SNIP_BF16) return snipi_cuda_load((const uint16_t *)at + col);
+    return snipi_value(snipi_cuda_scale(q, row, col / q.tile_cols), snipi_decode(snipi_cuda_code(q, row, col), q.recipe.format));
+}
+static __global__ void snipi_cuda_dequantize_kernel(const snipi_cuda_reader q, int64_t rows, int64_t cols, void *x, int bf16, int64_t ld) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * cols; i += (int64_t)gridDim.x * blockDim.x) {
+        int64_t r = i / cols, c = i % cols;
+        float value = snipi_cuda_element(q, r, c);
+        if (bf16) ((uint16_t *)x)[r * ld + c] = (uint16_t)snipi_bf16_round(snipi_bits(value));
+        else ((float *)x)[r * ld + c] = value;
+    }
+}
+SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                          void *x, snip_format x_format, int64_t ld, cudaStream_t stream) {
+    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld) || !snipi_element_size(x_format)) return SNIP_BAD_ARGUMENT;
+    if (rows == 0 || cols == 0) return SNIP_OK;
+    if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
+    return snipi_cuda_launch(snipi_cuda_dequantize_kernel, snipi_min(snipi_ceil_div(rows * cols, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream,
+                             snipi_cuda_reader_of(recipe, codes, scales, rows, cols), rows, cols, x, (int)(x_format == SNIP_BF16), ld);
+}
+
+// >>cuda-noise-impl --------------------------------------------------------------------------------
+// A warp takes 32 groups of 128 elements: each lane makes one group's four words of signs, then they are handed round.
+// A lane's four elements of a group have their signs in word lane / 8, from bit 4 * lane % 32 on.
+enum { SNIPI_NOISE_BLOCKS = SNIP_CUDA_NOISE_SCRATCH / (int)sizeof(double) };
+
+SNIPI_DEVICE uint32_t snipi_cuda_signs(const uint32_t words[4], int group) {
+    uint32_t mine = 0;
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        uint32_t word = __shfl_sync(SNIPI_ALL_LANES, words[w], group);
+        if ((int)threadIdx.x % SNIPI_WARP / 8 == w) mine = word;
+    }
+    return mine >> (4 * (threadIdx.x % 8));
+}
+// Calls visit(i, sign) for this thread's elements, sign 0 or the sign bit of a float.
+template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_key key, F visit) {
+    const int64_t spans = (n + SNIPI_WARP * SNIPI_SIGNS - 1) / (SNIPI_WARP * SNIPI_SIGNS), warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
+    const int lane = (int)threadIdx.x % SNIPI_WARP;
+    for (int64_t s = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / SNIPI_WARP; s < spans; s += warps) {
+        uint32_t words[4];
+        snipi_philox(key, (uint64_t)(s * SNIPI_WARP + lane), words);
+        for (int g = 0; g < SNIPI_WARP; g++) {
+            int64_t i = (s * SNIPI_WARP + g) * SNIPI_SIGNS + 4 * lane;
+            uint32_t signs = snipi_cuda_signs(words, g);
+            for (int j = 0; j < 4; j++)
+                if (i + j < n) visit(i + j, (signs >> j & 1u) << 31);
+        }
+    }
+}
+static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    snipi_cuda_each_sign(n, key, [=](int64_t i, uint32_t sign) {
+        float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
+        out[i] = __fadd_rn(x[i], snipi_float(snipi_bits(noise) ^ sign));
+    });
+}
+static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, snip_rng_key key, double *part) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    snipi_cuda_each_sign(n, key, [&](int64_t i, uint32_t sign) { sum += (double)snipi_float(snipi_bits(x[i]) ^ sign); });
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) part[blockIdx.x] = sum;
+}
+static __global__ void snipi_cuda_sum_kernel(const double *part, double *total) {
+    __shared__ double sums[SNIPI_NOISE_BLOCKS / SNIPI_WARP];
+    double sum = snipi_cuda_block_sum(part[threadIdx.x], sums);
+    if (threadIdx.x == 0) *total = sum;
+}
+SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    if (n == 0) return SNIP_OK;
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+}
+// The number of blocks is fixed, and with it the order of the sum.
+SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
+    snip_status status;
+    if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, SNIPI_NOISE_BLOCKS, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
+    if (status) return status;
+    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, SNIPI_NOISE_BLOCKS, 0, stream, (const double *)scratch, dot);
+}
+
+// >>cuda-gemm-impl ---------------------------------------------------------------------------------
+typedef struct {
+    snipi_cuda_reader reader;
+    int64_t rows, across, along;        // F32 and BF16: element (row, k) lies at row * across + k * along
+    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes may be read at once
+} snipi_cuda_operand;
+typedef struct {
+    snipi_cuda_operand a, b;
+    int64_t m, n, k, ldc, block;        // block: of exact sums along k, 0: float sums
+    float *c;
+    const float *bias;
+    int accumulate;
+} snipi_cuda_gemm_job;
+
+SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
+    int64_t at = row * o.across + k * o.along;
+    float x;
+    if (!o.plain) return snipi_cuda_element(o.reader, row, k);
+    x = o.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)o.reader.codes + at) : ((const float *)o.reader.codes)[at];
+    return o.round_bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x)) << 16) : x;
+}
+SNIPI_DEVICE int snipi_cuda_twice(const snipi_cuda_operand &o, int64_t row, int64_t k) {
+    return (int)(2.0f * snipi_decode(snipi_cuda_code(o.reader, row, k), SNIP_E2M1));
+}
+SNIPI_DEVICE float snipi_cuda_begin_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j) {
+    return g.accumulate ? g.c[i * g.ldc + j] : g.bias ? g.bias[j] : 0.0f;
+}
+SNIPI_DEVICE void snipi_cuda_end_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j, float c) {
+    g.c[i * g.ldc + j] = g.accumulate && g.bias ? __fadd_rn(c, g.bias[j]) : c;
+}
+// Of halved scales, because the exact sums are of doubled elements.
+SNIPI_DEVICE float snipi_cuda_add_block(float scale_a, float scale_b, float sum, float c) { return fmaf(__fmul_rn(scale_a, scale_b), sum, c); }
+
+static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_job g) {
+    const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16, j = blockIdx.x % across * 16 + threadIdx.x % 16;
+    if (i >= g.m || j >= g.n) return;
+    float c = snipi_cuda_begin_c(g, i, j);
+    for (int64_t k0 = 0, step = g.block ? g.block : (int64_t)SNIPI_KC_F32; k0 < g.k; k0 += step) {
+        int64_t end = snipi_min(g.k, k0 + step);
+        if (g.block) {
+            int32_t sum = 0;
+            for (int64_t k = k0; k < end; k++) sum += snipi_cuda_twice(g.a, i, k) * snipi_cuda_twice(g.b, j, k);
+            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(g.a.reader, i, k0 / g.a.reader.tile_cols), 0.5f * snipi_cuda_scale(g.b.reader, j, k0 / g.b.reader.tile_cols), (float)sum, c);
+        } else {
+            float sum = 0;
+            for (int64_t k = k0; k < end; k++) sum = fmaf(snipi_cuda_operand_at(g.a, i, k), snipi_cuda_operand_at(g.b, j, k), sum);
+            c += sum;
+        }
+    }
+    snipi_cuda_end_c(g, i, j, c);
+}
+
+// Tensor cores by mma.sync. A thread block makes 128 x 128 of C from 64 bytes of each row at a time, eight warps of
+// 64 x 32 each. While a warp multiplies, the next codes are on their way from memory to registers, and are then stored
+// to the other half of shared memory: E2M1 as twice its value, FP8 as it is. After every 128 elements of k the partial
+// sums are multiplied by both scales and added to C's, as snip_gemm does.
+enum { SNIPI_MMA_S8, SNIPI_MMA_FP8, SNIPI_MMA_F16 };    // products of: E2M1 as INT8; FP8; FP8 as FP16
+enum { SNIPI_MMA_BYTES = 64, SNIPI_MMA_TILE = SNIPI_BLOCK * SNIPI_MMA_BYTES };
+typedef struct {
+    uint4 tile[2][2][SNIPI_MMA_TILE / 16];      // [half][A, B]
+    float scale[2][2][SNIPI_BLOCK];             // [k block % 2][A, B]
+} snipi_mma_shared;
+
+// Rows are 64 bytes; the 16-byte chunks of two rows are permuted by their line, so that eight rows' chunks lie in different banks.
+SNIPI_DEVICE uint4 *snipi_mma_chunk(uint4 *tile, int row, int chunk) { return tile + row * 4 + (chunk ^ (row >> 1 & 3)); }
+
+// 16 bytes of codes, zeros beyond the edges. Of an odd number of E2M1 codes, the last byte holds one.
+SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64_t row, int64_t byte) {
+    const uint8_t *at = o.reader.codes + row * o.reader.row_bytes + byte;
+    uint32_t w[4] = { 0, 0, 0, 0 };
+    if (row < o.rows && byte < o.reader.row_bytes) {
+        if (o.aligned) return *(const uint4 *)at;
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            if (byte + i < o.reader.row_bytes) {
+                uint32_t code = at[i];
+                if (o.reader.recipe.format == SNIP_E2M1 && (k & 1) && byte + i == o.reader.row_bytes - 1) code &= 15;
+                w[i / 4] |= code << i % 4 * 8;
+            }
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
+// negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
+SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
+    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes), negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
+    return (positive + 0x80808080u - negative) ^ 0x80808080u;
+}
+// Two of four FP8 bytes, the even ones, as FP16: E4M3 times 2^-8, E5M2 as it is.
+template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
+    if (FORMAT == SNIP_E5M2) return (x & 0x00FF00FFu) << 8;
+    uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
+    return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
+}
+template <int FORMAT_A> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
+        uint32_t a16[4], b16[2];
+#pragma unroll
+        for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
+#pragma unroll
+        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd);
+        snipi_ptx_mma_f16(d, a16, b16);
+    }
+}
+
+template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
+    typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
+    __shared__ snipi_mma_shared shared;
+    const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
+    // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
+    const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
+    const float post_b = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;     // of the elements multiplied
+    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post_b;
+    accumulator d[4][4][4];
+    float c[4][4][4];
+    uint4 next[2][2];
+    float next_scale = 0;
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                c[i][j][e] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+                d[i][j][e] = start;
+            }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < fetches; f++) {
+                int at = thread + SNIPI_THREADS * f;
+                int64_t byte = (t + 1) * per_row * 16 + at % per_row * 16;
+                next[0][f] = snipi_mma_fetch(g.a, g.k, m0 + at / per_row, byte);
+                next[1][f] = snipi_mma_fetch(g.b, g.k, n0 + at / per_row, byte);
+            }
+            if (t & 1) {                // a block of 128 begins: half the threads fetch a row's scale of A, half of B
+                int64_t row = thread < SNIPI_BLOCK ? m0 + thread : n0 + thread - SNIPI_BLOCK;
+                if (thread < SNIPI_BLOCK) next_scale = row < g.m ? post_a * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
+                else next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
+            }
+        }
+        if (t >= 0) {
+            uint4 *tile_a = shared.tile[t & 1][0], *tile_b = shared.tile[t & 1][1];
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++) {
+                uint32_t a[4][4], b[2][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile_a, warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+#pragma unroll
+                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile_b, warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const uint32_t *bj = b[j / 2] + j % 2 * 2;
+                        if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A>(d[i][j], a[i], bj);
+                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3(d[i][j], a[i], bj);
+                        else snipi_ptx_mma_e5m2(d[i][j], a[i], bj);
+                    }
+            }
+            if ((t & 1) || t == tiles - 1) {
+                const float *scale_a = shared.scale[t / 2 & 1][0] + warp_m + lane / 4, *scale_b = shared.scale[t / 2 & 1][1] + warp_n + lane % 4 * 2;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float sum = KIND == SNIPI_MMA_S8 ? snipi_float((uint32_t)d[i][j][e]) - 12582912.0f : (float)d[i][j][e];
+                            c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2], sum, c[i][j][e]);
+                            d[i][j][e] = start;
+                        }
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < fetches; f++)
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    int at = thread + SNIPI_THREADS * f, row = at / per_row, chunk = at % per_row;
+                    uint4 *tile = shared.tile[(t + 1) & 1][side], codes = next[side][f];
+                    if (KIND == SNIPI_MMA_S8) {
+                        *snipi_mma_chunk(tile, row, 2 * chunk) = make_uint4(snipi_mma_twice(codes.x), snipi_mma_twice(codes.x >> 16), snipi_mma_twice(codes.y), snipi_mma_twice(codes.y >> 16));
+                        *snipi_mma_chunk(tile, row, 2 * chunk + 1) = make_uint4(snipi_mma_twice(codes.z), snipi_mma_twice(codes.z >> 16), snipi_mma_twice(codes.w), snipi_mma_twice(codes.w >> 16));
+                    } else
+                        *snipi_mma_chunk(tile, row, chunk) = codes;
+                }
+            if (t & 1) shared.scale[(t + 1) / 2 & 1][thread / SNIPI_BLOCK][thread % SNIPI_BLOCK] = next_scale;
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                if (row < g.m && col < g.n) snipi_cuda_end_c(g, row, col, c[i][j][e]);
+            }
+}
+// Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
+template <int KIND, int FORMAT_A>
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
+#endif
+    snipi_mma_kernel_body<KIND, FORMAT_A>(g);
+}
+
+// Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
+// TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
+// and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
+// Barriers: full, when both have come; empty, when every consuming warp has read the stage.
+enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
+typedef struct {
+    uint64_t full[SNIPI_STAGES], empty[SNIPI_STAGES];
+    float scale[SNIPI_STAGES][2][SNIPI_BLOCK];
+} snipi_wgmma_shared;
+
+// The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
+SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
+    int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK;
+    int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down), width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
+    *m0 = in / width * SNIPI_BLOCK;
+    *n0 = (column * SNIPI_RASTER + in % width) * SNIPI_BLOCK;
+}
+SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
+    int stage = 0, parity = 1;          // of the empty barriers: the first wait is for a phase before the first
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+        int64_t m0, n0;
+        snipi_wgmma_tile(g, t, &m0, &n0);
+        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x;
+        const int64_t at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across, at_b = row_b / g.b.reader.tile_rows * g.b.reader.tiles_across;
+        float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f, next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b) : 0.0f;
+        for (int kb = 0; kb < blocks; kb++) {
+            float scale_a = next_a, scale_b = next_b;
+            if (kb + 1 < blocks) {
+                next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a + kb + 1) : 0.0f;
+                next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b + kb + 1) : 0.0f;
+            }
+            snipi_ptx_barrier_wait(&shared->empty[stage], parity);
+            if (threadIdx.x == 0) {
+                char *to = stages + stage * SNIPI_STAGE_BYTES;
+                snipi_ptx_barrier_arrive_expect(&shared->full[stage], SNIPI_STAGE_BYTES);
+                snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
+                snipi_ptx_tma_load(to + SNIPI_STAGE_BYTES / 2, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0);
+            }
+            shared->scale[stage][0][threadIdx.x] = scale_a;
+            shared->scale[stage][1][threadIdx.x] = scale_b;
+            snipi_ptx_barrier_arrive(&shared->full[stage]);
+            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+        }
+    }
+}
+template <int FORMAT_A>
+SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
+    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
+    int stage = 0, parity = 0;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+        int64_t m0, n0;
+        float c[64], d[64];
+        snipi_wgmma_tile(g, t, &m0, &n0);
+#pragma unroll
+        for (int i = 0; i < 64; i++) {          // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
+            c[i] = r < g.m && j < g.n ? snipi_cuda_begin_c(g, r, j) : 0.0f;
+            d[i] = 0;
+        }
+        for (int kb = 0; kb < blocks; kb++) {
+            const char *a = stages + stage * SNIPI_STAGE_BYTES + group * 64 * 128, *b = stages + stage * SNIPI_STAGE_BYTES + SNIPI_STAGE_BYTES / 2;
+            const float *scale_b = shared->scale[stage][1];
+            snipi_ptx_barrier_wait(&shared->full[stage], parity);
+            snipi_ptx_wgmma_begin(d);
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++) {
+                uint64_t at_a = snipi_ptx_wgmma_operand(a + 32 * kk), at_b = snipi_ptx_wgmma_operand(b + 32 * kk);
+                if (FORMAT_A == SNIP_E4M3) snipi_ptx_wgmma_e4m3(d, at_a, at_b, kk > 0);
+                else snipi_ptx_wgmma_e5m2(d, at_a, at_b, kk > 0);
+            }
+            snipi_ptx_wgmma_end(d);
+            float above = shared->scale[stage][0][row], below = shared->scale[stage][0][row + 8];
+#pragma unroll
+            for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+            __syncwarp();
+            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
+            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+        }
+#pragma unroll
+        for (int i = 0; i < 64; i++) {
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
+            if (r < g.m && j < g.n) snipi_cuda_end_c(g, r, j, c[i]);
+        }
+    }
+}
+template <int FORMAT_A>
+static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    __shared__ snipi_wgmma_shared shared;
+    char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
+    const int64_t tiles = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < SNIPI_STAGES; s++) {
+            snipi_ptx_barrier_init(&shared.full[s], 128 + 1);
+            snipi_ptx_barrier_init(&shared.empty[s], 8);
+        }
+        snipi_ptx_barrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        snipi_ptx_registers_fewer<40>();
+        snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks);
+    } else {
+        snipi_ptx_registers_more<232>();
+        snipi_wgmma_consume<FORMAT_A>(g, stages, &shared, tiles, blocks);
+    }
+#endif
+}
+
+static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t rows, int64_t k) {
+    snipi_cuda_operand q = {};
+    int64_t ld = o->ld ? o->ld : o->transposed ? rows : k;
+    q.reader = snipi_cuda_reader_of(o->recipe, o->codes, o->scales, rows, k);
+    q.rows = rows;
+    q.across = o->transposed ? 1 : ld;
+    q.along = o->transposed ? ld : 1;
+    q.plain = snipi_plain(o->recipe->format);
+    q.round_bf16 = o->round_bf16;
+    q.aligned = k % 2 == 0 && q.reader.row_bytes % 16 == 0 && (uintptr_t)o->codes % 16 == 0;
+    return q;
+}
+static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                         float *c, int64_t ldc, int accumulate, const float *bias) {
+    if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
+    if (m > 0 && n > 0 && !c) return SNIP_BAD_ARGUMENT;
+    g->m = m; g->n = n; g->k = k;
+    g->c = c; g->ldc = ldc;
+    g->bias = bias;
+    g->accumulate = accumulate != 0;
+    if (k == 0) return SNIP_OK;
+    g->a = snipi_cuda_operand_of(a, m, k);
+    g->b = snipi_cuda_operand_of(b, n, k);
+    g->block = snipi_s8_block(a, b, k);
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_gemm_job g = {};
+    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
+    if (status || m == 0 || n == 0) return status;
+    return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
+}
+// Whether the kernel was compiled for this GPU with its body, which has shared memory.
+template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+    int64_t blocks = snipi_cuda_blocks(g.m, g.n);
+    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A>)) {
+        CUtensorMap map_a, map_b;
+        int device, processors;
+        if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+            !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k)) return SNIP_DEVICE;
+        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+    }
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    return SNIP_UNSUPPORTED;
+}
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_gemm_job g = {};
+    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
+    if (status) return status;
+    snip_format format_a = a->recipe->format, format_b = b->recipe->format;
+    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
+    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
+    if (m == 0 || n == 0) return SNIP_OK;
+    if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+}
+
+#endif // SNIP_IMPLEMENTATION

@@ -1,0 +1,396 @@
+// cuda_shim.h - stands in for the CUDA runtime, so that snip_cuda.cuh's kernels run on the CPU: each CUDA thread is a
+// fiber, blocks run one after another. Threads change only where they wait for one another, so that a missing barrier
+// shows as a read of poison or of the last value in one of the three orders (shim_order). Wrong synchronization (lanes
+// at different warp operations, threads at different barriers, a wait without end) aborts with the source line.
+#ifndef CUDA_SHIM_H
+#define CUDA_SHIM_H
+#define SNIP_CUDA_SHIM 1
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <type_traits>
+#include <vector>
+#if !defined(__x86_64__)
+#  include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#  define SHIM_ASAN 1
+#elif defined(__has_feature)
+#  if __has_feature(address_sanitizer)
+#    define SHIM_ASAN 1
+#  endif
+#endif
+#ifdef SHIM_ASAN
+#  include <sanitizer/asan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+// Shared variables lie side by side in a section of their own, for each block to poison.
+#define __shared__ static __attribute__((section("shim_shared")))
+extern char __start_shim_shared[] __attribute__((weak)), __stop_shim_shared[] __attribute__((weak));
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+// ---- fibers ----
+enum { SHIM_STACK = 128 * 1024, SHIM_MOST = 1024, SHIM_ORDERS = 3 };
+struct shim_barrier { unsigned generation, arrived; const char *site; };
+struct shim_warp { shim_barrier barrier; unsigned live, mask, slot_of[32]; uint64_t slot[2][32]; };
+struct shim_fiber {
+    bool done;
+    char *stack;
+#if defined(__x86_64__)
+    void *sp;
+#else
+    ucontext_t context;
+#endif
+    void *fake;
+};
+static struct {
+    shim_fiber fiber[SHIM_MOST], scheduler;
+    shim_warp warp[SHIM_MOST / 32];
+    shim_barrier barrier;
+    unsigned threads, live, current;
+    bool progress;
+    void (*call)(void *);
+    void *argument;
+    char *dynamic_shared;
+} shim;
+static int shim_order;
+static dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+[[noreturn]] static void shim_die(const char *what, const char *site) {
+    fprintf(stderr, "FAILED: %s at %s (block %u, thread %u, order %d)\n", what, site ? site : "?", blockIdx.x, shim.current, shim_order);
+    exit(3);
+}
+#if defined(__x86_64__)
+extern "C" void shim_swap(void **save, void *load);
+asm(".text\n.globl shim_swap\n.type shim_swap,@function\nshim_swap:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\nmovq %rsp,(%rdi)\nmovq %rsi,%rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n.size shim_swap,.-shim_swap\n");
+#endif
+static void shim_switch(shim_fiber *from, shim_fiber *to) {
+#ifdef SHIM_ASAN
+    __sanitizer_start_switch_fiber(from->done ? NULL : &from->fake, to->stack, SHIM_STACK);
+#endif
+#if defined(__x86_64__)
+    shim_swap(&from->sp, to->sp);
+#else
+    swapcontext(&from->context, &to->context);
+#endif
+#ifdef SHIM_ASAN
+    __sanitizer_finish_switch_fiber(from->fake, NULL, NULL);
+#endif
+}
+static void shim_yield() { shim_switch(&shim.fiber[shim.current], &shim.scheduler); }
+static void shim_entry() {
+#ifdef SHIM_ASAN
+    const void *bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
+    shim.scheduler.stack = (char *)bottom;
+#endif
+    shim.call(shim.argument);
+    shim_warp &w = shim.warp[shim.current / 32];
+    shim.fiber[shim.current].done = true;
+    shim.live--;
+    w.live &= ~(1u << shim.current % 32);
+    shim.progress = true;
+    if (shim.barrier.arrived) shim_die("a thread ends while others wait in __syncthreads", shim.barrier.site);
+    if (w.barrier.arrived && (w.mask & ~w.live)) shim_die("a lane ends while others wait in a warp operation", w.barrier.site);
+    shim_yield();
+}
+static void shim_meet(shim_barrier *b, unsigned count, const char *site) {
+    unsigned generation = b->generation;
+    b->site = site;
+    shim.progress = true;
+    if (++b->arrived == count) { b->arrived = 0; b->generation++; return; }
+    while (b->generation == generation) shim_yield();
+}
+static void shim_syncthreads(const char *site) {
+    if (shim.live != shim.threads) shim_die("__syncthreads after a thread has ended", site);
+    if (shim.barrier.arrived && shim.barrier.site != site) shim_die("threads of one block meet at different __syncthreads", site);
+    shim_meet(&shim.barrier, shim.threads, site);
+}
+static void shim_syncwarp(unsigned mask, const char *site) {
+    shim_warp &w = shim.warp[shim.current / 32];
+    if (!(mask >> shim.current % 32 & 1)) shim_die("a lane is not in its own mask", site);
+    if (mask & ~w.live) shim_die("a mask names a lane that has ended", site);
+    if (w.barrier.arrived && (w.barrier.site != site || w.mask != mask)) shim_die("lanes of one warp meet at different operations", site);
+    w.mask = mask;
+    shim_meet(&w.barrier, (unsigned)__builtin_popcount(mask), site);
+}
+template <class T> static T shim_shuffle(unsigned mask, T value, unsigned from, const char *site) {
+    shim_warp &w = shim.warp[shim.current / 32];
+    unsigned lane = shim.current % 32, parity = w.slot_of[lane]++ & 1;
+    T result;
+    static_assert(sizeof(T) <= sizeof(uint64_t), "");
+    memcpy(&w.slot[parity][lane], &value, sizeof value);
+    shim_syncwarp(mask, site);
+    if (from > 31) from = lane;
+    if (!(mask >> from & 1)) shim_die("a shuffle reads a lane outside its mask", site);
+    memcpy(&result, &w.slot[parity][from], sizeof result);
+    return result;
+}
+
+#define SHIM_TEXT_(x) #x
+#define SHIM_TEXT(x) SHIM_TEXT_(x)
+#define SHIM_SITE __FILE__ ":" SHIM_TEXT(__LINE__)
+#define __syncthreads() shim_syncthreads(SHIM_SITE)
+#define __syncwarp() shim_syncwarp(0xFFFFFFFFu, SHIM_SITE)
+#define __shfl_sync(mask, value, lane) shim_shuffle(mask, value, (unsigned)(lane) % 32, SHIM_SITE)
+#define __shfl_xor_sync(mask, value, bits) shim_shuffle(mask, value, shim.current % 32 ^ (unsigned)(bits), SHIM_SITE)
+#define __shfl_down_sync(mask, value, by) shim_shuffle(mask, value, shim.current % 32 + (unsigned)(by), SHIM_SITE)
+static inline uint32_t atomicMax(uint32_t *p, uint32_t v) { uint32_t old = *p; if (v > old) *p = v; return old; }
+// Each rounded on its own, whatever the compiler may fuse.
+static inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
+static inline float __fadd_rn(float a, float b) { volatile float s = a + b; return s; }
+
+// ---- tensor cores: the fragment layouts of the PTX ISA ----
+static inline uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
+    uint64_t bytes = low | (uint64_t)high << 32;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) {
+        uint32_t nibble = select >> 4 * i & 15, byte = (uint32_t)(bytes >> 8 * (nibble & 7)) & 255;
+        r |= (nibble & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+    }
+    return r;
+}
+struct shim_words { uint32_t w[6]; };
+static shim_words shim_lane_words[2][SHIM_MOST];
+static unsigned shim_words_of[SHIM_MOST];
+// Every lane's words, once all lanes have come.
+static const shim_words *shim_gather(const shim_words &mine, const char *site) {
+    unsigned parity = shim_words_of[shim.current]++ & 1;
+    shim_lane_words[parity][shim.current] = mine;
+    shim_syncwarp(0xFFFFFFFFu, site);
+    return &shim_lane_words[parity][shim.current / 32 * 32];
+}
+static inline void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
+    shim_words mine = {};
+    uint64_t at = (uint64_t)(uintptr_t)row;
+    if (at % 16) shim_die("ldmatrix: a row is not aligned", "ldmatrix");
+    memcpy(mine.w, &at, sizeof at);
+    const shim_words *all = shim_gather(mine, "ldmatrix");
+    for (unsigned i = 0; i < 4; i++) {
+        memcpy(&at, all[8 * i + shim.current % 32 / 4].w, sizeof at);
+        memcpy(&r[i], (const char *)(uintptr_t)at + shim.current % 4 * 4, 4);
+    }
+}
+// d += A B^T of 16 x 8 elements, `size` bytes each, 32 bytes of k; multiply(d, a, b) takes elements as bits.
+template <class D, class F> static void shim_mma(D d[4], const uint32_t a[4], const uint32_t b[2], unsigned size, const char *site, F multiply) {
+    shim_words mine = { { a[0], a[1], a[2], a[3], b[0], b[1] } };
+    const shim_words *all = shim_gather(mine, site);
+    unsigned lane = shim.current % 32, mask = size == 1 ? 255 : 65535;
+    for (unsigned i = 0; i < 4; i++)
+        for (unsigned half = 0; half < 2; half++)
+            for (unsigned t = 0; t < 4; t++)
+                for (unsigned e = 0; e < 4 / size; e++)
+                    multiply(d[i], all[lane / 4 * 4 + t].w[i / 2 + 2 * half] >> 8 * size * e & mask, all[(lane % 4 * 2 + i % 2) * 4 + t].w[4 + half] >> 8 * size * e & mask);
+}
+static float shim_e5m2_value(uint32_t code) {
+    uint32_t e = code >> 2 & 31, m = code & 3;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(4.0f + (float)m, (int)e - 17) : ldexpf((float)m, -16);
+    return code & 128 ? -v : v;
+}
+static float shim_e4m3_value(uint32_t code) {
+    uint32_t e = code >> 3 & 15, m = code & 7;
+    float v = e == 15 && m == 7 ? NAN : e ? ldexpf(8.0f + (float)m, (int)e - 10) : ldexpf((float)m, -9);
+    return code & 128 ? -v : v;
+}
+static struct shim_tables {
+    float e4m3[256], e5m2[256];
+    shim_tables() { for (uint32_t c = 0; c < 256; c++) { e4m3[c] = shim_e4m3_value(c); e5m2[c] = shim_e5m2_value(c); } }
+} shim_fp8;
+static inline float shim_f16(uint32_t code) {
+    uint32_t e = code >> 10 & 31, m = code & 1023;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
+    return code & 32768 ? -v : v;
+}
+static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma s8", [](int32_t &s, uint32_t x, uint32_t y) { s += (int8_t)x * (int8_t)y; });
+}
+static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+}
+static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e4m3[x] * shim_fp8.e4m3[y]; });
+}
+static inline void snipi_ptx_mma_e5m2(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 1, "mma e5m2", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e5m2[x] * shim_fp8.e4m3[y]; });
+}
+
+// ---- Hopper: barriers, TMA, wgmma ----
+struct shim_mbarrier { uint16_t count, pending; int32_t bytes : 31; uint32_t phase : 1; };
+static shim_mbarrier *shim_barrier_at(uint64_t *b) { static_assert(sizeof(shim_mbarrier) == 8, ""); return (shim_mbarrier *)(void *)b; }
+static void shim_barrier_step(shim_mbarrier *b) {
+    shim.progress = true;
+    if (b->pending || b->bytes) return;
+    b->phase ^= 1;
+    b->pending = b->count;
+}
+static inline char *snipi_ptx_dynamic_shared() { return shim.dynamic_shared; }
+static inline void snipi_ptx_barrier_init(uint64_t *b, int count) {
+    shim_mbarrier fresh = {};
+    fresh.count = fresh.pending = (uint16_t)count;
+    memcpy(b, &fresh, sizeof fresh);
+}
+static inline void snipi_ptx_barrier_init_fence() {}
+static inline void snipi_ptx_barrier_arrive(uint64_t *at) {
+    shim_mbarrier *b = shim_barrier_at(at);
+    if (!b->pending) shim_die("a barrier gets more arrivals than it waits for", "mbarrier");
+    b->pending--;
+    shim_barrier_step(b);
+}
+static inline void snipi_ptx_barrier_arrive_expect(uint64_t *at, int bytes) {
+    shim_barrier_at(at)->bytes += bytes;
+    snipi_ptx_barrier_arrive(at);
+}
+static inline void snipi_ptx_barrier_wait(uint64_t *at, int parity) {
+    while (shim_barrier_at(at)->phase == (uint32_t)parity) shim_yield();
+    shim.progress = true;
+}
+struct CUtensorMap { const uint8_t *codes; int64_t rows, k; };
+static inline int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
+    map->codes = (const uint8_t *)codes; map->rows = rows; map->k = k;
+    return (uintptr_t)codes % 16 == 0 && k % 16 == 0;
+}
+// A byte of a tile in 128-byte swizzle: address bits 4 to 6 are permuted by bits 7 to 9.
+static uint8_t *shim_swizzled(uintptr_t tile, unsigned row, unsigned k) {
+    uintptr_t at = tile + row * 128 + k;
+    return (uint8_t *)(at ^ (at >> 7 & 7) << 4);
+}
+static inline void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
+    if ((uintptr_t)to % 1024) shim_die("TMA: the destination is not aligned", "TMA");
+    for (unsigned r = 0; r < 128; r++)
+        for (unsigned k = 0; k < 128; k++) *shim_swizzled((uintptr_t)to, r, k) = y + r < map->rows && x + k < map->k ? map->codes[(y + r) * map->k + x + k] : 0;
+    shim_barrier_at(b)->bytes -= 128 * 128;
+    shim_barrier_step(shim_barrier_at(b));
+}
+template <int> static inline void snipi_ptx_registers_fewer() {}
+template <int> static inline void snipi_ptx_registers_more() {}
+static inline uint64_t snipi_ptx_wgmma_operand(const void *p) {
+    if ((uintptr_t)p % 1024 >= 128) shim_die("wgmma: an operand does not begin with a row group", "wgmma");
+    return (uintptr_t)p;
+}
+// Products are put off to the wait, as late as hardware may make them, and the other threads run before.
+struct shim_product { uint64_t a, b; int add; const float *table; };
+static std::vector<shim_product> shim_products[SHIM_MOST];
+static inline void snipi_ptx_wgmma_begin(float *) {}
+static inline void snipi_ptx_wgmma_e4m3(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e4m3 }); }
+static inline void snipi_ptx_wgmma_e5m2(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e5m2 }); }
+static inline void snipi_ptx_wgmma_end(float d[64]) {
+    shim.progress = true;
+    shim_yield();
+    for (const shim_product &p : shim_products[shim.current])
+        for (unsigned i = 0; i < 64; i++) {
+            unsigned row = shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + (i & 2) * 4, col = i / 4 * 8 + shim.current % 4 * 2 + (i & 1);
+            float sum = p.add ? d[i] : 0.0f;
+            for (unsigned k = 0; k < 32; k++) sum += p.table[*shim_swizzled(p.a, row, k)] * shim_fp8.e4m3[*shim_swizzled(p.b, col, k)];
+            d[i] = sum;
+        }
+    shim_products[shim.current].clear();
+}
+
+// ---- the runtime: launches run at once ----
+typedef int cudaError_t;
+typedef struct shim_stream *cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum { cudaDevAttrMultiProcessorCount, cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes { size_t sharedSizeBytes; };
+static std::vector<const void *> shim_absent;          // kernels without a body on the GPU played
+static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
+static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int) { *value = 2; return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncSetAttribute(F *, int, int) { return cudaSuccess; }
+template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *kernel) {
+    attributes->sharedSizeBytes = 1;
+    for (const void *absent : shim_absent)
+        if (absent == (const void *)kernel) attributes->sharedSizeBytes = 0;
+    return cudaSuccess;
+}
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+
+// Whether the thread got further.
+static bool shim_resume(unsigned thread) {
+    if (thread >= shim.threads || shim.fiber[thread].done) return false;
+    shim.progress = false;
+    shim.current = threadIdx.x = thread;
+    shim_switch(&shim.scheduler, &shim.fiber[thread]);
+    return shim.progress;
+}
+template <class F> static void shim_run(dim3 grid, dim3 block, size_t dynamic, F f) {
+    gridDim = grid;
+    blockDim = block;
+    shim.threads = block.x;
+    shim.call = [](void *p) { (*(F *)p)(); };
+    shim.argument = &f;
+    shim.dynamic_shared = (char *)aligned_alloc(1024, (dynamic + 1024) / 1024 * 1024);
+    for (unsigned i = 0; i < shim.threads; i++)
+        if (!shim.fiber[i].stack) shim.fiber[i].stack = (char *)aligned_alloc(64, SHIM_STACK);
+    for (blockIdx = dim3(0); blockIdx.x < grid.x; blockIdx.x++) {
+        shim.live = shim.threads;
+        shim.barrier = {};
+        memset(shim.warp, 0, sizeof shim.warp);
+        memset(shim.dynamic_shared, 0xA5, dynamic);
+        if (__start_shim_shared) memset(__start_shim_shared, 0xA5, (size_t)(__stop_shim_shared - __start_shim_shared));
+        for (unsigned i = 0; i < shim.threads; i++) {
+            shim_fiber &fiber = shim.fiber[i];
+            fiber.done = false;
+            fiber.fake = NULL;
+#ifdef SHIM_ASAN
+            __asan_unpoison_memory_region(fiber.stack, SHIM_STACK);     // of the last block's frames
+#endif
+            shim.warp[i / 32].live |= 1u << i % 32;
+#if defined(__x86_64__)
+            void **sp = (void **)(fiber.stack + SHIM_STACK);
+            *--sp = NULL;
+            *--sp = (void *)shim_entry;
+            for (int k = 0; k < 6; k++) *--sp = NULL;
+            fiber.sp = sp;
+#else
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack;
+            fiber.context.uc_stack.ss_size = SHIM_STACK;
+            fiber.context.uc_link = NULL;
+            makecontext(&fiber.context, shim_entry, 0);
+#endif
+        }
+        while (shim.live) {
+            bool any = false;
+            if (shim_order == 2)        // all in turn, in steps of 7
+                for (unsigned k = 0; k < shim.threads; k++) any |= shim_resume((7 * k + 3) % shim.threads);
+            else                        // warp after warp as far as it gets, forward or backward
+                for (unsigned w = 0, warps = (shim.threads + 31) / 32; w < warps; w++)
+                    for (bool more = true; more;) {
+                        more = false;
+                        for (unsigned l = 0; l < 32; l++) more |= shim_resume(shim_order ? 32 * (warps - w) - 1 - l : 32 * w + l);
+                        any |= more;
+                    }
+            if (!any && shim.live) shim_die("threads wait for one another without end", shim.barrier.site);
+        }
+    }
+    free(shim.dynamic_shared);
+}
+template <class... P, class... A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), const A &...args) {
+    if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > SHIM_MOST || config->blockDim.x % 7 == 0) return cudaErrorInvalidValue;
+    shim_run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t) { memset(p, byte, size); return cudaSuccess; }
+#endif

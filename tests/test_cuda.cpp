@@ -1,0 +1,417 @@
+// Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
+// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
+//     test_cuda [--stop] [quantize] [noise] [gemm]      --stop: at the first failure
+#ifndef __CUDACC__
+#  include "cuda_shim.h"
+#endif
+#define SNIP_IMPLEMENTATION
+#include "../snip_cuda.cuh"
+#include <math.h>
+#include <string.h>
+
+static long passed, failed, skipped;
+static int stop_at_failure;
+static char what[256];
+static void check(int ok, const char *text, int line) {
+    if (ok) { passed++; return; }
+    if (failed++ < 30) printf("FAILED line %d: %s   [%s]\n", line, text, what);
+    if (stop_at_failure) exit(1);
+}
+#define CHECK(x) check((x) != 0, #x, __LINE__)
+
+static uint64_t rng_state = 0x9E3779B97F4A7C15u;
+static uint32_t rng() { rng_state ^= rng_state << 13; rng_state ^= rng_state >> 7; rng_state ^= rng_state << 17; return (uint32_t)(rng_state >> 32); }
+static float uniform() { return (float)(rng() >> 8) / 8388608.0f - 1.0f; }
+
+// ---- memory that both sides see, ending on its last byte or on a guard ----
+#if defined(SHIM_ASAN)
+enum { GUARD = 0 };
+#else
+enum { GUARD = 64 };
+#endif
+struct buffer {
+    unsigned char *at;
+    size_t size;
+    explicit buffer(size_t bytes) : size(bytes) {
+#ifdef __CUDACC__
+        if (cudaMallocManaged(&at, bytes + GUARD + 1) != cudaSuccess) { printf("out of memory\n"); exit(2); }
+#else
+        at = (unsigned char *)malloc(bytes + GUARD);
+#endif
+        memset(at, 0xC5, bytes + GUARD);
+    }
+    ~buffer() {
+        for (int i = 0; i < GUARD; i++)
+            if (at[size + (size_t)i] != 0xC5) { CHECK(!"written beyond the end"); break; }
+#ifdef __CUDACC__
+        cudaFree(at);
+#else
+        free(at);
+#endif
+    }
+    buffer(const buffer &) = delete;
+    operator void *() const { return at; }
+    float *floats() const { return (float *)(void *)at; }
+};
+static bool same(const buffer &a, const buffer &b) { return memcmp(a.at, b.at, a.size) == 0; }
+#ifdef __CUDACC__
+static int shim_order;
+enum { SHIM_ORDERS = 1 };
+static void finish() { CHECK(cudaDeviceSynchronize() == cudaSuccess); }
+#else
+static void finish() {}
+#endif
+
+enum { GAUSS, BITS, ZEROS, TIES, SPECIAL, TINY, HUGE_VALUES, SUBNORMAL, MIXED, KINDS };
+static float element(int kind) {
+    uint32_t u = rng();
+    float g = (uniform() + uniform() + uniform()) * 1.7f;
+    switch (kind) {
+        case BITS: return snipi_float((u & 0x7F800000u) == 0x7F800000u ? u ^ 0x40000000u : u);
+        case ZEROS: return snipi_float(u & 0x80000000u);
+        case TIES: return (float)((int)(u % 65) - 32) * 0.25f;
+        case SPECIAL: return u % 40 ? g : snipi_float(u % 3 == 0 ? 0xFFC00001u : u % 3 == 1 ? 0x7F800000u : 0xFF800000u);
+        case TINY: return g * 1e-36f;
+        case HUGE_VALUES: return g * 3e37f;
+        case SUBNORMAL: return snipi_float(u & 0x807FFFFFu);
+        case MIXED: return element((int)(rng() >> 8) % MIXED);
+        default: return g;
+    }
+}
+static void fill(void *x, int64_t n, snip_format format, int kind) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = element(kind);
+        if (format == SNIP_BF16) ((uint16_t *)x)[i] = snip_bf16_from_f32(v);
+        else ((float *)x)[i] = v;
+    }
+}
+
+#define NEAREST SNIP_ROUND_NEAREST_EVEN
+static const snip_recipe recipes[] = {
+    SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_MXFP8, SNIP_RECIPE_MXFP4, SNIP_RECIPE_NVFP4,
+    { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E4M3, 1, 64, SNIP_SCALE_UE8M0_UP, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST },
+    { SNIP_E4M3, 0, 0, SNIP_SCALE_NONE, NEAREST }, { SNIP_E2M1, 0, 0, SNIP_SCALE_NONE, NEAREST }, { SNIP_E4M3, 1, 16, SNIP_SCALE_F32, NEAREST }
+};
+enum { RECIPES = sizeof recipes / sizeof recipes[0] };
+static const int64_t shapes[][2] = { { 1, 1 }, { 1, 127 }, { 3, 5 }, { 128, 128 }, { 129, 130 }, { 127, 257 }, { 256, 256 }, { 132, 16 }, { 17, 300 }, { 144, 160 }, { 0, 7 }, { 7, 0 } };
+enum { SHAPES = sizeof shapes / sizeof shapes[0] };
+
+// E4M3 codes of packed E2M1 codes, through the values.
+static void widen_codes(const uint8_t *packed, int64_t rows, int64_t cols, uint8_t *wide) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            uint8_t code = packed[r * ((cols + 1) / 2) + c / 2] >> c % 2 * 4 & 15;
+            wide[r * cols + c] = code == 8 ? 0x80 : snip_e4m3_from_f32(snip_e2m1_to_f32(code));
+        }
+}
+static bool near_to(double a, double b, double size) { return fabs(a - b) <= 1e-6 * size; }
+static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &theirs) {
+    double size = sqrt(theirs.sum_sq);
+    CHECK(near_to(ours.sum_sq, theirs.sum_sq, theirs.sum_sq));
+    if (!snipi_nonfinite_f64(theirs.err_sq)) {          // infinite where a rounded element passes the largest float
+        CHECK(near_to(sqrt(ours.err_sq), sqrt(theirs.err_sq), size));
+        CHECK(near_to(ours.dot, theirs.dot, 30 * size + fabs(theirs.dot)));
+    }
+    CHECK(snipi_bits(ours.amax) == snipi_bits(theirs.amax) && ours.nonfinite == theirs.nonfinite && ours.saturated == theirs.saturated);
+}
+
+// One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values, 8 E2M1 as E4M3 bytes.
+static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format, int kind, int flags) {
+    snip_quantize_job job = {}, cpu;
+    snip_recipe turned = *recipe;
+    const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1, wide = recipe->format == SNIP_E2M1 && flags & 8;
+    const size_t unit = x_format == SNIP_BF16 ? 2 : 4, weights = measure ? 4 : 0;
+    const int64_t ld_out = cols + 3;
+    if (straight && transposed && recipe->tile_rows == 1) turned.tile_cols = 16 << rng() % 4;
+    size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
+    size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * cols);
+    snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols,
+             recipe->scale, recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format), kind, flags, shim_order);
+    buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size), codes_t(wide ? wide_size : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
+    buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)), scales2(scales.size), scales2_t(scales_t.size);
+    buffer out((size_t)(rows * ld_out) * unit), out2(out.size), scratch(snip_cuda_quantize_scratch(rows, cols));
+    buffer stats(2 * sizeof(snip_quant_stats));
+    snip_quant_stats stats2[2] = {}, *device_stats = (snip_quant_stats *)stats.operator void *();
+    fill(x, (int64_t)n, x_format, kind);
+    fill(weight, (int64_t)(weight.size / 4), SNIP_F32, GAUSS);
+    job.x = x; job.x_format = job.out_format = x_format;
+    job.rows = rows; job.cols = cols; job.ld = ld;
+    job.key.seed = 0x123456789ABCu; job.key.step = 7; job.key.tensor = 3;
+    if (measure) job.weight = weight.floats();
+    if (straight) { job.recipe = recipe; job.codes = codes; job.scales = scales; }
+    if (straight && measure) { job.out = out; job.ld_out = ld_out; }
+    if (transposed) { job.recipe_t = &turned; job.codes_t = codes_t; job.scales_t = scales_t; }
+    cpu = job;
+    if (straight) { cpu.codes = codes2; cpu.scales = scales2; }
+    if (straight && measure) cpu.out = out2;
+    if (transposed) { cpu.codes_t = codes2_t; cpu.scales_t = scales2_t; }
+    CHECK(snip_quantize_with(&cpu, &stats2[0], &stats2[1]) == SNIP_OK);
+    int needs_scratch = measure || recipe->scale == SNIP_SCALE_UE4M3;
+    CHECK(snip_cuda_quantize(&job, wide ? SNIP_CUDA_E4M3_BYTES : SNIP_CUDA_PACKED, measure && straight ? device_stats : NULL, measure && transposed ? device_stats + 1 : NULL,
+                             needs_scratch ? scratch.operator void *() : NULL, 0) == SNIP_OK);
+    finish();
+    if (wide) {
+        buffer expected(wide_size), expected_t(wide_size);
+        if (straight) { widen_codes(codes2.at, rows, cols, expected.at); CHECK(same(codes, expected)); }
+        if (transposed) { widen_codes(codes2_t.at, cols, rows, expected_t.at); CHECK(same(codes_t, expected_t)); }
+    } else {
+        if (straight) CHECK(same(codes, codes2));
+        if (transposed) CHECK(same(codes_t, codes2_t));
+    }
+    if (straight) CHECK(same(scales, scales2));
+    if (transposed) CHECK(same(scales_t, scales2_t));
+    if (straight && measure) CHECK(same(out, out2));
+    if (measure && straight) check_stats(device_stats[0], stats2[0]);
+    if (measure && transposed) check_stats(device_stats[1], stats2[1]);
+}
+static void test_quantize() {
+    for (int i = 0; i < SHAPES; i++)
+        for (int k = 0; k < RECIPES; k++)
+            for (int side = 1; side <= 3; side++) {
+                snip_recipe recipe = recipes[k];
+                uint32_t pick = rng();
+                int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + (pick & 1) * 4 + (pick >> 1 & 1);
+                if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
+                shim_order = (int)(pick >> 8) % SHIM_ORDERS;
+                test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 3) << 2);
+            }
+    // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
+    for (int k = 0; k < RECIPES; k++)
+        for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
+            for (int bf16 = 0; bf16 < 2; bf16++)
+                test_quantize_one(&recipes[k], 128, 256, 256, bf16 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | (shim_order == 1) << 3);
+}
+// Statistics are the same bits in every order of the threads.
+static void test_stats_deterministic() {
+    const int64_t rows = 300, cols = 200;
+    snip_recipe recipe = SNIP_RECIPE_FP4_TILE_SR;
+    buffer x((size_t)(rows * cols) * 4), scratch(snip_cuda_quantize_scratch(rows, cols)), stats(SHIM_ORDERS * sizeof(snip_quant_stats));
+    snip_quantize_job job = {};
+    fill(x, rows * cols, SNIP_F32, GAUSS);
+    job.x = x; job.rows = rows; job.cols = job.ld = cols; job.recipe = &recipe; job.weight = x.floats();
+    for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
+        snip_quant_stats *at = (snip_quant_stats *)stats.operator void *() + shim_order;
+        CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, at, NULL, scratch, 0) == SNIP_OK);
+        finish();
+        CHECK(memcmp(stats.at, at, 3 * sizeof(double)) == 0);
+    }
+}
+// out may be x, also where x is wanted transposed too.
+static void test_in_place() {
+    const int64_t rows = 200, cols = 140;
+    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
+    for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
+        buffer x((size_t)(rows * cols) * 4), x2(x.size), codes((size_t)(rows * cols)), codes2(codes.size), scales(snip_scales_bound(&fp8, cols, rows)), scales2(scales.size);
+        snip_quantize_job job = {}, cpu;
+        fill(x, rows * cols, SNIP_F32, GAUSS);
+        memcpy(x2.at, x.at, x.size);
+        job.rows = rows; job.cols = job.ld = job.ld_out = cols;
+        job.recipe = job.recipe_t = &fp8;
+        cpu = job;
+        job.x = job.out = x; job.codes_t = codes; job.scales_t = scales;
+        cpu.x = cpu.out = x2; cpu.codes_t = codes2; cpu.scales_t = scales2;
+        snprintf(what, sizeof what, "in place, order %d", shim_order);
+        CHECK(snip_quantize_with(&cpu, NULL, NULL) == SNIP_OK);
+        CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_OK);
+        finish();
+        CHECK(same(x, x2) && same(codes, codes2) && same(scales, scales2));
+    }
+}
+static void test_refusals() {
+    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST }, odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
+    snip_recipe fp4 = SNIP_RECIPE_FP4_TILE, nvfp4 = SNIP_RECIPE_NVFP4;
+    buffer x(16 * 16 * 4), codes(256), scales(256);
+    snip_quantize_job job = {};
+    snprintf(what, sizeof what, "refusals");
+    CHECK(snip_cuda_quantize(NULL, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.x = x; job.rows = job.cols = job.ld = 16; job.codes = codes; job.scales = scales;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &fp6;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
+    job.recipe = &odd;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
+    job.recipe = &nvfp4;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &fp8; job.recipe_t = &fp4; job.codes_t = codes; job.scales_t = scales;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
+    job.recipe_t = NULL;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.codes_t = job.scales_t = NULL; job.ld = 15;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_dequantize(&fp8, codes, NULL, 16, 16, x, SNIP_F32, 16, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_noise_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_noise_dot(x.floats(), -1, job.key, (double *)codes.operator void *(), scales, 0) == SNIP_BAD_ARGUMENT);
+    for (size_t i = 0; i < codes.size; i++) if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
+}
+
+static void test_dequantize() {
+    static const snip_recipe more[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, { SNIP_E2M3, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST }, { SNIP_E2M1, 1, 5, SNIP_SCALE_F32, NEAREST } };
+    for (int i = 0; i < SHAPES; i++)
+        for (int k = 0; k < RECIPES + 5; k++) {
+            const snip_recipe *r = k < RECIPES ? &recipes[k] : &more[k - RECIPES];
+            int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + k % 3;
+            snip_format format = (i + k) % 2 ? SNIP_BF16 : SNIP_F32;
+            buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(r, rows, cols)), scales(snip_scales_bound(r, rows, cols));
+            buffer out((size_t)(rows * ld) * (format == SNIP_BF16 ? 2 : 4)), out2(out.size);
+            fill(x, rows * cols, SNIP_F32, (i + 3 * k) % KINDS);
+            snprintf(what, sizeof what, "dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
+            shim_order = (i + k) % SHIM_ORDERS;
+            CHECK(snip_quantize(r, x.floats(), rows, cols, cols, codes, scales, {}, NULL, NULL) == SNIP_OK);
+            if (format == SNIP_BF16) CHECK(snip_dequantize_bf16(r, codes, scales, rows, cols, (uint16_t *)out2.operator void *(), ld) == SNIP_OK);
+            else CHECK(snip_dequantize(r, codes, scales, rows, cols, out2.floats(), ld) == SNIP_OK);
+            CHECK(snip_cuda_dequantize(r, codes, scales, rows, cols, out, format, ld, 0) == SNIP_OK);
+            finish();
+            CHECK(same(out, out2));
+        }
+}
+
+static void test_noise() {
+    static const int64_t sizes[] = { 0, 1, 3, 127, 128, 129, 4096, 5000, 40000 };
+    snip_rng_key key = { 99, 5, 6 };
+    for (int64_t n : sizes)
+        for (int shaped = 0; shaped < 2; shaped++) {
+            buffer x((size_t)n * 4), shape((size_t)n * 4), out(x.size), out2(x.size), scratch(SNIP_CUDA_NOISE_SCRATCH), dots(SHIM_ORDERS * sizeof(double));
+            double *dot = (double *)dots.operator void *(), dot2, size = 0;
+            snprintf(what, sizeof what, "noise n %d shaped %d", (int)n, shaped);
+            fill(x, n, SNIP_F32, GAUSS);
+            fill(shape, n, SNIP_F32, GAUSS);
+            for (int64_t i = 0; i < n; i++) size += (double)x.floats()[i] * (double)x.floats()[i];
+            CHECK(snip_noise_add(out2.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key) == SNIP_OK);
+            CHECK(snip_noise_dot(x.floats(), n, key, &dot2) == SNIP_OK);
+            for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
+                memset(out.at, 0xC5, out.size);
+                CHECK(snip_cuda_noise_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) == SNIP_OK);
+                if (!shaped) CHECK(snip_cuda_noise_dot(x.floats(), n, key, dot + shim_order, scratch, 0) == SNIP_OK);
+                finish();
+                CHECK(same(out, out2));
+                if (!shaped) CHECK(near_to(dot[shim_order], dot2, sqrt((double)n * size)) && dot[shim_order] == dot[0]);
+            }
+        }
+}
+
+// ---- GEMMs ----
+struct matrix {             // quantized on the CPU
+    buffer codes, scales;
+    snip_operand operand;
+    matrix(const snip_recipe *r, int64_t rows, int64_t k, int kind, int transposed = 0) : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)), operand() {
+        buffer x((size_t)(rows * k) * 4);
+        fill(x, rows * k, SNIP_F32, kind);
+        if (transposed) CHECK(snip_quantize(r, x.floats(), k, rows, rows, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        else CHECK(snip_quantize(r, x.floats(), rows, k, k, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        operand.recipe = r; operand.codes = codes; operand.scales = scales; operand.transposed = transposed;
+    }
+};
+// flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
+static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int reference, int exact) {
+    const int64_t ldc = n + 3;
+    buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
+    double error = 0, norm = 0;
+    int alike = 1;                  // beyond the edge, and NaN
+    fill(c, m * ldc, SNIP_F32, GAUSS);
+    fill(bias, n, SNIP_F32, GAUSS);
+    memcpy(c2.at, c.at, c.size);
+    const float *bias_or_not = flags & 2 ? bias.floats() : NULL;
+    CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, flags & 1, bias_or_not, scratch, SNIP_ISA_BEST) == SNIP_OK);
+    CHECK((reference ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    finish();
+    if (exact) { CHECK(same(c, c2)); return; }
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < ldc; j++) {
+            double x = c.floats()[i * ldc + j], y = c2.floats()[i * ldc + j];
+            if (j >= n || x != x || y != y) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
+            error += (x - y) * (x - y);
+            norm += y * y;
+        }
+#ifdef __CUDACC__
+    const double most = 1e-6;       // FP8 tensor cores keep about 14 bits of a sum
+#else
+    const double most = 4e-12;
+#endif
+    CHECK(alike && error <= most * norm);
+}
+static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 200, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
+enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
+static void test_gemm_reference() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_MXFP8, { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
+        SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_MXFP4, SNIP_RECIPE_NVFP4, { SNIP_E2M1, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E2M1, 1, 0, SNIP_SCALE_F32, NEAREST } };
+    for (int i = 0; i < GEMM_SHAPES - 1; i++)
+        for (int ka = 0; ka < 12; ka++)
+            for (int kb = ka % 3; kb < 12; kb += 3) {
+                int64_t m = gemms[i][0] / 6 + 1, n = gemms[i][1] / 6 + 1, k = gemms[i][2];
+                matrix a(&kinds[ka], m, k, GAUSS, ka < 2 && i % 2), b(&kinds[kb], n, k, GAUSS, kb < 2 && i % 3 == 0);
+                if (ka == 0) a.operand.round_bf16 = kb & 1;
+                snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
+                shim_order = (i + ka + kb) % SHIM_ORDERS;
+                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, 1, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+            }
+}
+// Which kernels the GPU has: all; no wgmma; nor FP8; none.
+#ifdef __CUDACC__
+enum { GPUS = 1 };
+static void play_gpu(int) {}
+#else
+enum { GPUS = 3 };
+static void play_gpu(int gpu) {
+    shim_absent.clear();
+    if (gpu > 0) { shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E4M3>); shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E5M2>); }
+    if (gpu > 1) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E5M2>); }
+    if (gpu > 2) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>); }
+}
+#endif
+static void test_gemm_tensor_cores() {
+    static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
+    static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int which = 0; which < 7; which++) {
+            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i) % 2];
+            matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
+            for (int gpu = 0; gpu < (which < 3 ? 1 : GPUS); gpu++) {
+                play_gpu(gpu);
+                shim_order = (i + 2 * which + gpu) % SHIM_ORDERS;
+                snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu, shim_order);
+                test_gemm_one(m, n, k, a, b, (i + which) & 3, 0, which < 3);
+            }
+            play_gpu(0);
+        }
+    snip_recipe mx = SNIP_RECIPE_MXFP8;
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&fp8[2], 8, 128, GAUSS);
+    buffer c(8 * 8 * 4);
+    snprintf(what, sizeof what, "gemm refusals");
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &e.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+#ifndef __CUDACC__
+    play_gpu(3);
+    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm(8, 8, 128, &d.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    play_gpu(0);
+#endif
+}
+
+int main(int argc, char **argv) {
+    int quantize = 0, noise = 0, gemm = 0;
+    for (int i = 1; i < argc; i++) {
+        stop_at_failure |= !strcmp(argv[i], "--stop");
+        quantize |= !strcmp(argv[i], "quantize");
+        noise |= !strcmp(argv[i], "noise");
+        gemm |= !strcmp(argv[i], "gemm");
+    }
+    if (!quantize && !noise && !gemm) quantize = noise = gemm = 1;
+#ifdef __CUDACC__
+    int devices = 0;
+    cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices == 0) {
+        printf("skipped: no GPU (%s)\n0 passed, 0 failed, 1 skipped\n", cudaGetErrorString(error));
+        return 0;
+    }
+#endif
+    test_refusals();
+    if (quantize) { test_quantize(); test_in_place(); test_stats_deterministic(); test_dequantize(); }
+    if (noise) test_noise();
+    if (gemm) { test_gemm_tensor_cores(); test_gemm_reference(); }
+    printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
+    return failed != 0;
+}

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# snip_cuda.cuh under nvcc: no warnings and no spilled registers on any architecture, and the instructions meant for it.
+set -u
+cd "$(dirname "$0")/.."
+if ! command -v nvcc > /dev/null; then
+    echo "skipped: nvcc is not installed"
+    echo "0 passed, 0 failed, 1 skipped"
+    exit 0
+fi
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 skipped=0
+printf '#define SNIP_IMPLEMENTATION\n#include "snip_cuda.cuh"\n#include "snip_cuda.cuh"\n' > "$dir/a.cu"
+printf '#include "snip_cuda.cuh"\nint main() { return snip_cuda_quantize(0, SNIP_CUDA_PACKED, 0, 0, 0, 0) == SNIP_OK; }\n' > "$dir/b.cpp"
+ok() { passed=$((passed + 1)); }
+fail() { echo "FAILED: $*"; failed=$((failed + 1)); }
+
+# Instructions by kernel: the low 12 bits of each 16 bytes of code.
+cat > "$dir/opcodes.py" <<'PY'
+import struct, sys
+names = { 0x27a: 'QMMA', 0x23c: 'HMMA', 0x237: 'IMMA', 0x9f3: 'QGMMA', 0x83b: 'LDSM' }
+b = open(sys.argv[1], 'rb').read()
+table, = struct.unpack_from('<Q', b, 0x28)
+size, count, strings = struct.unpack_from('<HHH', b, 0x3A)
+sections = [struct.unpack_from('<IIQQQQIIQQ', b, table + i * size) for i in range(count)]
+found = set()
+for s in sections:
+    name = b[sections[strings][4] + s[0]:].split(b'\0', 1)[0].decode()
+    if name.startswith('.text.'):
+        code = b[s[4]:s[4] + s[5]]
+        found |= { names.get(struct.unpack_from('<Q', code, i)[0] & 0xfff) for i in range(0, len(code), 16) }
+print(' '.join(sorted(found - { None })))
+PY
+
+archs=${ARCHS:-75 80 89 90a 100a 120a}
+for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
+    while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
+    nvcc -std=c++17 -I. -cubin -arch=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
+done
+wait
+for arch in $archs; do
+    case $arch in
+        75) want= ;;
+        89 | 120a) want="IMMA LDSM QMMA" ;;
+        90a) want="HMMA IMMA LDSM QGMMA" ;;
+        *) want="HMMA IMMA LDSM" ;;
+    esac
+    if [ -f "$dir/$arch.cubin" ]; then ok; else fail "sm_$arch"; grep -E 'error|warning' "$dir/$arch.log" | head -5; continue; fi
+    if ! command -v python3 > /dev/null; then
+        echo "skipped: opcodes of sm_$arch, no python3"
+        skipped=$((skipped + 1))
+        continue
+    fi
+    got=$(python3 "$dir/opcodes.py" "$dir/$arch.cubin")
+    if [ "$got" = "$want" ]; then ok; else fail "sm_$arch: opcodes '$got', expected '$want'"; fi
+done
+# Programs: two files, the implementation by nvcc and a caller by the host compiler; and those that want a GPU.
+cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+fast="-std=c++17 -I. -arch=sm_75 -Xcicc -O0 -Xptxas -O0 -Werror all-warnings"
+if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
+   ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
+   nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
+for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
+    if nvcc $fast -x cu "$source" -o "$dir/program" > "$dir/log" 2>&1 && "$dir/program" > "$dir/log" 2>&1; then ok; else fail "$source"; head -5 "$dir/log"; fi
+done
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Plants one fault after another in a copy of snip_cuda.cuh - each barrier removed in turn, wrong phases, wrong lanes -
+# and demands that the tests notice each. One fault in EVERY (4); EVERY=1: all of them.
+set -u
+cd "$(dirname "$0")/.."
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0 count=0
+mkdir "$dir/tests"
+cp snip.h snip_ilp.h "$dir"
+cp snip_cuda.cuh "$dir/whole.cuh"
+cp tests/test_cuda.cpp tests/cuda_shim.h "$dir/tests"
+try() {                 # what, sed command, part of the tests
+    count=$((count + 1))
+    [ $((count % ${EVERY:-4})) = 0 ] || return
+    sed -E "$2" "$dir/whole.cuh" > "$dir/snip_cuda.cuh"
+    if cmp -s "$dir/whole.cuh" "$dir/snip_cuda.cuh"; then
+        echo "FAILED: nothing to change for: $1"
+        failed=$((failed + 1))
+    elif ! ${CXX:-g++} -O0 -std=c++17 -w "$dir/tests/test_cuda.cpp" -o "$dir/t" -lm 2> "$dir/log"; then
+        echo "FAILED to build: $1"
+        head -3 "$dir/log"
+        failed=$((failed + 1))
+    elif timeout 300 "$dir/t" --stop $3 > "$dir/log" 2>&1; then
+        echo "FAILED: not noticed: $1"
+        failed=$((failed + 1))
+    else
+        passed=$((passed + 1))
+    fi
+}
+gemms=$(grep -n '>>cuda-gemm-impl ---' "$dir/whole.cuh" | cut -d: -f1)
+for line in $(grep -n '__syncthreads();' "$dir/whole.cuh" | cut -d: -f1); do
+    if [ $line -lt $gemms ]; then part=quantize; else part=gemm; fi
+    try "line $line, no barrier" "${line}s/__syncthreads\(\);/;/" $part
+done
+try "half a warp's maximum" 's/for \(int o = 1; o < lanes; o/for (int o = 2; o < lanes; o/' quantize
+try "signs of another lane" 's/words\[w\], group\)/words[w], group ^ 1)/' noise
+try "producers begin in the wrong phase" 's/int stage = 0, parity = 1;/int stage = 0, parity = 0;/' gemm
+try "consumers begin in the wrong phase" 's/int stage = 0, parity = 0;/int stage = 0, parity = 1;/' gemm
+try "the phase never turns" 's/stage = 0; parity \^= 1;/stage = 0;/' gemm
+try "a stage is read before it is full" 's/snipi_ptx_barrier_wait\(&shared->full\[stage\], parity\);//' gemm
+try "a stage is filled before it is empty" 's/snipi_ptx_barrier_wait\(&shared->empty\[stage\], parity\);//' gemm
+try "a stage is released before its products are done" 's/^( *)snipi_ptx_wgmma_end\(d\);/if (lane == 0) snipi_ptx_barrier_arrive(\&shared->empty[stage]); snipi_ptx_wgmma_end(d);/; s/^( *)if \(lane == 0\) snipi_ptx_barrier_arrive\(&shared->empty\[stage\]\);//' gemm
+try "full does not wait for the scales" 's/full\[s\], 128 \+ 1\)/full[s], 1)/' gemm
+try "scales of the wrong block" 's/shared.scale\[t \/ 2 & 1\]\[0\]/shared.scale[0][0]/' gemm
+try "fragments of the wrong rows" 's/lane % 8 \+ lane \/ 16 \* 8/lane % 8 + lane \/ 8 % 2 * 8/' gemm
+echo "$passed passed, $failed failed, 0 skipped"
+[ $failed -eq 0 ]
