@@ -2205,6 +2205,10 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_ru
     k.code_below = k.least;
     return k;
 }
+#if defined(__GNUC__) && !defined(__clang__)        // GCC's own macros for the rounding mode and vrangeps, at -O0
+#  pragma GCC diagnostic push
+#  pragma GCC diagnostic ignored "-Wsign-conversion"
+#endif
 // y's code, in `sum` as above, and value.
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over, __m512i *sum) {
     __m512 power, s;
@@ -2236,6 +2240,9 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512
     *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
     return _mm512_mask_sub_ps(value, below, value, k->least_float);
 }
+#if defined(__GNUC__) && !defined(__clang__)
+#  pragma GCC diagnostic pop
+#endif
 // tally += (lane + lane 8 further) * scale^2
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
     __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
