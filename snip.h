@@ -2514,7 +2514,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
     const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each, capped = s->capped;         // rows to a dword, to a register of them
     const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift);
     const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
-    const __m512i signs = _mm512_set1_epi32(packed ? (int)0x88888888u : 0x01010101 << q->e.sign), kept = _mm512_set1_epi32(packed ? -1 : 0x01010101 * (2 * q->k.sign - 1));
+    const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)), kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
     const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
     const int stream = q->stream && ((uintptr_t)q->codes & 63) == 0 && (s->code_stride & 63) == 0;
     snipi_tally *t = q->tally;
