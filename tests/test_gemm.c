@@ -522,6 +522,12 @@ int main(int argc, char **argv) {
     strcpy(what, "coverage");
     CHECK(few > 1 || (exact_cases > 200 && close_cases > 500));
     printf("%ld exact products, %ld close ones: relative error at most %.2g (f32, bf16) and %.2g\n", exact_cases, close_cases, worst_f32, worst_other);
+#ifdef SNIPI_EMULATED
+    strcpy(what, "emulation");
+    CHECK(emulated_faults == 0 && !emulated_tiles.shaped);
+    for (isa = 0; isa < 4; isa++) CHECK(emulated_products[isa] > 1000 || !snip_isa_available(isa ? SNIP_ISA_AMX : SNIP_ISA_AVX_VNNI));
+    printf("emulated: %ld vpdpbusd, %ld vdpbf16ps, %ld tdpbssd, %ld tdpbf16ps\n", emulated_products[0], emulated_products[1], emulated_products[2], emulated_products[3]);
+#endif
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;
 }
