@@ -1938,16 +1938,17 @@ SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4);
     const float *old = from ? from : ci; \
     _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(old))); \
     _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(old + 8))); }
-// Row i of a tile, sums[i][j]: c[j] = fmaf(sa * sb[j], sums[i][j], c[j])
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, const float *sb, __m512 sum0, __m512 sum1, const float *from, float *c) {
-    const float *old = from ? from : c;
-    __m512 s = _mm512_set1_ps(sa);
-    _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb)), sum0, _mm512_loadu_ps(old)));
-    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb + 16)), sum1, _mm512_loadu_ps(old + 16)));
+// A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1, const float *old, float *c) {
+    const __m512 s = _mm512_set1_ps(sa);
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, sb0), sum0, _mm512_loadu_ps(old)));
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
 }
+#define SNIPI_STORE_16(i, value) snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), from ? from : c + i * ldc, c + i * ldc);
 #define SNIPI_S8_START_8(i) p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
 #define SNIPI_S8_START_16(i) p##i = _mm512_loadu_si512(start); q##i = _mm512_loadu_si512(start + 16);
-#define SNIPI_S8_STORE_16(i) snipi_scale_avx512(sa[i], sb, _mm512_maskz_cvtepi32_ps(0xFFFF, p##i), _mm512_maskz_cvtepi32_ps(0xFFFF, q##i), from, c + i * ldc);
+#define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
+#define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
 #define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
 #define SNIPI_MADD256_START SNIPI_S8_START_8
 #define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
@@ -1998,15 +1999,16 @@ SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, 
 #define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
 #define SNIPI_BF16_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBF16(p##i, ai, b0); SNIPI_DPBF16(q##i, ai, b1);
 #define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
-#define SNIPI_BF16_STORE(i) snipi_scale_avx512(sa[i], sb, _mm512_castsi512_ps(p##i), _mm512_castsi512_ps(q##i), from, c + i * ldc);
+#define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
 SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_BF16, _mm512_, si512)
 
 // AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
-// sixteen columns of B. By Intel's figures a product of full tiles takes the unit 16 cycles; in a block of 128 bytes a 32 x 32
-// tile's eight take 128. Its sums leave the tiles through memory, and scaling adds them to C: 128 stores and 128 loads of 64
-// bytes (1 and 2 a cycle), beside 8 tile loads of 8 cycles. Store port and tile unit are then equally busy; they overlap
-// because the rows of one block are scaled between the products of the next. With blocks of 64 bytes or less stores limit.
-// Shapes and tiles belong to the thread: begin loads the shapes, end leaves no tile state for context switches to save.
+// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's figures, in an
+// S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of sums and 64 of C, 128;
+// loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on at once because the rows of
+// one block are scaled between the products of the next; so at best nine tenths of the unit's rate (BF16: all of it), and
+// much less where blocks are shorter. Shapes and tiles belong to the thread: begin loads the shapes, and end releases them,
+// so that no tile state is left to be saved at context switches.
 typedef struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } snipi_tile_shapes;
 SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
     snipi_tile_shapes shapes;
@@ -2020,28 +2022,31 @@ SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
     SNIPI_TILE_SHAPES(&shapes);
 }
 SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
-#define SNIPI_AMX_S8(p) _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_load_si512(p))
+#define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
 #define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
-#define SNIPI_AMX_ROWS(value, count) \
-    for (stop = row + (count) < 32 ? row + (count) : 32; row < stop; row++) \
-        snipi_scale_avx512(sa[row], sb, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), from, c + row * ldc);
+#define SNIPI_AMX_ROWS(value, count) { \
+    const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16); \
+    const int64_t stop = snipi_min(row + (count), 32); \
+    for (; row < stop; row++) \
+        snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), old + row * old_ld, c + row * ldc); }
 #define SNIPI_KERNEL_AMX(name, product, value) \
 SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-    __attribute__((aligned(64))) float sums[2][32 * 32];        /* S8: the bits of int32_t */ \
+    __attribute__((aligned(64))) float sums[2][32 * 32];        /* of S8: bits of int32_t */ \
     const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
-    int64_t k, row = 32, stop, p; \
+    const float *old = from ? from : c; \
+    int64_t old_ld = from ? 0 : ldc, row = 32, k, p; \
     int turn = 0; \
     (void)start; \
     for (k = 0; k < kc; k += block) { \
         const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces); \
         SNIPI_TILE_ZERO(0); SNIPI_TILE_ZERO(1); SNIPI_TILE_ZERO(2); SNIPI_TILE_ZERO(3); \
-        for (p = 0; p < pieces; p++, a += piece, b += 32 * piece) {         /* and `share` rows of the block before after each product */ \
+        for (p = 0; p < pieces; p++, a += piece, b += 32 * piece) {         /* after each product, `share` rows of the block before */ \
             SNIPI_TILE_LOAD(4, a, row_bytes); SNIPI_TILE_LOAD(6, b, line); product(0, 4, 6); SNIPI_AMX_ROWS(value, share) \
             SNIPI_TILE_LOAD(7, b + 64, line); product(1, 4, 7); SNIPI_AMX_ROWS(value, share) \
             SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes); product(2, 5, 6); SNIPI_AMX_ROWS(value, share) \
             product(3, 5, 7); SNIPI_AMX_ROWS(value, share) \
         } \
-        if (k) { sa += 32; sb += 32; from = NULL; } \
+        if (k) { sa += 32; sb += 32; old = c; old_ld = ldc; } \
         SNIPI_TILE_STORE(0, sums[turn], line); SNIPI_TILE_STORE(1, sums[turn] + 16, line); \
         SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line); SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line); \
         turn = !turn; \

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define SNIPI_EMULATED 1
+#define EMULATED static __attribute__((noinline))      /* inlined into a caller for such a machine, it would be compiled to its instructions */
 #define SNIPI_DPBUSD256(acc, x, y)      emulate_dpbusd(&(acc), &(x), &(y))
 #define SNIPI_DPBF16(acc, x, y)         emulate_dpbf16(&(acc), &(x), &(y))
 #define SNIPI_TILE_SHAPES(shapes)       emulate_ldtilecfg(shapes)
@@ -44,7 +45,7 @@ static float from_bf16(uint16_t x) {
 }
 static float flushed_fma(uint16_t x, uint16_t y, float sum) { return no_subnormal(fmaf(from_bf16(x), from_bf16(y), no_subnormal(sum))); }
 
-static void emulate_dpbusd(void *acc, const void *x, const void *y) {   /* VEX.256: 8 sums of four unsigned x signed bytes */
+EMULATED void emulate_dpbusd(void *acc, const void *x, const void *y) {   /* VEX.256: 8 sums of four unsigned x signed bytes */
     int32_t sum[8];
     const uint8_t *a = (const uint8_t *)x;
     const int8_t *b = (const int8_t *)y;
@@ -55,7 +56,7 @@ static void emulate_dpbusd(void *acc, const void *x, const void *y) {   /* VEX.2
     memcpy(acc, sum, sizeof sum);
     count_product(0);
 }
-static void emulate_dpbf16(void *acc, const void *x, const void *y) {   /* EVEX.512: 16 sums of two; the odd product is added first */
+EMULATED void emulate_dpbf16(void *acc, const void *x, const void *y) {   /* EVEX.512: 16 sums of two; the odd product is added first */
     float sum[16];
     uint16_t a[32], b[32];
     int i;
@@ -67,7 +68,7 @@ static void emulate_dpbf16(void *acc, const void *x, const void *y) {   /* EVEX.
     count_product(1);
 }
 
-static void emulate_ldtilecfg(const void *shapes) {
+EMULATED void emulate_ldtilecfg(const void *shapes) {
     const unsigned char *p = (const unsigned char *)shapes;
     int t, i;
     if (emulated_tiles.shaped) emulated_fault("shapes loaded twice without a release");      /* allowed, but nobody here means to */
@@ -83,20 +84,20 @@ static void emulate_ldtilecfg(const void *shapes) {
     }
     emulated_tiles.shaped = 1;
 }
-static void emulate_tilerelease(void) { memset(&emulated_tiles, 0, sizeof emulated_tiles); }
+EMULATED void emulate_tilerelease(void) { memset(&emulated_tiles, 0, sizeof emulated_tiles); }
 static int shaped(int t) {
     if (emulated_tiles.shaped && emulated_tiles.tile[t].rows) return 1;
     emulated_fault("a tile without a shape");
     return 0;
 }
-static void emulate_tilezero(int t) { if (shaped(t)) memset(emulated_tiles.tile[t].data, 0, sizeof emulated_tiles.tile[t].data); }
-static void emulate_tileload(int t, const void *p, int64_t stride) {
+EMULATED void emulate_tilezero(int t) { if (shaped(t)) memset(emulated_tiles.tile[t].data, 0, sizeof emulated_tiles.tile[t].data); }
+EMULATED void emulate_tileload(int t, const void *p, int64_t stride) {
     int i;
     if (!shaped(t)) return;
     memset(emulated_tiles.tile[t].data, 0, sizeof emulated_tiles.tile[t].data);
     for (i = 0; i < emulated_tiles.tile[t].rows; i++) memcpy(emulated_tiles.tile[t].data[i], (const char *)p + i * stride, (size_t)emulated_tiles.tile[t].row_bytes);
 }
-static void emulate_tilestore(int t, void *p, int64_t stride) {
+EMULATED void emulate_tilestore(int t, void *p, int64_t stride) {
     int i;
     for (i = 0; shaped(t) && i < emulated_tiles.tile[t].rows; i++) memcpy((char *)p + i * stride, emulated_tiles.tile[t].data[i], (size_t)emulated_tiles.tile[t].row_bytes);
 }
@@ -106,7 +107,7 @@ static int shapes_fit(const emulated_tile *c, const emulated_tile *a, const emul
     emulated_fault("shapes of a product");
     return 0;
 }
-static void emulate_tdpbssd(int to, int from_a, int from_b) {
+EMULATED void emulate_tdpbssd(int to, int from_a, int from_b) {
     emulated_tile *c = &emulated_tiles.tile[to];
     const emulated_tile *a = &emulated_tiles.tile[from_a], *b = &emulated_tiles.tile[from_b];
     int m, n, k, t;
@@ -121,7 +122,7 @@ static void emulate_tdpbssd(int to, int from_a, int from_b) {
     }
     count_product(2);
 }
-static void emulate_tdpbf16(int to, int from_a, int from_b) {   /* even and odd products are summed apart, then together, then onto c */
+EMULATED void emulate_tdpbf16(int to, int from_a, int from_b) {   /* even and odd products are summed apart, then together, then onto c */
     emulated_tile *c = &emulated_tiles.tile[to];
     const emulated_tile *a = &emulated_tiles.tile[from_a], *b = &emulated_tiles.tile[from_b];
     int m, n, k, t;
