@@ -551,6 +551,38 @@ static void test_refused(void) {
     CHECK(snip_isa_available(SNIP_ISA_BEST) && snip_isa_available(SNIP_ISA_SCALAR) && !snip_isa_available(SNIP_ISA_COUNT) && !snip_isa_available((snip_isa)-1));
 }
 
+#ifdef SNIPI_EMULATED
+// Which units a pair of operands runs on, and that nothing would have faulted.
+static void test_emulation(void) {
+    static const struct { int a, b; int64_t k; int units; } cases[] = {         // of `kinds`; units: 0 FMA, 1 BF16, 2 INT8
+        { 6, 8, 1057, 1 }, { 4, 5, 513, 1 }, { 9, 10, 300, 1 }, { 12, 9, 129, 1 }, { 15, 13, 200, 1 }, { 9, 16, 300, 1 }, { 17, 6, 300, 1 }, { 11, 14, 700, 1 },
+        { 26, 9, 512, 1 }, { 0, 6, 64, 0 }, { 0, 9, 128, 0 }, { 25, 9, 256, 0 }, { 16, 17, 300, 2 }, { 20, 19, 100, 2 }, { 21, 22, 2049, 2 }
+    };
+    static const snip_isa isas[2] = { SNIP_ISA_AVX512_BF16, SNIP_ISA_AMX };
+    size_t i;
+    int j;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        for (j = 0; j < 2; j++) {
+            operand a = operand_new(&kinds[cases[i].a], 3, cases[i].k, 1), b = operand_new(&kinds[cases[i].b], 5, cases[i].k, 2);
+            void *scratch = exact(snip_gemm_scratch(3, 5, cases[i].k));
+            float c[15];
+            long bf16 = emulated_products[j ? 3 : 1], s8 = emulated_products[2];
+            if (!snip_isa_available(isas[j])) continue;
+            snprintf(what, sizeof what, "units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name, snip_isa_name(isas[j]));
+            CHECK(snip_gemm(3, 5, cases[i].k, &a.operand, &b.operand, c, 5, 0, NULL, scratch, isas[j]) == SNIP_OK);
+            CHECK((emulated_products[j ? 3 : 1] > bf16) == (cases[i].units == 1));
+            CHECK((emulated_products[2] > s8) == (cases[i].units == 2 && j == 1));
+            free(scratch);
+            operand_free(&a);
+            operand_free(&b);
+        }
+    strcpy(what, "emulation");
+    CHECK(emulated_faults == 0 && !emulated_tiles.shaped);
+    CHECK(emulated_products[0] > 0 || !snip_isa_available(SNIP_ISA_AVX_VNNI));
+    printf("emulated: %ld vpdpbusd, %ld vdpbf16ps, %ld tdpbssd, %ld tdpbf16ps\n", emulated_products[0], emulated_products[1], emulated_products[2], emulated_products[3]);
+}
+#endif
+
 int main(int argc, char **argv) {
     int isa;
     if (argc > 1) rng_state = strtoull(argv[1], NULL, 10);
@@ -569,13 +601,7 @@ int main(int argc, char **argv) {
     CHECK(few > 1 || (exact_cases > 200 && close_cases > 500));
     printf("%ld exact products, %ld close ones: relative error at most %.2g (f32, bf16) and %.2g\n", exact_cases, close_cases, worst_f32, worst_other);
 #ifdef SNIPI_EMULATED
-    strcpy(what, "emulation");
-    CHECK(emulated_faults == 0 && !emulated_tiles.shaped);
-    {
-        static const snip_isa users[4] = { SNIP_ISA_AVX_VNNI, SNIP_ISA_AVX512_BF16, SNIP_ISA_AMX, SNIP_ISA_AMX };
-        for (isa = 0; isa < 4; isa++) CHECK(emulated_products[isa] > 100 || !snip_isa_available(users[isa]));
-    }
-    printf("emulated: %ld vpdpbusd, %ld vdpbf16ps, %ld tdpbssd, %ld tdpbf16ps\n", emulated_products[0], emulated_products[1], emulated_products[2], emulated_products[3]);
+    test_emulation();
 #endif
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;
