@@ -788,16 +788,7 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
 enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
-#ifndef SNIPI_AHEAD_ROWS
-#define SNIPI_AHEAD_ROWS 48
-#endif
-#ifndef SNIPI_HINT
-#define SNIPI_HINT _MM_HINT_T0
-#endif
-#ifndef SNIPI_AH
-#define SNIPI_AH 12288
-#endif
-enum { SNIPI_AHEAD_STRIP = SNIPI_AH };     // bytes: the next strip loads while this one is coded
+enum { SNIPI_AHEAD_STRIP = 12288, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
 
 // Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
 // modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
@@ -864,7 +855,8 @@ typedef struct {
     void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out);      // out[cols][rows]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
-    void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out);
+    void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream);
+    void (*sums)(const float *x, const float *values, const float *weight, int n, snipi_tally *);       // snipi_sums_exact of finite x
     // The rest may be NULL; where they do not apply, run does the work. All elements finite.
     void (*peaks)(const snipi_strip *, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
     int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes);
@@ -1108,8 +1100,9 @@ static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
     int i;
     for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
 }
-static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     int i, packed = format == SNIP_E2M1;
+    (void)stream;
     for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
 }
 
@@ -1358,7 +1351,9 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
     for (c = 0; c < q->cols; c += SNIPI_RUN) {
         int n = (int)snipi_min(SNIPI_RUN, q->cols - c), bf16 = q->recipe.format == SNIP_BF16;
         const float *x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), *values = x;
-        uint32_t amax = q->vector->amax(x, n, &tally->nonfinite);
+        int64_t bad = 0;
+        uint32_t amax = q->vector->amax(x, n, &bad);
+        tally->nonfinite += bad;
         if (amax > tally->amax) tally->amax = amax;
         if (bf16) {
             q->vector->narrow(x, n, code);
@@ -1367,7 +1362,7 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
             if (q->codes) memcpy((uint16_t *)q->codes + r * q->cols + c, code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
             memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
-        if (q->want_sums) snipi_sums_exact(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
+        if (q->want_sums) (bad ? snipi_sums_exact : q->vector->sums)(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
         if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
         else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
     }
@@ -1748,6 +1743,7 @@ typedef struct {
     int64_t tile_rows, tile_cols, tiles_across;
     float tensor_scale, lut[256];
     const snipi_vector *vector;
+    int stream;                         // the output, past the caches
 } snipi_reader;
 
 static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols) {
@@ -1760,6 +1756,7 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
     q->tile_cols = snipi_tile(recipe->tile_cols, cols);
     q->tiles_across = snipi_ceil_div(cols, q->tile_cols);
     q->tensor_scale = 1.0f;
+    q->stream = 0;
     q->vector = snipi_vector_of(SNIP_ISA_BEST);
     if (recipe->scale == SNIP_SCALE_UE4M3) memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
@@ -1779,6 +1776,8 @@ static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile
 static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
     const uint8_t *codes = q->codes + (size_t)row * q->row_bytes;
     int64_t c = c0, end = c0 + n;
+    if (q->recipe->format == SNIP_BF16 && stride == 1)
+        for (; c < end; c += SNIPI_RUN, out += SNIPI_RUN) q->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
     if (q->recipe->format == SNIP_F32) {
         for (; c < end; c++, out += stride) *out = ((const float *)(const void *)codes)[c];
         return;
@@ -1793,7 +1792,7 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
         int packed = q->recipe->format == SNIP_E2M1;
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
-            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out);
+            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out, q->stream);
             c += part; out += part;
         } else if (packed)
             for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
@@ -1805,13 +1804,18 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
 SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
                                      float *x, int64_t ld) {
     snipi_reader q;
-    int64_t r;
+    int c;
     if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
     snipi_reader_init(&q, recipe, codes, scales, rows, cols);
+    q.stream = rows * cols >= SNIPI_STREAM;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (r = 0; r < rows; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t r;
+        for (r = rows * c / SNIPI_CHUNKS; r < rows * (c + 1) / SNIPI_CHUNKS; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+        snipi_stream_end();
+    }
     return SNIP_OK;
 }
 SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
@@ -2362,7 +2366,7 @@ SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_
             } else
                 for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
             for (v = 0; v < s->width; v += 64)
-                if ((along + v) % 64 == 0) _mm_prefetch(ahead + (along + v) * s->ahead_size, SNIPI_HINT);
+                if ((along + v) % 64 == 0) _mm_prefetch(ahead + (along + v) * s->ahead_size, _MM_HINT_T0);
             p += s->width;
             along += s->width;
             if (along == s->length) { x += s->x_stride; p = x; ahead += s->ahead_stride; along = 0; }
@@ -2465,7 +2469,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
             SNIPI_UNROLL for (g = 0; g < 4; g++) {
                 const int64_t at = i + 16 * g;
                 __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                if (g) _mm_prefetch(ahead + g * line, SNIPI_HINT);          // the first of four while peaks were sought
+                if (g) _mm_prefetch(ahead + g * line, _MM_HINT_T0);          // the first of four while peaks were sought
                 SNIPI_KEPT512(y);
                 if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
                 else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
@@ -2751,7 +2755,7 @@ SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t 
     }
     snipi_narrow_scalar(x + i, n - i, out + i);
 }
-SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     const snipi_element e = snipi_element_of(format);
     const __m256i magnitude = _mm256_set1_epi32((1 << e.sign) - 1), base = _mm256_set1_epi32((127 - e.bias) << 23), largest = _mm256_set1_epi32((int)e.largest);
     const __m256i last_tiny = _mm256_set1_epi32((1 << e.mantissa) - 1), sign = _mm256_set1_epi32((int)0x80000000u);
@@ -2773,16 +2777,85 @@ SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float 
             c = _mm256_cvtepu8_epi32(bytes);
             m = _mm256_and_si256(c, magnitude);
             if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(m, largest))) {             // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
                 continue;
             }
             tiny = _mm256_mul_ps(_mm256_cvtepi32_ps(m), step);                      // m * smallest, or its fields moved into a float's
             normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sll_epi32(m, shift), base));
             tiny = _mm256_blendv_ps(tiny, normal, _mm256_castsi256_ps(_mm256_cmpgt_epi32(m, last_tiny)));
             tiny = _mm256_or_ps(tiny, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(c, sign_shift), sign)));
-            _mm256_storeu_ps(out + i, _mm256_mul_ps(s, tiny));
+            tiny = _mm256_mul_ps(s, tiny);
+            if (stream && ((uintptr_t)out & 31) == 0) _mm256_stream_ps(out + i, tiny);
+            else _mm256_storeu_ps(out + i, tiny);
         }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+// Through float16, whose exponents reach beyond those of all formats of 8 bits; E2M1 by a table.
+SNIPI_TARGET_AVX512 static void snipi_decode_avx512(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
+    const snipi_element e = snipi_element_of(format);
+    const int packed = format == SNIP_E2M1, past = stream && ((uintptr_t)out & 63) == 0;
+    int i = 0, g;
+    if (snipi_bits(scale) < (127u - 100u) << 23 || snipi_bits(scale) > (127u + 100u) << 23) {
+        snipi_decode_avx2(format, lut, codes, n, scale, out, stream);
+        return;
+    }
+    if (packed) {
+        const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(lut), _mm512_set1_ps(scale));
+        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        for (; i + 16 <= n; i += 16) {
+            int32_t half[2];
+            __m512i c;
+            __m512 v;
+            memcpy(half, codes + i / 2, 8);
+            c = _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(half[0]), 0xFF00, half[1]), places);
+            v = _mm512_permutexvar_ps(c, table);
+            if (past) _mm512_stream_ps(out + i, v);
+            else _mm512_storeu_ps(out + i, v);
+        }
+    } else {
+        const __m512i magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), largest = _mm512_set1_epi16((short)e.largest), sign = _mm512_set1_epi16((short)-32768);
+        const __m512i shift = _mm512_set1_epi16((short)(10 - e.mantissa)), sign_shift = _mm512_set1_epi16((short)(15 - e.sign));
+        const __m512 s = _mm512_set1_ps(scale * snipi_float((uint32_t)(127 + 15 - e.bias) << 23));
+        for (; i + 32 <= n; i += 32) {
+            __m512i c = _mm512_maskz_cvtepu8_epi16(0xFFFFFFFF, _mm256_loadu_si256((const __m256i *)(const void *)(codes + i))), m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, largest)) {              // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 32, scale, out + i, 0);
+                continue;
+            }
+            m = _mm512_ternarylogic_epi32(sign, _mm512_sllv_epi16(c, sign_shift), _mm512_sllv_epi16(m, shift), 0xCA);
+            SNIPI_UNROLL for (g = 0; g < 2; g++) {
+                const __m256i half = g ? _mm512_maskz_extracti64x4_epi64(0xFF, m, 1) : _mm512_castsi512_si256(m);
+                const __m512 v = _mm512_mul_ps(s, _mm512_maskz_cvtph_ps(0xFFFF, half));
+                if (past) _mm512_stream_ps(out + i + 16 * g, v);
+                else _mm512_storeu_ps(out + i + 16 * g, v);
+            }
+        }
+    }
+    snipi_decode_avx2(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+// Products of floats are exact in double, so that fused ones are the same.
+SNIPI_TARGET_AVX2 static void snipi_sums_avx2(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
+    __m256d sum_sq[2], err_sq[2], dot[2];
+    int i, g;
+    for (g = 0; g < 2; g++) {
+        sum_sq[g] = _mm256_loadu_pd(t->sum_sq + 4 * g);
+        err_sq[g] = _mm256_loadu_pd(t->err_sq + 4 * g);
+        dot[g] = _mm256_loadu_pd(t->dot + 4 * g);
+    }
+    for (i = 0; i + 8 <= n; i += 8)
+        SNIPI_UNROLL for (g = 0; g < 2; g++) {
+            const __m128 a = _mm_loadu_ps(x + i + 4 * g), b = _mm_loadu_ps(values + i + 4 * g);
+            const __m256d v = _mm256_cvtps_pd(a), d = _mm256_cvtps_pd(_mm_sub_ps(b, a));
+            sum_sq[g] = _mm256_fmadd_pd(v, v, sum_sq[g]);
+            err_sq[g] = _mm256_fmadd_pd(d, d, err_sq[g]);
+            if (weight) dot[g] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + i + 4 * g)), d, dot[g]);
+        }
+    for (g = 0; g < 2; g++) {
+        _mm256_storeu_pd(t->sum_sq + 4 * g, sum_sq[g]);
+        _mm256_storeu_pd(t->err_sq + 4 * g, err_sq[g]);
+        _mm256_storeu_pd(t->dot + 4 * g, dot[g]);
+    }
+    snipi_sums_exact(x + i, values + i, weight ? weight + i : NULL, n - i, t);
 }
 SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
@@ -3112,12 +3185,13 @@ static void snipi_narrow_neon(const float *x, int n, uint16_t *out) {
     }
     snipi_narrow_scalar(x + i, n - i, out + i);
 }
-static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     const snipi_element e = snipi_element_of(format);
     const uint32x4_t magnitude = vdupq_n_u32((1u << e.sign) - 1u), base = vdupq_n_u32((uint32_t)(127 - e.bias) << 23);
     const uint32x4_t last_tiny = vdupq_n_u32((1u << e.mantissa) - 1u), top = vdupq_n_u32(0x80000000u);
     const int32x4_t shift = vdupq_n_s32(23 - e.mantissa), sign_shift = vdupq_n_s32(31 - e.sign);
     int i = 0, g, packed = format == SNIP_E2M1;
+    (void)stream;
     if (snipi_bits(scale) >= (127u - 100u) << 23)
         for (; i + 8 <= n; i += 8) {
             uint8x8_t bytes;
@@ -3129,7 +3203,7 @@ static void snipi_decode_neon(snip_format format, const float *lut, const uint8_
             } else
                 bytes = vld1_u8(codes + i);
             if (vmaxv_u8(vand_u8(bytes, vdup_n_u8((uint8_t)((1 << e.sign) - 1)))) > e.largest) {       // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
                 continue;
             }
             SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // m * smallest, or its fields moved into a float's
@@ -3140,7 +3214,7 @@ static void snipi_decode_neon(snip_format format, const float *lut, const uint8_
                 vst1q_f32(out + i + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(v), scale));
             }
         }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
 }
 static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     static const int32_t lane[4] = { 31, 30, 29, 28 };
@@ -3189,18 +3263,18 @@ static snip_isa snipi_best_isa(void) {
     return (snip_isa)isa;
 }
 static const snipi_vector *snipi_vector_of(snip_isa isa) {
-    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar,
+    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar, snipi_sums_exact,
                                          NULL, NULL, NULL, NULL, NULL };
 #ifdef SNIPI_X86
-    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2, snipi_sums_avx2,
                                        NULL, NULL, NULL, NULL, NULL };
-    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx512, snipi_sums_avx2,
                                          snipi_peaks_avx512, snipi_scales_avx512, snipi_strip_avx512, snipi_copy_avx512, snipi_columns_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
     if (isa == SNIP_ISA_AVX2) return &avx2;
 #elif defined(SNIPI_NEON)
-    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon,
+    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon, snipi_sums_exact,
                                        NULL, NULL, NULL, NULL, NULL };
     if (isa != SNIP_ISA_SCALAR) return &neon;
 #else
