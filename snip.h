@@ -1470,7 +1470,7 @@ static void snipi_quantizer_begin(snipi_quantizer *q) {
     q->run.lut = q->lut;
     q->run.want_sums = q->want_sums;
     q->run.stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM;
-    for (c = 0; c < 256 && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+    for (c = 0; c < 2 << q->run.e.sign && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
 }
 static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
