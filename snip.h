@@ -3649,7 +3649,7 @@ static void snipi_pack_bf16(const snipi_side *side, const snipi_panel_form *to, 
             if (bf16) memcpy(line[0], x16 + row * side->ld + col, (size_t)there * 2);
             else if (side->direct) q->vector->narrow(x + row * side->ld + col, there, line[0]);
             else {
-                q->vector->decode(q->recipe->format, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? col >> 1 : col), there, 1.0f, values);
+                q->vector->decode(q->recipe->format, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? col >> 1 : col), there, 1.0f, values, 0);
                 q->vector->narrow(values, there, line[0]);
             }
             memcpy(pairs + i * (PART / 2), line[0], (size_t)there * 2);

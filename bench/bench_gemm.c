@@ -200,7 +200,7 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
         compare("fp8", &jfp8, name_bf16, peer_bf16, peer_data);
         if (isa == SNIP_ISA_AVX512_BF16) compare("fp8 x fp4", &jfp84, name_bf16, peer_bf16, peer_data);
         compare("bf16", &jbf16, name_bf16, peer_bf16, peer_data);
-        if (isa != SNIP_ISA_AVX512_BF16) compare("f32", &jf32, name_bf16, peer_bf16, peer_data);
+        if (isa != SNIP_ISA_AVX512_BF16) compare("f32", &jf32, "", NULL, NULL);
     }
 }
 
