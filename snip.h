@@ -1876,6 +1876,11 @@ typedef struct {
     // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in out[steps][width][4].
     void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width);
     void (*start)(const int8_t *b, int64_t steps, int width, int32_t *start);
+    // With bf16, the bfloat16 of n <= 64 elements: floats rounded, or codes looked up (the first 32 in `table`); and of the same
+    // columns of two rows of floats or BF16, the second of which may be NULL for zeros, the pairs.
+    void (*round)(const float *x, int n, uint16_t *out);
+    void (*look_up)(snip_format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out);
+    void (*pair)(const void *x, const void *y, int bf16, int n, float *out);
     // AMX: spread to out[rows][stride]; before and after scaled kernels, in the thread that runs them.
     void (*rows)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride);
     void (*begin)(int64_t piece);
@@ -2140,6 +2145,63 @@ SNIPI_TARGET_AVX2 static void snipi_rows_avx2(const uint8_t *codes, size_t row_b
             _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
         }
         snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
+    }
+}
+// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1)), magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x, _mm512_set1_epi32(0x400000));
+}
+SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
+SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
+    for (; n > 0; x += 16, out += 16, n -= 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n);
+        _mm256_mask_storeu_epi16(out, live, _mm512_cvtepi32_epi16(_mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, x)), 16)));
+    }
+}
+// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the table.
+SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out) {
+    const snipi_element e = snipi_element_of(format);
+    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), base = _mm512_set1_epi16((short)((127 - e.bias) << 7));
+    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
+    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
+        const __mmask32 live = snipi_lowest(n);
+        __m512i v;
+        if (format == SNIP_E2M1) {              // bytes of two codes in words; low and high nibble to bytes of their own, those to words
+            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8((__mmask16)snipi_lowest((n + 1) / 2), codes));
+            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
+            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
+        } else {
+            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes)), m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16((short)e.largest))) {          // NaN or infinity among them
+                int i;
+                for (i = 0; i < n && i < 32; i++) {
+                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
+                    memcpy(out + i, &one, 2);
+                }
+                continue;
+            }
+            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
+            v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16((short)(1 << e.mantissa))), m, values);
+            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), _mm512_set1_epi16((short)0x8000)));
+        }
+        _mm512_mask_storeu_epi16(out, live, v);
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, int bf16, int n, float *out) {
+    int i;
+    for (i = 0; i < n; i += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n - i), second = (__mmask16)(y ? live : 0);
+        __m512i a, b;                           // b's high half over a's
+        if (bf16) {
+            a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)x + i));
+            b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, (const uint16_t *)(y ? y : x) + i)), 16);
+        } else {
+            a = _mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)x + i)), 16);
+            b = _mm512_and_si512(snipi_rounded512(_mm512_maskz_loadu_epi32(second, (const float *)(y ? y : x) + i)), _mm512_set1_epi32((int)0xFFFF0000u));
+        }
+        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
     }
 }
 #endif // SNIPI_X86_LATE
@@ -3488,7 +3550,7 @@ static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4
     snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
 }
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
-    snipi_kernels k = { 4, 16, 4, 16, 0, 0, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, NULL, snipi_spread_scalar, snipi_start_scalar, NULL, NULL, NULL };
+    snipi_kernels k = { 4, 16, 4, 16, 0, 0, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, NULL, snipi_spread_scalar, snipi_start_scalar, NULL, NULL, NULL, NULL, NULL, NULL };
 #ifdef SNIPI_X86
     if (isa != SNIP_ISA_SCALAR) {
         k.spread = snipi_spread_avx2;
@@ -3507,6 +3569,11 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
 #ifdef SNIPI_X86_LATE
     if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
     if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
+    if (isa >= SNIP_ISA_AVX512_BF16) {
+        k.round = snipi_round_avx512;
+        k.look_up = snipi_look_up_avx512;
+        k.pair = snipi_pair_avx512;
+    }
     if (isa == SNIP_ISA_AMX) {
         k.s8_mr = k.bf16_mr = 32;
         k.s8 = snipi_kernel_s8_amx;
@@ -3613,50 +3680,44 @@ static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, 
     }
 }
 // The same of any operand that bfloat16 holds exactly; codes without their scales.
-static void snipi_pack_bf16(const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
+static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
     enum { PART = 64 };                         // elements of k at a time
     const snipi_reader *q = &side->reader;
-    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1;
+    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1, width = to->width;
     const float *x = (const float *)side->operand->codes;
     const uint16_t *x16 = (const uint16_t *)side->operand->codes;
-    float pairs[SNIPI_MAX_NR * PART / 2], values[PART];     // pairs: bits of two bfloat16; a row of k each, or where the operand is transposed a pair of k
-    uint16_t line[2][PART];
+    float pairs[SNIPI_MAX_NR * PART / 2];       // of bfloat16, in a row of k each, or where the operand is transposed a pair of k
+    const int by_rows = to->step == 4;
+    uint16_t table[32];
     int64_t k;
-    int i, j;
+    int i;
+    if (!side->direct) kernels->round(q->lut, 32, table);
     for (k = 0; k < 2 * steps; k += PART, panel += PART / 2 * to->step) {
         int n = (int)snipi_min(PART, 2 * steps - k), there = (int)snipi_max(0, snipi_min(n, length - k));
         float *out = (float *)(void *)panel;
-        memset(pairs, 0, sizeof pairs);
+        if (used < width || there < n) memset(pairs, 0, sizeof pairs);
+        if (by_rows && (used < width || there < n)) for (i = 0; i < width; i++) memset(panel + i * to->row, 0, (size_t)n * 2);
         if (side->operand->transposed) {
+            const int in_place = !by_rows && used == width;
             for (i = 0; i < there; i += 2) {
-                memset(line, 0, sizeof line);
-                for (j = 0; j < 2 && i + j < there; j++) {
-                    int64_t at = row0 + (k0 + k + i + j) * side->ld;
-                    if (bf16) memcpy(line[j], x16 + at, (size_t)used * 2);
-                    else q->vector->narrow(x + at, used, line[j]);
-                }
-                for (j = 0; j < used; j++) {
-                    uint32_t pair = line[0][j] | (uint32_t)line[1][j] << 16;
-                    memcpy(pairs + i / 2 * to->width + j, &pair, 4);
-                }
+                const int64_t at = row0 + (k0 + k + i) * side->ld, next = at + side->ld;
+                const void *first = bf16 ? (const void *)(x16 + at) : (const void *)(x + at), *second = bf16 ? (const void *)(x16 + next) : (const void *)(x + next);
+                kernels->pair(first, i + 1 < there ? second : NULL, bf16, used, (in_place ? out : pairs) + i / 2 * width);
             }
-            if (to->step == 4) q->vector->transpose(pairs, to->width, n / 2, to->width, out, to->row / 4);
-            else memcpy(out, pairs, (size_t)n / 2 * (size_t)to->width * 4);
+            if (by_rows) q->vector->transpose(pairs, width, n / 2, width, out, to->row / 4);
+            else if (!in_place) memcpy(out, pairs, (size_t)n / 2 * (size_t)width * 4);
+            else if (i < n) memset(out + i / 2 * width, 0, (size_t)(n - i) / 2 * (size_t)width * 4);
             continue;
         }
         for (i = 0; i < used && there; i++) {
-            const int64_t row = row0 + i, col = k0 + k;
-            if (bf16) memcpy(line[0], x16 + row * side->ld + col, (size_t)there * 2);
-            else if (side->direct) q->vector->narrow(x + row * side->ld + col, there, line[0]);
-            else {
-                q->vector->decode(q->recipe->format, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? col >> 1 : col), there, 1.0f, values, 0);
-                q->vector->narrow(values, there, line[0]);
-            }
-            memcpy(pairs + i * (PART / 2), line[0], (size_t)there * 2);
+            const int64_t row = row0 + i, at = row * side->ld + k0 + k;
+            uint16_t *line = (uint16_t *)(void *)(by_rows ? panel + i * to->row : (uint8_t *)(pairs + i * (PART / 2)));
+            if (bf16 && there == PART) memcpy(line, x16 + at, PART * 2);
+            else if (bf16) memcpy(line, x16 + at, (size_t)there * 2);
+            else if (side->direct) kernels->round(x + at, there, line);
+            else kernels->look_up(q->recipe->format, table, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? (k0 + k) >> 1 : k0 + k), there, line);
         }
-        if (to->step == 4)
-            for (i = 0; i < to->width; i++) memcpy(panel + i * to->row, pairs + i * (PART / 2), (size_t)n * 2);
-        else q->vector->transpose(pairs, PART / 2, to->width, n / 2, out, to->width);
+        if (!by_rows) q->vector->transpose(pairs, PART / 2, width, n / 2, out, width);
     }
 }
 // k range [k0, k0 + kc) of rows into a scaled panel, with one scale per (block, row).
@@ -3669,7 +3730,7 @@ static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *si
     for (k = 0; k < kc; k += block, scales += to->width) {
         int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4;
         if (to->element == 1) snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
-        else snipi_pack_bf16(side, to, row0, used, k0 + k, length, steps, panel);
+        else snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
         for (i = 0; i < to->width; i++) scales[i] = i < used ? unit * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
         if (start) { kernels->start((const int8_t *)panel, steps, to->width, start); start += to->width; }
         panel += steps * to->step;
