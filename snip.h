@@ -3668,6 +3668,8 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
                 }
                 for (j = used; j < width; j++) to[j] = 0.0f;
             }
+        else if (side->operand->recipe->format == SNIP_F32 && used == width)
+            vector->transpose(x + row0 * side->ld + k0 + k, side->ld, width, (int)n, panel + k * width, width);
         else {
             for (i = 0; i < used; i++) snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
             memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
