@@ -797,7 +797,7 @@ static void test_other_optimizers(void) {
                     snipi_sensitivity z;
                     double m = o.beta1 * (double)n.m[l][i];
                     s->adamw = o;
-                    z = snipi_sensitivity_of(s, &s->layers[l]);
+                    z = snipi_sensitivity_of(s, &s->layers[l], NULL);
                     D = (mean_sign(m + (1 - o.beta1) * step, rest) - mean_sign(m - (1 - o.beta1) * step, rest)) / (2 * step);
                     CHECK(near(snipi_sensitivity_at(&z, i), D, 0.02));
                 }
