@@ -4271,11 +4271,11 @@ static void snipi_average_term(snipi_average *a, int term, double x, double rate
 }
 static double snipi_variance(const snip *s, const snipi_average *a, int term) { return s->squared_weights < 1 ? a->variance[term] / (1 - s->squared_weights) : 0; }
 // Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one expected of
-// the mean's size from all layers, `relative`, which counts as 2 degrees of freedom (Smyth 2004, empirical Bayes). Of a single measurement the
+// the mean's size from all layers, `relative`, which counts as 4 degrees of freedom (Smyth 2004, empirical Bayes). Of a single measurement the
 // error is taken to be as large as its value.
 static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
     double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term], freedom = 1 / s->squared_weights - 1;
-    return s->squared_weights < 1 ? s->squared_weights * (2 * relative * (mean_sq + own) + freedom * own) / (2 + freedom) : mean_sq;
+    return s->squared_weights < 1 ? s->squared_weights * (4 * relative * (mean_sq + own) + freedom * own) / (4 + freedom) : mean_sq;
 }
 // Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in expectation where
 // rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris 1973): factor first^2 / (first^2 + error^2).
