@@ -94,7 +94,7 @@ typedef struct {
 // lr: peak, unless --lr says otherwise.
 typedef struct { const char *name; snip_optimizer kind; double lr, beta1, beta2, decay; } tr_optimizer;
 static const tr_optimizer tr_optimizers[] = {
-    { "adamw", SNIP_ADAMW, 2e-3, 0.9, 0.95, 0.1 }, { "sgd", SNIP_SGD_MOMENTUM, 0.3, 0.9, 0, 1e-3 }, { "lion", SNIP_LION, 3e-4, 0.9, 0.99, 0.5 } };
+    { "adamw", SNIP_ADAMW, 2e-3, 0.9, 0.95, 0.1 }, { "sgd", SNIP_SGD_MOMENTUM, 0.1, 0.9, 0, 2e-3 }, { "lion", SNIP_LION, 1e-3, 0.9, 0.99, 0.2 } };
 static inline const tr_optimizer *tr_optimizer_named(const char *name) {
     for (int i = 0; i < 3; i++) if (!strcmp(name, tr_optimizers[i].name)) return &tr_optimizers[i];
     return NULL;
@@ -130,7 +130,7 @@ static const tr_option tr_option_table[] = {
     { "--batch",      TR_INT,  TR_AT(batch), 1, 1 << 20, "N", "sequences in a micro-batch (8)" },
     { "--accum",      TR_INT,  TR_AT(accum), 1, 1 << 20, "N", "micro-batches in a step (1)" },
     { "--optimizer",  TR_TEXT, TR_AT(optimizer), 0, 0, "O", "adamw, sgd (with momentum) or lion (adamw)" },
-    { "--lr",         TR_REAL, TR_AT(lr), 0, 1e30, "F", "peak learning rate (adamw 0.002, sgd 0.3, lion 0.0003)" },
+    { "--lr",         TR_REAL, TR_AT(lr), 0, 1e30, "F", "peak learning rate (adamw 0.002, sgd 0.1, lion 0.001)" },
     { "--warmup",     TR_INT,  TR_AT(warmup), 0, 1e9, "N", "warm-up steps (a tenth of the steps, at most 100)" },
     { "--seed",       TR_INT,  TR_AT(seed), 0, 9e15, "N", "of weights, batches and rounding (1)" },
     { "--stages",     TR_INT,  TR_AT(stages), 1, 1000, "N", "pipeline stages, each of which meets the budget (1)" },
