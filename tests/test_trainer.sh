@@ -53,6 +53,13 @@ check "f32 puts nothing there" awk -F, 'NR > 1 && $5 != 0 { bad = 1 } END { exit
 check "plan.txt says why the plan is what it is" grep -q "; step [0-9]*: the first plan\|; step [0-9]*: the plan stays\|; step [0-9]*: [0-9]* GEMMs change" ref/plan.txt
 run ${base/--quiet/} --steps 10 --out reasons > /dev/null 2> err
 check "and so does the terminal" grep -q "snip: step 9: the first plan: predicted harm" err
+for to in fp8 bf16 none; do            # a loss that stands still, and a threshold within its noise
+    run ${base/--quiet/} --steps 45 --every 20 --lr 1e-9 --spike 0.3 --fallback $to --out spike_$to > /dev/null 2> err
+    case $to in none) want="; measuring" ;; *) want="; [0-9]* GEMMs in $to until the next measurement" ;; esac
+    check "a spike, falling back to $to" grep -qE "snip: step [0-9]+: the loss spikes: 5.[0-9]*, mean 5.[0-9]*, deviation [0-9.]*$want" err
+    check "is measured" grep -qE "snip: step (3[4-9]|40): (a new plan after the fall back|the plan stays|[0-9]+ GEMMs change)" err
+done
+check "--spike -1: none is" sh -c "! '$trainer' ${base/--quiet/} --steps 45 --every 20 --lr 1e-9 --spike=-1 --out spike_off 2>&1 | grep -q spikes"
 for opt in sgd lion; do
     check "--optimizer $opt" run $base --optimizer $opt --out $opt
     check "$opt: the loss falls" awk -F, 'NR == 2 { first = $2 } END { exit !($2 < first - 0.2 && first > 5 && $5 >= 0.75) }' $opt/loss.csv
