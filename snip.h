@@ -671,36 +671,46 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
 }
 
 // a * b + c with the product rounded, whatever the compiler may fuse.
-static double snipi_mul_add(double a, double b, double c) {
+SNIPI_HD SNIPI_INLINE double snipi_mul_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __dadd_rn(__dmul_rn(a, b), c);
+#else
     double p = a * b;
     SNIPI_HIDDEN(p);
     return p + c;
+#endif
 }
 // -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
-static double snipi_minus_2_log(uint32_t w) {
-    static const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
+SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
+    const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
     double m = (double)w + 0.5, t, t2, sum = 1.0 / 15, above;
-    int e = -32, i;
-    while (m >= 1.4142135623730951) { m *= 0.5; e++; }
-    while (m < 0.70710678118654757) { m *= 2; e--; }
+    uint64_t u;
+    int e, i;
+    memcpy(&u, &m, 8);
+    e = (int)(u >> 52) - 1023 - 32;
+    u = (u & 0xFFFFFFFFFFFFFu) | (uint64_t)1023 << 52;
+    memcpy(&m, &u, 8);
+    if (m >= 1.4142135623730951) { m *= 0.5; e++; }
     above = m + 1;
     SNIPI_HIDDEN(above);
     t = (m - 1) / above;
     t2 = t * t;
     SNIPI_HIDDEN(t2);
+    SNIPI_UNROLL
     for (i = 0; i < 7; i++) sum = snipi_mul_add(sum, t2, terms[i]);
     t *= -4 * sum;
     SNIPI_HIDDEN(t);
     return snipi_mul_add(-2 * 0.69314718055994531, e, t);
 }
 // cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
-static void snipi_turn(uint32_t w, double *cosine, double *sine) {
-    static const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
-    static const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
+SNIPI_HD static void snipi_turn(uint32_t w, double *cosine, double *sine) {
+    const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
+    const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
     uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
     double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
     int i;
     SNIPI_HIDDEN(r2);
+    SNIPI_UNROLL
     for (i = 0; i < 6; i++) {
         x = snipi_mul_add(x, r2, c[i]);
         y = snipi_mul_add(y, r2, s[i]);
@@ -709,10 +719,10 @@ static void snipi_turn(uint32_t w, double *cosine, double *sine) {
     *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
     *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
 }
-SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     // Box and Muller
+SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4]) {      // Box and Muller
     uint32_t w[4];
     int i;
-    snip_philox(key, index, w);
+    snipi_philox(key, index, w);
     for (i = 0; i < 4; i += 2) {
         double radius = sqrt(snipi_minus_2_log(w[i])), x, y;
         snipi_turn(w[i + 1], &x, &y);
@@ -720,6 +730,7 @@ SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     /
         out[i + 1] = (float)(radius * y);
     }
 }
+SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
 SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
     int64_t b, blocks = snipi_ceil_div(n, 4);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;

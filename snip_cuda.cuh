@@ -65,6 +65,9 @@ SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, 
 // *dot = sum noise[i] * x[i]. dot and scratch: device memory.
 #define SNIP_CUDA_NOISE_SCRATCH 4096
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+// The same with snip_gauss's noise, by double-precision arithmetic.
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key, cudaStream_t);
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
@@ -790,7 +793,9 @@ template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_ke
         }
     }
 }
-static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+// device_scale: where it lies in device memory; NULL: `scale`.
+static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key) {
+    if (device_scale) scale = (float)*device_scale;
     snipi_cuda_each_sign(n, key, [=](int64_t i, uint32_t sign) {
         float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
         out[i] = __fadd_rn(x[i], snipi_float(snipi_bits(noise) ^ sign));
@@ -803,23 +808,81 @@ static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, sn
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
-static __global__ void snipi_cuda_sum_kernel(const double *part, double *total) {
+// Blocks of a sum over n elements: a function of n alone, and with it the order of the sum.
+static int64_t snipi_cuda_sum_blocks(int64_t n) { return snipi_max(1, snipi_min(SNIPI_NOISE_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS))); }
+// part[block]: the sum of f(i), i < n
+template <class F> static __global__ void snipi_cuda_reduce_kernel(const F f, int64_t n, double *part) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) sum += f(i);
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) part[blockIdx.x] = sum;
+}
+static __global__ void snipi_cuda_sum_kernel(const double *part, int parts, double *total, double factor, int add) {
     __shared__ double sums[SNIPI_NOISE_BLOCKS / SNIPI_WARP];
-    double sum = snipi_cuda_block_sum(part[threadIdx.x], sums);
-    if (threadIdx.x == 0) *total = sum;
+    double sum = snipi_cuda_block_sum((int)threadIdx.x < parts ? part[threadIdx.x] : 0, sums);
+    if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
+}
+static snip_status snipi_cuda_sum(const void *part, int64_t parts, double *total, double factor, int add, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(parts, SNIPI_WARP) * SNIPI_WARP, 0, stream, (const double *)part, (int)parts, total, factor, add);
+}
+// *total (+)= factor * the sum of f(i), i < n
+template <class F> static snip_status snipi_cuda_reduce(const F &f, int64_t n, double *total, double factor, int add, void *scratch, cudaStream_t stream) {
+    const int64_t blocks = snipi_cuda_sum_blocks(n);
+    snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<F>, blocks, SNIPI_THREADS, 0, stream, f, n, (double *)scratch);
+    return status ? status : snipi_cuda_sum(scratch, blocks, total, factor, add, stream);
+}
+static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream,
+                             out, x, n, scale, device_scale, shape, key);
+}
+static snip_status snipi_cuda_dot_noise(const float *x, int64_t n, snip_rng_key key, double *dot, int add, void *scratch, cudaStream_t stream) {
+    const int64_t blocks = snipi_cuda_sum_blocks(n);
+    snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
+    return status ? status : snipi_cuda_sum(scratch, blocks, dot, 1, add, stream);
 }
 SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    if (n == 0) return SNIP_OK;
-    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+    return n ? snipi_cuda_add_noise(out, x, n, scale, NULL, shape, key, stream) : SNIP_OK;
 }
-// The number of blocks is fixed, and with it the order of the sum.
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
-    snip_status status;
     if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, SNIPI_NOISE_BLOCKS, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
-    if (status) return status;
-    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, SNIPI_NOISE_BLOCKS, 0, stream, (const double *)scratch, dot);
+    return snipi_cuda_dot_noise(x, n, key, dot, 0, scratch, stream);
+}
+
+// A thread makes four elements' noise at a time.
+static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    for (int64_t b = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; 4 * b < n; b += (int64_t)gridDim.x * SNIPI_THREADS) {
+        float noise[4];
+        snipi_gauss(key, (uint64_t)b, noise);
+        for (int j = 0; j < 4; j++) {
+            int64_t i = 4 * b + j;
+            if (i < n) out[i] = __fadd_rn(x[i], __fmul_rn(noise[j], shape ? __fmul_rn(scale, shape[i]) : scale));
+        }
+    }
+}
+struct snipi_cuda_gauss_dot {
+    const float *x;
+    int64_t n;
+    snip_rng_key key;
+    __device__ double operator()(int64_t b) const {
+        float noise[4];
+        double sum = 0;
+        snipi_gauss(key, (uint64_t)b, noise);
+        for (int j = 0; j < 4; j++)
+            if (4 * b + j < n) sum += (double)x[4 * b + j] * (double)noise[j];
+        return sum;
+    }
+};
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    if (n == 0) return SNIP_OK;
+    return snipi_cuda_launch(snipi_cuda_gauss_add_kernel, snipi_min(snipi_ceil_div(n, 4 * SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+}
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
+    snipi_cuda_gauss_dot f = { x, n, key };
+    if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    return snipi_cuda_reduce(f, snipi_ceil_div(n, 4), dot, 1, 0, scratch, stream);
 }
 
 // >>cuda-gemm-impl ---------------------------------------------------------------------------------

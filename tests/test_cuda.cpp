@@ -241,6 +241,8 @@ static void test_refusals() {
     CHECK(snip_cuda_dequantize(&fp8, codes, NULL, 16, 16, x, SNIP_F32, 16, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_noise_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_noise_dot(x.floats(), -1, job.key, (double *)codes.operator void *(), scales, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gauss_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gauss_dot(x.floats(), 5, job.key, NULL, scales, 0) == SNIP_BAD_ARGUMENT);
     for (size_t i = 0; i < codes.size; i++) if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
 }
 
@@ -286,6 +288,12 @@ static void test_noise() {
                 CHECK(same(out, out2));
                 if (!shaped) CHECK(near_to(dot[shim_order], dot2, sqrt((double)n * size)) && dot[shim_order] == dot[0]);
             }
+            CHECK(snip_gauss_add(out2.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key) == SNIP_OK);
+            CHECK(snip_gauss_dot(x.floats(), n, key, &dot2) == SNIP_OK);
+            CHECK(snip_cuda_gauss_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) == SNIP_OK);
+            CHECK(snip_cuda_gauss_dot(x.floats(), n, key, dot, scratch, 0) == SNIP_OK);
+            finish();
+            CHECK(same(out, out2) && near_to(dot[0], dot2, sqrt((double)n * size)));
         }
 }
 
