@@ -71,11 +71,13 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
-// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
+// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
+// or two of F32 or BF16, each as it lies or transposed.
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
 //   every 128 of k it is added in float32.
+//   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
@@ -136,6 +138,11 @@ SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t selec
 SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
 }
+SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
 #define SNIPI_PTX_MMA(name, shape, types, acc, constraint) \
     SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) { \
         asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -143,6 +150,7 @@ SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
     }
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_bf16, "m16n8k16", "f32.bf16.bf16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
 
@@ -889,7 +897,7 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 typedef struct {
     snipi_cuda_reader reader;
     int64_t rows, across, along;        // F32 and BF16: element (row, k) lies at row * across + k * along
-    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes may be read at once
+    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes, or four floats of a row, may be read at once
 } snipi_cuda_operand;
 typedef struct {
     snipi_cuda_operand a, b;
@@ -897,6 +905,7 @@ typedef struct {
     float *c;
     const float *bias;
     int accumulate;
+    unsigned long long *nonfinite;      // counts C's, where the operands are plain; or NULL
 } snipi_cuda_gemm_job;
 
 SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
@@ -1102,6 +1111,142 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(cons
     snipi_mma_kernel_body<KIND, FORMAT_A>(g);
 }
 
+// F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
+// The n-th of a tile's pieces, `across` of them to a row: its row and place in the row.
+SNIPI_DEVICE void snipi_plain_place(const snipi_cuda_operand &o, int n, int across, int *row, int *piece) {
+    const int turned = o.along != 1;
+    *row = turned ? n % SNIPI_BLOCK : n / across;
+    *piece = turned ? n / SNIPI_BLOCK : n % across;
+}
+SNIPI_DEVICE float snipi_plain_at(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end) {
+    return row < o.rows && k < k_end ? snipi_cuda_operand_at(o, row, k) : 0.0f;
+}
+SNIPI_DEVICE void snipi_plain_end(const snipi_cuda_gemm_job &g, int64_t row, int64_t col, float c, int *bad) {
+    if (row >= g.m || col >= g.n) return;
+    if (g.accumulate && g.bias) c = __fadd_rn(c, g.bias[col]);
+    g.c[row * g.ldc + col] = c;
+    *bad += snipi_nonfinite(c);
+}
+SNIPI_DEVICE void snipi_plain_count(const snipi_cuda_gemm_job &g, int bad) {
+    if (bad && g.nonfinite) atomicAdd(g.nonfinite, (unsigned long long)bad);
+}
+
+// BF16: as the kernel above, 32 elements of k at a time, sums kept by the tensor cores.
+SNIPI_DEVICE void snipi_bf16_fetch(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end, float x[8]) {
+    if (o.aligned && row < o.rows && k + 8 <= k_end) {
+        const float *at = (const float *)o.reader.codes + row * o.across + k;
+        snipi_cuda_load4(at, x);
+        snipi_cuda_load4(at + 4, x + 4);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = snipi_plain_at(o, row, k + i, k_end);
+    }
+}
+SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
+    __shared__ uint4 tile[2][2][SNIPI_MMA_TILE / 16];       // [half][A, B]
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + 31) / 32;
+    float c[4][4][4], next[2][2][8];
+    int bad = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        int64_t row = m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), col = n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
+        c[i / 16][i / 4 % 4][i % 4] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+    }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 4; f++) {
+                int row, chunk;
+                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                snipi_bf16_fetch(f / 2 ? g.b : g.a, (f / 2 ? n0 : m0) + row, 32 * (t + 1) + 8 * chunk, g.k, next[f / 2][f % 2]);
+            }
+        }
+        if (t >= 0) {
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++) {
+                uint32_t a[4][4], b[2][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile[t & 1][0], warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+#pragma unroll
+                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile[t & 1][1], warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+#pragma unroll
+                for (int i = 0; i < 16; i++) snipi_ptx_mma_bf16(c[i / 4][i % 4], a[i / 4], b[i % 4 / 2] + i % 2 * 2);
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 4; f++) {
+                const float *x = next[f / 2][f % 2];
+                int row, chunk;
+                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                *snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row, chunk) =
+                    make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]), snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        snipi_plain_end(g, m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2, c[i / 16][i / 4 % 4][i % 4], &bad);
+    snipi_plain_count(g, bad);
+}
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(const snipi_cuda_gemm_job g) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    snipi_bf16_kernel_body(g);
+#endif
+}
+
+// F32: 16 elements of k at a time; a thread has four times 4 x 4 of C, 64 apart.
+enum { SNIPI_F32_K = 16, SNIPI_F32_ROW = SNIPI_BLOCK + 4 };     // padded: a row's elements lie in different banks
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(const snipi_cuda_gemm_job g) {
+    __shared__ float4 tile[2][2][SNIPI_F32_K * SNIPI_F32_ROW / 4];      // [half][A, B][k][row]
+    const int thread = (int)threadIdx.x, down = thread / 16 * 4, along = thread % 16 * 4;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + SNIPI_F32_K - 1) / SNIPI_F32_K;
+    float c[8][8], next[2][8];
+    int bad = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        int64_t row = m0 + down + i / 32 * 64 + i / 8 % 4, col = n0 + along + i % 8 / 4 * 64 + i % 4;
+        c[i / 8][i % 8] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+    }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 16; f++) {
+                int row, k;
+                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                next[f / 8][f % 8] = snipi_plain_at(f / 8 ? g.b : g.a, (f / 8 ? n0 : m0) + row, SNIPI_F32_K * (t + 1) + k, g.k);
+            }
+        }
+        if (t >= 0) {
+            const float *a = (const float *)tile[t & 1][0] + down, *b = (const float *)tile[t & 1][1] + along;
+#pragma unroll
+            for (int k = 0; k < SNIPI_F32_K; k++, a += SNIPI_F32_ROW, b += SNIPI_F32_ROW) {
+                float x[8], y[8];
+                snipi_cuda_load4(a, x); snipi_cuda_load4(a + 64, x + 4);
+                snipi_cuda_load4(b, y); snipi_cuda_load4(b + 64, y + 4);
+#pragma unroll
+                for (int i = 0; i < 64; i++) c[i / 8][i % 8] = fmaf(x[i / 8], y[i % 8], c[i / 8][i % 8]);
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 16; f++) {
+                int row, k;
+                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                ((float *)tile[(t + 1) & 1][f / 8])[k * SNIPI_F32_ROW + row] = next[f / 8][f % 8];
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) snipi_plain_end(g, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8], &bad);
+    snipi_plain_count(g, bad);
+}
+
 // Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
 // TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
 // and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
@@ -1221,7 +1366,7 @@ static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t r
     q.along = o->transposed ? ld : 1;
     q.plain = snipi_plain(o->recipe->format);
     q.round_bf16 = o->round_bf16;
-    q.aligned = k % 2 == 0 && q.reader.row_bytes % 16 == 0 && (uintptr_t)o->codes % 16 == 0;
+    q.aligned = (q.plain ? o->recipe->format == SNIP_F32 && !o->transposed && ld % 4 == 0 : k % 2 == 0 && q.reader.row_bytes % 16 == 0) && (uintptr_t)o->codes % 16 == 0;
     return q;
 }
 static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -1265,18 +1410,27 @@ template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
 }
-SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
+static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     snip_format format_a = a->recipe->format, format_b = b->recipe->format;
     int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
-    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
+    int plain = snipi_plain(format_a) && snipi_plain(format_b);
+    if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
+    g.nonfinite = nonfinite;
+    if (plain) return snipi_cuda_launch(snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel : snipi_f32_kernel,
+                                        snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
     if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
     return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+}
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    return snipi_cuda_gemm(m, n, k, a, b, c, ldc, accumulate, bias, NULL, stream);
 }
 
 #endif // SNIP_IMPLEMENTATION

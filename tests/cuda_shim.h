@@ -157,6 +157,7 @@ template <class T> static T shim_shuffle(unsigned mask, T value, unsigned from, 
 #define __shfl_sync(mask, value, lane) shim_shuffle(mask, value, (unsigned)(lane) % 32, SHIM_SITE)
 #define __shfl_xor_sync(mask, value, bits) shim_shuffle(mask, value, shim.current % 32 ^ (unsigned)(bits), SHIM_SITE)
 #define __shfl_down_sync(mask, value, by) shim_shuffle(mask, value, shim.current % 32 + (unsigned)(by), SHIM_SITE)
+static inline void atomicAdd(unsigned long long *p, unsigned long long v) { *p += v; }
 static inline uint32_t atomicMax(uint32_t *p, uint32_t v) { uint32_t old = *p; if (v > old) *p = v; return old; }
 // Each rounded on its own, whatever the compiler may fuse.
 static inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
@@ -228,6 +229,17 @@ static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uin
 }
 static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+}
+static inline float shim_bf16(uint32_t code) { code <<= 16; float x; memcpy(&x, &code, 4); return x; }
+static inline uint32_t snipi_ptx_bf16x2(float low, float high) {
+    uint32_t u[2], r = 0;
+    memcpy(u, &low, 4);
+    memcpy(u + 1, &high, 4);
+    for (int i = 0; i < 2; i++) r |= ((u[i] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : (u[i] + 0x7FFFu + (u[i] >> 16 & 1u)) >> 16) << 16 * i;
+    return r;
+}
+static inline void snipi_ptx_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 2, "mma bf16", [](float &s, uint32_t x, uint32_t y) { s += shim_bf16(x) * shim_bf16(y); });
 }
 static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e4m3[x] * shim_fp8.e4m3[y]; });

@@ -314,7 +314,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
-    int alike = 1;                  // beyond the edge, and NaN
+    int alike = 1;                  // beyond the edge, infinity and NaN
     fill(c, m * ldc, SNIP_F32, GAUSS);
     fill(bias, n, SNIP_F32, GAUSS);
     memcpy(c2.at, c.at, c.size);
@@ -326,7 +326,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < ldc; j++) {
             double x = c.floats()[i * ldc + j], y = c2.floats()[i * ldc + j];
-            if (j >= n || x != x || y != y) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
+            if (j >= n || snipi_nonfinite_f64(x) || snipi_nonfinite_f64(y)) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
             error += (x - y) * (x - y);
             norm += y * y;
         }
@@ -366,6 +366,19 @@ static void play_gpu(int gpu) {
     if (gpu > 2) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>); }
 }
 #endif
+// F32 and BF16 operands, either way round.
+static void test_gemm_plain() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16 };
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int way = 0; way < 4; way++) {
+            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&kinds[i % 3 == 1], m, k, GAUSS, way & 1), b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
+            if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
+            shim_order = (i + way) % SHIM_ORDERS;
+            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
+            test_gemm_one(m, n, k, a, b, (i + way) & 3, 0, 0);
+        }
+}
 static void test_gemm_tensor_cores() {
     static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
     static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
@@ -419,7 +432,7 @@ int main(int argc, char **argv) {
     test_refusals();
     if (quantize) { test_quantize(); test_in_place(); test_stats_deterministic(); test_dequantize(); }
     if (noise) test_noise();
-    if (gemm) { test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
     printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
     return failed != 0;
 }

@@ -41,7 +41,7 @@ wait
 for arch in $archs; do
     case $arch in
         75) want= ;;
-        89 | 120a) want="IMMA LDSM QMMA" ;;
+        89 | 120a) want="HMMA IMMA LDSM QMMA" ;;
         90a) want="HMMA IMMA LDSM QGMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
