@@ -3463,6 +3463,7 @@ typedef struct {
     int64_t elements_x, elements_y;             // seen by this pass
     double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
     float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
+    double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
@@ -3877,7 +3878,6 @@ static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const fl
         for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
 }
-static double snipi_sketched_sq(const snipi_layer *l, int which) { return snipi_sum_sq(l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH); }
 
 static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *c) {
     snip_recipe recipe = SNIP_RECIPE_F32;
@@ -3930,7 +3930,7 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
     }
     return d;
 }
-SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
+SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
     float x = d->state[i];
     if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
     return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
@@ -4118,19 +4118,25 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
 }
 
 // ---- passes, costs, the plan
+static snip_status snipi_all_bound(snip *s) {
+    char message[160];
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        if (s->layers[l].m) continue;
+        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
+        return snipi_fail(s, SNIP_NOT_BOUND, message);
+    }
+    return SNIP_OK;
+}
 // Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
 static snip_status snipi_prepare_update_probe(snip *s) {
     double sum = 0;
     int l;
+    if (snipi_all_bound(s)) return SNIP_NOT_BOUND;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-        char message[160];
-        if (!layer->m) {
-            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", layer->name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
-            return snipi_fail(s, SNIP_NOT_BOUND, message);
-        }
         if (!d) return SNIP_OUT_OF_MEMORY;
         snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
@@ -4193,15 +4199,15 @@ static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
     const snipi_measured *q = &l->measured[f];
     double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
-    double fwd_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DY) * l->input_sq, dgrad_sq = snipi_sketched_sq(l, SNIPI_SKETCH_X) * l->gradient_sq;
-    double dw_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DW), by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
+    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
+    double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
     snip_estimate e;
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
     e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * snipi_sketched_sq(l, SNIPI_SKETCH_DYW) + q->err_w / n_w * by_fwd) * probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * snipi_sketched_sq(l, SNIPI_SKETCH_XW) + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
+    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * l->sketched_sq[SNIPI_SKETCH_DYW] + q->err_w / n_w * by_fwd) * probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }
@@ -4377,35 +4383,46 @@ static snip_status snipi_solve(snip *s) {
     return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
 
-SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
-    snip_status status;
+// Costs from the measurement that the layers hold, and a plan from the costs.
+static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
     int l, f;
-    if (!s) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+            char message[200];
+            if (snipi_estimate_finite(&e)) continue;
+            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
+            return snipi_fail(s, SNIP_NONFINITE, message);
+        }
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+            snipi_average_layer(s, &s->layers[l], f);
+        }
+    return snipi_solve(s);
+}
+static snip_status snipi_end_step_check(snip *s, const snip_adamw *adamw) {
     if (!adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
         !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr))
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step: the optimizer's constants are out of range");
     if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
+    snip_status status;
+    int l, i;
+    if (!s) return SNIP_BAD_ARGUMENT;
+    status = snipi_end_step_check(s, adamw);
+    if (status) return status;
     status = s->pending;
     s->adamw = *adamw;
     s->step++;
     if (s->pass == SNIP_PASS_CLEAN && s->n_layers && !status) {
-        double update_sq = snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, grad_scale = adamw->grad_scale > 0 ? adamw->grad_scale : 1;
-        if (snipi_nonfinite_f64(s->loss)) status = snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-                snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-                char message[200];
-                if (snipi_estimate_finite(&e)) continue;
-                snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
-                status = snipi_fail(s, SNIP_NONFINITE, message);
-            }
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES; f++) {
-                s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-                snipi_average_layer(s, &s->layers[l], f);
-            }
-        if (!status) status = snipi_solve(s);
+        for (l = 0; l < s->n_layers; l++)
+            for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
+        status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
     }
     snipi_begin_step(s);
     return status;
