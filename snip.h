@@ -3961,9 +3961,10 @@ static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, co
     return noisy;
 }
 
+static int64_t snipi_samples(const snip *s, const snipi_layer *l) { return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))); }
 // |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
 static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
-    int64_t samples = snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
+    int64_t samples = snipi_samples(s, l), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
     float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
     snipi_sensitivity d = snipi_sensitivity_of(s, l);
     snip_status status = SNIP_OK;

@@ -28,8 +28,8 @@
 //   12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
 //
 // INDEX (search for the tag)
-//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm
-//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
+//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
+//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl >>cuda-session-impl
 #ifndef SNIP_CUDA_CUH
 #define SNIP_CUDA_CUH
 
@@ -52,7 +52,7 @@ typedef enum {
 // Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may be NULL.
 SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols);
 // snip_quantize_with on the GPU; job->isa is ignored. E4M3, E5M2 and E2M1 with tiles of 1 x 16, 32, 64 or 128 or of
-// 128 x 128; both orientations come from one read of x. stats, transposed: device memory, or NULL.
+// 128 x 128; both orientations come from one read of x (two if their formats or roundings differ). stats, transposed: device memory, or NULL.
 SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats, snip_quant_stats *transposed,
                                         void *scratch, cudaStream_t);
 // Any recipe of snip.h. x: SNIP_F32 or SNIP_BF16.
@@ -83,6 +83,44 @@ SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+
+// >>cuda-session -----------------------------------------------------------------------------------
+// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the host
+// (snip_bind_adamw: device pointers). What a step measures is gathered in device memory, copied to the host behind the
+// step's own work, and read `lag` steps later, so that the device has work while the host solves (the paper's Figure 6):
+//     cudaMalloc(&memory, snip_cuda_memory(s, rows));
+//     snip_cuda *c = snip_cuda_create(s, rows, 2, memory, stream);
+//     for (step = 1; ; step++) {
+//         do {
+//             zero_grad();
+//             ... snip_cuda_linear_forward (c, l, out, inp, weight, bias, rows, stream);
+//             ... snip_cuda_linear_backward(c, l, dinp, dweight, dbias, dout, inp, weight, rows, stream);
+//         } while (snip_cuda_next_pass(c, loss, stream));
+//         optimizer_step();
+//         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
+//     }
+// In a CUDA graph: capture what lies between two snip_cuda_end_step when snip_current_pass() is SNIP_PASS_ORDINARY, replay
+// it in ordinary steps, and capture anew when snip_plans() has changed. Measuring steps and snip_cuda_end_step run
+// outside it. Random numbers move on, because kernels read the step from device memory.
+// All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes.
+typedef struct snip_cuda snip_cuda;
+// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument.
+SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
+// After the last snip_add_linear and snip_state_load. memory stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
+SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
+SNIP_API void snip_cuda_destroy(snip_cuda *);           // before snip_destroy; waits for the device
+// As snip_linear_forward and _backward, all pointers to device memory, contiguous.
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t);
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
+                                               const float *inp, const float *weight, int64_t rows, cudaStream_t);
+// loss: device memory; read in a measuring step's last pass.
+SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
+// Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
+// is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
+// precision. grad_scale: device memory, instead of adamw's; or NULL.
+SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
+// Reads all steps ended so far: before snip_state_save, and at the end of the training.
+SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 
 #ifdef __cplusplus
 }
@@ -237,7 +275,9 @@ typedef struct {
     void *out;                          // values of `straight`, or NULL
     int64_t ld_out;
     int out_bf16;
-    snip_rng_key key;
+    snip_rng_key key, key_t;            // of straight and turned
+    const uint32_t *step;               // instead of theirs, or NULL
+    unsigned long long *nonfinite;      // counts x's, or NULL
     const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
 } snipi_cuda_quantizer;
 typedef struct {
@@ -275,6 +315,10 @@ SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantizer &q, int64_t r, int6
 }
 SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
     for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(q, r + i, c);
+}
+SNIPI_DEVICE snip_rng_key snipi_cuda_key(const snipi_cuda_quantizer &q, snip_rng_key key) {
+    if (q.step) key.step = *q.step;
+    return key;
 }
 // Random words of the four elements from `element` on, which may straddle two counters.
 SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_t out[4]) {
@@ -419,26 +463,37 @@ SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda
 // (r0, c0): the block's first element in x. held: its elements of this thread, if HELD.
 template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP, lanes = 1 << (q.straight.log2_tile_cols - 2);
+    int bad = 0;
 #pragma unroll (HELD ? SNIPI_ROWS : 1)
     for (int i = 0; i < SNIPI_ROWS; i++) {
         float x[4];
         uint32_t amax = 0;
         if (!HELD) snipi_cuda_row4(q, r0 + row + i, c0 + 4 * lane, x);
-        for (int j = 0; j < 4; j++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
+        for (int j = 0; j < 4; j++) {
+            amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
+            bad += snipi_nonfinite(HELD ? held[i][j] : x[j]);
+        }
         amax = snipi_cuda_lanes_max(amax, lanes);
         if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
     }
+    if (bad && q.nonfinite) atomicAdd(q.nonfinite, (unsigned long long)bad);
 }
 template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
+    int bad = 0;
 #pragma unroll (HELD ? 4 : 1)
     for (int j = 0; j < 4; j++) {
         int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
         uint32_t amax = 0;
 #pragma unroll (HELD ? SNIPI_ROWS : 4)
-        for (int i = 0; i < SNIPI_ROWS; i++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col));
+        for (int i = 0; i < SNIPI_ROWS; i++) {
+            float x = HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col);
+            amax = snipi_cuda_amax(amax, x);
+            bad += snipi_nonfinite(x);
+        }
         atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
     }
+    if (bad && q.nonfinite && !q.straight.recipe.format) atomicAdd(q.nonfinite, (unsigned long long)bad);
 }
 template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
@@ -457,6 +512,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
     const int64_t c = c0 + col;
     const int n = c >= side.cols ? 0 : (int)snipi_min(4, side.cols - c), bytes = FORMAT == SNIP_E2M1 ? (n + 1) / 2 : n;
+    const snip_rng_key key = snipi_cuda_key(q, q.key);
     snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
     for (int i = 0; i < SNIPI_ROWS && n && r0 + row + i < side.rows; i++) {
@@ -465,7 +521,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
         uint32_t word;
         float x[4];
         snipi_cuda_row4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int j = 0; j < 4; j++)
                 if (j < n && q.weight) extra.weight[j] = q.weight[r * q.ld + c + j];
@@ -514,6 +570,7 @@ template <int FORMAT, int MODE>
 SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
     const snipi_cuda_side &side = q.turned;
     const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+    const snip_rng_key key = snipi_cuda_key(q, q.key_t);
     snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
     for (int k = 0; k < SNIPI_ROWS; k++) {
@@ -524,7 +581,7 @@ SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cud
         uint32_t word;
         float x[4];
         snipi_cuda_column4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int i = 0; i < 4; i++)
                 if (r + i < q.rows && c < q.cols && q.weight) extra.weight[i] = q.weight[(r + i) * q.ld + c];
@@ -596,10 +653,11 @@ template <class T> static __global__ void snipi_cuda_amax_kernel(const T *x, int
     if (threadIdx.x % SNIPI_WARP == 0) atomicMax(amax, largest);
 }
 // One thread block adds the others' parts.
-static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats) {
+static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats, int add) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     __shared__ uint32_t amax;
     snip_quant_stats s = { 0, 0, 0, 0, 0, 0 };
+    if (add && threadIdx.x == 0) s = *stats;
     if (threadIdx.x == 0) amax = 0;
     for (int64_t i = threadIdx.x; i < parts; i += SNIPI_THREADS) {
         s.sum_sq += part[i].sum_sq;
@@ -657,8 +715,9 @@ SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
     return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
-                                        void *scratch, cudaStream_t stream) {
+typedef struct { uint32_t tensor_t; const uint32_t *step; unsigned long long *nonfinite; int add_stats; } snipi_cuda_options;      // tensor_t: of the transposed one's random numbers
+static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
+                                       void *scratch, const snipi_cuda_options &options, cudaStream_t stream) {
     snipi_cuda_quantizer q = {};
     snip_quantize_job any;
     const snip_recipe *r, *r_t;
@@ -675,7 +734,18 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     nvfp4 = (r && r->scale == SNIP_SCALE_UE4M3) || (r_t && r_t->scale == SNIP_SCALE_UE4M3);
     if ((stats && !r) || (stats_t && !r_t)) return SNIP_BAD_ARGUMENT;
     if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
-    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) return SNIP_UNSUPPORTED;
+    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) {       // one after the other; turned first, because out may be x
+        snipi_cuda_options uncounted = options;
+        uncounted.nonfinite = NULL;
+        any.recipe = NULL;
+        any.codes = any.scales = any.out = NULL;
+        status = snipi_cuda_quantize(&any, codes, NULL, stats_t, scratch, uncounted, stream);
+        if (status) return status;
+        any = *job;
+        any.recipe_t = NULL;
+        any.codes_t = any.scales_t = NULL;
+        return snipi_cuda_quantize(&any, codes, stats, NULL, scratch, options, stream);
+    }
     blocks = snipi_cuda_blocks(job->rows, job->cols);
     if (blocks == 0) {
         if (stats && cudaMemsetAsync(stats, 0, sizeof *stats, stream) != cudaSuccess) return SNIP_DEVICE;
@@ -689,7 +759,10 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     q.bf16 = job->x_format == SNIP_BF16;
     q.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (q.bf16 ? 8 : 16) == 0;
     q.out = job->out; q.ld_out = job->ld_out; q.out_bf16 = job->out_format == SNIP_BF16;
-    q.key = job->key;
+    q.key = q.key_t = job->key;
+    q.key_t.tensor = options.tensor_t;
+    q.step = options.step;
+    q.nonfinite = options.nonfinite;
     q.amax = (const uint32_t *)scratch;
     if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
     if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
@@ -707,9 +780,14 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     }
     mode = stats || stats_t || job->out ? SNIPI_MEASURE : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC : SNIPI_NEAREST;
     status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0, stream, q);
-    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats);
-    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t);
+    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats, options.add_stats);
+    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t, options.add_stats);
     return status;
+}
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
+                                        void *scratch, cudaStream_t stream) {
+    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, 0 };
+    return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
 }
 
 // Reads a quantized [rows][cols] matrix, element by element.
@@ -1431,6 +1509,637 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
     return snipi_cuda_gemm(m, n, k, a, b, c, ldc, accumulate, bias, NULL, stream);
+}
+
+// >>cuda-session-impl ------------------------------------------------------------------------------
+// The formulas are >>session-impl's, call for call; only sums are taken in another order.
+typedef struct {                        // a layer's measurement
+    double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq, update_sq;    // input_sq: of the loss probe's first micro-batch
+    double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
+    snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
+} snipi_cuda_record;
+typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
+typedef struct { cudaEvent_t done; unsigned long long *nonfinite; snip_status pending; int measured, device_scale; snip_adamw adamw; } snipi_cuda_ended;     // a step on its way to the host
+enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_NONFINITE, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
+       SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
+       SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
+struct snip_cuda {
+    snip *s;
+    int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
+    int lag;
+    void *slot[SNIPI_CUDA_SLOTS];       // device memory
+    snipi_cuda_record *record, *host_record;
+    snipi_cuda_globals *globals, *host_globals;
+    unsigned long long *nonfinite;      // [layers], of the step under way
+    float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
+    snipi_cuda_ended *ended;            // [lag + 1]
+    int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
+    void *pinned;
+};
+
+static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
+    const snip *s = c->s;
+    const int64_t rows = c->rows, floats = (int64_t)sizeof(float);
+    const int measures = s->desc.every > 0;
+    size_t need[SNIPI_CUDA_SLOTS] = {}, used = 0;
+    auto want = [&](int slot, size_t size) { if (size > need[slot]) need[slot] = size; };
+    want(SNIPI_CUDA_RECORD, (size_t)s->n_layers * sizeof(snipi_cuda_record));
+    want(SNIPI_CUDA_GLOBALS, sizeof(snipi_cuda_globals));
+    want(SNIPI_CUDA_NONFINITE, (size_t)s->n_layers * sizeof(unsigned long long));
+    if (measures) want(SNIPI_CUDA_SKETCHES, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
+    if (measures) want(SNIPI_CUDA_SUMS, SNIP_CUDA_NOISE_SCRATCH);
+    if (measures) want(SNIPI_CUDA_SKETCH, (size_t)SNIPI_CHUNKS * SNIPI_SKETCH * sizeof(float));
+    for (int l = 0; l < s->n_layers; l++) {
+        const int64_t n = s->layers[l].n, k = s->layers[l].k, samples = snipi_samples(s, &s->layers[l]);
+        for (int scales = 0; scales < 2; scales++) {
+            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_ACTIVATION, rows, k, scales));
+            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_GRADIENT, rows, n, scales));
+            want(SNIPI_CUDA_TURNED + scales, snipi_widest(s, SNIPI_GRADIENT, n, rows, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, n, k, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, k, n, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_ACTIVATION, k, rows, scales));
+        }
+        want(SNIPI_CUDA_STATS, snip_cuda_quantize_scratch(snipi_max(rows, n), snipi_max(n, k)));
+        if (!measures) continue;
+        want(SNIPI_CUDA_X, (size_t)(rows * k * floats));
+        want(SNIPI_CUDA_W, (size_t)(n * k * floats));
+        want(SNIPI_CUDA_OWN, (size_t)(snipi_max(rows, n) * k * floats));
+        want(SNIPI_CUDA_SAMPLE, (size_t)(rows * samples * floats));
+        want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
+        want(SNIPI_CUDA_SIGNS, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
+        want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
+        want(SNIPI_CUDA_PROJECTED, (size_t)(rows * SNIPI_PROJECTED * floats));
+    }
+    for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
+        c->slot[i] = base ? base + used : NULL;
+        used += (need[i] + 255) / 256 * 256;
+    }
+    c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
+    c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
+    c->nonfinite = (unsigned long long *)c->slot[SNIPI_CUDA_NONFINITE];
+    c->sketch = (float *)c->slot[SNIPI_CUDA_SKETCHES];
+    return used;
+}
+static float *snipi_cuda_floats(const snip_cuda *c, int slot) { return (float *)c->slot[slot]; }
+
+// f(i) for i < n.
+template <class F> static __global__ void snipi_cuda_each_kernel(const F f, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) f(i);
+}
+template <class F> static snip_status snipi_cuda_each(const F &f, int64_t n, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_each_kernel<F>, snipi_min(snipi_ceil_div(n, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, f, n);
+}
+struct snipi_cuda_add { float *to; const float *from; __device__ void operator()(int64_t i) const { to[i] += from[i]; } };
+struct snipi_cuda_square { const float *x; __device__ double operator()(int64_t i) const { return (double)x[i] * (double)x[i]; } };
+struct snipi_cuda_pick {                // samples of n output features, at equal distances
+    float *to;
+    const float *dy;
+    int64_t n, samples;
+    __device__ void operator()(int64_t i) const { to[i] = dy[i / samples * n + i % samples * n / samples]; }
+};
+struct snipi_cuda_sensitivity {         // D; Lion's noise comes from the mean square of m
+    snipi_sensitivity d;
+    const double *moment_sq;
+    double variance, ratio;             // noise^2 / |m|^2; beta1 / (1 - beta1)
+    float *to;
+    __device__ float at(int64_t i) const {
+        snipi_sensitivity own = d;
+        if (moment_sq) {
+            double noise = sqrt(*moment_sq * variance);
+            own.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;
+            own.scale = noise > 0 ? (float)(ratio / noise) : 0;
+        }
+        return snipi_sensitivity_at(&own, i);
+    }
+    __device__ void operator()(int64_t i) const { to[i] = at(i); }
+};
+struct snipi_cuda_update {              // squared update at learning rate 1, as in snipi_update_sq
+    snip_optimizer kind;
+    const float *m, *v;
+    float m_scale, v_scale, eps;
+    __device__ double operator()(int64_t i) const {
+        float u = kind == SNIP_SGD_MOMENTUM ? m[i] : 1.0f;
+        if (kind == SNIP_ADAMW) u = v[i] > 0 ? m[i] * m_scale / (sqrtf(v[i] * v_scale) + eps) : 0.0f;
+        return (double)u * (double)u;
+    }
+};
+struct snipi_cuda_wgrad_error {         // of the sampled features
+    const float *result, *exact;
+    snipi_cuda_sensitivity d;
+    int64_t n, k, samples;
+    __device__ double operator()(int64_t i) const {
+        int64_t at = i / k * n / samples * k + i % k;
+        float e = (result[i] - exact[at]) * d.at(at);
+        return (double)e * (double)e;
+    }
+};
+static __global__ void snipi_cuda_step_kernel(snipi_cuda_globals *globals, uint32_t step) { globals->step = step; }
+static __global__ void snipi_cuda_sigma_kernel(snipi_cuda_record *r, double n_x, double n_w) {
+    r->sigma_x = 0.02 * sqrt(r->input_sq / n_x);
+    r->sigma_w = 0.02 * sqrt(r->weight_sq / n_w);
+}
+static __global__ void snipi_cuda_tau_kernel(snipi_cuda_record *record, int layers, snipi_cuda_globals *globals) {
+    double sum = 0, tau;
+    for (int l = 0; l < layers; l++)
+        if (record[l].weight_sq > 0) sum += record[l].sensitivity_sq / (record[l].weight_sq * record[l].weight_sq);
+    globals->tau = tau = sum > 0 ? 0.01 / sqrt(sum / layers) : 0;
+    for (int l = 0; l < layers; l++) record[l].probe_scale = record[l].weight_sq > 0 ? tau / sqrt(record[l].weight_sq) : 0;
+}
+// dbias += the sum of dy's rows; a warp takes every eighth row of 32 columns.
+static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int64_t rows, int64_t n) {
+    __shared__ float sums[SNIPI_THREADS];
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP, warps = SNIPI_THREADS / SNIPI_WARP;
+    const int64_t col = (int64_t)blockIdx.x * SNIPI_WARP + lane;
+    float sum = 0;
+    for (int64_t r = warp; r < rows && col < n; r += warps) sum += dy[r * n + col];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || col >= n) return;
+    for (int w = 1; w < warps; w++) sum += sums[w * SNIPI_WARP + lane];
+    dbias[col] += sum;
+}
+
+// A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk after
+// another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and the signs
+// of the 32 from there on.
+static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key, int64_t first, int64_t chunks, int parts) {
+    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across, bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
+    const int64_t end = first + chunks * (part + 1) / parts;
+    float sum = 0;
+    for (int64_t c0 = first + chunks * part / parts; c0 < end; c0 += SNIPI_WARP) {
+        const uint64_t chunk = (uint64_t)(c0 + lane);
+        uint32_t words[4], begin, signs, at;
+        snipi_philox(key, chunk | (uint64_t)1 << 63, words);
+        begin = ((uint32_t)(bucket - lane) - words[0]) % SNIPI_SKETCH;
+        signs = 0;
+        for (uint32_t w = 0; w < 2; w++) {      // of the two words that hold them
+            at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
+            snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
+            at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
+            signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
+        }
+        for (int j = 0; j < SNIPI_WARP; j++) {
+            int64_t i = (c0 + j) * SNIPI_SKETCH + (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
+            uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
+            if (c0 + j < end && i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
+        }
+    }
+    own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
+}
+static __global__ void snipi_cuda_sketch_sum_kernel(float *sketch, const float *own, int parts) {
+    const int j = (int)(blockIdx.x * SNIPI_THREADS + threadIdx.x);
+    float sum = sketch[j];
+    for (int p = 0; p < parts; p++) sum += own[p * SNIPI_SKETCH + j];
+    sketch[j] = sum;
+}
+static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record, const float *sketch) {     // a block for each sketch
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    sketch += (int64_t)blockIdx.x * SNIPI_SKETCH;
+    for (int j = (int)threadIdx.x; j < SNIPI_SKETCH; j += SNIPI_THREADS) sum += (double)sketch[j] * (double)sketch[j];
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) record[blockIdx.x / SNIPI_SKETCHES].sketched_sq[blockIdx.x % SNIPI_SKETCHES] = sum;
+}
+static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, int64_t offset, cudaStream_t stream) {
+    const int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first;
+    const int parts = (int)snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16));
+    float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
+    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n, offset,
+                                           c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
+    return status ? status : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0, stream, sketch, (const float *)own, parts);
+}
+
+// ---- one GEMM of a layer
+typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
+// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN and infinity.
+static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
+                                       int count, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
+    snip_quantize_job job = {};
+    snipi_cuda_options options = { 0, &c->globals->step, count ? c->nonfinite + (l - c->s->layers) : NULL, 0 };
+    *recipe = snipi_recipe_of(c->s, format, kind);
+    job.x = x;
+    job.rows = rows; job.cols = job.ld = cols;
+    for (snipi_cuda_wanted *w : { straight, turned }) {
+        if (!w) continue;
+        w->operand = {};
+        w->operand.recipe = recipe;
+        w->operand.codes = snipi_plain(format) ? (const void *)x : c->slot[w->slot];
+        w->operand.scales = snipi_plain(format) ? NULL : c->slot[w->slot + 1];
+        w->operand.transposed = snipi_plain(format) && w == turned;
+        w->operand.round_bf16 = format == SNIP_BF16;
+    }
+    if (snipi_plain(format)) return SNIP_OK;
+    if (straight) { job.recipe = recipe; job.codes = c->slot[straight->slot]; job.scales = c->slot[straight->slot + 1]; }
+    if (turned) { job.recipe_t = recipe; job.codes_t = c->slot[turned->slot]; job.scales_t = c->slot[turned->slot + 1]; }
+    job.key = snipi_key(c->s, l, micro, straight ? straight->role : 0);
+    if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
+    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+}
+// cc[m][n] (+)= a * b^T, b quantized here from x, [b_rows][b_cols] as it lies; transposed: b is its transpose.
+static snip_status snipi_cuda_product(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int64_t m, const snip_operand &a, snipi_kind kind, int role,
+                                      const float *x, int64_t x_rows, int64_t x_cols, int transposed, int count, float *cc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_wanted b = { SNIPI_CUDA_B, role, {} };
+    snip_recipe recipe;
+    int64_t n = transposed ? x_cols : x_rows, k = transposed ? x_rows : x_cols;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, kind, x, x_rows, x_cols, count, &recipe, transposed ? NULL : &b, transposed ? &b : NULL, stream);
+    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, count ? c->nonfinite + (l - c->s->layers) : NULL, stream);
+}
+static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
+                                  cudaStream_t stream) {
+    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, &recipe, &a, NULL, stream);
+    return status ? status : snipi_cuda_product(c, l, micro, format, rows, a.operand, SNIPI_WEIGHT, SNIPI_ROLE_W, w, l->n, l->k, 0, 1, out, 0, bias, stream);
+}
+static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const snip_operand &dy, const float *w, int64_t rows,
+                                    cudaStream_t stream) {
+    return snipi_cuda_product(c, l, micro, format, rows, dy, SNIPI_WEIGHT, SNIPI_ROLE_W_T, w, l->n, l->k, 1, 1, dx, accumulate, NULL, stream);
+}
+static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
+                                    int64_t rows, int count, cudaStream_t stream) {
+    return snipi_cuda_product(c, l, micro, format, features, dy, SNIPI_ACTIVATION, SNIPI_ROLE_X_T, x, rows, l->k, 1, count, dw, accumulate, NULL, stream);
+}
+
+// ---- measuring
+static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_layer *l) { return c->record + (l - c->s->layers); }
+template <class F> static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add, cudaStream_t stream) {
+    return snipi_cuda_reduce(f, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
+}
+static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total, cudaStream_t stream) {
+    snipi_cuda_square f = { x };
+    return snipi_cuda_total(c, f, n, total, 1, 0, stream);
+}
+static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, const snipi_layer *l, float *to) {
+    const snip_adamw *o = &c->s->adamw;
+    snipi_cuda_sensitivity d = {};
+    d.to = to;
+    if (c->s->desc.optimizer != SNIP_LION) {
+        d.d = snipi_sensitivity_of(c->s, l);
+        return d;
+    }
+    d.d.kind = SNIP_LION;
+    d.d.state = l->m;
+    d.moment_sq = &snipi_cuda_record_of(c, l)->moment_sq;
+    d.variance = (1 + o->beta2) / (1 - o->beta2) / (double)(l->n * l->k);
+    d.ratio = o->beta1 / (1 - o->beta1);
+    return d;
+}
+static snip_status snipi_cuda_probe_weight(const snip_cuda *c, const snipi_layer *l, const float *w, cudaStream_t stream) {
+    float *noisy = snipi_cuda_floats(c, SNIPI_CUDA_W);
+    snip_status status;
+    if (c->s->pass == SNIP_PASS_LOSS_PROBE)
+        return snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->sigma_w, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), stream);
+    status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, l, noisy), l->n * l->k, stream);
+    return status ? status : snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->probe_scale, noisy, snipi_key(c->s, l, 0, SNIPI_ROLE_PROBE), stream);
+}
+static snip_status snipi_cuda_probe_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, const float *x, int64_t n, cudaStream_t stream) {
+    return snipi_cuda_add_noise(snipi_cuda_floats(c, SNIPI_CUDA_X), x, n, 0, &snipi_cuda_record_of(c, l)->sigma_x, NULL, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), stream);
+}
+static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *cc, cudaStream_t stream) {
+    snip_recipe recipe = SNIP_RECIPE_F32;
+    snip_operand oa = {}, ob = {};
+    oa.recipe = ob.recipe = &recipe;
+    oa.codes = a; oa.transposed = a_transposed;
+    ob.codes = b; ob.transposed = b_transposed;
+    return snip_cuda_gemm(m, n, k, &oa, &ob, cc, n, 0, NULL, stream);
+}
+static snip_status snipi_cuda_sketch_projected(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
+    const int64_t in = which == SNIPI_SKETCH_XW ? l->k : l->n, out = which == SNIPI_SKETCH_XW ? l->n : l->k;
+    float *signs = snipi_cuda_floats(c, SNIPI_CUDA_SIGNS), *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
+    snip_status status;
+    if (cudaMemsetAsync(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float), stream) != cudaSuccess) return SNIP_DEVICE;
+    status = snipi_cuda_add_noise(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT), stream);
+    if (!status) status = snipi_cuda_f32(in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_XW, signs, 0, seen, stream);
+    if (!status) status = snipi_cuda_f32(rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result, stream);
+    return status ? status : snipi_cuda_sketch_add(c, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED, stream);
+}
+// Adds a candidate's rounding errors of x to *stats.
+static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind, int role, const float *x, int64_t rows, int64_t cols, const float *weight,
+                                     snip_quant_stats *stats, cudaStream_t stream) {
+    snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
+    snip_quantize_job job = {};
+    snipi_cuda_options options = { 0, NULL, NULL, 1 };
+    job.x = x;
+    job.rows = rows; job.cols = job.ld = cols;
+    job.recipe = &recipe;
+    job.weight = weight;
+    job.key = snipi_key(c->s, l, micro, role);
+    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+}
+static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
+    const int64_t samples = snipi_samples(c->s, l);
+    float *picked = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE), *result = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE_OUT);
+    snipi_cuda_pick pick = { picked, dy, l->n, samples };
+    snipi_cuda_wgrad_error error = { result, exact, snipi_cuda_sensitivity_of(c, l, NULL), l->n, l->k, samples };
+    snip_status status = snipi_cuda_each(pick, rows * samples, stream);
+    for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snip_recipe recipe;
+        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, &recipe, NULL, &a, stream);
+        if (!status) status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0, stream);
+        if (!status) status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f], (double)l->n / (double)samples, 1, stream);
+    }
+    return status;
+}
+static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int64_t micro, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+    const snip_pass pass = c->s->pass;
+    const int64_t nx = rows * l->k, nw = l->n * l->k;
+    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
+    snip_status status = SNIP_OK;
+    if (pass == SNIP_PASS_LOSS_PROBE && micro == 0) {
+        status = snipi_cuda_square_sum(c, weight, nw, &r->weight_sq, stream);
+        if (!status) status = snipi_cuda_square_sum(c, inp, nx, &r->input_sq, stream);
+        if (!status) status = snipi_cuda_launch(snipi_cuda_sigma_kernel, 1, 1, 0, stream, r, (double)nx, (double)nw);
+    }
+    if (pass == SNIP_PASS_LOSS_PROBE && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    if (pass != SNIP_PASS_CLEAN && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
+    if (pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(c->s) && !status) {
+        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_X, inp, nx, l->elements_x, stream);
+        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k, stream);
+    }
+    l->elements_x += nx;
+    if (status) return status;
+    return snipi_cuda_fwd(c, l, micro, c->s->desc.measure, out, pass == SNIP_PASS_LOSS_PROBE ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
+                          pass == SNIP_PASS_CLEAN ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W), bias, rows, stream);
+}
+static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows,
+                                               cudaStream_t stream) {
+    const int clean = c->s->pass == SNIP_PASS_CLEAN, loss_probe = c->s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(c->s);
+    const int64_t nx = rows * l->k, nw = l->n * l->k;
+    const snip_format format = c->s->desc.measure;
+    const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp, *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
+    float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
+    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
+    snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, &dy_t, stream);
+    if (loss_probe && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
+    if (sketched && !status) {
+        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y, stream);
+        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_DYW, dout, rows, weight, l->elements_y / l->n, stream);
+    }
+    l->elements_y += rows * l->n;
+
+    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dy.operand, w, rows, stream);
+    if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
+    if ((clean || loss_probe) && !status)
+        status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
+        status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, inp, rows, l->k, own, &r->x[f], stream);
+        if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, &r->dy[f], stream);
+    }
+
+    if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
+    if (dweight && !status) status = snipi_cuda_each(snipi_cuda_add{ dweight, own }, nw, stream);
+    if (sketched && !status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, nw, 0, stream);
+    if ((clean || loss_probe) && !status)
+        status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
+        status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, &r->w[f], stream);
+    if (clean && snipi_probes_updates(c->s) && !status) status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
+    return status;
+}
+
+static int snipi_cuda_call_ok(const snip_cuda *c, const snipi_layer *l, const void *a, const void *b, const void *x, int64_t rows) {
+    return snipi_linear_args(l, a, b, x, rows) && rows <= c->rows && c->step == c->s->step;
+}
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
+    snip_status status;
+    if (!c || !snipi_cuda_call_ok(c, l, out, inp, weight, rows)) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (rows == 0) return SNIP_OK;
+    if (c->s->mode != SNIP_TRAIN) status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp, weight, bias, rows, stream);
+    else {
+        int64_t micro = l->calls_forward++;
+        status = c->s->pass == SNIP_PASS_ORDINARY ? snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream)
+                                                  : snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
+    }
+    return snipi_finish_call(c->s, l, l->nonfinite, status);
+}
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
+                                               const float *inp, const float *weight, int64_t rows, cudaStream_t stream) {
+    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
+    snip_status status = SNIP_OK;
+    int64_t micro;
+    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows) || c->s->mode != SNIP_TRAIN) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (rows == 0) return SNIP_OK;
+    micro = l->calls_backward++;
+    if (c->s->pass == SNIP_PASS_ORDINARY) {
+        const snip_format format = l->format[SNIP_DGRAD], format_w = l->format[SNIP_WGRAD];
+        const int both = dinp && dweight && format == format_w;
+        snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snip_recipe recipe, recipe_w;
+        if (dinp) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
+        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dy.operand, weight, rows, stream);
+        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe_w, NULL, &dy_t, stream);
+        if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
+    } else
+        status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
+    if (dbias && !status) status = snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(l->n, SNIPI_WARP), SNIPI_THREADS, 0, stream, dbias, dout, rows, l->n);
+    return snipi_finish_call(c->s, l, l->nonfinite, status);
+}
+
+// ---- passes and steps
+static snip_status snipi_cuda_prepare_update_probe(snip_cuda *c, cudaStream_t stream) {
+    snip *s = c->s;
+    snip_status status = snipi_all_bound(s);
+    for (int l = 0; l < s->n_layers && !status; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        const int64_t n = layer->n * layer->k;
+        float *d = snipi_cuda_floats(c, SNIPI_CUDA_W);
+        if (s->desc.optimizer == SNIP_LION) status = snipi_cuda_square_sum(c, layer->m, n, &c->record[l].moment_sq, stream);
+        if (!status) status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, layer, d), n, stream);
+        if (!status) status = snipi_cuda_square_sum(c, d, n, &c->record[l].sensitivity_sq, stream);
+    }
+    return status ? status : snipi_cuda_launch(snipi_cuda_tau_kernel, 1, 1, 0, stream, c->record, s->n_layers, c->globals);
+}
+SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t stream) {
+    snip *s = c ? c->s : NULL;
+    snip_status status = SNIP_OK;
+    if (!c || s->pass == SNIP_PASS_ORDINARY) return 0;
+    if (s->pass == SNIP_PASS_CLEAN) {
+        if (!loss) status = SNIP_BAD_ARGUMENT;
+        else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) status = SNIP_DEVICE;
+        if (status) snipi_finish_call(s, NULL, 0, status);
+        return 0;
+    }
+    if (s->pass == SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
+        status = snipi_cuda_prepare_update_probe(c, stream);
+        if (status && !s->pending) s->pending = status;
+        snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
+    } else
+        snipi_begin_pass(s, SNIP_PASS_CLEAN);
+    return 1;
+}
+
+// On the stream: the step's results to the host, and the next step's number.
+static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const float *grad_scale, cudaStream_t stream) {
+    const snip *s = c->s;
+    const snip_adamw *o = &s->adamw;
+    const size_t counts = (size_t)s->n_layers * sizeof *c->nonfinite, records = (size_t)s->n_layers * sizeof *c->record;
+    snip_status status = SNIP_OK;
+    if (e->measured && snipi_probes_updates(s)) {
+        for (int l = 0; l < s->n_layers && !status; l++) {
+            const snipi_layer *layer = &s->layers[l];
+            snipi_cuda_update u = { s->desc.optimizer, layer->m, layer->v, (float)(1 / (1 - pow(o->beta1, (double)o->step))), (float)(1 / (1 - pow(o->beta2, (double)o->step))), (float)o->eps };
+            status = snipi_cuda_total(c, u, layer->n * layer->k, &c->record[l].update_sq, 1, 0, stream);
+        }
+        if (!status) status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS, 0, stream, c->record, (const float *)c->sketch);
+    }
+    if (status) return status;
+    if (e->measured) {
+        if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return SNIP_DEVICE;
+        if (cudaMemcpyAsync(c->host_globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess ||
+            cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
+    }
+    if (s->n_layers && (cudaMemcpyAsync(e->nonfinite, c->nonfinite, counts, cudaMemcpyDeviceToHost, stream) != cudaSuccess || cudaMemsetAsync(c->nonfinite, 0, counts, stream) != cudaSuccess)) return SNIP_DEVICE;
+    status = snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)(c->step + 1));
+    return status ? status : cudaEventRecord(e->done, stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+}
+// What the device measured, into the layers; then the plan.
+static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
+    snip *s = c->s;
+    double update_sq = 0, grad_scale = e->device_scale ? (double)c->host_globals->grad_scale : e->adamw.grad_scale > 0 ? e->adamw.grad_scale : 1;
+    s->tau = c->host_globals->tau;
+    s->loss = (double)c->host_globals->loss;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_cuda_record *r = &c->host_record[i];
+        snipi_layer *l = &s->layers[i];
+        l->weight_sq = r->weight_sq; l->sensitivity_sq = r->sensitivity_sq;
+        l->sigma_x = r->sigma_x; l->sigma_w = r->sigma_w;
+        l->noisy_x = r->noisy_x; l->noisy_w = r->noisy_w;
+        l->clean_x = r->clean_x; l->clean_w = r->clean_w;
+        l->input_sq = r->x[0].sum_sq; l->gradient_sq = r->dy[0].sum_sq;
+        l->elements_x = c->seen[3 * i]; l->elements_y = c->seen[3 * i + 1];
+        memcpy(l->sketched_sq, r->sketched_sq, sizeof l->sketched_sq);
+        for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+            snipi_measured *q = &l->measured[f];
+            q->err_x = r->x[f].err_sq; q->dot_x = r->x[f].dot;
+            q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]); q->dot_w = r->w[f].dot;
+            q->err_dy = r->dy[f].err_sq;
+            q->wgrad_err = r->wgrad_err[f];
+        }
+        if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;
+    }
+    return snipi_decide(s, update_sq, grad_scale);
+}
+// Reads the oldest step that has not been read.
+static snip_status snipi_cuda_read(snip_cuda *c) {
+    const snipi_cuda_ended *e = &c->ended[c->read++ % (c->lag + 1)];
+    snip *s = c->s;
+    char message[200];
+    if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    for (int l = 0; l < s->n_layers; l++) {
+        if (!e->nonfinite[l]) continue;
+        snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
+        return snipi_fail(s, SNIP_NONFINITE, message);
+    }
+    return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
+}
+SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale, cudaStream_t stream) {
+    snip_status status, late = SNIP_OK;
+    snip *s;
+    if (!c) return SNIP_BAD_ARGUMENT;
+    s = c->s;
+    if (c->step != s->step) return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
+    status = snipi_end_step_check(s, adamw);
+    if (status) return status;
+    snipi_cuda_ended *e = &c->ended[c->step % (c->lag + 1)];
+    status = s->pending;
+    s->adamw = e->adamw = *adamw;
+    e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status;
+    e->device_scale = grad_scale != NULL;
+    for (int l = 0; l < s->n_layers && e->measured; l++) {
+        c->seen[3 * l] = s->layers[l].elements_x;
+        c->seen[3 * l + 1] = s->layers[l].elements_y;
+        c->seen[3 * l + 2] = s->layers[l].calls_backward;
+    }
+    late = snipi_cuda_send(c, e, grad_scale, stream);
+    if (late) e->measured = 0;
+    if (late && !status) status = snipi_fail(s, late, snip_status_text(late));
+    c->step = ++s->step;
+    if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
+    snipi_begin_step(s);
+    if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
+                                            cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
+        status = snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    return status ? status : late;
+}
+SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
+    snip_status status = SNIP_OK, first = SNIP_OK;
+    if (!c) return SNIP_BAD_ARGUMENT;
+    while (c->read < c->step) {
+        status = snipi_cuda_read(c);
+        if (!first) first = status;
+    }
+    return first;
+}
+
+static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
+    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = (a.format == SNIP_E4M3 || a.format == SNIP_E5M2) && b.format == SNIP_E4M3;
+    return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) && snipi_cuda_recipe_ok(&b);
+}
+SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
+    snip_cuda c = {};
+    if (!s || rows < 1 || rows > INT32_MAX) return 0;
+    c.s = const_cast<snip *>(s);
+    c.rows = rows;
+    return snipi_cuda_layout(&c, NULL);
+}
+SNIP_API void snip_cuda_destroy(snip_cuda *c) {
+    if (!c) return;
+    snip *s = c->s;
+    for (int i = 0; c->ended && i <= c->lag; i++)
+        if (c->ended[i].done) {
+            cudaEventSynchronize(c->ended[i].done);
+            cudaEventDestroy(c->ended[i].done);
+        }
+    if (c->pinned) cudaFreeHost(c->pinned);
+    snipi_free(s, c->ended);
+    snipi_free(s, c->seen);
+    snipi_free(s, c);
+}
+SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
+    const size_t size = snip_cuda_memory(s, rows);
+    if (!s) return NULL;
+    if (!size || !memory || lag < 0 || (s->desc.every > 0 && lag >= s->desc.every)) {
+        snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory or lag is out of range");
+        return NULL;
+    }
+    for (snip_format format : snipi_candidates) {
+        snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT), dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
+        if (snipi_cuda_multiplies(x, w) && snipi_cuda_multiplies(dy, w) && snipi_cuda_multiplies(dy, x)) continue;
+        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: there are no GEMM kernels for the session's recipes");
+        return NULL;
+    }
+    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record), counts = (size_t)s->n_layers * sizeof(unsigned long long), slots = (size_t)lag + 1;
+    snip_cuda *c = (snip_cuda *)snipi_alloc(s, sizeof *c);
+    int ok = c != NULL;
+    if (ok) {
+        c->s = s;
+        c->rows = rows;
+        c->lag = lag;
+        c->step = c->read = s->step;
+        snipi_cuda_layout(c, (char *)memory);
+        c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
+        c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
+        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, sizeof *c->globals + records + slots * counts) == cudaSuccess;
+    }
+    if (ok) {
+        c->host_globals = (snipi_cuda_globals *)c->pinned;
+        c->host_record = (snipi_cuda_record *)(c->host_globals + 1);
+        for (size_t i = 0; i < slots && ok; i++) {
+            c->ended[i].nonfinite = (unsigned long long *)(void *)((char *)c->host_record + records + i * counts);
+            ok = cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) == cudaSuccess;
+        }
+        ok = ok && cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) == cudaSuccess &&
+             snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)s->step) == SNIP_OK;
+    }
+    if (ok) return c;
+    snipi_fail(s, c ? SNIP_DEVICE : SNIP_OUT_OF_MEMORY, "snip_cuda_create: the CUDA runtime or the allocator failed");
+    snip_cuda_destroy(c);
+    return NULL;
 }
 
 #endif // SNIP_IMPLEMENTATION
