@@ -119,6 +119,8 @@ SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 // is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
 // precision. grad_scale: device memory, instead of adamw's; or NULL.
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
+// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most snip_cuda_create's.
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
 // Reads all steps ended so far: before snip_state_save, and at the end of the training.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 
@@ -1678,10 +1680,10 @@ static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int6
             at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
             signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
         }
-        for (int j = 0; j < SNIPI_WARP; j++) {
+        for (int j = 0; j < SNIPI_WARP && c0 + j < end; j++) {
             int64_t i = (c0 + j) * SNIPI_SKETCH + (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
             uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
-            if (c0 + j < end && i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
+            if (i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
         }
     }
     own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
@@ -2074,6 +2076,66 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
         if (!first) first = status;
     }
     return first;
+}
+
+// Seconds of the fastest of several calls, after one to warm up.
+template <class F> static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
+    enum { TIMES = 5 };
+    snip_status status = SNIP_OK;
+    for (int i = 0; i < 1 + TIMES && !status; i++) {
+        float ms = 0;
+        if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
+        status = call();
+        if (status) return status;
+        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess || cudaEventElapsedTime(&ms, begin, end) != cudaSuccess) return SNIP_DEVICE;
+        if (i == 1 || (i > 1 && ms * 1e-3 < *seconds)) *seconds = ms * 1e-3;
+    }
+    if (*seconds < 1e-9) *seconds = 1e-9;
+    return status;
+}
+static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream) {
+    const int64_t n = l->n, k = l->k, given = rows * (n + k) + n * k;
+    float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
+    snip_status status = cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+    if (!status) status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_X), stream);
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
+            const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
+            status = snipi_cuda_time(begin, end, stream, &l->seconds[f][g], [&]() -> snip_status {
+                snipi_cuda_wanted a = { g == SNIP_DGRAD ? SNIPI_CUDA_A : SNIPI_CUDA_TURNED, g == SNIP_DGRAD ? SNIPI_ROLE_DY : SNIPI_ROLE_DY_T, {} };
+                snip_recipe recipe;
+                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, 0, format, out, x, w, NULL, rows, stream);
+                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, &recipe, g == SNIP_DGRAD ? &a : NULL, g == SNIP_DGRAD ? NULL : &a, stream);
+                if (made) return made;
+                return g == SNIP_DGRAD ? snipi_cuda_dgrad(c, l, 0, format, out, 0, a.operand, w, rows, stream) : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
+            });
+        }
+    return status;
+}
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    snip_status status = SNIP_OK;
+    if (!c || rows < 1 || rows > c->rows) return SNIP_BAD_ARGUMENT;
+    snip *s = c->s;
+    if (cudaEventCreate(&begin) != cudaSuccess) return SNIP_DEVICE;
+    if (cudaEventCreate(&end) != cudaSuccess) { cudaEventDestroy(begin); return SNIP_DEVICE; }
+    for (int i = 0, same; i < s->n_layers && !status; i++) {
+        snipi_layer *l = &s->layers[i];
+        float *x;
+        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {}
+        if (same < i) {
+            memcpy(l->seconds, s->layers[same].seconds, sizeof l->seconds);
+            continue;
+        }
+        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k + snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) * sizeof(float)) != cudaSuccess) status = SNIP_OUT_OF_MEMORY;
+        else {
+            status = snipi_cuda_time_layer(c, l, rows, x, begin, end, stream);
+            cudaFree(x);
+        }
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return status;
 }
 
 static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {

@@ -413,8 +413,8 @@ static void test_gemm_tensor_cores() {
 
 // ---- the session ----
 // Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
-enum { LAYERS = 3, MICROS = 2, ROWS = 40 };
-static const int64_t dims[LAYERS][2] = { { 24, 136 }, { 150, 40 }, { 32, 33 } };       // out, in
+enum { LAYERS = 2, MICROS = 2, ROWS = 40 };
+static const int64_t dims[LAYERS][2] = { { 24, 136 }, { 150, 33 } };       // out, in
 struct layer_data {
     buffer x, w, bias, dy, m, v, out, dx, dw, db;
     int64_t n, k;
@@ -434,12 +434,18 @@ struct layer_data {
     }
     void clear() { for (const buffer *b : { &out, &dx, &dw, &db }) memset(b->at, 0, b->size); }
 };
-struct trio {               // results of a step, to compare
+struct model {              // what lies above a layer answers the update probe: shift
     layer_data *l[LAYERS];
-    trio() { uint64_t was = rng_state; rng_state = 77; for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]); rng_state = was; }
-    ~trio() { for (layer_data *p : l) delete p; }
+    model() { uint64_t was = rng_state; rng_state = 77; for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]); rng_state = was; }
+    ~model() { for (layer_data *p : l) delete p; }
+    void shift(float by) {
+        for (layer_data *p : l) {
+            for (int64_t i = 0; i < (int64_t)(p->x.size / 4); i++) p->x.floats()[i] += by * (float)(i % 7 - 3);
+            for (int64_t i = 0; i < (int64_t)(p->dy.size / 4); i++) p->dy.floats()[i] += by * (float)(i % 5 - 2);
+        }
+    }
 };
-static snip *session_of(trio *t, snip_desc desc) {
+static snip *session_of(model *t, snip_desc desc) {
     snip *s = snip_create(&desc);
     char name[16];
     for (int i = 0; i < LAYERS; i++) {
@@ -455,7 +461,7 @@ static snip_adamw adamw_of(int64_t step) {
     return o;
 }
 // One pass over all layers; c NULL: on the CPU.
-static void session_pass(trio *t, snip *s, snip_cuda *c, int micros, cudaStream_t stream) {
+static void session_pass(model *t, snip *s, snip_cuda *c, int micros, cudaStream_t stream) {
     for (int i = 0; i < LAYERS; i++)
         for (int a = 0; a < micros; a++) {
             layer_data *l = t->l[i];
@@ -476,7 +482,7 @@ static bool alike(const buffer &a, const buffer &b, double most) {
     }
     return error <= most * most * norm;
 }
-static bool close_to(double a, double b, double size) { return fabs(a - b) <= 1e-4 * fabs(size); }
+static bool close_to(double a, double b, double size) { return fabs(a - b) <= 1e-5 * fabs(size); }
 static void check_estimates(const snip *ours, const snip *theirs) {
     for (int i = 0; i < LAYERS; i++) {
         snip_layer_info a, b;
@@ -484,9 +490,8 @@ static void check_estimates(const snip *ours, const snip *theirs) {
         snip_layer(theirs, i, &b);
         for (int f = 0; f < 2; f++) {
             const snip_estimate &x = f ? a.fp4 : a.fp8, &y = f ? b.fp4 : b.fp8;
-            CHECK(y.update[SNIP_WGRAD] != 0 || theirs->desc.update_weight < 0);
-            CHECK(close_to(x.loss_first, y.loss_first, fabs(y.loss_first) + 1e-2) && close_to(x.loss_second, y.loss_second, 100 * (fabs(y.loss_second) + 1e-3)));
-            for (int g = 0; g < SNIP_GEMMS; g++) CHECK(close_to(x.update[g], y.update[g], y.update[g]));
+            for (int g = 0; g < SNIP_GEMMS; g++) CHECK(close_to(x.update[g], y.update[g], y.update[g]) && (y.update[g] != 0 || theirs->desc.update_weight < 0));
+            CHECK(close_to(x.loss_first, y.loss_first, y.loss_first) && close_to(x.loss_second, y.loss_second, 10 * y.loss_second));
         }
         CHECK(memcmp(a.format, b.format, sizeof a.format) == 0);
     }
@@ -495,11 +500,11 @@ struct device_session {
     buffer memory;
     snip *s;
     snip_cuda *c;
-    device_session(trio *t, const snip_desc &desc, int lag, cudaStream_t stream) : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)), c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
+    device_session(model *t, const snip_desc &desc, int lag, cudaStream_t stream) : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)), c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
         CHECK(c);
     }
     ~device_session() { snip_cuda_destroy(c); snip_destroy(s); }
-    static snip *session_memory(trio *t, const snip_desc &desc) {       // lives as long as the program
+    static snip *session_memory(model *t, const snip_desc &desc) {       // lives as long as the program
         static snip *s;
         snip_destroy(s);
         return s = session_of(t, desc);
@@ -507,7 +512,7 @@ struct device_session {
 };
 // Both sessions step by step: the same results, estimates, plans.
 static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
-    trio ours, theirs;
+    model ours, theirs;
     cudaStream_t stream;
     cudaStreamCreate(&stream);
     {
@@ -526,10 +531,12 @@ static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
                 shim_order = (int)(step + d.s->pass) % SHIM_ORDERS;
                 for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
                 CHECK(snip_current_pass(d.s) == snip_current_pass(cpu));
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(0.125f); theirs.shift(0.125f); }
                 session_pass(&ours, d.s, d.c, micros, stream);
                 session_pass(&theirs, cpu, NULL, micros, stream);
                 again = snip_cuda_next_pass(d.c, loss.floats(), stream);
                 finish();
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(-0.125f); theirs.shift(-0.125f); }
                 CHECK(snip_next_pass(cpu, 2.5) == again);
                 for (int i = 0; i < LAYERS; i++) {
                     layer_data *a = ours.l[i], *b = theirs.l[i];
@@ -570,7 +577,7 @@ static snip_desc session_desc(int every) {
 }
 // A captured step, replayed: the bytes of the same steps without a graph, stochastic rounding included.
 static void test_session_graph() {
-    trio ours, theirs;
+    model ours, theirs;
     snip_desc desc = session_desc(-1);
     cudaStream_t stream;
     cudaGraph_t graph;
@@ -606,7 +613,7 @@ static void test_session_graph() {
 // NaN and infinity are told of after the lag, whatever the format; refusals at once.
 static void test_session_errors() {
     static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
-    trio t;
+    model t;
     snip_desc desc = session_desc(-1);
     buffer loss(sizeof(float));
     loss.floats()[0] = 1;
@@ -635,8 +642,10 @@ static void test_session_errors() {
     CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) && !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
     CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, 3, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
     CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT && snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT && snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);       // the step's first error is told of once
     desc.fp4.activation = { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, NEAREST };
@@ -662,7 +671,7 @@ static void test_session_errors() {
 // The sketch's bits, at an offset and in several parts.
 static void test_sketch() {
     static const int64_t sizes[][2] = { { 1, 0 }, { 4096, 0 }, { 5000, 777 }, { 100000, 4095 }, { 200000, 12345 } };
-    trio t;
+    model t;
     snip_desc desc = session_desc(2);
     device_session d(&t, desc, 0, 0);
     snip_layer_info info;
@@ -687,10 +696,9 @@ static void test_sketch() {
 static void test_session() {
     snip_desc desc = session_desc(2);
     test_sketch();
-    test_session_one(desc, 1, 0, 6);
     test_session_one(desc, MICROS, 0, 5);
     desc.every = 3;
-    test_session_one(desc, 1, 2, 9);
+    test_session_one(desc, 1, 2, 7);
     desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_LION;
     test_session_one(desc, 1, 0, 4);
