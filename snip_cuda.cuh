@@ -1,4 +1,4 @@
-// snip_cuda.cuh - snip.h's quantization, noise and GEMMs on NVIDIA GPUs.
+// snip_cuda.cuh - snip.h's quantization, noise, GEMMs and training session on NVIDIA GPUs.
 // MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only.
 //
 // QUICK START
@@ -11,21 +11,23 @@
 //     job.x = x; job.rows = rows; job.cols = job.ld = cols;
 //     job.recipe = &fp8; job.codes = codes; job.scales = scales;
 //     snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, stream);
-//   examples/minimal.cu has a layer's three GEMMs.
+//   examples/minimal.cu has a layer's three GEMMs; examples/train_llama.cu a training session, see >>cuda-session.
 //
 // RULES
 //   Data pointers are device pointers; recipes, operands and jobs are read on the host before a function returns.
-//   Every function takes a stream and allocates nothing, so that it may be captured into a CUDA graph.
+//   Functions with a stream allocate nothing, wait for nothing and may be captured into a CUDA graph; the exceptions
+//   (snip_cuda_create, _measure_gains, _end_step) say so.
 //   The status tells whether the arguments are right and the launch succeeded; NaN and infinity are counted in the
 //   statistics. What has no kernel is SNIP_UNSUPPORTED, never something slower or less precise in silence.
 //
 // DETERMINISM
-//   Codes, scales, values, noise and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that they
-//   are the same on every GPU; they agree with snip.h's to 1e-6.
+//   Codes, scales, values, noise, sketches and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that
+//   they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given step, not
+//   when its measurement happens to arrive: a run can be repeated.
 //
 // WHAT WAS RUN
-//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp); compiled for 7.5, 8.0, 8.9, 9.0, 10.0 and
-//   12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
+//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled for
+//   7.5, 8.0, 8.9, 9.0, 10.0 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
 //
 // INDEX (search for the tag)
 //   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
@@ -2167,6 +2169,10 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
     if (!s) return NULL;
     if (!size || !memory || lag < 0 || (s->desc.every > 0 && lag >= s->desc.every)) {
         snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory or lag is out of range");
+        return NULL;
+    }
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) {
+        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
         return NULL;
     }
     for (snip_format format : snipi_candidates) {

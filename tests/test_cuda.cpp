@@ -652,6 +652,11 @@ static void test_session_errors() {
     snip *mx = session_of(&t, desc);
     CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
     snip_destroy(mx);
+#ifndef __CUDACC__
+    play_gpu(3);
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory, 0));
+    play_gpu(0);
+#endif
     desc = session_desc(2);
     snip *unbound = snip_create(&desc);
     snip_add_linear(unbound, "0.a", dims[0][0], dims[0][1], 0);
