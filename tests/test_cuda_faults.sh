@@ -44,7 +44,7 @@ try "a stage is released before its products are done" 's/^( *)snipi_ptx_wgmma_e
 try "full does not wait for the scales" 's/full\[s\], 128 \+ 1\)/full[s], 1)/' gemm
 try "scales of the wrong block" 's/shared.scale\[t \/ 2 & 1\]\[0\]/shared.scale[0][0]/' gemm
 try "fragments of the wrong rows" 's/lane % 8 \+ lane \/ 16 \* 8/lane % 8 + lane \/ 8 % 2 * 8/' gemm
-try "operands of BF16 the wrong way round" 's/snipi_plain_place\(f \/ 2 \? g\.b : g\.a, thread \+ SNIPI_THREADS \* \(f % 2\), 4/snipi_plain_place(g.a, thread + SNIPI_THREADS * (f % 2), 4/' gemm
+try "a BF16 tile is stored where it is read" 's/\*snipi_mma_chunk\(tile\[\(t \+ 1\) & 1\]\[f/*snipi_mma_chunk(tile[t \& 1][f/' gemm
 try "a step is read before it has come" 's/if \(cudaEventSynchronize\(e->done\) != cudaSuccess\)/if (0)/' session
 try "the plan is switched a step early" 's/c->read <= c->step - 1 - c->lag/c->read <= c->step - c->lag/' session
 try "one step's random numbers for ever" 's/if \(q\.step\) key\.step = \*q\.step;//' session
