@@ -101,10 +101,10 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
 //         optimizer_step();
 //         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
 //     }
-// In a CUDA graph: capture what lies between two snip_cuda_end_step when snip_current_pass() is SNIP_PASS_ORDINARY, replay
-// it in ordinary steps, and capture anew when snip_plans() has changed. Measuring steps and snip_cuda_end_step run
-// outside it. Random numbers move on, because kernels read the step from device memory.
-// All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes.
+// In a CUDA graph: capture a pass and the optimizer when snip_current_pass() is SNIP_PASS_ORDINARY, replay them in ordinary
+// steps, and capture anew when snip_reason() has changed. Measuring steps, snip_cuda_next_pass and _end_step run outside.
+// Random numbers move on, because kernels read the step from device memory.
+// All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
 typedef struct snip_cuda snip_cuda;
 // Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
@@ -115,7 +115,7 @@ SNIP_API void snip_cuda_destroy(snip_cuda *);           // before snip_destroy; 
 SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t);
 SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                                const float *inp, const float *weight, int64_t rows, cudaStream_t);
-// loss: device memory; read in a measuring step's last pass.
+// loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
 SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 // Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
 // is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
@@ -1523,18 +1523,26 @@ typedef struct {                        // a layer's measurement
     snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
 } snipi_cuda_record;
 typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
-typedef struct { cudaEvent_t done; unsigned long long *nonfinite; snip_status pending; int measured, device_scale; snip_adamw adamw; } snipi_cuda_ended;     // a step on its way to the host
-enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_NONFINITE, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
+typedef struct { double seen_sq[2], seen[2]; unsigned long long nonfinite; } snipi_cuda_watched;        // of a layer in every step, as in snipi_layer
+typedef struct {                        // a step on its way to the host
+    cudaEvent_t done;
+    snipi_cuda_globals *globals;        // pinned
+    snipi_cuda_watched *watched;        // pinned, [layers]
+    int ordinary, told, measured, device_scale;
+    snip_adamw adamw;
+} snipi_cuda_ended;
+enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_WATCHED, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
        SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
        SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
 struct snip_cuda {
     snip *s;
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
+    int64_t measuring;                  // the last measuring step, until it has been read; then -1
     int lag;
     void *slot[SNIPI_CUDA_SLOTS];       // device memory
-    snipi_cuda_record *record, *host_record;
-    snipi_cuda_globals *globals, *host_globals;
-    unsigned long long *nonfinite;      // [layers], of the step under way
+    snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
+    snipi_cuda_globals *globals;
+    snipi_cuda_watched *watched;        // [layers], of the step under way
     float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
     snipi_cuda_ended *ended;            // [lag + 1]
     int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
@@ -1549,7 +1557,7 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     auto want = [&](int slot, size_t size) { if (size > need[slot]) need[slot] = size; };
     want(SNIPI_CUDA_RECORD, (size_t)s->n_layers * sizeof(snipi_cuda_record));
     want(SNIPI_CUDA_GLOBALS, sizeof(snipi_cuda_globals));
-    want(SNIPI_CUDA_NONFINITE, (size_t)s->n_layers * sizeof(unsigned long long));
+    want(SNIPI_CUDA_WATCHED, (size_t)s->n_layers * sizeof(snipi_cuda_watched));
     if (measures) want(SNIPI_CUDA_SKETCHES, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
     if (measures) want(SNIPI_CUDA_SUMS, SNIP_CUDA_NOISE_SCRATCH);
     if (measures) want(SNIPI_CUDA_SKETCH, (size_t)SNIPI_CHUNKS * SNIPI_SKETCH * sizeof(float));
@@ -1580,7 +1588,7 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     }
     c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
     c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
-    c->nonfinite = (unsigned long long *)c->slot[SNIPI_CUDA_NONFINITE];
+    c->watched = (snipi_cuda_watched *)c->slot[SNIPI_CUDA_WATCHED];
     c->sketch = (float *)c->slot[SNIPI_CUDA_SKETCHES];
     return used;
 }
@@ -1663,6 +1671,20 @@ static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int
     dbias[col] += sum;
 }
 
+enum { SNIPI_OBSERVED = 64 };           // runs of 16 elements, as in snipi_observe
+static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
+    __shared__ double sums[SNIPI_OBSERVED / SNIPI_WARP];
+    int64_t i = (int64_t)((double)(threadIdx.x * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
+    double seen = (double)(end - i), square = 0;
+    for (; i < end; i++) square += (double)x[i] * (double)x[i];
+    seen = snipi_cuda_block_sum(seen, sums);
+    square = snipi_cuda_block_sum(square, sums);
+    if (threadIdx.x == 0) { watched->seen[which] += seen; watched->seen_sq[which] += square; }
+}
+static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, cudaStream_t stream) {
+    return c->s->desc.every > 0 ? snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED, 0, stream, c->watched + (l - c->s->layers), which, x, n) : SNIP_OK;
+}
+
 // A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk after
 // another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and the signs
 // of the 32 from there on.
@@ -1714,12 +1736,13 @@ static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int
 }
 
 // ---- one GEMM of a layer
+static unsigned long long *snipi_cuda_counter(const snip_cuda *c, const snipi_layer *l, int count) { return count ? &c->watched[l - c->s->layers].nonfinite : NULL; }
 typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
 // Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN and infinity.
 static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
                                        int count, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, &c->globals->step, count ? c->nonfinite + (l - c->s->layers) : NULL, 0 };
+    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counter(c, l, count), 0 };
     *recipe = snipi_recipe_of(c->s, format, kind);
     job.x = x;
     job.rows = rows; job.cols = job.ld = cols;
@@ -1746,7 +1769,7 @@ static snip_status snipi_cuda_product(snip_cuda *c, const snipi_layer *l, int64_
     snip_recipe recipe;
     int64_t n = transposed ? x_cols : x_rows, k = transposed ? x_rows : x_cols;
     snip_status status = snipi_cuda_operands(c, l, micro, format, kind, x, x_rows, x_cols, count, &recipe, transposed ? NULL : &b, transposed ? &b : NULL, stream);
-    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, count ? c->nonfinite + (l - c->s->layers) : NULL, stream);
+    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, snipi_cuda_counter(c, l, count), stream);
 }
 static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
                                   cudaStream_t stream) {
@@ -1778,7 +1801,7 @@ static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, cons
     snipi_cuda_sensitivity d = {};
     d.to = to;
     if (c->s->desc.optimizer != SNIP_LION) {
-        d.d = snipi_sensitivity_of(c->s, l);
+        d.d = snipi_sensitivity_of(c->s, l, NULL);
         return d;
     }
     d.d.kind = SNIP_LION;
@@ -1916,8 +1939,11 @@ SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *ou
     if (c->s->mode != SNIP_TRAIN) status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp, weight, bias, rows, stream);
     else {
         int64_t micro = l->calls_forward++;
-        status = c->s->pass == SNIP_PASS_ORDINARY ? snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream)
-                                                  : snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
+        if (c->s->pass == SNIP_PASS_ORDINARY) {
+            status = snipi_cuda_observe(c, l, 0, inp, rows * l->k, stream);
+            if (!status) status = snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream);
+        } else
+            status = snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
     }
     return snipi_finish_call(c->s, l, l->nonfinite, status);
 }
@@ -1934,7 +1960,8 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *d
         const int both = dinp && dweight && format == format_w;
         snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe, recipe_w;
-        if (dinp) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
+        status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
+        if (dinp && !status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
         if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dy.operand, weight, rows, stream);
         if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe_w, NULL, &dy_t, stream);
         if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
@@ -1961,10 +1988,11 @@ static snip_status snipi_cuda_prepare_update_probe(snip_cuda *c, cudaStream_t st
 SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t stream) {
     snip *s = c ? c->s : NULL;
     snip_status status = SNIP_OK;
-    if (!c || s->pass == SNIP_PASS_ORDINARY) return 0;
-    if (s->pass == SNIP_PASS_CLEAN) {
-        if (!loss) status = SNIP_BAD_ARGUMENT;
+    if (!c) return 0;
+    if (s->pass == SNIP_PASS_CLEAN || s->pass == SNIP_PASS_ORDINARY) {
+        if (!loss) status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
         else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) status = SNIP_DEVICE;
+        else s->told = 1;
         if (status) snipi_finish_call(s, NULL, 0, status);
         return 0;
     }
@@ -1981,7 +2009,7 @@ SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t s
 static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const float *grad_scale, cudaStream_t stream) {
     const snip *s = c->s;
     const snip_adamw *o = &s->adamw;
-    const size_t counts = (size_t)s->n_layers * sizeof *c->nonfinite, records = (size_t)s->n_layers * sizeof *c->record;
+    const size_t watched = (size_t)s->n_layers * sizeof *c->watched, records = (size_t)s->n_layers * sizeof *c->record;
     snip_status status = SNIP_OK;
     if (e->measured && snipi_probes_updates(s)) {
         for (int l = 0; l < s->n_layers && !status; l++) {
@@ -1992,21 +2020,18 @@ static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const floa
         if (!status) status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS, 0, stream, c->record, (const float *)c->sketch);
     }
     if (status) return status;
-    if (e->measured) {
-        if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return SNIP_DEVICE;
-        if (cudaMemcpyAsync(c->host_globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess ||
-            cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
-    }
-    if (s->n_layers && (cudaMemcpyAsync(e->nonfinite, c->nonfinite, counts, cudaMemcpyDeviceToHost, stream) != cudaSuccess || cudaMemsetAsync(c->nonfinite, 0, counts, stream) != cudaSuccess)) return SNIP_DEVICE;
+    if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (e->measured && cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (s->n_layers && (cudaMemcpyAsync(e->watched, c->watched, watched, cudaMemcpyDeviceToHost, stream) != cudaSuccess || cudaMemsetAsync(c->watched, 0, watched, stream) != cudaSuccess)) return SNIP_DEVICE;
     status = snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)(c->step + 1));
     return status ? status : cudaEventRecord(e->done, stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
 }
 // What the device measured, into the layers; then the plan.
 static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
     snip *s = c->s;
-    double update_sq = 0, grad_scale = e->device_scale ? (double)c->host_globals->grad_scale : e->adamw.grad_scale > 0 ? e->adamw.grad_scale : 1;
-    s->tau = c->host_globals->tau;
-    s->loss = (double)c->host_globals->loss;
+    double update_sq = 0, grad_scale = e->device_scale ? (double)e->globals->grad_scale : e->adamw.grad_scale > 0 ? e->adamw.grad_scale : 1;
+    s->tau = e->globals->tau;
     for (int i = 0; i < s->n_layers; i++) {
         const snipi_cuda_record *r = &c->host_record[i];
         snipi_layer *l = &s->layers[i];
@@ -2030,12 +2055,21 @@ static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
 }
 // Reads the oldest step that has not been read.
 static snip_status snipi_cuda_read(snip_cuda *c) {
-    const snipi_cuda_ended *e = &c->ended[c->read++ % (c->lag + 1)];
+    const snipi_cuda_ended *e = &c->ended[c->read % (c->lag + 1)];
     snip *s = c->s;
+    int spikes;
     char message[200];
+    if (c->measuring == c->read++) c->measuring = -1;
     if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    s->loss = (double)e->globals->loss;
+    spikes = e->told && snipi_loss_spikes(s);
     for (int l = 0; l < s->n_layers; l++) {
-        if (!e->nonfinite[l]) continue;
+        memcpy(s->layers[l].seen_sq, e->watched[l].seen_sq, sizeof s->layers[l].seen_sq);
+        memcpy(s->layers[l].seen, e->watched[l].seen, sizeof s->layers[l].seen);
+    }
+    if (e->ordinary) snipi_watch(s, spikes);
+    for (int l = 0; l < s->n_layers; l++) {
+        if (!e->watched[l].nonfinite) continue;
         snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
         return snipi_fail(s, SNIP_NONFINITE, message);
     }
@@ -2053,6 +2087,8 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     status = s->pending;
     s->adamw = e->adamw = *adamw;
     e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status;
+    e->ordinary = s->pass == SNIP_PASS_ORDINARY;
+    e->told = s->told;
     e->device_scale = grad_scale != NULL;
     for (int l = 0; l < s->n_layers && e->measured; l++) {
         c->seen[3 * l] = s->layers[l].elements_x;
@@ -2062,9 +2098,12 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     late = snipi_cuda_send(c, e, grad_scale, stream);
     if (late) e->measured = 0;
     if (late && !status) status = snipi_fail(s, late, snip_status_text(late));
+    if (s->pass == SNIP_PASS_CLEAN) c->measuring = c->step;
     c->step = ++s->step;
+    if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
     if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
     snipi_begin_step(s);
+    if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0) snipi_begin_pass(s, SNIP_PASS_ORDINARY);     // one measurement at a time
     if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
                                             cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
         status = snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
@@ -2167,8 +2206,8 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
 SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
     const size_t size = snip_cuda_memory(s, rows);
     if (!s) return NULL;
-    if (!size || !memory || lag < 0 || (s->desc.every > 0 && lag >= s->desc.every)) {
-        snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory or lag is out of range");
+    if (!size || !memory || lag < 0 || s->desc.optimizer == SNIP_CUSTOM || (s->desc.every > 0 && lag >= s->desc.every)) {
+        snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
         return NULL;
     }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) {
@@ -2181,7 +2220,7 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: there are no GEMM kernels for the session's recipes");
         return NULL;
     }
-    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record), counts = (size_t)s->n_layers * sizeof(unsigned long long), slots = (size_t)lag + 1;
+    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record), a_step = sizeof(snipi_cuda_globals) + (size_t)s->n_layers * sizeof(snipi_cuda_watched), slots = (size_t)lag + 1;
     snip_cuda *c = (snip_cuda *)snipi_alloc(s, sizeof *c);
     int ok = c != NULL;
     if (ok) {
@@ -2189,16 +2228,17 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         c->rows = rows;
         c->lag = lag;
         c->step = c->read = s->step;
+        c->measuring = -1;
         snipi_cuda_layout(c, (char *)memory);
         c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
         c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
-        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, sizeof *c->globals + records + slots * counts) == cudaSuccess;
+        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
     }
     if (ok) {
-        c->host_globals = (snipi_cuda_globals *)c->pinned;
-        c->host_record = (snipi_cuda_record *)(c->host_globals + 1);
+        c->host_record = (snipi_cuda_record *)c->pinned;
         for (size_t i = 0; i < slots && ok; i++) {
-            c->ended[i].nonfinite = (unsigned long long *)(void *)((char *)c->host_record + records + i * counts);
+            c->ended[i].globals = (snipi_cuda_globals *)(void *)((char *)c->pinned + records + i * a_step);
+            c->ended[i].watched = (snipi_cuda_watched *)(c->ended[i].globals + 1);
             ok = cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) == cudaSuccess;
         }
         ok = ok && cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) == cudaSuccess &&

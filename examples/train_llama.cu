@@ -137,6 +137,13 @@ KERNEL cross_entropy(float *logits, const int32_t *targets, double *loss, int64_
     if (grad_scale != 0.0f)
         for (int64_t j = threadIdx.x; j < V; j += blockDim.x) row[j] = row[j] * (grad_scale / sum) - (j == y ? grad_scale : 0.0f);
 }
+KERNEL momentum_update(float *p, const float *dp, float *m, int64_t n, int lion, float b1, float b2, float scale, float rate, float keep) {
+    EACH(i, n) {
+        float g = dp[i] * scale, c = b1 * m[i] + (1.0f - b1) * g;
+        m[i] = lion ? b2 * m[i] + (1.0f - b2) * g : b1 * m[i] + g;
+        p[i] = p[i] * keep - rate * (lion ? (float)((c > 0) - (c < 0)) : m[i]);
+    }
+}
 KERNEL adamw_update(float *p, const float *dp, float *m, float *v, int64_t n, float b1, float b2, float e, float scale, float c1, float c2, float rate, float keep) {
     EACH(i, n) {
         float g = dp[i] * scale;
@@ -283,7 +290,7 @@ static gpu *gpu_begin(const llama *host, const snip *session) {
     g->sums = device_memory<double>(PARTS + 1);
     for (int i = 0; i < g->d.n_tensors; i++) {
         const llama_tensor *t = &g->d.tensors[i];
-        if (t->layer >= 0) snip_bind_adamw(g->session, t->layer, g->d.m + t->offset, g->d.v + t->offset);
+        if (t->layer >= 0 && snip_bind_adamw(g->session, t->layer, g->d.m + t->offset, g->d.v + t->offset)) snip_bind_momentum(g->session, t->layer, g->d.m + t->offset);
     }
     check(cudaStreamCreate(&g->stream) == cudaSuccess, "making a stream");
     g->session_memory = device_memory<char>(snip_cuda_memory(g->session, R));
@@ -450,13 +457,17 @@ static double gpu_grad_norm(llama *host) {
     copy(&sum, (const double *)(g->sums + PARTS), 1, cudaMemcpyDeviceToHost);
     return sqrt(sum);
 }
-static void gpu_adamw(llama *host, double lr, double beta1, double beta2, double eps, double decay, int64_t step, double grad_scale) {
+static void gpu_update(llama *host, snip_optimizer kind, const snip_adamw *o, double decay) {      // as llama_update
     gpu *g = gpu_begin(host, NULL);
     for (int i = 0; i < g->d.n_tensors; i++) {
         const llama_tensor *t = &g->d.tensors[i];
-        launch(adamw_update, blocks_of(t->rows * t->cols), THREADS, g->stream, g->d.params + t->offset, (const float *)(g->d.grads + t->offset), g->d.m + t->offset, g->d.v + t->offset,
-               t->rows * t->cols, (float)beta1, (float)beta2, (float)eps, (float)grad_scale, (float)(1.0 / (1.0 - pow(beta1, (double)step))), (float)(1.0 / (1.0 - pow(beta2, (double)step))),
-               (float)lr, 1.0f - (t->matrix ? (float)(lr * decay) : 0.0f));
+        const int64_t n = t->rows * t->cols;
+        const float *dp = g->d.grads + t->offset, keep = 1.0f - (t->matrix ? (float)(o->lr * decay) : 0.0f);
+        float *p = g->d.params + t->offset, *m = g->d.m + t->offset, *v = g->d.v + t->offset;
+        if (kind == SNIP_ADAMW)
+            launch(adamw_update, blocks_of(n), THREADS, g->stream, p, dp, m, v, n, (float)o->beta1, (float)o->beta2, (float)o->eps, (float)o->grad_scale,
+                   (float)(1.0 / (1.0 - pow(o->beta1, (double)o->step))), (float)(1.0 / (1.0 - pow(o->beta2, (double)o->step))), (float)o->lr, keep);
+        else launch(momentum_update, blocks_of(n), THREADS, g->stream, p, dp, m, n, (int)(kind == SNIP_LION), (float)o->beta1, (float)o->beta2, (float)o->grad_scale, (float)o->lr, keep);
     }
 }
 
@@ -464,7 +475,7 @@ static void gpu_adamw(llama *host, double lr, double beta1, double beta2, double
 static int gpu_next_pass(snip *s, double loss) {
     gpu *g = gpu_begin(NULL, s);
     float value = (float)loss;
-    if (snip_current_pass(s) == SNIP_PASS_CLEAN) copy(g->loss, (const float *)&value, 1, cudaMemcpyHostToDevice);
+    copy(g->loss, (const float *)&value, 1, cudaMemcpyHostToDevice);
     return snip_cuda_next_pass(g->c, g->loss, g->stream);
 }
 static snip_status gpu_end_step(snip *s, const snip_adamw *update) {
@@ -497,7 +508,7 @@ static snip_status gpu_state_save(const snip *s, void *state) {
 #define llama_forward gpu_forward
 #define llama_backward gpu_backward
 #define llama_grad_norm gpu_grad_norm
-#define llama_adamw gpu_adamw
+#define llama_update gpu_update
 #define snip_next_pass gpu_next_pass
 #define snip_end_step gpu_end_step
 #define snip_measure_gains gpu_measure_gains

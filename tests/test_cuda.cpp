@@ -548,6 +548,8 @@ static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
             CHECK(snip_cuda_end_step(d.c, &o, micros > 1 ? loss.floats() + 1 : NULL, stream) == snip_end_step(cpu, &o));
             if (!lag) {
                 CHECK(snip_plans(d.s) == snip_plans(cpu));
+                for (int i = 0; i < LAYERS; i++)
+                    for (int w = 0; w < 2; w++) CHECK(close_to(d.s->layers[i].level[w], cpu->layers[i].level[w], 1) && (cpu->layers[i].level[w] != 0 || !step));
                 if (snip_plans(cpu) > plans) check_estimates(d.s, cpu);
             } else if (snip_plans(cpu) > plans)         // theirs takes effect later
                 for (int i = 0; i < LAYERS; i++) {
@@ -609,6 +611,28 @@ static void test_session_graph() {
         cudaGraphDestroy(graph);
     }
     cudaStreamDestroy(stream);
+}
+// A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
+static void test_session_watch() {
+    model t;
+    snip_desc desc = session_desc(9);
+    device_session d(&t, desc, 2, 0);
+    buffer loss(sizeof(float));
+    char passes[64] = "";
+    for (int64_t step = 0; step < 47; step++) {
+        snip_adamw o = adamw_of(step + 1);
+        snprintf(what, sizeof what, "session watches, step %d", (int)step);
+        passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
+        loss.floats()[0] = step == 40 || step == 41 ? 100.0f : 2.5f + 0.01f * (float)(step % 3);
+        if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
+        while (snip_cuda_next_pass(d.c, loss.floats(), 0)) {}
+        CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+        finish();
+        if (step == 41) CHECK(snip_share(d.s, SNIP_E2M1) == 1);
+        if (step == 42) CHECK(snip_share(d.s, SNIP_E2M1) == 0 && strstr(snip_reason(d.s), "the loss spikes: 100"));
+    }
+    CHECK(!strcmp(passes, ".........m........m........m........m......m..."));
+    CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= desc.budget);
 }
 // NaN and infinity are told of after the lag, whatever the format; refusals at once.
 static void test_session_errors() {
@@ -711,6 +735,7 @@ static void test_session() {
     desc.update_weight = -1;
     test_session_one(desc, 1, 1, 5);
     test_session_graph();
+    test_session_watch();
     test_session_errors();
 }
 

@@ -22,10 +22,11 @@ both() {                # name, most difference of a loss, steps compared, optio
     "$cpu" $model "$@" --out "$dir/c" > "$dir/log" 2>&1 && "$gpu" $model "$@" --out "$dir/g" > "$dir/log" 2>&1 || { fail "$name: exit status"; head -3 "$dir/log"; return; }
     if paste -d, "$dir/c/loss.csv" "$dir/g/loss.csv" | awk -F, -v most=$most -v steps=$steps 'NR > 1 && n < steps { n++; if ($1 != $6 || $2 - $7 > most || $7 - $2 > most || $3 - $8 > most || $8 - $3 > most || ($3 == "") != ($8 == "")) bad = 1 } END { exit bad || n < steps }'
     then ok; else fail "$name: losses"; paste -d, "$dir/c/loss.csv" "$dir/g/loss.csv"; fi
-    if cmp -s "$dir/c/plan.txt" "$dir/g/plan.txt"; then ok; else fail "$name: plans"; diff "$dir/c/plan.txt" "$dir/g/plan.txt"; fi
+    if [ "$(layers "$dir/c")" = "$(layers "$dir/g")" ]; then ok; else fail "$name: plans"; diff "$dir/c/plan.txt" "$dir/g/plan.txt"; fi
 }
+layers() { sed '1d; $d' "$1/plan.txt"; }        # without figures and checksum
 shares() { awk -F, 'NR > 1 { printf "%s ", ($5 > 0.7) }' "$1"; }
-both f32 1e-6 3 --precision f32 --steps 3 --tied --accum 2
+both f32 1e-6 3 --precision f32 --steps 3 --tied --accum 2 --optimizer sgd
 both snip 2e-3 3 --steps 4 --every 2 --save-every 0         # the output layer is BF16 on the GPU; the fourth step's plan differs:
 if [ "$(shares "$dir/c/loss.csv")" = "0 0 1 1 " ] && [ "$(shares "$dir/g/loss.csv")" = "0 0 0 1 " ]; then ok; else fail "a plan a step later"; fi
 resumable="--steps 3 --precision fp4 --save-every 1"
