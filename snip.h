@@ -3447,10 +3447,10 @@ static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
 // process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small signal stack refuses.
 static int snipi_amx_usable(void) {
 #ifdef __linux__
-    uint32_t r[4], saved, high;
+    uint32_t r[4], saved;
     long result;
     snipi_cpuid(0x1D, 1, r);
-    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "edx");
     if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return result == 0;
