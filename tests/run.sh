@@ -30,7 +30,7 @@ run() {
     printf '%-20s %s  (%d s)\n' "$name" "$line" $((SECONDS - start))
 }
 for t in "$@"; do one "$t" "$build/$t"; done
-for t in ${SHELL_TESTS-trainer headers compilers targets reference cuda_trainer cuda_faults cuda_compile}; do
+for t in ${SHELL_TESTS-trainer headers compilers targets instructions reference cuda_trainer cuda_faults cuda_compile}; do
     case $t in
         cuda_trainer) one test_cuda_trainer "$here/test_cuda_trainer.sh" "$build/train_llama" ;;
         trainer) one test_trainer "$here/test_trainer.sh" "$build/train_llama" ;;
