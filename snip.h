@@ -1811,7 +1811,7 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
         for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
 static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
-    int64_t i = row / q->tile_rows * q->tiles_across + tile_col;
+    int64_t i = (q->tile_rows == 1 ? row : row / q->tile_rows) * q->tiles_across + tile_col;
     switch (q->recipe->scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
@@ -1895,7 +1895,7 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // products of AVX and NEON want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the
 // block). BF16: the values of codes, unscaled; no `start`. For AMX, whose products are signed, A's panels
 // are [width][step] without the 12s, and blocks are padded with zeros to whole pieces (snipi_piece).
-enum { SNIPI_KC_F32 = 384, SNIPI_KC_S8 = 512, SNIPI_KC_BF16 = 256, SNIPI_MAX_MR = 32, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
+enum { SNIPI_KC_F32 = 1024, SNIPI_SUM_F32 = 256, SNIPI_KC_S8 = 2048, SNIPI_KC_BF16 = 1024, SNIPI_BLOCK_BF16 = 256, SNIPI_MAX_MR = 32, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
 
 // For each scale block of `block` bytes along k, of which there are kc: c = fmaf(sa * sb, sum, c)
 typedef void (*snipi_scaled_kernel)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
@@ -1986,12 +1986,19 @@ static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_
 #define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
 #define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
 
+// The tile of C, on its way while sums are made.
+#define SNIPI_FETCH_C(rows, cols) \
+    for (k = 0; k < rows; k++) { \
+        _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0); \
+        _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+    }
 // acc[i][j] += a[i] * b[j]
 #define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre) \
 attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
     vec each(SNIPI_F32_DECLARE) b0, b1, ai; \
     int64_t k; \
     each(SNIPI_F32_ZERO_##lanes) \
+    SNIPI_FETCH_C(rows, 2 * lanes) \
     for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) { \
         b0 = pre##loadu_ps(b); b1 = pre##loadu_ps(b + lanes); \
         each(SNIPI_F32_STEP_##lanes) \
@@ -2020,9 +2027,12 @@ enum { SNIPI_S8_STEPS = 32 };
 #define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si) \
 attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
     const vec ones = widths##set1_epi16(1); \
-    int64_t k; \
+    float tile[rows * 2 * lanes], *to = tile;                       /* c is far, and its rows may share a set of the nearest cache */ \
+    const float *old = from ? from : c; \
+    int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes; \
     (void)ones; \
-    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, from = NULL) { \
+    SNIPI_FETCH_C(rows, 2 * lanes) \
+    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) { \
         int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4; \
         vec each(declare) b0, b1, ai; \
         each(begin##_START) \
@@ -2035,6 +2045,7 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
             } \
             each(begin##_WIDEN) \
         } \
+        if (k + block >= kc) { to = c; to_ld = ldc; } \
         each(begin##_STORE) \
     } \
 }
@@ -2043,17 +2054,17 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
 SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4); return x; }
 #define SNIPI_S8_STORE_8(i) { \
     __m256 s = _mm256_broadcast_ss(sa + i); \
-    float *ci = c + i * ldc; \
-    const float *old = from ? from : ci; \
-    _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(old))); \
-    _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(old + 8))); }
+    float *ti = to + i * to_ld; \
+    const float *oi = old + i * old_ld; \
+    _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(oi))); \
+    _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8))); }
 // A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1, const float *old, float *c) {
     const __m512 s = _mm512_set1_ps(sa);
     _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, sb0), sum0, _mm512_loadu_ps(old)));
     _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
 }
-#define SNIPI_STORE_16(i, value) snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), from ? from : c + i * ldc, c + i * ldc);
+#define SNIPI_STORE_16(i, value) snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), old + i * old_ld, to + i * to_ld);
 #define SNIPI_S8_START_8(i) p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
 #define SNIPI_S8_START_16(i) p##i = _mm512_loadu_si512(start); q##i = _mm512_loadu_si512(start + 16);
 #define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
@@ -2137,15 +2148,17 @@ SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
     const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16); \
     const int64_t stop = snipi_min(row + (count), 32); \
     for (; row < stop; row++) \
-        snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), old + row * old_ld, c + row * ldc); }
+        snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); }
 #define SNIPI_KERNEL_AMX(name, product, value) \
 SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
     __attribute__((aligned(64))) float sums[2][32 * 32];        /* of S8: bits of int32_t */ \
     const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
+    float tile[32 * 32], *to = tile; \
     const float *old = from ? from : c; \
-    int64_t old_ld = from ? 0 : ldc, row = 32, k, p; \
+    int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p; \
     int turn = 0; \
     (void)start; \
+    SNIPI_FETCH_C(32, 32) \
     for (k = 0; k < kc; k += block) { \
         const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces); \
         SNIPI_TILE_ZERO(0); SNIPI_TILE_ZERO(1); SNIPI_TILE_ZERO(2); SNIPI_TILE_ZERO(3); \
@@ -2155,12 +2168,14 @@ SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, c
             SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes); product(2, 5, 6); SNIPI_AMX_ROWS(value, share) \
             product(3, 5, 7); SNIPI_AMX_ROWS(value, share) \
         } \
-        if (k) { sa += 32; sb += 32; old = c; old_ld = ldc; } \
+        if (k) { sa += 32; sb += 32; old = tile; old_ld = 32; } \
         SNIPI_TILE_STORE(0, sums[turn], line); SNIPI_TILE_STORE(1, sums[turn] + 16, line); \
         SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line); SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line); \
         turn = !turn; \
         row = 0; \
     } \
+    to = c; \
+    to_ld = ldc; \
     SNIPI_AMX_ROWS(value, 32) \
 }
 SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
@@ -3684,6 +3699,8 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
                 }
                 for (j = used; j < width; j++) to[j] = 0.0f;
             }
+        else if (side->operand->recipe->format == SNIP_F32 && used == width)
+            vector->transpose(x + row0 * side->ld + k0 + k, side->ld, width, (int)n, panel + k * width, width);
         else {
             for (i = 0; i < used; i++) snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
             memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
@@ -3756,13 +3773,21 @@ static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *si
                               uint8_t *panel, float *scales, int32_t *start) {
     const snipi_reader *q = &side->reader;
     const float unit = to->element == 1 ? 0.5f : 1.0f;         // S8 integers are doubled
-    int64_t k;
+    float scale = 0;
+    int64_t k, next = 0;
     int i;
     for (k = 0; k < kc; k += block, scales += to->width) {
-        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4;
+        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4, tile_col = (k0 + k) / q->tile_cols;
         if (to->element == 1) snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
         else snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
-        for (i = 0; i < to->width; i++) scales[i] = i < used ? unit * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
+        for (i = 0; i < used; i++) {
+            if (i == 0 || row0 + i == next) {
+                scale = unit * snipi_reader_scale(q, row0 + i, tile_col);
+                next = q->tile_rows == 1 ? row0 + i + 1 : ((row0 + i) / q->tile_rows + 1) * q->tile_rows;
+            }
+            scales[i] = scale;
+        }
+        memset(scales + used, 0, (size_t)(to->width - used) * sizeof(float));
         if (start) { kernels->start((const int8_t *)panel, steps, to->width, start); start += to->width; }
         panel += steps * to->step;
     }
@@ -3781,15 +3806,15 @@ static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int6
 static int snipi_fits_bf16(const snip_operand *o) { return o->recipe->format != SNIP_F32 || o->round_bf16; }
 
 // block: of the integer path, 0 for floats.
-static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t block) {
-    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR);
-    size_t per_row = (size_t)snipi_max(SNIPI_KC_F32 * (int64_t)sizeof(float), snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
-    return rows * (per_row + SNIPI_KC_S8 / SNIPI_MIN_BLOCK * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
+static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
+    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR), blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
+    size_t per_row = (size_t)snipi_max(snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float), snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
+    return rows * (per_row + blocks * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
 }
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
     const int64_t most = (int64_t)1 << 40;
     if (m < 0 || n < 0 || k < 0 || m > most || n > most || k > most) return 0;
-    return snipi_gemm_scratch(m, n, k <= SNIPI_S8_MOST ? k : 0);
+    return snipi_gemm_scratch(m, n, k, k <= SNIPI_S8_MOST ? k : 0);
 }
 
 static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
@@ -3846,7 +3871,7 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int
     int whole = rows == mr && cols == nr;
     float *target = whole ? c : aside;
     const float *from = !first || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
-    int64_t ld = whole ? g->ldc : nr, row_bytes = snipi_gemm_row_bytes(g, kc);
+    int64_t ld = whole ? g->ldc : nr, row_bytes = snipi_gemm_row_bytes(g, kc), k;
     const char *a = g->panel_a + ip * mr * row_bytes, *b = g->panel_b + jp * nr * row_bytes;
     if (!whole) {
         memset(aside, 0, sizeof aside);
@@ -3858,7 +3883,8 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int
         (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a, (const int8_t *)b,
             g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
     } else
-        g->kernels.f32(kc, (const float *)(const void *)a, (const float *)(const void *)b, from, target, ld);
+        for (k = 0; k < kc; k += SNIPI_SUM_F32, from = NULL)       // shorter sums are closer ones
+            g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr, (const float *)(const void *)b + k * nr, from, target, ld);
     if (!whole)
         for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
 }
@@ -3872,9 +3898,9 @@ static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const sn
         g->mr = g->kernels.s8_mr;
         g->nr = g->kernels.s8_nr;
     } else if (block && g->kernels.bf16 && snipi_fits_bf16(a) && snipi_fits_bf16(b)) {
-        if (block >= g->k) block = snipi_min(block, SNIPI_KC_BF16);         // float sums may end anywhere in a tile
-        while (block > SNIPI_KC_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
-        if (block > SNIPI_KC_BF16) return;
+        if (block >= g->k) block = snipi_min(block, SNIPI_BLOCK_BF16);      // float sums may end anywhere in a tile
+        while (block > SNIPI_BLOCK_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
+        if (block > SNIPI_BLOCK_BF16) return;
         g->element = 2;
         g->mr = g->kernels.bf16_mr;
         g->nr = g->kernels.bf16_nr;
@@ -4372,7 +4398,7 @@ static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip
     snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
     void *scratch;
     if (status || (status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob)) != SNIP_OK) return status;
-    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, snipi_s8_block(&oa, &ob, k)));
+    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, k, snipi_s8_block(&oa, &ob, k)));
     if (!scratch) return SNIP_OUT_OF_MEMORY;
     return snip_gemm(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa);
 }
