@@ -708,36 +708,46 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
 }
 
 // a * b + c with the product rounded, whatever the compiler may fuse.
-static double snipi_mul_add(double a, double b, double c) {
+SNIPI_HD SNIPI_INLINE double snipi_mul_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __dadd_rn(__dmul_rn(a, b), c);
+#else
     double p = a * b;
     SNIPI_HIDDEN(p);
     return p + c;
+#endif
 }
 // -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
-static double snipi_minus_2_log(uint32_t w) {
-    static const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
+SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
+    const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
     double m = (double)w + 0.5, t, t2, sum = 1.0 / 15, above;
-    int e = -32, i;
-    while (m >= 1.4142135623730951) { m *= 0.5; e++; }
-    while (m < 0.70710678118654757) { m *= 2; e--; }
+    uint64_t u;
+    int e, i;
+    memcpy(&u, &m, 8);
+    e = (int)(u >> 52) - 1023 - 32;
+    u = (u & 0xFFFFFFFFFFFFFu) | (uint64_t)1023 << 52;
+    memcpy(&m, &u, 8);
+    if (m >= 1.4142135623730951) { m *= 0.5; e++; }
     above = m + 1;
     SNIPI_HIDDEN(above);
     t = (m - 1) / above;
     t2 = t * t;
     SNIPI_HIDDEN(t2);
+    SNIPI_UNROLL
     for (i = 0; i < 7; i++) sum = snipi_mul_add(sum, t2, terms[i]);
     t *= -4 * sum;
     SNIPI_HIDDEN(t);
     return snipi_mul_add(-2 * 0.69314718055994531, e, t);
 }
 // cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
-static void snipi_turn(uint32_t w, double *cosine, double *sine) {
-    static const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
-    static const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
+SNIPI_HD static void snipi_turn(uint32_t w, double *cosine, double *sine) {
+    const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
+    const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
     uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
     double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
     int i;
     SNIPI_HIDDEN(r2);
+    SNIPI_UNROLL
     for (i = 0; i < 6; i++) {
         x = snipi_mul_add(x, r2, c[i]);
         y = snipi_mul_add(y, r2, s[i]);
@@ -746,10 +756,10 @@ static void snipi_turn(uint32_t w, double *cosine, double *sine) {
     *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
     *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
 }
-SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     // Box and Muller
+SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4]) {      // Box and Muller
     uint32_t w[4];
     int i;
-    snip_philox(key, index, w);
+    snipi_philox(key, index, w);
     for (i = 0; i < 4; i += 2) {
         double radius = sqrt(snipi_minus_2_log(w[i])), x, y;
         snipi_turn(w[i + 1], &x, &y);
@@ -757,6 +767,7 @@ SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     /
         out[i + 1] = (float)(radius * y);
     }
 }
+SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
 SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
     int64_t b, blocks = snipi_ceil_div(n, 4);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
@@ -4040,6 +4051,7 @@ typedef struct {
     int64_t elements_x, elements_y;             // seen by this pass
     double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
     float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
+    double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
@@ -4469,7 +4481,6 @@ static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const fl
         for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
 }
-static double snipi_sketched_sq(const snipi_layer *l, int which) { return snipi_sum_sq(l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH); }
 
 static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *c) {
     snip_recipe recipe = SNIP_RECIPE_F32;
@@ -4523,7 +4534,7 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
     }
     return d;
 }
-SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
+SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
     float x = d->state[i];
     if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
     if (d->kind == SNIP_CUSTOM) return x;
@@ -4559,9 +4570,10 @@ static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, co
     return noisy;
 }
 
+static int64_t snipi_samples(const snip *s, const snipi_layer *l) { return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))); }
 // |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
 static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
-    int64_t samples = snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
+    int64_t samples = snipi_samples(s, l), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
     float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
     float *custom = s->desc.optimizer == SNIP_CUSTOM ? snipi_reserve_floats(s, SNIPI_SLOT_W, l->n * l->k) : NULL;
     snipi_sensitivity d = snipi_sensitivity_of(s, l, custom);
@@ -4731,19 +4743,25 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
 }
 
 // ---- passes, costs, the plan
+static snip_status snipi_all_bound(snip *s) {
+    char message[160];
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        if (s->layers[l].m || s->desc.optimizer == SNIP_CUSTOM) continue;
+        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
+        return snipi_fail(s, SNIP_NOT_BOUND, message);
+    }
+    return SNIP_OK;
+}
 // Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
 static snip_status snipi_prepare_update_probe(snip *s) {
     double sum = 0;
     int l;
+    if (snipi_all_bound(s)) return SNIP_NOT_BOUND;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-        char message[160];
-        if (!layer->m && s->desc.optimizer != SNIP_CUSTOM) {
-            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", layer->name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
-            return snipi_fail(s, SNIP_NOT_BOUND, message);
-        }
         if (!d) return SNIP_OUT_OF_MEMORY;
         snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
@@ -4810,15 +4828,15 @@ static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
     const snipi_measured *q = &l->measured[f];
     double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
-    double fwd_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DY) * l->input_sq, dgrad_sq = snipi_sketched_sq(l, SNIPI_SKETCH_X) * l->gradient_sq;
-    double dw_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DW), by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
+    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
+    double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
     snip_estimate e;
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
     e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * snipi_sketched_sq(l, SNIPI_SKETCH_DYW) + q->err_w / n_w * by_fwd) * probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * snipi_sketched_sq(l, SNIPI_SKETCH_XW) + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
+    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * l->sketched_sq[SNIPI_SKETCH_DYW] + q->err_w / n_w * by_fwd) * probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }
@@ -5124,15 +5142,38 @@ static snip_status snipi_solve(snip *s) {
     return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
 
-SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
-    snip_status status;
-    int l, f, spikes;
-    if (!s) return SNIP_BAD_ARGUMENT;
+// Costs from the measurement that the layers hold, and a plan from the costs.
+static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
+    int l, f;
+    if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+            char message[200];
+            if (snipi_estimate_finite(&e)) continue;
+            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
+            return snipi_fail(s, SNIP_NONFINITE, message);
+        }
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+    snipi_average_measurement(s);
+    s->due = 0;
+    return snipi_solve(s);
+}
+static snip_status snipi_end_step_check(snip *s, const snip_adamw *adamw) {
     if (!adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
         !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr))
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step: the optimizer's constants are out of range");
     if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
+    snip_status status;
+    int l, i, spikes;
+    if (!s) return SNIP_BAD_ARGUMENT;
+    status = snipi_end_step_check(s, adamw);
+    if (status) return status;
     status = s->pending;
     s->adamw = *adamw;
     s->step++;
@@ -5140,23 +5181,9 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
     if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
     if (s->pass == SNIP_PASS_CLEAN && s->n_layers && !status) {
-        double update_sq = snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, grad_scale = adamw->grad_scale > 0 ? adamw->grad_scale : 1;
-        if (snipi_nonfinite_f64(s->loss)) status = snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-                snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-                char message[200];
-                if (snipi_estimate_finite(&e)) continue;
-                snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
-                status = snipi_fail(s, SNIP_NONFINITE, message);
-            }
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-        if (!status) {
-            snipi_average_measurement(s);
-            s->due = 0;
-            status = snipi_solve(s);
-        }
+        for (l = 0; l < s->n_layers; l++)
+            for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
+        status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
     }
     snipi_begin_step(s);
     return status;
