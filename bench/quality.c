@@ -3,7 +3,7 @@
 // Trains a small Llama in bfloat16 for --warm steps. From that checkpoint every plan trains --steps steps more on the same
 // batches as a bfloat16 twin, once per seed (batches, rounding and random plans differ); no plan is changed on the way. The
 // learning rate falls linearly to 0 over those steps, for the twin as well: runs that differ in rounding alone then end
-// two to five times as close as at a constant rate. --from-scratch: from step 50 on, plans made anew every --every steps.
+// two to five times as close as at a constant rate. --from-scratch: from step 50 on, plans made anew every --every steps (100).
 //
 // Prints, tab-separated: quality, setting, budget, maker, gap_own, gap_high, half_width_95, fp4_share. The gap is that of
 // the validation loss to the twin's in nats a token, under the plan's precision (own) and with the trained weights in
@@ -11,7 +11,8 @@
 // Lines "detail", after setting, budget and maker: half width of gap_high; gap of the training loss, mean over the steps, and its
 // half width; gap_own less that of adjoint-gemm, paired, and its half width; processor time of a step, that of the twin being 1.
 //
-// Makers. Uniform: bf16 (the twin), f32 (how far rounding alone drives runs apart), fp8, fp4. One precision a layer:
+// Makers. Uniform: bf16 (the twin), f32 (how far rounding alone drives runs apart), fp8, fp4; fp4-fwd, fp4-bwd (FP4 in the forward or the
+// backward GEMMs alone, FP8 elsewhere). One precision a layer:
 //   random                     mean over DRAWS plans a seed
 //   min-abs-err, min-rel-err   least squared error of the operands
 //   layer-type                 mlp.down and attn.v last of all, as llama.cpp's Q4_K_M keeps them in more bits
@@ -21,8 +22,7 @@
 //   adjoint                    this library's costs
 // One precision a GEMM: adjoint-gemm, this library's costs.
 //
-// Settings: default; rne: gradients rounded to nearest; tensor: that, and one scale a tensor; outliers: two channels of
-// one block's inputs start 16 times as large; hot: learning rate x 4.
+// Settings: the recipes of norms.h; outliers: two channels of one block's inputs start 16 times as large; hot: learning rate x 4.
 //
 // --plans N instead: N random plans of every kind and share; "objective", setting, maker, Spearman's correlation of the plan's cost
 // with gap_own, gap_high and the training loss's gap. --ages LIST instead: costs measured that many steps before the checkpoint;
@@ -45,11 +45,12 @@
 enum { MEASUREMENTS = 3, VALIDATION_TOKENS = 12288, ORACLE_BATCHES = 2, DRAWS = 2, MAX_SEEDS = 64, MAX_BUDGETS = 32, MAX_AGES = 16 };
 static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8, DECAY = 0.1;
 
-typedef enum { MAKER_BF16, MAKER_F32, MAKER_FP8, MAKER_FP4, MAKER_RANDOM, MAKER_ABS, MAKER_REL, MAKER_TYPE, MAKER_ID, MAKER_ORACLE, MAKER_SNIP, MAKER_ADJOINT, MAKER_GEMM, MAKERS } maker;
-static const char *const maker_name[MAKERS] = { "bf16", "f32", "fp8", "fp4", "random", "min-abs-err", "min-rel-err", "layer-type", "layer-id", "oracle", "snip", "adjoint", "adjoint-gemm" };
-typedef struct { const char *name; double rate; int nearest, per_tensor, outliers; } setting;
-enum { SETTINGS = 5 };
-static const setting all_settings[SETTINGS] = { { "default", 1, 0, 0, 0 }, { "rne", 1, 1, 0, 0 }, { "tensor", 1, 1, 1, 0 }, { "outliers", 1, 0, 0, 1 }, { "hot", 4, 0, 0, 0 } };
+typedef enum { MAKER_BF16, MAKER_F32, MAKER_FP8, MAKER_FORWARD, MAKER_BACKWARD, MAKER_FP4, MAKER_RANDOM, MAKER_ABS, MAKER_REL, MAKER_TYPE, MAKER_ID, MAKER_ORACLE, MAKER_SNIP, MAKER_ADJOINT, MAKER_GEMM, MAKERS } maker;
+static const char *const maker_name[MAKERS] = { "bf16", "f32", "fp8", "fp4-fwd", "fp4-bwd", "fp4", "random", "min-abs-err", "min-rel-err", "layer-type", "layer-id", "oracle", "snip", "adjoint", "adjoint-gemm" };
+typedef struct { const char *name, *recipes; double rate; int outliers; } setting;
+enum { SETTINGS = 8 };
+static const setting all_settings[SETTINGS] = { { "default", "default", 1, 0 }, { "rne", "rne", 1, 0 }, { "tensor", "tensor", 1, 0 }, { "tensor-sr", "tensor-sr", 1, 0 }, { "mxfp4", "mxfp4", 1, 0 }, { "nvfp4", "nvfp4", 1, 0 },
+                                                { "outliers", "default", 1, 1 }, { "hot", "default", 4, 0 } };
 
 typedef struct { double cost[MAKERS][SNIP_GEMMS]; } layer_costs;        // of FP4 beyond FP8
 typedef unsigned char layer_plan;                                       // bit per GEMM: FP4
@@ -128,22 +129,6 @@ static void put_weights(const run *r, const checkpoint *from) {
 }
 static void restart(const run *r) { check(snip_state_load(r->s, r->fresh, snip_state_size(r->s)), r->s, "state"); }
 
-static snip_desc describe(const setting *how, uint64_t seed) {
-    static const snip_recipe fp8[3] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_FP8_TILE };
-    static const snip_recipe fp4[3] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_FP4_TILE_SR };
-    snip_desc desc;
-    memset(&desc, 0, sizeof desc);
-    desc.every = -1;
-    desc.seed = seed;
-    desc.fp8.activation = fp8[0]; desc.fp8.weight = fp8[1]; desc.fp8.gradient = fp8[2];
-    desc.fp4.activation = fp4[0]; desc.fp4.weight = fp4[1]; desc.fp4.gradient = fp4[2];
-    if (how->nearest) desc.fp4.gradient.rounding = SNIP_ROUND_NEAREST_EVEN;
-    if (how->per_tensor) {
-        snip_recipe *all[6] = { &desc.fp8.activation, &desc.fp8.weight, &desc.fp8.gradient, &desc.fp4.activation, &desc.fp4.weight, &desc.fp4.gradient };
-        for (int i = 0; i < 6; i++) all[i]->tile_rows = all[i]->tile_cols = 0;
-    }
-    return desc;
-}
 // Two channels of the block in the middle, before the layers that read the residual stream.
 static void add_outliers(llama *g) {
     const llama_block *b = &g->block[g->config.blocks / 2];
@@ -281,10 +266,13 @@ typedef struct { run r, m; const setting *how; double lr; int64_t warm, every; l
 
 // Makes and sets who's plan at the weights of `from`; costs and order belong to them.
 static void use_maker(const bench *b, int who, double budget, uint64_t seed) {
-    static const snip_format one[4] = { SNIP_BF16, SNIP_F32, SNIP_E4M3, SNIP_E2M1 };
+    static const snip_format one[] = { SNIP_BF16, SNIP_F32, SNIP_E4M3, SNIP_E4M3, SNIP_E4M3, SNIP_E2M1 };
     layer_plan *plan = (layer_plan *)tr_alloc((size_t)snip_layers(b->r.s));
-    if (who <= MAKER_FP4) check(snip_set_format(b->r.s, -1, SNIP_GEMMS, one[who]), b->r.s, "plan");
-    else {
+    if (who <= MAKER_FP4) {
+        check(snip_set_format(b->r.s, -1, SNIP_GEMMS, one[who]), b->r.s, "plan");
+        for (int k = 0; k < SNIP_GEMMS; k++)
+            if (who == (k == SNIP_FWD ? MAKER_FORWARD : MAKER_BACKWARD)) check(snip_set_format(b->r.s, -1, (snip_gemm_kind)k, SNIP_E2M1), b->r.s, "plan");
+    } else {
         if (who == MAKER_ORACLE) take_oracle(b->r.s, b->order, budget, plan);
         else solve(b->r.s, b->costs, (maker)who, budget, seed, plan);
         put_plan(b->r.s, plan);
@@ -366,7 +354,7 @@ static double nice(double range) {
     return power * (m <= 1 ? 1 : m <= 2 ? 2 : m <= 5 ? 5 : 10);
 }
 static void draw(const char *path, const row *rows, int n) {
-    static const char *const colour[MAKERS] = { "#000000", "#9a9a9a", "#6b7280", "#6b7280", "#b8b8b8", "#d9a441", "#a0722a", "#7fb069", "#3f7d4e", "#8e6bbf", "#d1495b", "#5aa9e6", "#1d4ed8" };
+    static const char *const colour[MAKERS] = { "#000000", "#9a9a9a", "#6b7280", "#6b7280", "#6b7280", "#6b7280", "#b8b8b8", "#d9a441", "#a0722a", "#7fb069", "#3f7d4e", "#8e6bbf", "#d1495b", "#5aa9e6", "#1d4ed8" };
     enum { WIDE = 380, TALL = 260, LEFT = 90, TOP = 64, GAP_X = 70, GAP_Y = 96, LEGEND = 150 };
     int settings = 0;
     FILE *f = fopen(path, "w");
@@ -411,7 +399,7 @@ static void draw(const char *path, const row *rows, int n) {
                     if (points++ && who > MAKER_FP4) fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" stroke-width=\"%g\"/>\n", last_x, last_y, x, y, colour[who], strong ? 2.2 : 1.2);
                     fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\".6\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"%g\" fill=\"%s\"><title>%s, budget %g: %.4f ± %.4f</title></circle>\n", x, up, down,
                             colour[who], x, y, strong ? 4.5 : 3.5, colour[who], maker_name[who], rows[i].budget, rows[i].own, rows[i].half_width);
-                    if (who == MAKER_FP8 || who == MAKER_FP4) fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"11\" text-anchor=\"middle\">%s</text>\n", x, y - 9, maker_name[who]);
+                    if (who >= MAKER_FP8 && who <= MAKER_FP4) fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"11\" text-anchor=\"middle\">%s</text>\n", x, y - 9, maker_name[who]);
                     last_x = x; last_y = y;
                 }
             }
@@ -420,7 +408,7 @@ static void draw(const char *path, const row *rows, int n) {
     for (int who = MAKER_F32, line = 0; who < MAKERS; who++) {
         int shown = 0;
         for (int i = 0; i < n; i++) shown |= rows[i].maker == who;
-        if (!shown || who == MAKER_FP8 || who == MAKER_FP4) continue;
+        if (!shown || (who >= MAKER_FP8 && who <= MAKER_FP4)) continue;
         fprintf(f, "<circle cx=\"%d\" cy=\"%d\" r=\"5\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">%s</text>\n", width - LEGEND, TOP + 22 * line, colour[who], width - LEGEND + 14, TOP + 22 * line + 5, maker_name[who]);
         line++;
     }
@@ -468,6 +456,7 @@ int main(int argc, char **argv) {
     }
     tr_parse(&o, n_args, args);
     if (seeds < 1 || seeds > MAX_SEEDS) tr_die("--seeds must be between 1 and %d", MAX_SEEDS);
+    if (scratch && !o.every) o.every = 100;
     if (warm == -1) warm = scratch ? 50 : 1000;
     if (warm < 1) tr_die("--warm must be at least 1");
     int n_budgets = numbers(budget_list, budgets, MAX_BUDGETS, 0, 1, "--budgets");
@@ -486,7 +475,12 @@ int main(int argc, char **argv) {
     for (const setting *how = all_settings; how < all_settings + SETTINGS; how++) {
         if (!listed(settings, how->name)) continue;
         double start = tr_now();
-        snip_desc desc = describe(how, (uint64_t)o.seed), measuring = desc;
+        snip_desc desc, measuring;
+        memset(&desc, 0, sizeof desc);
+        norms_recipes(&desc, how->recipes);
+        desc.seed = (uint64_t)o.seed;
+        measuring = desc;
+        desc.every = -1;
         measuring.every = 1;
         bench b = { { NULL, snip_create(&desc), tokens, targets, &d, &o, NULL }, { NULL, snip_create(&measuring), tokens, targets, &d, &o, NULL }, how, o.lr * how->rate, warm, o.every, NULL, NULL };
         if (!b.r.s || !b.m.s || !(b.r.g = llama_create(&config, (int)o.batch, b.r.s)) || !(b.m.g = llama_create(&config, (int)o.batch, b.m.s))) tr_stop("out of memory");
@@ -540,7 +534,7 @@ int main(int argc, char **argv) {
             static double own[MAKERS][MAX_SEEDS], high[MAX_SEEDS], training[MAX_SEEDS], against[MAX_SEEDS];
             for (int turn = 0; turn < MAKERS; turn++) {
                 int who = (turn + MAKER_GEMM) % MAKERS;                 // adjoint-gemm first: the others are held against it
-                double mean[3] = { 0, 0, 0 }, share = 0, seconds = 0, shown = who == MAKER_FP4 ? 1 : who <= MAKER_FP8 ? 0 : budgets[budget];
+                double mean[3] = { 0, 0, 0 }, share = 0, seconds = 0, shown = budgets[budget];
                 int draws = who == MAKER_RANDOM ? DRAWS : 1, ours = listed(makers, maker_name[MAKER_GEMM]);
                 if (!listed(makers, maker_name[who]) || (budget && who <= MAKER_FP4)) continue;     // uniform: once
                 for (int seed = 0; seed < seeds; seed++) {
@@ -561,6 +555,7 @@ int main(int argc, char **argv) {
                     against[seed] = own[who][seed] - own[MAKER_GEMM][seed];
                     mean[0] += own[who][seed] / seeds; mean[1] += high[seed] / seeds; mean[2] += training[seed] / seeds;
                 }
+                if (who <= MAKER_FP4) shown = floor(share * 1000 + 0.5) / 1000;
                 row q = { how->name, who, shown, mean[0], mean[1], stats_half_width(own[who], seeds), share, seconds };
                 rows[n_rows++] = q;
                 printf("quality\t%s\t%g\t%s\t%.5f\t%.5f\t%.5f\t%.3f\n", q.setting, q.budget, maker_name[who], q.own, q.high, q.half_width, q.share);
