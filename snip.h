@@ -3420,12 +3420,10 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // The learning rate cancels in the ratio, so D and u are taken at rate 1.
 //
 // Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
-// update_weight * update * (r + (1 - r) / horizon). The forward's errors repeat with the slowly moving weights; the backward
-// GEMMs' are noise, which averages out over steps, but for the share r that lies along the gradient itself and so returns with it:
-//   wgrad  r = <D * dW, D * dW_err>^2 / (|D * dW|^2 |D * dW_err|^2)
-//   dgrad  r = <dY, e_dY>^2 / (|dY|^2 |e_dY|^2), 0 where rounding is stochastic. To nearest a code is about the mean of what it stands
-//          for: <Q(x), e> = 0, <x, e> = -|e|^2, and r = |e_dY|^2 / |dY|^2
-// In FP4 tiles r is 0.02, and 0.05 to 0.3 where one scale a tensor flushes small gradients to 0.
+// update_weight * update * (r + (1 - r) / horizon). The forward's errors repeat with the slowly moving weights; the backward GEMMs' are
+// noise, which averages out over steps, but for the share r of dY's squared error that lies along dY and so returns with it. r = 0 where
+// rounding is stochastic. To nearest a code is about the mean of what it stands for: <Q(x), e> = 0, so <x, e> = -|e|^2 and
+// r = <x, e>^2 / (|x|^2 |e|^2) = |e|^2 / |x|^2: 0.02 in FP4 tiles, 0.03 to 0.27 where one scale a tensor flushes small gradients to 0.
 enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
@@ -3436,7 +3434,7 @@ enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
     double err_x, err_w, err_dy, dot_x, dot_w;
-    double wgrad_err, wgrad_along, wgrad_sq;    // |D * dW_err|^2, <D * dW, D * dW_err>, |D * dW|^2
+    double wgrad_err;           // |D * dW_err|^2
 } snipi_measured;
 typedef struct { double count, first, first_var, second, update[SNIP_GEMMS]; } snipi_average;   // over measurements
 
@@ -3965,20 +3963,18 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     for (r = 0; r < rows; r++)
         for (i = 0; i < samples; i++) picked[r * samples + i] = dy[r * l->n + i * l->n / samples];
     for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-        snipi_measured *q = &l->measured[f];
-        double scale = (double)l->n / (double)samples;
+        double sum = 0;
         status = snipi_wgrad(s, l, micro, snipi_candidates[f], result, 0, picked, samples, x, rows);
         for (i = 0; i < samples && !status; i++) {
             int64_t at = i * l->n / samples * l->k;
-            double row = 0, along = 0, sq = 0;
+            double row = 0;
             for (j = 0; j < l->k; j++) {
-                float slope = snipi_sensitivity_at(&d, at + j), u = exact[at + j] * slope, e = (result[i * l->k + j] - exact[at + j]) * slope;
+                float e = (result[i * l->k + j] - exact[at + j]) * snipi_sensitivity_at(&d, at + j);
                 row += (double)e * (double)e;
-                along += (double)u * (double)e;
-                sq += (double)u * (double)u;
             }
-            q->wgrad_err += row * scale; q->wgrad_along += along * scale; q->wgrad_sq += sq * scale;
+            sum += row;
         }
+        l->measured[f].wgrad_err += sum * ((double)l->n / (double)samples);
     }
     l->nonfinite = nonfinite;
     l->saturated = saturated;
@@ -4203,11 +4199,10 @@ static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int 
 static int snipi_estimate_finite(const snip_estimate *e) {
     return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[0] + e->update[1] + e->update[2]);
 }
-static double snipi_repeating(const snip *s, const snipi_layer *l, int f, int g) {
-    const snipi_measured *q = &l->measured[f];
-    double r = g == SNIP_WGRAD ? snipi_ratio(q->wgrad_along * q->wgrad_along, q->wgrad_sq * q->wgrad_err) : snipi_ratio(q->err_dy, l->gradient_sq);
-    if (g == SNIP_FWD) return 1;
-    return g == SNIP_DGRAD && snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0 : r < 1 ? r : 1;
+// Share r of the backward GEMMs' errors that repeats.
+static double snipi_repeating(const snip *s, const snipi_layer *l, int f) {
+    double r = snipi_ratio(l->measured[f].err_dy, l->gradient_sq);
+    return snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0 : r < 1 ? r : 1;
 }
 // Moving averages over measurements; the first-order term, whose sign moves with the batch, is shrunk by its own variance.
 static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
@@ -4224,7 +4219,7 @@ static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
     for (g = 0; g < SNIP_GEMMS; g++) a->update[g] += rate * (e->update[g] - a->update[g]);
     first = a->count < 2 ? 0.5 * a->first : a->first * snipi_ratio(a->first * a->first, a->first * a->first + a->first_var);
     for (g = 0; g < SNIP_GEMMS; g++) {
-        double r = snipi_repeating(s, l, f, g);
+        double r = g == SNIP_FWD ? 1 : snipi_repeating(s, l, f);
         e->cost[g] = s->desc.update_weight > 0 ? s->desc.update_weight * a->update[g] * (r + (1 - r) / s->desc.horizon) : 0;
     }
     if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, fabs(s->loss));
