@@ -788,6 +788,7 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
 enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
+enum { SNIPI_AHEAD_STRIP = 12288, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
 
 // Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
 // modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
@@ -801,7 +802,7 @@ typedef struct {
     snip_format format;
     snipi_element e;
     const float *lut;                   // value of each code
-    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift; } k;     // for >>simd, bits of floats
+    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift, power[32]; } k;     // for >>simd, bits of floats
     const float *x, *weight;            // weight may be NULL
     int n;
     float scale, inverse;
@@ -819,18 +820,32 @@ typedef struct {
 // or 128), all of one scale or each of its own.
 enum { SNIPI_STRIP = 2048, SNIPI_STRIP_TILES = SNIPI_STRIP / 16 };
 typedef struct {
+    const float *x, *weight;                    // and the rest as in snipi_run, which has what all have in common
+    const uint32_t *random;
+    uint8_t *codes;
+    float *values;
+    snipi_tally *tally;
     int64_t length, x_stride, code_stride, value_stride, random_stride;
     int pieces, width, one_scale, capped;       // capped: some may lie beyond the largest
     const float *scale, *inverse;
+    const char *ahead;                          // what is read next, `length` elements of `ahead_size` bytes, `ahead_stride` bytes from piece to piece
+    int64_t ahead_size, ahead_stride;
+    snip_rng_key key;                           // stochastic, if random is NULL: x[0] is element 4 * first, pieces are 4 * step apart
+    uint64_t first, step;
 } snipi_strip;
 // A block of SNIPI_RUN x `cols` floats (a multiple of 16), quantized by columns: logical row c is column c.
 typedef struct {
     const float *x;                     // [SNIPI_RUN][SNIPI_PANEL_LD]
     int cols, height, capped;           // height: rows to a tile, 16, 32, 64 or 128
     const float *scale, *inverse;       // [SNIPI_RUN / height][SNIPI_RUN]
+    uint8_t *codes;
     int64_t code_stride;
+    snipi_tally *tally;
     snip_rng_key key;                   // stochastic: 4 * (first + c * step + r / 4) is the element's index
     uint64_t first, step;
+    const char *ahead;                  // what is read next: SNIPI_RUN rows of 512 bytes
+    int64_t ahead_stride;
+    int ahead_rows;                     // as many of them as the caches can hold
 } snipi_columns;
 
 typedef struct {
@@ -840,13 +855,14 @@ typedef struct {
     void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out);      // out[cols][rows]
     void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
     void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
-    void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out);
+    void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream);
+    void (*sums)(const float *x, const float *values, const float *weight, int n, snipi_tally *);       // snipi_sums_exact of finite x
     // The rest may be NULL; where they do not apply, run does the work. All elements finite.
-    void (*peaks)(const snipi_strip *, const float *x, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
+    void (*peaks)(const snipi_strip *, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
     int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes);
     void (*strip)(const snipi_run *, const snipi_strip *);
-    // A block of SNIPI_RUN rows and a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
-    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int cols, int height, float *block, uint32_t *amax);
+    // Rows [r0, r1) of a block, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
+    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int r1, int cols, int height, float *block, uint32_t *amax);
     void (*columns)(const snipi_run *, const snipi_columns *);
 } snipi_vector;
 static const snipi_vector *snipi_vector_of(snip_isa isa);
@@ -858,6 +874,7 @@ typedef struct {
     int x_bf16, out_bf16, transposed;   // transposed: logical (r, c) lies at x[c * ld + r]
     int64_t rows, cols, ld;
     int64_t tile_rows, tile_cols, tiles_down, tiles_across;
+    int tile_shift;                     // tile_cols is 1 << tile_shift, if a power of two
     void *codes, *scales, *out;         // each may be NULL; out: dequantized values
     int64_t ld_out;
     float tensor_scale, tensor_inverse; // NVFP4's 1/S and S
@@ -1067,6 +1084,9 @@ static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, ui
     int i;
     for (i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
 }
+static int snipi_one_upper(uint64_t first, int64_t blocks) {       // the counters' upper half is the same
+    return (uint32_t)first + (uint64_t)blocks + 16 <= 0xFFFFFFFFu;
+}
 static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
     int r, c;
     for (r = 0; r < rows; r++)
@@ -1080,8 +1100,9 @@ static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
     int i;
     for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
 }
-static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     int i, packed = format == SNIP_E2M1;
+    (void)stream;
     for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
 }
 
@@ -1166,6 +1187,10 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
             if (strips && n % SNIPI_RUN == 0) {
                 snipi_strip strip;
                 memset(&strip, 0, sizeof strip);
+                strip.x = run->x; strip.weight = run->weight;
+                strip.random = run->random;
+                strip.codes = run->codes; strip.values = run->values;
+                strip.tally = run->tally;
                 strip.pieces = stochastic || q->x_bf16 || n < c1 - c0 ? 1 : (int)snipi_min(r1 - r, SNIPI_RUN);
                 strip.length = n;
                 strip.width = SNIPI_RUN;
@@ -1175,6 +1200,9 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
                 strip.one_scale = strip.capped = 1;
                 strip.scale = &t->scale;
                 strip.inverse = &t->inverse;
+                strip.ahead = (const char *)run->x + SNIPI_AHEAD_STRIP;
+                strip.ahead_size = 4;
+                strip.ahead_stride = 4 * q->ld;
                 q->vector->strip(run, &strip);
                 r += strip.pieces - 1;
                 continue;
@@ -1220,15 +1248,28 @@ static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int6
 static int snipi_beyond(const snipi_quantizer *q, uint32_t amax, float inverse) {
     return snipi_bits(snipi_float(amax) * inverse) > (q->recipe.rounding == SNIP_ROUND_STOCHASTIC ? snipi_bits(q->run.e.max) : (uint32_t)q->run.k.beyond);
 }
+// Whether a tile's largest element may come out beyond the largest of the format.
+static int snipi_may_pass(const snipi_quantizer *q) {
+    switch (q->recipe.scale) {
+        case SNIP_SCALE_POW2: case SNIP_SCALE_UE8M0_UP: return 0;
+        case SNIP_SCALE_F32: return q->recipe.rounding == SNIP_ROUND_STOCHASTIC;        // by a rounding of x * inverse
+        case SNIP_SCALE_NONE: case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE4M3: break;
+    }
+    return 1;
+}
+// Where the source lies that is read after rows [r, r + rows) of a block's columns from c; after a strip, where rows is 1.
+static const char *snipi_ahead(const snipi_quantizer *q, int64_t r, int64_t c, int64_t rows) {
+    int64_t top = r - r % SNIPI_RUN, at = rows == 1 ? r * q->ld + c : r + rows < top + SNIPI_RUN ? (r + rows) * q->ld + c : top * q->ld + c + SNIPI_RUN;
+    return (const char *)q->x + (rows == 1 ? SNIPI_AHEAD_STRIP : 0) + at * (q->x_bf16 ? 2 : 4);
+}
 // Tiles of one row side by side, from (r, c): `pieces` rows of x of `length` elements. 0: not such as strips are for.
 static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c, int pieces, int64_t length, snipi_tally *tally) {
     uint32_t amax[SNIPI_STRIP_TILES], random[SNIPI_STRIP + 64 * SNIPI_BATCH], most = 0;
     float scale[SNIPI_STRIP_TILES], inverse[SNIPI_STRIP_TILES];
     uint8_t byte[SNIPI_STRIP_TILES];
-    int across = (int)(length / q->tile_cols), tiles = pieces * across, i;
-    snipi_run run = q->run;
+    int across = (int)(length >> q->tile_shift), tiles = pieces * across, i;
     snipi_strip strip;
-    if (run.stochastic && pieces > 1 && (q->cols & 3)) return 0;        // the pieces' first words lie differently
+    if (q->run.stochastic && pieces > 1 && (q->cols & 3)) return 0;        // the pieces' first words lie differently
     memset(&strip, 0, sizeof strip);
     strip.pieces = pieces;
     strip.length = length;
@@ -1238,7 +1279,11 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     strip.value_stride = q->ld_out;
     strip.scale = scale;
     strip.inverse = inverse;
-    q->vector->peaks(&strip, x, amax);
+    strip.ahead_size = q->x_bf16 ? 2 : 4;
+    strip.ahead_stride = q->ld * strip.ahead_size;
+    strip.ahead = snipi_ahead(q, r, c, pieces);
+    strip.x = x;
+    q->vector->peaks(&strip, amax);
     for (i = 0; i < tiles; i++) most = amax[i] > most ? amax[i] : most;
     if (most >= 0x7F800000u) return 0;
     if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, amax, tiles, scale, inverse, byte))
@@ -1249,25 +1294,27 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
             inverse[i] = t.inverse;
             byte[i] = (uint8_t)t.byte;
         }
-    for (i = 0; i < tiles; i++) strip.capped |= snipi_beyond(q, amax[i], inverse[i]);
+    if (snipi_may_pass(q))
+        for (i = 0; i < tiles; i++) strip.capped |= snipi_beyond(q, amax[i], inverse[i]);
     if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
         for (i = 0; i < pieces; i++) {
-            int64_t at = (r + i) * q->tiles_across + c / q->tile_cols;
+            int64_t at = (r + i) * q->tiles_across + (c >> q->tile_shift);
             if (snipi_byte_scale(q->recipe.scale)) memcpy((uint8_t *)q->scales + at, byte + i * across, (size_t)across);
             else memcpy((float *)q->scales + at, scale + i * across, (size_t)across * sizeof(float));
         }
     if (most > tally->amax) tally->amax = most;
-    run.tally = tally;
-    run.x = x;
-    run.weight = q->weight ? q->weight + r * q->ld + c : NULL;
-    run.packed = q->recipe.format == SNIP_E2M1;
-    run.codes = snipi_codes_at(q, r, c);
-    run.values = q->out ? (float *)q->out + r * q->ld_out + c : NULL;
-    if (run.stochastic) {
+    strip.tally = tally;
+    strip.weight = q->weight ? q->weight + r * q->ld + c : NULL;
+    strip.codes = snipi_codes_at(q, r, c);
+    strip.values = q->out ? (float *)q->out + r * q->ld_out + c : NULL;
+    strip.key = q->key;
+    strip.first = ((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) >> 2;
+    strip.step = (uint64_t)q->cols >> 2;
+    if (q->run.stochastic && (((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) & 3 || !snipi_one_upper(strip.first, (int64_t)strip.step * pieces + length))) {
         strip.random_stride = length + 64;
-        for (i = pieces - 1; i >= 0; i--) run.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
+        for (i = pieces - 1; i >= 0; i--) strip.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
     }
-    q->vector->strip(&run, &strip);
+    q->vector->strip(&q->run, &strip);
     return 1;
 }
 static int snipi_takes_strips(const snipi_quantizer *q) {
@@ -1282,9 +1329,9 @@ static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int
         int strips = snipi_takes_strips(q);
         for (tr = tr0; tr < tr1; tr++)
             for (tc = tc0; tc < tc1; tc += fit) {
-                int64_t c = tc * q->tile_cols, unit = snipi_max(64, q->tile_cols), n = snipi_min(SNIPI_STRIP, snipi_min(tc1 * q->tile_cols, q->cols) - c) / unit * unit;
+                int64_t c = tc * q->tile_cols, n = snipi_min(SNIPI_STRIP, snipi_min(tc1 * q->tile_cols, q->cols) - c) & -snipi_max(64, q->tile_cols);
                 if (strips && n > 0 && snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n, tally))
-                    tc += n / q->tile_cols - fit;
+                    tc += (n >> q->tile_shift) - fit;
                 else
                     snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
             }
@@ -1304,7 +1351,9 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
     for (c = 0; c < q->cols; c += SNIPI_RUN) {
         int n = (int)snipi_min(SNIPI_RUN, q->cols - c), bf16 = q->recipe.format == SNIP_BF16;
         const float *x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), *values = x;
-        uint32_t amax = q->vector->amax(x, n, &tally->nonfinite);
+        int64_t bad = 0;
+        uint32_t amax = q->vector->amax(x, n, &bad);
+        tally->nonfinite += bad;
         if (amax > tally->amax) tally->amax = amax;
         if (bf16) {
             q->vector->narrow(x, n, code);
@@ -1313,7 +1362,7 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
             if (q->codes) memcpy((uint16_t *)q->codes + r * q->cols + c, code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
             memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
-        if (q->want_sums) snipi_sums_exact(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
+        if (q->want_sums) (bad ? snipi_sums_exact : q->vector->sums)(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
         if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
         else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
     }
@@ -1393,7 +1442,7 @@ static void snipi_tensor_scale(snipi_quantizer *q) {
 
 static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) {
     snipi_element e = snipi_element_of(format);
-    int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa;
+    int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa, i;
     run->format = format;
     run->e = e;
     run->stochastic = stochastic;
@@ -1406,6 +1455,8 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     run->k.sign_shift = 31 - e.sign;
     run->k.sign = 1 << e.sign;
     run->k.random_shift = 32 - shift;
+    memset(run->k.power, 0, sizeof run->k.power);
+    for (i = run->k.least >> 23; i <= run->k.cap >> 23; i++) run->k.power[i & 31] = (i << 23) + run->k.magic + ((i << 23) >> shift);
 }
 static void snipi_quantizer_begin(snipi_quantizer *q) {
     int c, plain = snipi_plain(q->recipe.format);
@@ -1413,11 +1464,13 @@ static void snipi_quantizer_begin(snipi_quantizer *q) {
     q->tile_cols = snipi_tile(q->recipe.tile_cols, q->cols);
     q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
     q->tiles_across = snipi_ceil_div(q->cols, q->tile_cols);
+    while (((int64_t)1 << q->tile_shift) < q->tile_cols && q->tile_shift < 62) q->tile_shift++;
     snipi_run_begin(&q->run, q->recipe.format, q->recipe.rounding == SNIP_ROUND_STOCHASTIC);
+    q->run.packed = q->recipe.format == SNIP_E2M1;
     q->run.lut = q->lut;
     q->run.want_sums = q->want_sums;
     q->run.stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM;
-    for (c = 0; c < 256 && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+    for (c = 0; c < 2 << q->run.e.sign && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
 }
 static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
@@ -1471,28 +1524,38 @@ static int snipi_takes_columns(const snipi_quantizer *q) {
 // A whole block of the source by its columns. amax: of each tile's columns, [SNIPI_RUN / tile_cols][SNIPI_RUN]; 0: not such as columns are for.
 static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, const uint32_t *amax, int64_t r0, int64_t c0, int cols, snipi_tally *tally) {
     float scale[SNIPI_RUN / 16 * SNIPI_RUN], inverse[SNIPI_RUN / 16 * SNIPI_RUN];
+    uint32_t peak[SNIPI_RUN], most = 0;
+    uint8_t byte[SNIPI_RUN];
     int tile_rows = (int)q->tile_rows, tiles = (int)(SNIPI_RUN / q->tile_cols), t, c, i;
-    snipi_run run = q->run;
     snipi_columns columns;
-    uint32_t most = 0;
     if (cols % tile_rows != 0) return 0;
     memset(&columns, 0, sizeof columns);
-    for (c = 0; c < cols; c += tile_rows)
-        for (t = 0; t < tiles; t++) {
-            uint32_t a = 0;
-            snipi_tile_scale s;
-            for (i = c; i < c + tile_rows; i++) a = amax[t * SNIPI_RUN + i] > a ? amax[t * SNIPI_RUN + i] : a;
-            if (a >= 0x7F800000u) return 0;
-            s = snipi_scale_of(q->recipe.scale, q->run.e, a, q->tensor_scale, q->tensor_inverse);
-            if (!snipi_has_sums_in_units(q, a, &s)) return 0;
-            for (i = c; i < c + tile_rows; i++) {
-                scale[t * SNIPI_RUN + i] = s.scale;
-                inverse[t * SNIPI_RUN + i] = s.inverse;
+    for (t = 0; t < tiles; t++) {
+        float *s = scale + t * SNIPI_RUN, *v = inverse + t * SNIPI_RUN;
+        int64_t at = c0 / tile_rows * q->tiles_across + r0 / q->tile_cols + t;
+        memcpy(peak, amax + t * SNIPI_RUN, sizeof peak);
+        if (tile_rows > 1)
+            for (c = 0; c < cols; c += tile_rows) {
+                for (i = 1; i < tile_rows; i++) peak[c] = peak[c + i] > peak[c] ? peak[c + i] : peak[c];
+                for (i = 1; i < tile_rows; i++) peak[c + i] = peak[c];
             }
-            most = a > most ? a : most;
-            columns.capped |= snipi_beyond(q, a, s.inverse);
-            snipi_store_scale(q, (c0 + c) / tile_rows * q->tiles_across + r0 / q->tile_cols + t, &s);
-        }
+        for (c = 0; c < cols; c++) most = peak[c] > most ? peak[c] : most;
+        if (most >= 0x7F800000u) return 0;
+        if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, peak, cols, s, v, byte))
+            for (c = 0; c < cols; c++) {
+                snipi_tile_scale one = snipi_scale_of(q->recipe.scale, q->run.e, peak[c], q->tensor_scale, q->tensor_inverse);
+                if (!snipi_has_sums_in_units(q, peak[c], &one)) return 0;
+                s[c] = one.scale;
+                v[c] = one.inverse;
+                byte[c] = (uint8_t)one.byte;
+            }
+        if (snipi_may_pass(q))
+            for (c = 0; c < cols; c++) columns.capped |= snipi_beyond(q, peak[c], v[c]);
+        if (q->scales && snipi_byte_scale(q->recipe.scale))
+            for (c = 0; c < cols; c += tile_rows, at += q->tiles_across) ((uint8_t *)q->scales)[at] = byte[c];
+        else if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
+            for (c = 0; c < cols; c += tile_rows, at += q->tiles_across) ((float *)q->scales)[at] = s[c];
+    }
     if (most > tally->amax) tally->amax = most;
     columns.x = block;
     columns.cols = cols;
@@ -1503,30 +1566,28 @@ static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, 
     columns.key = q->key;
     columns.step = (uint64_t)q->cols >> 2;
     columns.first = (uint64_t)c0 * columns.step + ((uint64_t)r0 >> 2);
-    run.tally = tally;
-    run.packed = q->recipe.format == SNIP_E2M1;
-    run.codes = snipi_codes_at(q, c0, r0);
-    if (run.codes || run.want_sums) q->vector->columns(&run, &columns);
+    columns.ahead_stride = q->ld * (q->x_bf16 ? 2 : 4);
+    columns.ahead = snipi_ahead(q, r0, c0, SNIPI_RUN);
+    columns.ahead_rows = SNIPI_AHEAD_ROWS;
+    columns.tally = tally;
+    columns.codes = snipi_codes_at(q, c0, r0);
+    if (columns.codes || q->want_sums) q->vector->columns(&q->run, &columns);
     return 1;
 }
-// The tiles of q that lie in block (r0, c0) of the source, 128 x 128. `block`: a copy of it, [SNIPI_RUN][SNIPI_PANEL_LD], or NULL.
-static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, const float *block, const uint32_t *amax, int cols, snipi_tally *tally) {
-    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0, r = 0;
-    if (block && snipi_takes_columns(q) && snipi_quantize_columns(q, block, amax, r0, c0, cols, tally)) return;
-    if (block && !q->transposed && cols == SNIPI_RUN && snipi_takes_strips(q)) {
-        int rows = (int)snipi_min(SNIPI_BATCH, SNIPI_STRIP_TILES * q->tile_cols / SNIPI_RUN);
-        while (r < SNIPI_RUN && snipi_quantize_strip(q, block + r * SNIPI_PANEL_LD, SNIPI_PANEL_LD, r0 + r, c0, rows, SNIPI_RUN, tally)) r += rows;
-        if (r == SNIPI_RUN) return;
-    }
+// The tiles of q in block (r0, c0) of the source, 128 x 128; the first r rows of it are done.
+static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, int64_t r, snipi_tally *tally) {
+    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0;
     snipi_panels_clear(panels);
     snipi_quantize_region(q, panels, (lr + r) / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
                           lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
 }
-// One read of the source for one or two quantizers (the second may be NULL), block by block.
+// One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied first: its rows may
+// share few sets of the caches. Rows are coded as soon as they are there, while the next ones are fetched; columns at the end.
 static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
     snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
     int64_t across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
     const snipi_quantizer *by_columns = snipi_takes_columns(q) ? q : q2 && snipi_takes_columns(q2) ? q2 : NULL;
+    const snipi_quantizer *by_rows = by_columns && q2 && snipi_takes_strips(by_columns == q ? q2 : q) ? (by_columns == q ? q2 : q) : NULL;
     int c;
     SNIPI_OMP(omp parallel for schedule(static))
     for (c = 0; c < SNIPI_CHUNKS; c++) {
@@ -1539,14 +1600,17 @@ static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantize
         memset(&local2, 0, sizeof local2);
         for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
             int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
-            int width = (int)snipi_min(SNIPI_RUN, cols - c0);
-            const float *block = NULL;
+            int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
             if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
-                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, width, (int)by_columns->tile_cols, copy[0], amax);
-                block = copy[0];
+                for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
+                    q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, r + SNIPI_BATCH, width, (int)by_columns->tile_cols, copy[0], amax);
+                    strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN, by_rows == q ? &local : &local2);
+                    if (strips) rows_done += SNIPI_BATCH;
+                }
+                columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width, by_columns == q ? &local : &local2);
             }
-            snipi_quantize_block(q, &panels, r0, c0, block, amax, width, &local);
-            if (q2) snipi_quantize_block(q2, &panels, r0, c0, block, amax, width, &local2);
+            if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
+            if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
         }
         snipi_stream_end();
         part[c] = local;
@@ -1679,6 +1743,7 @@ typedef struct {
     int64_t tile_rows, tile_cols, tiles_across;
     float tensor_scale, lut[256];
     const snipi_vector *vector;
+    int stream;                         // the output, past the caches
 } snipi_reader;
 
 static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols) {
@@ -1691,6 +1756,7 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
     q->tile_cols = snipi_tile(recipe->tile_cols, cols);
     q->tiles_across = snipi_ceil_div(cols, q->tile_cols);
     q->tensor_scale = 1.0f;
+    q->stream = 0;
     q->vector = snipi_vector_of(SNIP_ISA_BEST);
     if (recipe->scale == SNIP_SCALE_UE4M3) memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
@@ -1710,6 +1776,8 @@ static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile
 static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
     const uint8_t *codes = q->codes + (size_t)row * q->row_bytes;
     int64_t c = c0, end = c0 + n;
+    if (q->recipe->format == SNIP_BF16 && stride == 1)
+        for (; c < end; c += SNIPI_RUN, out += SNIPI_RUN) q->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
     if (q->recipe->format == SNIP_F32) {
         for (; c < end; c++, out += stride) *out = ((const float *)(const void *)codes)[c];
         return;
@@ -1724,7 +1792,7 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
         int packed = q->recipe->format == SNIP_E2M1;
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
-            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out);
+            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out, q->stream);
             c += part; out += part;
         } else if (packed)
             for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
@@ -1736,13 +1804,18 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
 SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
                                      float *x, int64_t ld) {
     snipi_reader q;
-    int64_t r;
+    int c;
     if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
     snipi_reader_init(&q, recipe, codes, scales, rows, cols);
+    q.stream = rows * cols >= SNIPI_STREAM;
     SNIPI_OMP(omp parallel for schedule(static))
-    for (r = 0; r < rows; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t r;
+        for (r = rows * c / SNIPI_CHUNKS; r < rows * (c + 1) / SNIPI_CHUNKS; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
+        snipi_stream_end();
+    }
     return SNIP_OK;
 }
 SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
@@ -1989,7 +2062,7 @@ SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, i
 #define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
 #define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
 
-enum { SNIPI_AHEAD = 3072, SNIPI_AHEAD_STRIP = 12288 };     // bytes: the hardware prefetcher stops at pages; the next strip loads while this one is coded
+enum { SNIPI_AHEAD = 3072 };        // bytes: the hardware prefetcher stops at pages
 
 SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
@@ -2026,52 +2099,76 @@ SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int
     return a >= 0x7F800000u ? snipi_amax_scalar(x, n, nonfinite) : a;
 }
 
-// Philox over 4 or 8 counters in 64-bit lanes; only the low halves of c0..c3 count until the end. The counters'
-// order makes the unpacked halves come out in sequence.
-#define SNIPI_PHILOX(name, attribute, vec, lanes, pre, si, order) \
+// Philox over counters with the same upper half: what the first two rounds have in common, and the keys of the other eight.
+typedef struct { uint64_t first, second[3], key[16]; } snipi_rounds;
+static snipi_rounds snipi_rounds_of(snip_rng_key key, uint32_t upper) {
+    const uint64_t p1 = (uint64_t)key.step * 0xCD9E8D57u, p0 = (uint64_t)((uint32_t)(p1 >> 32) ^ upper ^ (uint32_t)key.seed) * 0xD2511F53u;
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32), round;
+    snipi_rounds s;
+    s.first = key.tensor ^ k1;
+    s.second[0] = (uint32_t)p1 ^ (k0 + 0x9E3779B9u);
+    s.second[1] = (p0 >> 32) ^ (k1 + 0xBB67AE85u);
+    s.second[2] = (uint32_t)p0;
+    for (round = 2; round < 10; round++) {
+        s.key[2 * round - 4] = (uint32_t)(k0 + round * 0x9E3779B9u);
+        s.key[2 * round - 3] = (uint32_t)(k1 + round * 0xBB67AE85u);
+    }
+    return s;
+}
+// Philox over `n` times 4 or 8 counters in 64-bit lanes: the products' latency is long. Only the low halves of c0..c3 count until the
+// end. The counters' order makes the unpacked halves come out in sequence.
+#define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order) \
+attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) { \
+    const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57); \
+    vec c0[n], c1[n], c2[n], c3[n]; \
+    int g, round; \
+    SNIPI_UNROLL for (g = 0; g < n; g++) { \
+        vec p0 = pre##mul_epu32(pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order), m0); \
+        vec p1 = pre##mul_epu32(pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)), m1); \
+        c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0])); \
+        c1[g] = p1; \
+        c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1])); \
+        c3[g] = pre##set1_epi64##si((int64_t)s->second[2]); \
+    } \
+    SNIPI_UNROLL for (round = 0; round < 7; round++) { \
+        SNIPI_UNROLL for (g = 0; g < n; g++) { \
+            vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1);     /* as snip_philox */ \
+            c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)s->key[2 * round])); \
+            c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g], pre##set1_epi64##si((int64_t)s->key[2 * round + 1])); \
+            c1[g] = p1; \
+            c3[g] = p0; \
+        } \
+    } \
+    SNIPI_UNROLL for (g = 0; g < n; g++) { \
+        vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g], pre##set1_epi64##si((int64_t)s->key[14])); \
+        vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g], pre##set1_epi64##si((int64_t)s->key[15])); \
+        SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd)); \
+        SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
+    } \
+}
+#define SNIPI_PHILOX(name, attribute, lanes) \
 attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) { \
-    const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57), low = pre##set1_epi64##si(0xFFFFFFFF); \
-    uint64_t keys[20]; \
-    int b, g, round; \
-    for (round = 0; round < 10; round++) { \
-        keys[2 * round] = (uint32_t)((uint32_t)key.seed + (uint32_t)round * 0x9E3779B9u); \
-        keys[2 * round + 1] = (uint32_t)((uint32_t)(key.seed >> 32) + (uint32_t)round * 0xBB67AE85u); \
-    } \
-    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 16u) { snipi_philox_scalar(key, first, blocks, out); return; } \
-    for (b = 0; b < blocks; b += 2 * lanes) {                                   /* two in turn: the products' latency is long */ \
-        vec c0[2], c1[2], c2[2], c3[2]; \
-        SNIPI_UNROLL for (g = 0; g < 2; g++) { \
-            c0[g] = pre##add_epi64(pre##set1_epi64##si((int64_t)((uint32_t)first + (uint32_t)(b + g * lanes))), order); \
-            c1[g] = pre##set1_epi64##si((int64_t)(first >> 32)); \
-            c2[g] = pre##set1_epi64##si((int64_t)key.step); \
-            c3[g] = pre##set1_epi64##si((int64_t)key.tensor); \
-        } \
-        SNIPI_UNROLL for (round = 0; round < 10; round++) { \
-            SNIPI_UNROLL for (g = 0; g < 2; g++) { \
-                vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1);     /* as snip_philox */ \
-                c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)keys[2 * round])); \
-                c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g], pre##set1_epi64##si((int64_t)keys[2 * round + 1])); \
-                c1[g] = p1; \
-                c3[g] = p0; \
-            } \
-        } \
-        SNIPI_UNROLL for (g = 0; g < 2; g++, out += 4 * lanes) { \
-            vec even = SNIPI_JOIN_##lanes(c0[g], c1[g], low), odd = SNIPI_JOIN_##lanes(c2[g], c3[g], low); \
-            SNIPI_STORE_##lanes(out, pre##unpacklo_epi64(even, odd)); \
-            SNIPI_STORE_##lanes(out + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
-        } \
-    } \
+    const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32)); \
+    int b = 0; \
+    if (!snipi_one_upper(first, blocks)) { snipi_philox_scalar(key, first, blocks, out); return; } \
+    for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
+    for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
 }
 #define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
 #define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)        // the shift's port is the product's
 #define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
 #define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
-#define SNIPI_JOIN_4(a, b, low) _mm256_or_si256(_mm256_and_si256(a, low), _mm256_slli_epi64(b, 32))      // b : a
-#define SNIPI_JOIN_8(a, b, low) _mm512_ternarylogic_epi64(a, low, _mm512_slli_epi64(b, 32), 0xEA)
+// Halves changed about, and the low one XORed.
+#define SNIPI_LAST_4(p, c, k) _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
+#define SNIPI_LAST_8(p, c, k) _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
 #define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
 #define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
-SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, __m256i, 4, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
-SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, __m512i, 8, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+SNIPI_WORDS(snipi_philox_avx2_2, SNIPI_TARGET_AVX2, 2, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
+SNIPI_WORDS(snipi_philox_avx2_4, SNIPI_TARGET_AVX2, 4, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
+SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, 4)
+SNIPI_WORDS(snipi_philox_avx512_2, SNIPI_TARGET_AVX512, 2, __m512i, 8, 512, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+SNIPI_WORDS(snipi_philox_avx512_4, SNIPI_TARGET_AVX512, 4, __m512i, 8, 512, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, 8)
 
 SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
     const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000), least = _mm256_set1_epi32(q->k.least);
@@ -2188,11 +2285,8 @@ typedef struct {
 
 SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *q) {
     snipi_codec512 k;
-    int32_t power[32], e;
-    memset(power, 0, sizeof power);
-    for (e = q->k.least >> 23; e <= q->k.cap >> 23; e++) power[e & 31] = (e << 23) + q->k.magic + ((e << 23) >> q->k.shift);
-    k.power[0] = _mm512_loadu_si512(power);
-    k.power[1] = _mm512_loadu_si512(power + 16);
+    k.power[0] = _mm512_loadu_si512(q->k.power);
+    k.power[1] = _mm512_loadu_si512(q->k.power + 16);
     k.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     k.sign_bit = _mm512_set1_epi32((int)0x80000000u);
     k.least = _mm512_set1_epi32(q->k.least);
@@ -2250,10 +2344,11 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lan
     return _mm512_add_pd(total, v);
 }
 
-SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, const float *x, uint32_t *amax) {
+SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_t *amax) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     const int vectors = s->width / 16, tiles = (int)(s->pieces * s->length / s->width);
-    const float *p = x;
+    const float *x = s->x, *p = x;
+    const char *ahead = s->ahead;
     int64_t along = 0;
     int first, i, v;
     for (first = 0; first < tiles; first += 16) {
@@ -2270,9 +2365,11 @@ SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, const f
                 most[i] = _mm512_max_epu32(most[i], other);
             } else
                 for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
+            for (v = 0; v < s->width; v += 64)
+                if ((along + v) % 64 == 0) _mm_prefetch(ahead + (along + v) * s->ahead_size, _MM_HINT_T0);
             p += s->width;
             along += s->width;
-            if (along == s->length) { x += s->x_stride; p = x; along = 0; }
+            if (along == s->length) { x += s->x_stride; p = x; ahead += s->ahead_stride; along = 0; }
         }
         // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
         SNIPI_UNROLL for (i = 0; i < 8; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
@@ -2339,35 +2436,42 @@ SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_
     return 1;
 }
 
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s, const int stochastic, const int sums, const int narrow) {
+// `plain`: codes alone, none beyond the largest.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s, const int stochastic, const int sums, const int narrow, const int plain) {
     const snipi_codec512 k = snipi_codec512_of(q);
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
     const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
-    const int packed = q->packed, capped = s->capped, step = s->one_scale ? 0 : 1;
-    const int stream = q->stream && ((uintptr_t)q->values & 63) == 0 && (s->value_stride & 15) == 0;
-    const int stream_codes = q->stream && ((uintptr_t)q->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1;
+    const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
+    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    const snipi_rounds rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
     const float *scale = s->scale, *inverse = s->inverse;
-    snipi_tally *t = q->tally;
+    snipi_tally *t = s->tally;
     __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq), total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
     __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
     __m512i over = _mm512_setzero_si512();
+    uint32_t words[128];
     int piece, g, in_tile = 0;
     for (piece = 0; piece < s->pieces; piece++) {
-        const float *x = q->x + piece * s->x_stride, *weight = q->weight ? q->weight + piece * s->x_stride : NULL;
-        const uint32_t *random = stochastic ? q->random + piece * s->random_stride : NULL;
-        float *values = q->values ? q->values + piece * s->value_stride : NULL;
-        uint8_t *codes = q->codes ? q->codes + piece * s->code_stride : NULL;
+        const float *x = s->x + piece * s->x_stride, *weight = !plain && s->weight ? s->weight + piece * s->x_stride : NULL;
+        const uint32_t *random = words, first = (uint32_t)(s->first + (uint64_t)piece * s->step);
+        float *values = !plain && s->values ? s->values + piece * s->value_stride : NULL;
+        uint8_t *codes = plain || s->codes ? s->codes + piece * s->code_stride : NULL;
+        const char *ahead = s->ahead + piece * s->ahead_stride;
+        const int64_t length = s->length, line = 16 * s->ahead_size;
         int64_t i;
-        for (i = 0; i < s->length; i += 64) {
+        for (i = 0; i < length; i += 64, ahead += 4 * line) {
             __m512i word[4];
+            if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
+            if (stochastic && !s->random && i % 128 == 0) snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
             SNIPI_UNROLL for (g = 0; g < 4; g++) {
                 const int64_t at = i + 16 * g;
                 __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                _mm_prefetch((const char *)(x + at) + SNIPI_AHEAD_STRIP, _MM_HINT_T0);
+                if (g) _mm_prefetch(ahead + g * line, _MM_HINT_T0);          // the first of four while peaks were sought
                 SNIPI_KEPT512(y);
-                if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + at), random_shift), capped, &over, &word[g]);
+                if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
                 else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
                 if (stochastic && (values || weight)) value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), _mm512_castps_si512(y), k.sign_bit, 0xF8));
                 if (sums) {
@@ -2438,15 +2542,15 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
     _mm512_storeu_pd(t->dot, total_dot);
 }
 SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
-    const int narrow = s->width < 64;                               // constants below: a loop each
+    const int narrow = s->width < 64, plain = s->codes && !s->values && !s->weight && !s->capped;       // constants below: a loop each
     if (q->stochastic) {
-        if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1);
-        else if (q->want_sums) snipi_strip_avx512_as(q, s, 1, 1, 0);
-        else snipi_strip_avx512_as(q, s, 1, 0, 1);
-    } else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 0, 1, 1);
-    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0);
-    else if (narrow) snipi_strip_avx512_as(q, s, 0, 0, 1);
-    else snipi_strip_avx512_as(q, s, 0, 0, 0);
+        if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
+        else if (q->want_sums) snipi_strip_avx512_as(q, s, 1, 1, 0, 0);
+        else snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
+    } else if (plain && !narrow && q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
+    else if (plain && !narrow) snipi_strip_avx512_as(q, s, 0, 0, 0, 1);
+    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
+    else snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
 }
 
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
@@ -2469,16 +2573,17 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
         v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88); v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
     }
 }
-SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int cols, int height, float *block, uint32_t *amax) {
+SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int r1, int cols, int height, float *block, uint32_t *amax) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     const int vectors = cols / 16;
     int r, v;
-    for (r = 0; r < SNIPI_RUN; r++, at += ld, block += SNIPI_PANEL_LD) {
+    at += r0 * ld;
+    block += r0 * SNIPI_PANEL_LD;
+    for (r = r0; r < r1; r++, at += ld, block += SNIPI_PANEL_LD) {
         uint32_t *most = amax + r / height * SNIPI_RUN;
         for (v = 0; v < vectors; v++) {
             const char *p = (const char *)x + (at + 16 * v) * (bf16 ? 2 : 4);
             __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)), 16) : _mm512_loadu_si512(p);
-            _mm_prefetch(p + (bf16 ? 256 : 512), _MM_HINT_T1);      // the next block's
             _mm512_storeu_si512(block + 16 * v, u);
             u = _mm512_and_si512(u, magnitude);
             if (r % height) u = _mm512_max_epu32(u, _mm512_loadu_si512(most + 16 * v));
@@ -2516,8 +2621,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
     const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
     const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)), kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
     const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
-    const int stream = q->stream && ((uintptr_t)q->codes & 63) == 0 && (s->code_stride & 63) == 0;
-    snipi_tally *t = q->tally;
+    const int stream = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    snipi_tally *t = s->tally;
     __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq);
     __m512i over = _mm512_setzero_si512();
     int c, r0, d, j, g, i;
@@ -2530,9 +2635,11 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
         for (r0 = 0; r0 < SNIPI_RUN; r0 += rows) {
             __m512i out[16];
             for (d = 0; d < 16; d++) {
-                const int r = r0 + each * d;
+                const int r = r0 + each * d, line = (c * SNIPI_RUN / 16 + r);
                 const __m512 inverse = _mm512_loadu_ps(s->inverse + r / s->height * SNIPI_RUN + c);
                 __m512i all = _mm512_setzero_si512(), random[4];
+                if (line < 8 * s->ahead_rows)
+                    SNIPI_UNROLL for (j = 0; j < each; j++) _mm_prefetch(s->ahead + (line >> 3) * s->ahead_stride + ((line & 7) + j) * 64, _MM_HINT_T1);
                 SNIPI_UNROLL for (j = 0; j < each; j++) {
                     __m512 y = _mm512_mul_ps(_mm512_loadu_ps(s->x + (r + j) * SNIPI_PANEL_LD + c), inverse), value, to = y;
                     const __m512i place = _mm512_set1_epi32((int)(((1u << bits) - 1u) << (bits * j)));
@@ -2565,10 +2672,10 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
                 if (!stochastic) all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1), 0xCA);
                 out[d] = _mm512_and_si512(all, kept);
             }
-            if (!q->codes) continue;
+            if (!s->codes) continue;
             snipi_transpose512(out);
             for (g = 0; g < 16; g++) {
-                uint8_t *codes = q->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
+                uint8_t *codes = s->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
                 if (stream) _mm512_stream_si512((__m512i *)(void *)codes, out[g]);
                 else _mm512_storeu_si512(codes, out[g]);
             }
@@ -2648,7 +2755,7 @@ SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t 
     }
     snipi_narrow_scalar(x + i, n - i, out + i);
 }
-SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     const snipi_element e = snipi_element_of(format);
     const __m256i magnitude = _mm256_set1_epi32((1 << e.sign) - 1), base = _mm256_set1_epi32((127 - e.bias) << 23), largest = _mm256_set1_epi32((int)e.largest);
     const __m256i last_tiny = _mm256_set1_epi32((1 << e.mantissa) - 1), sign = _mm256_set1_epi32((int)0x80000000u);
@@ -2670,16 +2777,85 @@ SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float 
             c = _mm256_cvtepu8_epi32(bytes);
             m = _mm256_and_si256(c, magnitude);
             if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(m, largest))) {             // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
                 continue;
             }
             tiny = _mm256_mul_ps(_mm256_cvtepi32_ps(m), step);                      // m * smallest, or its fields moved into a float's
             normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sll_epi32(m, shift), base));
             tiny = _mm256_blendv_ps(tiny, normal, _mm256_castsi256_ps(_mm256_cmpgt_epi32(m, last_tiny)));
             tiny = _mm256_or_ps(tiny, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(c, sign_shift), sign)));
-            _mm256_storeu_ps(out + i, _mm256_mul_ps(s, tiny));
+            tiny = _mm256_mul_ps(s, tiny);
+            if (stream && ((uintptr_t)out & 31) == 0) _mm256_stream_ps(out + i, tiny);
+            else _mm256_storeu_ps(out + i, tiny);
         }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+// Through float16, whose exponents reach beyond those of all formats of 8 bits; E2M1 by a table.
+SNIPI_TARGET_AVX512 static void snipi_decode_avx512(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
+    const snipi_element e = snipi_element_of(format);
+    const int packed = format == SNIP_E2M1, past = stream && ((uintptr_t)out & 63) == 0;
+    int i = 0, g;
+    if (snipi_bits(scale) < (127u - 100u) << 23 || snipi_bits(scale) > (127u + 100u) << 23) {
+        snipi_decode_avx2(format, lut, codes, n, scale, out, stream);
+        return;
+    }
+    if (packed) {
+        const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(lut), _mm512_set1_ps(scale));
+        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        for (; i + 16 <= n; i += 16) {
+            int32_t half[2];
+            __m512i c;
+            __m512 v;
+            memcpy(half, codes + i / 2, 8);
+            c = _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(half[0]), 0xFF00, half[1]), places);
+            v = _mm512_permutexvar_ps(c, table);
+            if (past) _mm512_stream_ps(out + i, v);
+            else _mm512_storeu_ps(out + i, v);
+        }
+    } else {
+        const __m512i magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), largest = _mm512_set1_epi16((short)e.largest), sign = _mm512_set1_epi16((short)-32768);
+        const __m512i shift = _mm512_set1_epi16((short)(10 - e.mantissa)), sign_shift = _mm512_set1_epi16((short)(15 - e.sign));
+        const __m512 s = _mm512_set1_ps(scale * snipi_float((uint32_t)(127 + 15 - e.bias) << 23));
+        for (; i + 32 <= n; i += 32) {
+            __m512i c = _mm512_maskz_cvtepu8_epi16(0xFFFFFFFF, _mm256_loadu_si256((const __m256i *)(const void *)(codes + i))), m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, largest)) {              // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 32, scale, out + i, 0);
+                continue;
+            }
+            m = _mm512_ternarylogic_epi32(sign, _mm512_sllv_epi16(c, sign_shift), _mm512_sllv_epi16(m, shift), 0xCA);
+            SNIPI_UNROLL for (g = 0; g < 2; g++) {
+                const __m256i half = g ? _mm512_maskz_extracti64x4_epi64(0xFF, m, 1) : _mm512_castsi512_si256(m);
+                const __m512 v = _mm512_mul_ps(s, _mm512_maskz_cvtph_ps(0xFFFF, half));
+                if (past) _mm512_stream_ps(out + i + 16 * g, v);
+                else _mm512_storeu_ps(out + i + 16 * g, v);
+            }
+        }
+    }
+    snipi_decode_avx2(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+// Products of floats are exact in double, so that fused ones are the same.
+SNIPI_TARGET_AVX2 static void snipi_sums_avx2(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
+    __m256d sum_sq[2], err_sq[2], dot[2];
+    int i, g;
+    for (g = 0; g < 2; g++) {
+        sum_sq[g] = _mm256_loadu_pd(t->sum_sq + 4 * g);
+        err_sq[g] = _mm256_loadu_pd(t->err_sq + 4 * g);
+        dot[g] = _mm256_loadu_pd(t->dot + 4 * g);
+    }
+    for (i = 0; i + 8 <= n; i += 8)
+        SNIPI_UNROLL for (g = 0; g < 2; g++) {
+            const __m128 a = _mm_loadu_ps(x + i + 4 * g), b = _mm_loadu_ps(values + i + 4 * g);
+            const __m256d v = _mm256_cvtps_pd(a), d = _mm256_cvtps_pd(_mm_sub_ps(b, a));
+            sum_sq[g] = _mm256_fmadd_pd(v, v, sum_sq[g]);
+            err_sq[g] = _mm256_fmadd_pd(d, d, err_sq[g]);
+            if (weight) dot[g] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + i + 4 * g)), d, dot[g]);
+        }
+    for (g = 0; g < 2; g++) {
+        _mm256_storeu_pd(t->sum_sq + 4 * g, sum_sq[g]);
+        _mm256_storeu_pd(t->err_sq + 4 * g, err_sq[g]);
+        _mm256_storeu_pd(t->dot + 4 * g, dot[g]);
+    }
+    snipi_sums_exact(x + i, values + i, weight ? weight + i : NULL, n - i, t);
 }
 SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
@@ -3009,12 +3185,13 @@ static void snipi_narrow_neon(const float *x, int n, uint16_t *out) {
     }
     snipi_narrow_scalar(x + i, n - i, out + i);
 }
-static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out) {
+static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
     const snipi_element e = snipi_element_of(format);
     const uint32x4_t magnitude = vdupq_n_u32((1u << e.sign) - 1u), base = vdupq_n_u32((uint32_t)(127 - e.bias) << 23);
     const uint32x4_t last_tiny = vdupq_n_u32((1u << e.mantissa) - 1u), top = vdupq_n_u32(0x80000000u);
     const int32x4_t shift = vdupq_n_s32(23 - e.mantissa), sign_shift = vdupq_n_s32(31 - e.sign);
     int i = 0, g, packed = format == SNIP_E2M1;
+    (void)stream;
     if (snipi_bits(scale) >= (127u - 100u) << 23)
         for (; i + 8 <= n; i += 8) {
             uint8x8_t bytes;
@@ -3026,7 +3203,7 @@ static void snipi_decode_neon(snip_format format, const float *lut, const uint8_
             } else
                 bytes = vld1_u8(codes + i);
             if (vmaxv_u8(vand_u8(bytes, vdup_n_u8((uint8_t)((1 << e.sign) - 1)))) > e.largest) {       // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i);
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
                 continue;
             }
             SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // m * smallest, or its fields moved into a float's
@@ -3037,7 +3214,7 @@ static void snipi_decode_neon(snip_format format, const float *lut, const uint8_
                 vst1q_f32(out + i + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(v), scale));
             }
         }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i);
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
 }
 static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     static const int32_t lane[4] = { 31, 30, 29, 28 };
@@ -3086,18 +3263,18 @@ static snip_isa snipi_best_isa(void) {
     return (snip_isa)isa;
 }
 static const snipi_vector *snipi_vector_of(snip_isa isa) {
-    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar,
+    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar, snipi_sums_exact,
                                          NULL, NULL, NULL, NULL, NULL };
 #ifdef SNIPI_X86
-    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2, snipi_sums_avx2,
                                        NULL, NULL, NULL, NULL, NULL };
-    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2,
+    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx512, snipi_sums_avx2,
                                          snipi_peaks_avx512, snipi_scales_avx512, snipi_strip_avx512, snipi_copy_avx512, snipi_columns_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
     if (isa == SNIP_ISA_AVX2) return &avx2;
 #elif defined(SNIPI_NEON)
-    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon,
+    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon, snipi_sums_exact,
                                        NULL, NULL, NULL, NULL, NULL };
     if (isa != SNIP_ISA_SCALAR) return &neon;
 #else
