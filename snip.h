@@ -1168,6 +1168,11 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
     uint8_t loose[SNIPI_RUN];
     uint32_t random[SNIPI_STRIP + 64];
     int64_t r, c, n;
+    if (q->transposed && c1 - c0 > SNIPI_RUN) {         // by what a panel holds, each transposed once
+        for (r = r0; r < r1; r += SNIPI_PANEL_ROWS)
+            for (c = c0; c < c1; c += SNIPI_RUN) snipi_encode_tile(q, p, r, snipi_min(r1, r + SNIPI_PANEL_ROWS), c, snipi_min(c1, c + SNIPI_RUN), amax, bad, t, run);
+        return;
+    }
     run->scale = t->scale;
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
     run->low = q->recipe.scale != SNIP_SCALE_NONE && exact;
@@ -1223,19 +1228,20 @@ static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int6
     int i;
     run.tally = tally;
     for (i = 0, t = tile; i < count; i++, t++) {
-        int64_t r, c;
+        int64_t r, c, top, deep = q->transposed ? SNIPI_PANEL_ROWS : 1;
         t->r0 = (tr + (down ? i : 0)) * q->tile_rows;
         t->c0 = (tc + (down ? 0 : i)) * q->tile_cols;
         t->r1 = snipi_min(q->rows, t->r0 + q->tile_rows);
         t->c1 = snipi_min(q->cols, t->c0 + q->tile_cols);
         t->bad = 0;
         t->amax = 0;
-        for (r = t->r0; r < t->r1; r++)
-            for (c = t->c0; c < t->c1; c += SNIPI_RUN) {
-                int n = (int)snipi_min(SNIPI_RUN, t->c1 - c);
-                uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &t->bad);
-                t->amax = a > t->amax ? a : t->amax;
-            }
+        for (top = t->r0; top < t->r1; top += deep)
+            for (c = t->c0; c < t->c1; c += SNIPI_RUN)
+                for (r = top; r < snipi_min(t->r1, top + deep); r++) {
+                    int n = (int)snipi_min(SNIPI_RUN, t->c1 - c);
+                    uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &t->bad);
+                    t->amax = a > t->amax ? a : t->amax;
+                }
         tally->nonfinite += t->bad;
         if (t->amax > tally->amax) tally->amax = t->amax;
     }
