@@ -350,11 +350,11 @@ static void compare_objectives(const bench *b, const checkpoint *from, const out
 
 // ---- the drawing: gap_own against the share of FP4 and against the time of a step, a row of two panels a setting
 static double nice(double range) {
-    double power = pow(10, floor(log10(range / 4))), m = range / 4 / power;
+    double power = pow(10, floor(log10(range / 6))), m = range / 6 / power;
     return power * (m <= 1 ? 1 : m <= 2 ? 2 : m <= 5 ? 5 : 10);
 }
 static void draw(const char *path, const row *rows, int n) {
-    static const char *const colour[MAKERS] = { "#000000", "#9a9a9a", "#6b7280", "#6b7280", "#6b7280", "#6b7280", "#b8b8b8", "#d9a441", "#a0722a", "#7fb069", "#3f7d4e", "#8e6bbf", "#d1495b", "#5aa9e6", "#1d4ed8" };
+    static const char *const colour[MAKERS] = { "#000000", "#9a9a9a", "#e0a100", "#c2410c", "#0f766e", "#1d4ed8", "#b8b8b8", "#d9a441", "#a0722a", "#7fb069", "#3f7d4e", "#8e6bbf", "#d1495b", "#5aa9e6", "#1d4ed8" };
     enum { WIDE = 380, TALL = 260, LEFT = 90, TOP = 64, GAP_X = 70, GAP_Y = 96, LEGEND = 150 };
     int settings = 0;
     FILE *f = fopen(path, "w");
@@ -390,16 +390,15 @@ static void draw(const char *path, const row *rows, int n) {
             fprintf(f, "<path d=\"M%g %dv%dh%d\" fill=\"none\" stroke=\"#888\"/>\n", left, top, TALL, WIDE);
             for (int who = MAKER_F32; who < MAKERS; who++) {
                 double last_x = 0, last_y = 0;
-                int points = 0, strong = who >= MAKER_ADJOINT;
+                int points = 0, strong = who >= MAKER_ADJOINT, hollow = who <= MAKER_FP4;
                 for (int i = first; i < at; i++) {
                     if (rows[i].maker != who) continue;
-                    double dodge = by_time ? 0 : 0.005 * (who - MAKERS / 2) * WIDE;         // makers under one budget: beside each other
+                    double dodge = by_time || hollow ? 0 : 0.011 * (who - (MAKER_FP4 + MAKERS) / 2) * WIDE;      // makers under one budget: beside each other
                     double x = left + ((by_time ? rows[i].seconds : rows[i].share) - x0) / (x1 - x0) * WIDE + dodge, y = top + (high - rows[i].own) / (high - low) * TALL;
                     double up = top + (high - fmin(high, rows[i].own + rows[i].half_width)) / (high - low) * TALL, down = top + (high - fmax(low, rows[i].own - rows[i].half_width)) / (high - low) * TALL;
                     if (points++ && who > MAKER_FP4) fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" stroke-width=\"%g\"/>\n", last_x, last_y, x, y, colour[who], strong ? 2.2 : 1.2);
-                    fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\".6\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"%g\" fill=\"%s\"><title>%s, budget %g: %.4f ± %.4f</title></circle>\n", x, up, down,
-                            colour[who], x, y, strong ? 4.5 : 3.5, colour[who], maker_name[who], rows[i].budget, rows[i].own, rows[i].half_width);
-                    if (who >= MAKER_FP8 && who <= MAKER_FP4) fprintf(f, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"11\" text-anchor=\"middle\">%s</text>\n", x, y - 9, maker_name[who]);
+                    fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\".6\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"%g\" fill=\"%s\" stroke=\"%s\" stroke-width=\"1.6\"><title>%s, budget %g: %.4f ± %.4f</title></circle>\n", x, up, down,
+                            colour[who], x, y, strong ? 4.5 : 3.5, hollow ? "#fff" : colour[who], colour[who], maker_name[who], rows[i].budget, rows[i].own, rows[i].half_width);
                     last_x = x; last_y = y;
                 }
             }
@@ -408,8 +407,8 @@ static void draw(const char *path, const row *rows, int n) {
     for (int who = MAKER_F32, line = 0; who < MAKERS; who++) {
         int shown = 0;
         for (int i = 0; i < n; i++) shown |= rows[i].maker == who;
-        if (!shown || (who >= MAKER_FP8 && who <= MAKER_FP4)) continue;
-        fprintf(f, "<circle cx=\"%d\" cy=\"%d\" r=\"5\" fill=\"%s\"/><text x=\"%d\" y=\"%d\">%s</text>\n", width - LEGEND, TOP + 22 * line, colour[who], width - LEGEND + 14, TOP + 22 * line + 5, maker_name[who]);
+        if (!shown) continue;
+        fprintf(f, "<circle cx=\"%d\" cy=\"%d\" r=\"4.5\" fill=\"%s\" stroke=\"%s\" stroke-width=\"1.6\"/><text x=\"%d\" y=\"%d\">%s</text>\n", width - LEGEND, TOP + 22 * line, who <= MAKER_FP4 ? "#fff" : colour[who], colour[who], width - LEGEND + 14, TOP + 22 * line + 5, maker_name[who]);
         line++;
     }
     fputs("</svg>\n", f);
