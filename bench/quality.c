@@ -25,7 +25,8 @@
 // Settings: the recipes of norms.h; outliers: two channels of one block's inputs start 16 times as large; hot: learning rate x 4.
 //
 // --plans N instead: N random plans of every kind and share; "objective", setting, maker, Spearman's correlation of the plan's cost
-// with gap_own, gap_high and the training loss's gap. --ages LIST instead: costs measured that many steps before the checkpoint;
+// with gap_own, gap_high and the training loss's gap; averaged, repeating: adjoint's with all or none of the backward GEMMs' update
+// errors divided by a horizon of 100. --ages LIST instead: costs measured that many steps before the checkpoint;
 // "phase", setting, budget, age, correlation of the costs with those of age 0, gap_own, gap_high, half_width_95, fp4_share of adjoint-gemm.
 //
 //   cc -O2 -fopenmp bench/quality.c -o quality -lm
@@ -52,7 +53,7 @@ enum { SETTINGS = 8 };
 static const setting all_settings[SETTINGS] = { { "default", "default", 1, 0 }, { "rne", "rne", 1, 0 }, { "tensor", "tensor", 1, 0 }, { "tensor-sr", "tensor-sr", 1, 0 }, { "mxfp4", "mxfp4", 1, 0 }, { "nvfp4", "nvfp4", 1, 0 },
                                                 { "outliers", "default", 1, 1 }, { "hot", "default", 4, 0 } };
 
-typedef struct { double cost[MAKERS][SNIP_GEMMS]; } layer_costs;        // of FP4 beyond FP8
+typedef struct { double cost[MAKERS][SNIP_GEMMS], update[SNIP_GEMMS]; } layer_costs;       // of FP4 beyond FP8
 typedef unsigned char layer_plan;                                       // bit per GEMM: FP4
 typedef struct { double own, high, training, share, seconds; } outcome;
 typedef struct { const char *setting; int maker; double budget, own, high, half_width, share, seconds; } row;
@@ -158,7 +159,10 @@ static void measure(const run *r, const checkpoint *from, double lr, int64_t ste
         double scale = loss_sum / weight_sum;           // the paper's two terms weigh the same
         for (int l = 0; l < n; l++) {
             const norms_layer *q = &norms[l];
+            snip_layer_info info;
+            snip_layer(r->s, l, &info);
             for (int k = 0; k < SNIP_GEMMS; k++) {
+                costs[l].update[k] += (info.fp4.update[k] - info.fp8.update[k]) / MEASUREMENTS;
                 costs[l].cost[MAKER_ABS][k] += norms_operands(q, 1, k, 0) - norms_operands(q, 0, k, 0);
                 costs[l].cost[MAKER_REL][k] += norms_operands(q, 1, k, 1) - norms_operands(q, 0, k, 1);
                 costs[l].cost[MAKER_SNIP][k] += scale * (norms_weight(q, 1, k) - norms_weight(q, 0, k)) + (k == SNIP_FWD ? norms_loss(q, 1) - norms_loss(q, 0) : 0);
@@ -318,9 +322,11 @@ static void begin_run(const bench *b, const checkpoint *from) { put_weights(&b->
 
 // Random plans of every share, each kind of GEMM with one of its own: does a maker's cost order them as training does?
 static void compare_objectives(const bench *b, const checkpoint *from, const outcome *twin, int seeds, int plans) {
-    static const int makers[4] = { MAKER_ABS, MAKER_REL, MAKER_SNIP, MAKER_GEMM };
+    enum { OBJECTIVES = 6, AVERAGED = 4, REPEATING };
+    static const int makers[OBJECTIVES] = { MAKER_ABS, MAKER_REL, MAKER_SNIP, MAKER_GEMM, MAKER_GEMM, MAKER_GEMM };
+    static const char *const name[OBJECTIVES] = { "min-abs-err", "min-rel-err", "snip", "adjoint", "averaged", "repeating" };
     int n = snip_layers(b->r.s);
-    double *gap = (double *)tr_alloc((size_t)plans * 7 * sizeof *gap), *cost = gap + 3 * plans;
+    double *gap = (double *)tr_alloc((size_t)plans * (3 + OBJECTIVES) * sizeof *gap), *cost = gap + 3 * plans;
     layer_plan *plan = (layer_plan *)tr_alloc((size_t)n);
     for (int i = 0; i < plans; i++) {
         for (int l = 0; l < n; l++) {
@@ -328,7 +334,8 @@ static void compare_objectives(const bench *b, const checkpoint *from, const out
             for (int k = 0; k < SNIP_GEMMS; k++) {
                 if (uniform((uint64_t)b->r.o->seed, 1 + (uint32_t)i, l * SNIP_GEMMS + k) >= uniform((uint64_t)b->r.o->seed, 1 + (uint32_t)i, n * SNIP_GEMMS + k)) continue;
                 plan[l] |= (layer_plan)(1 << k);
-                for (int j = 0; j < 4; j++) cost[j * plans + i] += b->costs[l].cost[makers[j]][k];
+                for (int j = 0; j < OBJECTIVES; j++)
+                    cost[j * plans + i] += j >= AVERAGED && k != SNIP_FWD ? b->costs[l].update[k] / (j == AVERAGED ? 100 : 1) : b->costs[l].cost[makers[j]][k];
             }
         }
         for (int seed = 0; seed < seeds; seed++) {
@@ -341,8 +348,8 @@ static void compare_objectives(const bench *b, const checkpoint *from, const out
         }
         fprintf(stderr, "plan %d of %d: gap %.4f, cost %.3g\n", i + 1, plans, gap[i], cost[3 * plans + i]);
     }
-    for (int j = 0; j < 4; j++)
-        printf("objective\t%s\t%s\t%.3f\t%.3f\t%.3f\n", b->how->name, makers[j] == MAKER_GEMM ? "adjoint" : maker_name[makers[j]], stats_spearman(cost + j * plans, gap, plans),
+    for (int j = 0; j < OBJECTIVES; j++)
+        printf("objective\t%s\t%s\t%.3f\t%.3f\t%.3f\n", b->how->name, name[j], stats_spearman(cost + j * plans, gap, plans),
                stats_spearman(cost + j * plans, gap + plans, plans), stats_spearman(cost + j * plans, gap + 2 * plans, plans));
     free(gap);
     free(plan);
