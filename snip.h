@@ -50,6 +50,7 @@
 //   SNIP_STATIC            all functions static to the including file
 //   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc, and the solver's; define both
 //   SNIP_NO_SIMD           the scalar specification only
+//   SNIP_NO_AMX            no AMX, AVX512-BF16 and AVX-VNNI: for assemblers older than binutils 2.36
 //
 // INDEX (search for the tag)
 //   API:             >>status >>format >>codec >>quantize >>noise >>gemm >>session
@@ -132,8 +133,17 @@ typedef struct {                        // how a matrix is quantized
 #define SNIP_RECIPE_MXFP4       { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_NVFP4       { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
 
-// Instruction sets with code of their own.
-typedef enum { SNIP_ISA_BEST, SNIP_ISA_SCALAR, SNIP_ISA_AVX2, SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_NEON, SNIP_ISA_NEON_DOT, SNIP_ISA_COUNT } snip_isa;
+// Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON. AVX_VNNI,
+// AVX512_BF16 and AMX (INT8 and BF16) have run only with the new instructions emulated, not yet on such a machine.
+// AMX is on Linux only; the first call that looks for it asks the kernel's permission for the process, after which
+// sigaltstack wants some 11 KiB. Where it is refused, the next best is used.
+typedef enum {
+    SNIP_ISA_BEST, SNIP_ISA_SCALAR,
+    SNIP_ISA_AVX2, SNIP_ISA_AVX_VNNI,
+    SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_AVX512_BF16, SNIP_ISA_AMX,
+    SNIP_ISA_NEON, SNIP_ISA_NEON_DOT,
+    SNIP_ISA_COUNT
+} snip_isa;
 SNIP_API int         snip_isa_available(snip_isa);      // on this machine and in this build
 SNIP_API const char *snip_isa_name(snip_isa);
 
@@ -232,6 +242,10 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // E2M1 * E2M1 whose scale tiles along k nest: exact integer sums inside a scale block, then
 // c = fmaf(sa * sb, sum, c) block after block. Everything else: float32 sums of the dequantized
 // operands. F32 and BF16 operands may be stored transposed, [k][rows].
+// AVX512_BF16 and AMX multiply what bfloat16 holds exactly (all but F32 operands that are not to be
+// rounded) as bfloat16: FP8, FP6 and FP4 codes unscaled, with float32 sums, then as above. These units
+// round to nearest even and know no subnormals: BF16 operands below 2^-126 count as zero, and sums
+// of BF16 operands that fall below it become zero. Unscaled codes and their sums never come near.
 typedef struct {
     const snip_recipe *recipe;
     const void *codes, *scales;
@@ -393,6 +407,9 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #if !defined(SNIP_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #  define SNIPI_X86 1
 #  include <immintrin.h>
+#  if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
+#    define SNIPI_X86_LATE 1        // AVX-VNNI, AVX512-BF16, AMX
+#  endif
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #  define SNIPI_NEON 1
@@ -1769,7 +1786,7 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
         for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
 static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
-    int64_t i = row / q->tile_rows * q->tiles_across + tile_col;
+    int64_t i = (q->tile_rows == 1 ? row : row / q->tile_rows) * q->tiles_across + tile_col;
     switch (q->recipe->scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
@@ -1847,21 +1864,38 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 
 // >>gemm-impl --------------------------------------------------------------------------------------
 // Both operands are packed into panels of `mr` and `nr` rows, k-block by k-block, and a register-tile
-// kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. S8 panels hold twice
-// the E2M1 values, an integer of at most 12: [k / 4][width][4]. A's are stored plus 12, unsigned, as the
-// x86 byte products want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the block).
-enum { SNIPI_KC_F32 = 384, SNIPI_KC_S8 = 512, SNIPI_MAX_MR = 12, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
+// kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. Scaled panels hold
+// integers or bfloat16 and one float per row and scale block: [step][width], a step being four bytes of k.
+// S8: twice the E2M1 values, an integer of at most 12. A's are stored plus 12, unsigned, as the byte
+// products of AVX and NEON want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the
+// block). BF16: the values of codes, unscaled; no `start`. For AMX, whose products are signed, A's panels
+// are [width][step] without the 12s, and blocks are padded with zeros to whole pieces (snipi_piece).
+enum { SNIPI_KC_F32 = 1024, SNIPI_SUM_F32 = 256, SNIPI_KC_S8 = 2048, SNIPI_KC_BF16 = 1024, SNIPI_BLOCK_BF16 = 256, SNIPI_MAX_MR = 32, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
 
+// For each scale block of `block` bytes along k, of which there are kc: c = fmaf(sa * sb, sum, c)
+typedef void (*snipi_scaled_kernel)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
 typedef struct {
-    int f32_mr, f32_nr, s8_mr, s8_nr;
+    int f32_mr, f32_nr, s8_mr, s8_nr, bf16_mr, bf16_nr;
     // c[mr][nr] += a[kc][mr] * b[kc][nr]; where `from` is not NULL, each row of c starts as from[nr]
     void (*f32)(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc);
-    // for each scale block of `block` along k: c = fmaf(sa * sb, exact integer sum, c)
-    void (*s8)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
+    snipi_scaled_kernel s8, bf16;       // bf16 NULL: no such units
     // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in out[steps][width][4].
     void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width);
     void (*start)(const int8_t *b, int64_t steps, int width, int32_t *start);
+    // With bf16, the bfloat16 of n <= 64 elements: floats rounded, or codes looked up (the first 32 in `table`); and of the same
+    // columns of two rows of floats or BF16, the second of which may be NULL for zeros, the pairs.
+    void (*round)(const float *x, int n, uint16_t *out);
+    void (*look_up)(snip_format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out);
+    void (*pair)(const void *x, const void *y, int bf16, int n, float *out);
+    // AMX: spread to out[rows][stride]; before and after scaled kernels, in the thread that runs them.
+    void (*rows)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride);
+    void (*begin)(int64_t piece);
+    void (*end)(void);
 } snipi_kernels;
+
+// Bytes of k in an AMX tile: a block in equal pieces of at most 64.
+static int64_t snipi_piece(int64_t block) { return snipi_round_up(snipi_ceil_div(block, snipi_ceil_div(block, 64)), 4); }
+static int64_t snipi_padded(int64_t kc, int64_t block, int64_t piece) { return kc / block * snipi_round_up(block, piece) + snipi_round_up(kc % block, piece); }
 
 static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
     float acc[4][16];
@@ -1917,6 +1951,9 @@ static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_
 #define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
+#define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#define SNIPI_TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
 
 // Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0, p1, q1,
 // ... hold the two vectors of each row.
@@ -1924,12 +1961,19 @@ static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_
 #define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
 #define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
 
+// The tile of C, on its way while sums are made.
+#define SNIPI_FETCH_C(rows, cols) \
+    for (k = 0; k < rows; k++) { \
+        _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0); \
+        _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+    }
 // acc[i][j] += a[i] * b[j]
 #define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre) \
 attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
     vec each(SNIPI_F32_DECLARE) b0, b1, ai; \
     int64_t k; \
     each(SNIPI_F32_ZERO_##lanes) \
+    SNIPI_FETCH_C(rows, 2 * lanes) \
     for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) { \
         b0 = pre##loadu_ps(b); b1 = pre##loadu_ps(b + lanes); \
         each(SNIPI_F32_STEP_##lanes) \
@@ -1958,12 +2002,14 @@ enum { SNIPI_S8_STEPS = 32 };
 #define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si) \
 attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
     const vec ones = widths##set1_epi16(1); \
-    int64_t k; \
+    float tile[rows * 2 * lanes], *to = tile;                       /* c is far, and its rows may share a set of the nearest cache */ \
+    const float *old = from ? from : c; \
+    int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes; \
     (void)ones; \
-    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, from = NULL) { \
+    SNIPI_FETCH_C(rows, 2 * lanes) \
+    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) { \
         int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4; \
         vec each(declare) b0, b1, ai; \
-        b0 = widths##loadu_##si((const vec *)(const void *)start); b1 = widths##loadu_##si((const vec *)(const void *)(start + lanes)); \
         each(begin##_START) \
         while (step < steps) { \
             const int64_t stop = begin##_STOP(step, steps); \
@@ -1974,7 +2020,8 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
             } \
             each(begin##_WIDEN) \
         } \
-        each(SNIPI_S8_STORE_##lanes) \
+        if (k + block >= kc) { to = c; to_ld = ldc; } \
+        each(begin##_STORE) \
     } \
 }
 #define SNIPI_S8_DECLARE(i) p##i, q##i,
@@ -1982,30 +2029,38 @@ attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const in
 SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4); return x; }
 #define SNIPI_S8_STORE_8(i) { \
     __m256 s = _mm256_broadcast_ss(sa + i); \
-    float *ci = c + i * ldc; \
-    const float *old = from ? from : ci; \
-    _mm256_storeu_ps(ci, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(old))); \
-    _mm256_storeu_ps(ci + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(old + 8))); }
-#define SNIPI_S8_STORE_16(i) { \
-    __m512 s = _mm512_set1_ps(sa[i]); \
-    float *ci = c + i * ldc; \
-    const float *old = from ? from : ci; \
-    _mm512_storeu_ps(ci, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb)), _mm512_maskz_cvtepi32_ps(0xFFFF, p##i), _mm512_loadu_ps(old))); \
-    _mm512_storeu_ps(ci + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, _mm512_loadu_ps(sb + 16)), _mm512_maskz_cvtepi32_ps(0xFFFF, q##i), _mm512_loadu_ps(old + 16))); }
+    float *ti = to + i * to_ld; \
+    const float *oi = old + i * old_ld; \
+    _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(oi))); \
+    _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8))); }
+// A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1, const float *old, float *c) {
+    const __m512 s = _mm512_set1_ps(sa);
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, sb0), sum0, _mm512_loadu_ps(old)));
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
+}
+#define SNIPI_STORE_16(i, value) snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), old + i * old_ld, to + i * to_ld);
+#define SNIPI_S8_START_8(i) p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+#define SNIPI_S8_START_16(i) p##i = _mm512_loadu_si512(start); q##i = _mm512_loadu_si512(start + 16);
+#define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
+#define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
 #define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#define SNIPI_MADD256_START(i) p##i = b0; q##i = b1;
+#define SNIPI_MADD256_START SNIPI_S8_START_8
+#define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
 #define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
 #define SNIPI_MADD256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
     u##i = _mm256_add_epi16(u##i, _mm256_maddubs_epi16(ai, b0)); v##i = _mm256_add_epi16(v##i, _mm256_maddubs_epi16(ai, b1));
 #define SNIPI_MADD256_WIDEN(i) p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
 #define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#define SNIPI_MADD512_START(i) p##i = b0; q##i = b1;
+#define SNIPI_MADD512_START SNIPI_S8_START_16
+#define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
 #define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
 #define SNIPI_MADD512_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
     u##i = _mm512_add_epi16(u##i, _mm512_maddubs_epi16(ai, b0)); v##i = _mm512_add_epi16(v##i, _mm512_maddubs_epi16(ai, b1));
 #define SNIPI_MADD512_WIDEN(i) p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
 #define SNIPI_VNNI_STOP(step, steps) (steps)
-#define SNIPI_VNNI_START(i) p##i = b0; q##i = b1;
+#define SNIPI_VNNI_START SNIPI_S8_START_16
+#define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
 #define SNIPI_VNNI_CLEAR(i)
 #define SNIPI_DPBUSD(acc, x, y) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))      // GCC copies the intrinsic's accumulator about
 #define SNIPI_VNNI_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBUSD(p##i, ai, b0); SNIPI_DPBUSD(q##i, ai, b1);
@@ -2013,6 +2068,164 @@ SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4);
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD256, _mm256_, si256)
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD512, _mm512_, si512)
 SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI, _mm512_, si512)
+#ifdef SNIPI_X86_LATE
+// Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
+#ifndef SNIPI_EMULATED
+#  define SNIPI_DPBUSD256(acc, x, y) __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
+#  define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
+#  define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#  define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#  define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #t "|tmm" #t "}" : :)
+#  define SNIPI_TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" : : "r"(p), "r"(stride) : "memory")
+#  define SNIPI_TILE_STORE(t, p, stride) __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" : : "r"(p), "r"(stride) : "memory")
+#  define SNIPI_TILE_DPBSSD(t, a, b) __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#  define SNIPI_TILE_DPBF16(t, a, b) __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#endif
+#define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
+#define SNIPI_VNNI256_START SNIPI_S8_START_8
+#define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
+#define SNIPI_VNNI256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBUSD256(p##i, ai, b0); SNIPI_DPBUSD256(q##i, ai, b1);
+#define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
+#define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE, SNIPI_VNNI256, _mm256_, si256)
+// acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
+#define SNIPI_BF16_STOP SNIPI_VNNI_STOP
+#define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
+#define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
+#define SNIPI_BF16_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBF16(p##i, ai, b0); SNIPI_DPBF16(q##i, ai, b1);
+#define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
+#define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
+SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_BF16, _mm512_, si512)
+
+// AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
+// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's figures, in an
+// S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of sums and 64 of C, 128;
+// loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on at once because the rows of
+// one block are scaled between the products of the next; so at best nine tenths of the unit's rate (BF16: all of it), and
+// much less where blocks are shorter. Shapes and tiles belong to the thread: begin loads the shapes, and end releases them,
+// so that no tile state is left to be saved at context switches.
+typedef struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } snipi_tile_shapes;
+SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
+    snipi_tile_shapes shapes;
+    int t;
+    memset(&shapes, 0, sizeof shapes);
+    shapes.palette = 1;
+    for (t = 0; t < 8; t++) {
+        shapes.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? piece : 64);
+        shapes.rows[t] = (uint8_t)(t >= 6 ? piece / 4 : 16);
+    }
+    SNIPI_TILE_SHAPES(&shapes);
+}
+SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
+#define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
+#define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
+#define SNIPI_AMX_ROWS(value, count) { \
+    const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16); \
+    const int64_t stop = snipi_min(row + (count), 32); \
+    for (; row < stop; row++) \
+        snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); }
+#define SNIPI_KERNEL_AMX(name, product, value) \
+SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+    __attribute__((aligned(64))) float sums[2][32 * 32];        /* of S8: bits of int32_t */ \
+    const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
+    float tile[32 * 32], *to = tile; \
+    const float *old = from ? from : c; \
+    int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p; \
+    int turn = 0; \
+    (void)start; \
+    SNIPI_FETCH_C(32, 32) \
+    for (k = 0; k < kc; k += block) { \
+        const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces); \
+        SNIPI_TILE_ZERO(0); SNIPI_TILE_ZERO(1); SNIPI_TILE_ZERO(2); SNIPI_TILE_ZERO(3); \
+        for (p = 0; p < pieces; p++, a += piece, b += 32 * piece) {         /* after each product, `share` rows of the block before */ \
+            SNIPI_TILE_LOAD(4, a, row_bytes); SNIPI_TILE_LOAD(6, b, line); product(0, 4, 6); SNIPI_AMX_ROWS(value, share) \
+            SNIPI_TILE_LOAD(7, b + 64, line); product(1, 4, 7); SNIPI_AMX_ROWS(value, share) \
+            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes); product(2, 5, 6); SNIPI_AMX_ROWS(value, share) \
+            product(3, 5, 7); SNIPI_AMX_ROWS(value, share) \
+        } \
+        if (k) { sa += 32; sb += 32; old = tile; old_ld = 32; } \
+        SNIPI_TILE_STORE(0, sums[turn], line); SNIPI_TILE_STORE(1, sums[turn] + 16, line); \
+        SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line); SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line); \
+        turn = !turn; \
+        row = 0; \
+    } \
+    to = c; \
+    to_ld = ldc; \
+    SNIPI_AMX_ROWS(value, 32) \
+}
+SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
+SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
+SNIPI_TARGET_AVX2 static void snipi_rows_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice)), low = _mm256_set1_epi8(15);
+    int64_t t;
+    int r;
+    for (r = 0; r < rows; r++, codes += row_bytes, out += stride) {
+        for (t = 0; t + 8 <= steps; t += 8) {                       // 16 bytes in words: the low nibble stays, the high one moves to the next byte
+            __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + 2 * t)));
+            x = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), low);
+            _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
+        }
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
+    }
+}
+// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1)), magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x, _mm512_set1_epi32(0x400000));
+}
+SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
+SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
+    for (; n > 0; x += 16, out += 16, n -= 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n);
+        _mm256_mask_storeu_epi16(out, live, _mm512_cvtepi32_epi16(_mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, x)), 16)));
+    }
+}
+// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the table.
+SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out) {
+    const snipi_element e = snipi_element_of(format);
+    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), base = _mm512_set1_epi16((short)((127 - e.bias) << 7));
+    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
+    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
+        const __mmask32 live = snipi_lowest(n);
+        __m512i v;
+        if (format == SNIP_E2M1) {              // bytes of two codes in words; low and high nibble to bytes of their own, those to words
+            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8((__mmask16)snipi_lowest((n + 1) / 2), codes));
+            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
+            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
+        } else {
+            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes)), m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16((short)e.largest))) {          // NaN or infinity among them
+                int i;
+                for (i = 0; i < n && i < 32; i++) {
+                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
+                    memcpy(out + i, &one, 2);
+                }
+                continue;
+            }
+            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
+            v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16((short)(1 << e.mantissa))), m, values);
+            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), _mm512_set1_epi16((short)0x8000)));
+        }
+        _mm512_mask_storeu_epi16(out, live, v);
+    }
+}
+SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, int bf16, int n, float *out) {
+    int i;
+    for (i = 0; i < n; i += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n - i), second = (__mmask16)(y ? live : 0);
+        __m512i a, b;                           // b's high half over a's
+        if (bf16) {
+            a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)x + i));
+            b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, (const uint16_t *)(y ? y : x) + i)), 16);
+        } else {
+            a = _mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)x + i)), 16);
+            b = _mm512_and_si512(snipi_rounded512(_mm512_maskz_loadu_epi32(second, (const float *)(y ? y : x) + i)), _mm512_set1_epi32((int)0xFFFF0000u));
+        }
+        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
+    }
+}
+#endif // SNIPI_X86_LATE
 SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
     const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)), low = _mm_set1_epi8(15);
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -3232,12 +3445,63 @@ static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
 }
 #endif // SNIPI_NEON
 
+#ifdef SNIPI_X86_LATE
+enum { SNIPI_HAS_AVX_VNNI = 1, SNIPI_HAS_BF16 = 2, SNIPI_HAS_AMX = 4, SNIPI_HAS_ASKED = 8 };
+#ifdef SNIPI_EMULATED
+static int snipi_x86_late(void) { return SNIPI_HAS_AVX_VNNI | SNIPI_HAS_BF16 | SNIPI_HAS_AMX; }
+#else
+static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
+    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
+}
+// AMX's tiles must be in the state that the system saves (XCR0 bits 17 and 18), of the usual size, and permitted to this
+// process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small signal stack refuses.
+static int snipi_amx_usable(void) {
+#ifdef __linux__
+    uint32_t r[4], saved, high;
+    long result;
+    snipi_cpuid(0x1D, 1, r);
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
+    __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+#else
+    return 0;
+#endif
+}
+static int snipi_x86_late(void) {
+    static int answer;              // the machine's, so the same for all who ask
+    int has = __atomic_load_n(&answer, __ATOMIC_RELAXED);
+    uint32_t r[4], d;
+    if (has) return has;
+    has = SNIPI_HAS_ASKED;
+    if (__builtin_cpu_supports("avx2")) {
+        snipi_cpuid(7, 0, r);
+        d = r[3];
+        if (r[0] >= 1) {
+            snipi_cpuid(7, 1, r);
+            has |= (r[0] >> 4 & 1 ? SNIPI_HAS_AVX_VNNI : 0) | (r[0] >> 5 & 1 ? SNIPI_HAS_BF16 : 0);
+        }
+        if ((d >> 22 & 1) && (d >> 24 & 3) == 3 && snipi_amx_usable()) has |= SNIPI_HAS_AMX;        // BF16, tiles and INT8
+    }
+    __atomic_store_n(&answer, has, __ATOMIC_RELAXED);
+    return has;
+}
+#endif
+#endif // SNIPI_X86_LATE
+
 SNIP_API int snip_isa_available(snip_isa isa) {
 #ifdef SNIPI_X86
-    int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (isa == SNIP_ISA_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (isa == SNIP_ISA_AVX2) return avx2;
     if (isa == SNIP_ISA_AVX512) return avx512;
-    if (isa == SNIP_ISA_AVX512_VNNI) return avx512 && __builtin_cpu_supports("avx512vnni");
+    if (isa == SNIP_ISA_AVX512_VNNI) return vnni;
+#endif
+#ifdef SNIPI_X86_LATE
+    if (isa == SNIP_ISA_AVX_VNNI) return avx2 && snipi_x86_late() & SNIPI_HAS_AVX_VNNI;
+    if (isa == SNIP_ISA_AVX512_BF16) return vnni && snipi_x86_late() & SNIPI_HAS_BF16;
+    if (isa == SNIP_ISA_AMX) return avx512 && snipi_x86_late() & SNIPI_HAS_AMX;
 #endif
 #ifdef SNIPI_NEON
     if (isa == SNIP_ISA_NEON) return 1;
@@ -3254,8 +3518,11 @@ SNIP_API const char *snip_isa_name(snip_isa isa) {
         case SNIP_ISA_BEST: return "best";
         case SNIP_ISA_SCALAR: return "scalar";
         case SNIP_ISA_AVX2: return "avx2";
+        case SNIP_ISA_AVX_VNNI: return "avx-vnni";
         case SNIP_ISA_AVX512: return "avx512";
         case SNIP_ISA_AVX512_VNNI: return "avx512-vnni";
+        case SNIP_ISA_AVX512_BF16: return "avx512-bf16";
+        case SNIP_ISA_AMX: return "amx";
         case SNIP_ISA_NEON: return "neon";
         case SNIP_ISA_NEON_DOT: return "neon-dot";
         case SNIP_ISA_COUNT: break;
@@ -3277,8 +3544,8 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
     static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx512, snipi_sums_avx2,
                                          snipi_peaks_avx512, snipi_scales_avx512, snipi_strip_avx512, snipi_copy_avx512, snipi_columns_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
-    if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return &avx512;
-    if (isa == SNIP_ISA_AVX2) return &avx2;
+    if (isa >= SNIP_ISA_AVX512) return &avx512;
+    if (isa >= SNIP_ISA_AVX2) return &avx2;
 #elif defined(SNIPI_NEON)
     static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon, snipi_sums_exact,
                                        NULL, NULL, NULL, NULL, NULL };
@@ -3291,8 +3558,8 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
 static snipi_flip snipi_flip_of(snip_isa isa) {
 #ifdef SNIPI_X86
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
-    if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) return snipi_flip_avx512;
-    if (isa == SNIP_ISA_AVX2) return snipi_flip_avx2;
+    if (isa >= SNIP_ISA_AVX512) return snipi_flip_avx512;
+    if (isa >= SNIP_ISA_AVX2) return snipi_flip_avx2;
 #elif defined(SNIPI_NEON)
     if (isa != SNIP_ISA_SCALAR) return snipi_flip_neon;
 #else
@@ -3304,22 +3571,39 @@ static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4
     snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
 }
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
-    snipi_kernels k = { 4, 16, 4, 16, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, snipi_spread_scalar, snipi_start_scalar };
+    snipi_kernels k = { 4, 16, 4, 16, 0, 0, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, NULL, snipi_spread_scalar, snipi_start_scalar, NULL, NULL, NULL, NULL, NULL, NULL };
 #ifdef SNIPI_X86
     if (isa != SNIP_ISA_SCALAR) {
         k.spread = snipi_spread_avx2;
         k.start = snipi_start_avx2;
     }
-    if (isa == SNIP_ISA_AVX2) {
+    if (isa == SNIP_ISA_AVX2 || isa == SNIP_ISA_AVX_VNNI) {
         k.f32_mr = k.s8_mr = 6;
         k.f32 = snipi_kernel_f32_avx2;
         k.s8 = snipi_kernel_s8_avx2;
-    } else if (isa == SNIP_ISA_AVX512 || isa == SNIP_ISA_AVX512_VNNI) {
-        k.f32_mr = k.s8_mr = 12;
-        k.f32_nr = k.s8_nr = 32;
+    } else if (isa != SNIP_ISA_SCALAR) {
+        k.f32_mr = k.s8_mr = k.bf16_mr = 12;
+        k.f32_nr = k.s8_nr = k.bf16_nr = 32;
         k.f32 = snipi_kernel_f32_avx512;
-        k.s8 = isa == SNIP_ISA_AVX512_VNNI ? snipi_kernel_s8_vnni : snipi_kernel_s8_avx512;
+        k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
     }
+#ifdef SNIPI_X86_LATE
+    if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
+    if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
+    if (isa >= SNIP_ISA_AVX512_BF16) {
+        k.round = snipi_round_avx512;
+        k.look_up = snipi_look_up_avx512;
+        k.pair = snipi_pair_avx512;
+    }
+    if (isa == SNIP_ISA_AMX) {
+        k.s8_mr = k.bf16_mr = 32;
+        k.s8 = snipi_kernel_s8_amx;
+        k.bf16 = snipi_kernel_bf16_amx;
+        k.rows = snipi_rows_avx2;
+        k.begin = snipi_tiles_begin;
+        k.end = snipi_tiles_end;
+    }
+#endif
 #elif defined(SNIPI_NEON)
     if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
         k.f32_mr = 12;
@@ -3398,51 +3682,112 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
         if (side->round_bf16) snipi_round_to_bf16(vector, panel + k * width, (int)n * width);
     }
 }
-// E2M1 rows into an S8 panel with one scale per (block, row), halved because the integers are doubled.
-static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, int64_t block,
-                          int offset, uint8_t *panel, float *scales, int32_t *start) {
-    const snipi_reader *q = &side->reader;
-    int64_t k, b;
+// A scaled panel: dword t of row i lies at panel + t * step + i * row.
+typedef struct { int element, width, offset; int64_t step, row; } snipi_panel_form;     // element: bytes, 1 is S8, 2 BF16; offset: of S8
+
+// `length` elements from k0 of E2M1 rows [row0, row0 + used), `steps` dwords of each row, the rest of which is zeros.
+static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
+    const size_t row_bytes = side->reader.row_bytes;
+    const uint8_t *codes = side->reader.codes + (size_t)row0 * row_bytes + k0 / 2;
+    int64_t whole = length / 4, rest = length & 3, t;
     int i;
-    for (b = k = 0; k < kc; b++, k += block) {
-        int64_t length = snipi_min(block, kc - k), whole = length / 4, steps = (length + 3) / 4, rest = length & 3, t;
-        const uint8_t *codes = q->codes + (size_t)row0 * q->row_bytes + (k0 + k) / 2;
-        kernels->spread(codes, q->row_bytes, used, whole, offset, panel, width);
-        for (t = 0; t < steps && used < width; t++) memset(panel + 4 * (t * width + used), offset, (size_t)4 * (size_t)(width - used));
-        for (i = 0; i < used && rest; i++) {
-            const uint8_t *last = codes + (size_t)i * q->row_bytes + 2 * whole;
-            uint8_t *to = panel + 4 * (whole * width + i);
-            memset(to, offset, 4);
-            for (t = 0; t < rest; t++) to[t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] + offset);
+    if (to->step == 4) kernels->rows(codes, row_bytes, used, whole, panel, to->row);
+    else kernels->spread(codes, row_bytes, used, whole, to->offset, panel, to->width);
+    for (t = 0; t < steps; t++)
+        for (i = t < whole ? used : 0; i < to->width; i++) memset(panel + t * to->step + i * to->row, to->offset, 4);
+    for (i = 0; i < used && rest; i++) {
+        const uint8_t *last = codes + (size_t)i * row_bytes + 2 * whole;
+        for (t = 0; t < rest; t++) panel[whole * to->step + i * to->row + t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] + to->offset);
+    }
+}
+// The same of any operand that bfloat16 holds exactly; codes without their scales.
+static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
+    enum { PART = 64 };                         // elements of k at a time
+    const snipi_reader *q = &side->reader;
+    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1, width = to->width;
+    const float *x = (const float *)side->operand->codes;
+    const uint16_t *x16 = (const uint16_t *)side->operand->codes;
+    float pairs[SNIPI_MAX_NR * PART / 2];       // of bfloat16, in a row of k each, or where the operand is transposed a pair of k
+    const int by_rows = to->step == 4;
+    uint16_t table[32];
+    int64_t k;
+    int i;
+    if (!side->direct) kernels->round(q->lut, 32, table);
+    for (k = 0; k < 2 * steps; k += PART, panel += PART / 2 * to->step) {
+        int n = (int)snipi_min(PART, 2 * steps - k), there = (int)snipi_max(0, snipi_min(n, length - k));
+        float *out = (float *)(void *)panel;
+        if (used < width || there < n) memset(pairs, 0, sizeof pairs);
+        if (by_rows && (used < width || there < n)) for (i = 0; i < width; i++) memset(panel + i * to->row, 0, (size_t)n * 2);
+        if (side->operand->transposed) {
+            const int in_place = !by_rows && used == width;
+            for (i = 0; i < there; i += 2) {
+                const int64_t at = row0 + (k0 + k + i) * side->ld, next = at + side->ld;
+                const void *first = bf16 ? (const void *)(x16 + at) : (const void *)(x + at), *second = bf16 ? (const void *)(x16 + next) : (const void *)(x + next);
+                kernels->pair(first, i + 1 < there ? second : NULL, bf16, used, (in_place ? out : pairs) + i / 2 * width);
+            }
+            if (by_rows) q->vector->transpose(pairs, width, n / 2, width, out, to->row / 4);
+            else if (!in_place) memcpy(out, pairs, (size_t)n / 2 * (size_t)width * 4);
+            else if (i < n) memset(out + i / 2 * width, 0, (size_t)(n - i) / 2 * (size_t)width * 4);
+            continue;
         }
-        for (i = 0; i < width; i++) scales[b * width + i] = i < used ? 0.5f * snipi_reader_scale(q, row0 + i, (k0 + k) / q->tile_cols) : 0.0f;
-        if (start) kernels->start((const int8_t *)panel, steps, width, start + b * width);
-        panel += 4 * steps * width;
+        for (i = 0; i < used && there; i++) {
+            const int64_t row = row0 + i, at = row * side->ld + k0 + k;
+            uint16_t *line = (uint16_t *)(void *)(by_rows ? panel + i * to->row : (uint8_t *)(pairs + i * (PART / 2)));
+            if (bf16 && there == PART) memcpy(line, x16 + at, PART * 2);
+            else if (bf16) memcpy(line, x16 + at, (size_t)there * 2);
+            else if (side->direct) kernels->round(x + at, there, line);
+            else kernels->look_up(q->recipe->format, table, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? (k0 + k) >> 1 : k0 + k), there, line);
+        }
+        if (!by_rows) q->vector->transpose(pairs, PART / 2, width, n / 2, out, width);
+    }
+}
+// k range [k0, k0 + kc) of rows into a scaled panel, with one scale per (block, row).
+static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t kc, int64_t block, int64_t piece,
+                              uint8_t *panel, float *scales, int32_t *start) {
+    const snipi_reader *q = &side->reader;
+    const float unit = to->element == 1 ? 0.5f : 1.0f;         // S8 integers are doubled
+    float scale = 0;
+    int64_t k, next = 0;
+    int i;
+    for (k = 0; k < kc; k += block, scales += to->width) {
+        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4, tile_col = (k0 + k) / q->tile_cols;
+        if (to->element == 1) snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
+        else snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
+        for (i = 0; i < used; i++) {
+            if (i == 0 || row0 + i == next) {
+                scale = unit * snipi_reader_scale(q, row0 + i, tile_col);
+                next = q->tile_rows == 1 ? row0 + i + 1 : ((row0 + i) / q->tile_rows + 1) * q->tile_rows;
+            }
+            scales[i] = scale;
+        }
+        memset(scales + used, 0, (size_t)(to->width - used) * sizeof(float));
+        if (start) { kernels->start((const int8_t *)panel, steps, to->width, start); start += to->width; }
+        panel += steps * to->step;
     }
 }
 
-// Length of the common scale block along k of two E2M1 operands, 0 if their tiles do not nest.
-static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
-    int64_t ta, tb, small, large;
-    if (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1 || k > SNIPI_S8_MOST) return 0;
-    ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k));
-    tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
-    small = snipi_min(ta, tb);
-    large = snipi_max(ta, tb);
-    if (large % small && large < k) return 0;
+// Length of the common scale block along k of two operands, 0 if their tiles do not nest.
+static int64_t snipi_scale_block(const snip_operand *a, const snip_operand *b, int64_t k) {
+    int64_t ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k)), tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
+    int64_t small = snipi_min(ta, tb), large = snipi_max(ta, tb);
+    if (k == 0 || (large % small && large < k)) return 0;
     return small >= k || small % SNIPI_MIN_BLOCK == 0 ? small : 0;
 }
+static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
+    return a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1 && k <= SNIPI_S8_MOST ? snipi_scale_block(a, b, k) : 0;
+}
+static int snipi_fits_bf16(const snip_operand *o) { return o->recipe->format != SNIP_F32 || o->round_bf16; }
 
 // block: of the integer path, 0 for floats.
-static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t block) {
-    size_t rows = (size_t)(snipi_round_up(m, SNIPI_MAX_MR) + snipi_round_up(n, SNIPI_MAX_NR));
-    size_t per_row = (size_t)snipi_max(SNIPI_KC_F32 * (int64_t)sizeof(float), snipi_round_up(block, 4));
-    return rows * (per_row + SNIPI_KC_S8 / SNIPI_MIN_BLOCK * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
+static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
+    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR), blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
+    size_t per_row = (size_t)snipi_max(snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float), snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
+    return rows * (per_row + blocks * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
 }
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
     const int64_t most = (int64_t)1 << 40;
     if (m < 0 || n < 0 || k < 0 || m > most || n > most || k > most) return 0;
-    return snipi_gemm_scratch(m, n, k <= SNIPI_S8_MOST ? k : 0);
+    return snipi_gemm_scratch(m, n, k, k <= SNIPI_S8_MOST ? k : 0);
 }
 
 static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
@@ -3460,7 +3805,9 @@ static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
 typedef struct {
     snipi_side a, b;
     snipi_kernels kernels;
-    int64_t m, n, k, block, ldc;        // block > 0: integer path
+    int element, mr, nr;                // element: bytes in scaled panels, 1 is S8, 2 BF16; 0: F32 panels
+    int64_t m, n, k, ldc;
+    int64_t block, piece;               // of scaled panels: elements; bytes
     float *c;
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
@@ -3469,42 +3816,71 @@ typedef struct {
     int accumulate;
 } snipi_gemm_job;
 
+// Bytes of a row, or of a column, in a panel.
+static int64_t snipi_gemm_row_bytes(const snipi_gemm_job *g, int64_t kc) {
+    return g->element ? snipi_padded(kc * g->element, g->block * g->element, g->piece) : kc * (int64_t)sizeof(float);
+}
 // Panels of one k-block: index p of operand `side`.
 static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_t k0, int64_t kc) {
     const snipi_side *side = is_b ? &g->b : &g->a;
-    int s8 = g->block > 0, width = is_b ? (s8 ? g->kernels.s8_nr : g->kernels.f32_nr) : (s8 ? g->kernels.s8_mr : g->kernels.f32_mr);
-    int used = (int)snipi_min(width, side->rows - p * width);
-    char *base = is_b ? g->panel_b : g->panel_a;
-    if (s8) {
-        int64_t blocks = snipi_ceil_div(kc, g->block);
-        snipi_pack_s8(&g->kernels, side, p * width, used, width, k0, kc, g->block, is_b ? 0 : 12, (uint8_t *)base + p * width * snipi_round_up(kc, 4),
-                      (is_b ? g->scales_b : g->scales_a) + p * width * blocks, is_b ? g->start + p * width * blocks : NULL);
+    int width = is_b ? g->nr : g->mr, used = (int)snipi_min(width, side->rows - p * width), tiles = g->kernels.begin != NULL;
+    int64_t row_bytes = snipi_gemm_row_bytes(g, kc);
+    char *panel = (is_b ? g->panel_b : g->panel_a) + p * width * row_bytes;
+    if (g->element) {
+        int64_t at = p * width * snipi_ceil_div(kc, g->block);
+        snipi_panel_form to = { g->element, width, is_b || tiles ? 0 : 12, 4 * width, 4 };
+        if (tiles && !is_b) { to.step = 4; to.row = row_bytes; }
+        snipi_pack_scaled(&g->kernels, side, &to, p * width, used, k0, kc, g->block, g->piece, (uint8_t *)panel,
+                          (is_b ? g->scales_b : g->scales_a) + at, is_b && g->element == 1 && !tiles ? g->start + at : NULL);
     } else
-        snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)base + p * width * kc);
+        snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)panel);
 }
 // The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. first: C starts here.
 static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int64_t kc, int first) {
     static const float zeros[SNIPI_MAX_NR] = { 0 };
-    int s8 = g->block > 0, mr = s8 ? g->kernels.s8_mr : g->kernels.f32_mr, nr = s8 ? g->kernels.s8_nr : g->kernels.f32_nr, i;
+    int mr = g->mr, nr = g->nr, i;
     int rows = (int)snipi_min(mr, g->m - ip * mr), cols = (int)snipi_min(nr, g->n - jp * nr);
     float aside[SNIPI_MAX_MR * SNIPI_MAX_NR], *c = g->c + ip * mr * g->ldc + jp * nr;
     int whole = rows == mr && cols == nr;
     float *target = whole ? c : aside;
     const float *from = !first || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
-    int64_t ld = whole ? g->ldc : nr;
+    int64_t ld = whole ? g->ldc : nr, row_bytes = snipi_gemm_row_bytes(g, kc), k;
+    const char *a = g->panel_a + ip * mr * row_bytes, *b = g->panel_b + jp * nr * row_bytes;
     if (!whole) {
         memset(aside, 0, sizeof aside);
         for (i = 0; i < rows; i++) memcpy(aside + i * nr, from ? from : c + i * g->ldc, (size_t)cols * sizeof(float));
         from = NULL;
     }
-    if (s8) {
-        int64_t padded = snipi_round_up(kc, 4), blocks = snipi_ceil_div(kc, g->block);
-        g->kernels.s8(kc, g->block, (const uint8_t *)g->panel_a + ip * mr * padded, (const int8_t *)g->panel_b + jp * nr * padded,
-                      g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
+    if (g->element) {
+        int64_t blocks = snipi_ceil_div(kc, g->block);
+        (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a, (const int8_t *)b,
+            g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
     } else
-        g->kernels.f32(kc, (const float *)(const void *)g->panel_a + ip * mr * kc, (const float *)(const void *)g->panel_b + jp * nr * kc, from, target, ld);
+        for (k = 0; k < kc; k += SNIPI_SUM_F32, from = NULL)       // shorter sums are closer ones
+            g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr, (const float *)(const void *)b + k * nr, from, target, ld);
     if (!whole)
         for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
+}
+// Which panels, and the common scale block along k.
+static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const snip_operand *b) {
+    int64_t block = snipi_scale_block(a, b, g->k);
+    g->mr = g->kernels.f32_mr;
+    g->nr = g->kernels.f32_nr;
+    if (snipi_s8_block(a, b, g->k)) {
+        g->element = 1;
+        g->mr = g->kernels.s8_mr;
+        g->nr = g->kernels.s8_nr;
+    } else if (block && g->kernels.bf16 && snipi_fits_bf16(a) && snipi_fits_bf16(b)) {
+        if (block >= g->k) block = snipi_min(block, SNIPI_BLOCK_BF16);      // float sums may end anywhere in a tile
+        while (block > SNIPI_BLOCK_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
+        if (block > SNIPI_BLOCK_BF16) return;
+        g->element = 2;
+        g->mr = g->kernels.bf16_mr;
+        g->nr = g->kernels.bf16_nr;
+    }
+    if (!g->element) return;
+    g->block = block;
+    g->piece = g->kernels.begin ? snipi_piece(block * g->element) : 4;
 }
 
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -3526,18 +3902,18 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
     if (k > 0) {
         snipi_side_init(&g.a, a, m, k);
         snipi_side_init(&g.b, b, n, k);
-        g.block = snipi_s8_block(a, b, k);
     }
-    mr = g.block ? g.kernels.s8_mr : g.kernels.f32_mr;
-    nr = g.block ? g.kernels.s8_nr : g.kernels.f32_nr;
+    snipi_gemm_choose(&g, a, b);
+    mr = g.mr;
+    nr = g.nr;
     mp = snipi_ceil_div(m, mr);
     np = snipi_ceil_div(n, nr);
     chunks_m = snipi_ceil_div(mp, SNIPI_CHUNK_PANELS);
     chunks_n = snipi_ceil_div(np, SNIPI_CHUNK_PANELS);
-    step = !g.block ? (int64_t)SNIPI_KC_F32 : g.block >= SNIPI_KC_S8 ? g.block : SNIPI_KC_S8 / g.block * g.block;
+    step = g.element == 1 ? SNIPI_KC_S8 : g.element == 2 ? SNIPI_KC_BF16 : SNIPI_KC_F32;
+    if (g.element) step = g.block >= step ? g.block : step / g.block * g.block;
     if (k > 0) {
-        int64_t per_row = g.block ? snipi_round_up(snipi_min(step, k), 4) : snipi_min(step, k) * (int64_t)sizeof(float);
-        int64_t blocks = g.block ? snipi_ceil_div(snipi_min(step, k), g.block) : 0;
+        int64_t per_row = snipi_gemm_row_bytes(&g, snipi_min(step, k)), blocks = g.element ? snipi_ceil_div(snipi_min(step, k), g.block) : 0;
         g.panel_a = (char *)at;
         at += (uintptr_t)snipi_round_up(mp * mr * per_row, 64);
         g.panel_b = (char *)at;
@@ -3564,8 +3940,10 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
             SNIPI_OMP(omp for schedule(dynamic))
             for (t = 0; t < chunks_m * chunks_n; t++) {
                 int64_t i0 = t % chunks_m * SNIPI_CHUNK_PANELS, j0 = t / chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
+                if (g.element && g.kernels.begin) g.kernels.begin(g.piece);
                 for (jp = j0; jp < snipi_min(np, j0 + SNIPI_CHUNK_PANELS); jp++)
                     for (ip = i0; ip < snipi_min(mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(&g, ip, jp, kc, k0 == 0);
+                if (g.element && g.kernels.end) g.kernels.end();
             }
         }
         if (accumulate && bias) {
@@ -3968,7 +4346,7 @@ static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip
     snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
     void *scratch;
     if (status || (status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob)) != SNIP_OK) return status;
-    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, snipi_s8_block(&oa, &ob, k)));
+    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, k, snipi_s8_block(&oa, &ob, k)));
     if (!scratch) return SNIP_OUT_OF_MEMORY;
     return snip_gemm(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa);
 }

@@ -1,6 +1,7 @@
 // Scaled GEMMs beside OpenBLAS and oneDNN on the same shapes, operands quantized beforehand (or the activation within the
 // time, where the case says so). Each pair is measured in turn; the medians and the median of the ratios are given:
-// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. OMP_NUM_THREADS threads (2 if unset).
+// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. OMP_NUM_THREADS threads (2 if unset). Every instruction set
+// that the machine has is timed, so one run gives all of its figures; the best one's are beside every peer.
 // Arguments: m n k of one shape instead of the list; "all" for the largest too.
 // -DOPENBLAS and -DDNNL where they are installed: the Makefile asks.
 #define _DEFAULT_SOURCE
@@ -141,8 +142,12 @@ static void compare(const char *name, job *j, const char *peer, void (*f)(void *
 static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     static const snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16, fp8 = SNIP_RECIPE_FP8_TILE, fp8b = SNIP_RECIPE_FP8_BLOCK,
                              fp4 = SNIP_RECIPE_FP4_TILE, fp4b = SNIP_RECIPE_FP4_BLOCK;
-    job jf32, jbf16, jfp8, jfp4, jfp4q, jfp4a, jfp4b;
+    job jf32, jbf16, jfp8, jfp84, jfp4, jfp4q;
+    void (*peer_s8)(void *) = NULL, (*peer_bf16)(void *) = NULL;
+    void *peer_data = NULL;
+    const char *name_s8 = "", *name_bf16 = "";
     int64_t i;
+    int isa;
     m = mm; n = nn; k = kk;
     x = (float *)memory((size_t)(m * k) * 4); w = (float *)memory((size_t)(n * k) * 4);
     c = (float *)memory((size_t)(m * n) * 4); theirs = (float *)memory((size_t)(m * n) * 4);
@@ -153,18 +158,20 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     prepare(&jf32, f32, f32, SNIP_ISA_BEST);
     prepare(&jbf16, bf16, bf16, SNIP_ISA_BEST);
     prepare(&jfp8, fp8, fp8b, SNIP_ISA_BEST);
+    prepare(&jfp84, fp8, fp4b, SNIP_ISA_BEST);
     prepare(&jfp4, fp4, fp4b, SNIP_ISA_BEST);
     jfp4q = jfp4; jfp4q.quantize = 1;
-    jfp4a = jfp4; jfp4a.isa = SNIP_ISA_AVX2;
-    jfp4b = jfp4; jfp4b.isa = SNIP_ISA_AVX512;
 #ifdef DNNL
     {
         static matmul t;
         int bf = matmul_begin(&t);
+        peer_s8 = onednn_s8; name_s8 = "oneDNN u8s8";
+        if (bf) { peer_bf16 = onednn_bf16; peer_data = &t; name_bf16 = "oneDNN bf16"; }
         compare("fp4", &jfp4, "oneDNN u8s8", onednn_s8, NULL);
         if (bf) compare("fp4", &jfp4, "oneDNN bf16", onednn_bf16, &t);
         if (bf) compare("fp4 with quantizing x", &jfp4q, "oneDNN bf16", onednn_bf16, &t);
         if (bf) compare("fp8", &jfp8, "oneDNN bf16", onednn_bf16, &t);
+        if (bf) compare("fp8 x fp4", &jfp84, "oneDNN bf16", onednn_bf16, &t);
         if (bf) compare("bf16", &jbf16, "oneDNN bf16", onednn_bf16, &t);
         compare("f32", &jf32, "oneDNN f32", onednn_f32, NULL);
     }
@@ -174,19 +181,31 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     compare("fp4", &jfp4, "OpenBLAS f32", openblas_f32, NULL);
     compare("fp4 with quantizing x", &jfp4q, "OpenBLAS f32", openblas_f32, NULL);
     compare("fp8", &jfp8, "OpenBLAS f32", openblas_f32, NULL);
-    if (snip_isa_available(SNIP_ISA_AVX512)) compare("fp4", &jfp4b, "OpenBLAS f32", openblas_f32, NULL);
-    if (snip_isa_available(SNIP_ISA_AVX2)) compare("fp4", &jfp4a, "OpenBLAS f32", openblas_f32, NULL);
+    if (!peer_s8) { peer_s8 = openblas_f32; name_s8 = "OpenBLAS f32"; }
+    if (!peer_bf16) { peer_bf16 = openblas_f32; name_bf16 = "OpenBLAS f32"; }
 #endif
 #if !defined(DNNL) && !defined(OPENBLAS)
     compare("fp4", &jfp4, "", NULL, NULL);
     compare("fp4 with quantizing x", &jfp4q, "", NULL, NULL);
     compare("fp8", &jfp8, "", NULL, NULL);
+    compare("fp8 x fp4", &jfp84, "", NULL, NULL);
     compare("bf16", &jbf16, "", NULL, NULL);
     compare("f32", &jf32, "", NULL, NULL);
 #endif
+    for (isa = SNIP_ISA_SCALAR + 1; isa < (int)snipi_best_isa(); isa++) {       // the others, as far as they differ
+        if (!snip_isa_available((snip_isa)isa)) continue;
+        jf32.isa = jbf16.isa = jfp8.isa = jfp84.isa = jfp4.isa = (snip_isa)isa;
+        if (isa != SNIP_ISA_AVX512_BF16) compare("fp4", &jfp4, name_s8, peer_s8, NULL);
+        if (isa == SNIP_ISA_AVX_VNNI || isa == SNIP_ISA_AVX512_VNNI) continue;
+        compare("fp8", &jfp8, name_bf16, peer_bf16, peer_data);
+        if (isa == SNIP_ISA_AVX512_BF16) compare("fp8 x fp4", &jfp84, name_bf16, peer_bf16, peer_data);
+        compare("bf16", &jbf16, name_bf16, peer_bf16, peer_data);
+        if (isa != SNIP_ISA_AVX512_BF16) compare("f32", &jf32, "", NULL, NULL);
+    }
 }
 
 int main(int argc, char **argv) {
+    int isa;
     threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
 #ifdef _OPENMP
     omp_set_num_threads(threads);
@@ -201,7 +220,9 @@ int main(int argc, char **argv) {
 #ifndef DNNL
     puts("skipped: oneDNN (not installed)");
 #endif
-    printf("# %d threads, %s\n", threads, snip_isa_name(snipi_best_isa()));
+    printf("# %d threads, instruction sets:", threads);
+    for (isa = SNIP_ISA_SCALAR + 1; isa < SNIP_ISA_COUNT; isa++) if (snip_isa_available((snip_isa)isa)) printf(" %s", snip_isa_name((snip_isa)isa));
+    puts("");
     if (argc == 4) { bench_shape(atoll(argv[1]), atoll(argv[2]), atoll(argv[3])); return 0; }
     bench_shape(512, 512, 512);
     bench_shape(1024, 1024, 1024);

@@ -30,7 +30,7 @@ run() {
     printf '%-20s %s  (%d s)\n' "$name" "$line" $((SECONDS - start))
 }
 for t in "$@"; do one "$t" "$build/$t"; done
-for t in ${SHELL_TESTS-trainer headers compilers targets reference cuda_faults cuda_compile}; do
+for t in ${SHELL_TESTS-trainer headers compilers targets instructions reference cuda_faults cuda_compile}; do
     case $t in
         trainer) one test_trainer "$here/test_trainer.sh" "$build/train_llama" ;;
         reference) if command -v python3 > /dev/null; then one reference_quant python3 "$here/reference_quant.py"; else echo "skipped: reference_quant.py, no python3"; fi ;;

@@ -398,28 +398,73 @@ static void test_largest(void) {
 // A row of NaN or infinity stays in its row.
 static void test_nonfinite(void) {
     enum { M = 29, N = 37, K = 65 };
+    static const snip_recipe recipes[3] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, { SNIP_E5M2, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN } };
     static float a[M * K], b[N * K], c[M * N];
-    snip_recipe r = SNIP_RECIPE_F32;
+    static uint16_t a16[M * K], b16[N * K];
+    static uint8_t a8[M * K], b8[N * K];
     snip_operand oa, ob;
     unsigned char *scratch = (unsigned char *)exact(snip_gemm_scratch(M, N, K));
-    int isa, i, j, bad_a = 13, bad_b = 33;
+    int isa, f, i, j, bad_a = 13, bad_b = 33;
     memset(&oa, 0, sizeof oa);
     memset(&ob, 0, sizeof ob);
-    oa.recipe = ob.recipe = &r;
-    oa.codes = a; ob.codes = b;
-    for (i = 0; i < M * K; i++) a[i] = uniform();
-    for (i = 0; i < N * K; i++) b[i] = uniform();
-    a[bad_a * K + 64] = INFINITY;
-    b[bad_b * K + 3] = NAN;
-    for (isa = 0; isa < SNIP_ISA_COUNT; isa++) {
-        int ok = 1;
-        if (!snip_isa_available((snip_isa)isa)) continue;
-        snprintf(what, sizeof what, "not finite, %s", snip_isa_name((snip_isa)isa));
-        CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
-        for (i = 0; i < M; i++)
-            for (j = 0; j < N; j++) ok &= snipi_nonfinite(c[i * N + j]) == (i == bad_a || j == bad_b);
-        CHECK(ok);
-    }
+    for (i = 0; i < M * K; i++) { a[i] = uniform(); a16[i] = snip_bf16_from_f32(a[i]); a8[i] = snip_e5m2_from_f32(a[i]); }
+    for (i = 0; i < N * K; i++) { b[i] = uniform(); b16[i] = snip_bf16_from_f32(b[i]); b8[i] = snip_e5m2_from_f32(b[i]); }
+    a[bad_a * K + 64] = INFINITY; a16[bad_a * K + 64] = 0x7F80; a8[bad_a * K + 64] = 0x7C;
+    b[bad_b * K + 3] = NAN; b16[bad_b * K + 3] = 0x7FC0; b8[bad_b * K + 3] = 0x7E;
+    for (f = 0; f < 3; f++)
+        for (isa = 0; isa < SNIP_ISA_COUNT; isa++) {
+            int ok = 1;
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            oa.recipe = ob.recipe = &recipes[f];
+            oa.codes = f == 0 ? (void *)a : f == 1 ? (void *)a16 : (void *)a8;
+            ob.codes = f == 0 ? (void *)b : f == 1 ? (void *)b16 : (void *)b8;
+            snprintf(what, sizeof what, "not finite, %s, %s", snip_format_name(recipes[f].format), snip_isa_name((snip_isa)isa));
+            CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
+            for (i = 0; i < M; i++)
+                for (j = 0; j < N; j++) ok &= snipi_nonfinite(c[i * N + j]) == (i == bad_a || j == bad_b);
+            CHECK(ok);
+        }
+    free(scratch);
+}
+// FP8 whose values are subnormal floats beside large ones is as exact as any. BF16 below 2^-126 is zero to BF16 units alone.
+static void test_tiny(void) {
+    enum { M = 35, N = 34, K = 200, TILES = 2 };
+    static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, bf16 = SNIP_RECIPE_BF16;
+    static uint8_t a8[M * K], b8[N * K];
+    static uint16_t a16[M * K], b16[N * K];
+    static float sa[M * TILES], sb[N * TILES], c[M * N];
+    snip_operand oa, ob;
+    unsigned char *scratch = (unsigned char *)exact(snip_gemm_scratch(M, N, K));
+    int isa, f, i, j, k;
+    memset(&oa, 0, sizeof oa);
+    memset(&ob, 0, sizeof ob);
+    for (i = 0; i < M * K; i++) { a8[i] = (uint8_t)(rng() % 127 | rng() % 2 << 7); a16[i] = (uint16_t)(rng() % 0x80 | rng() % 2 << 15); }
+    for (i = 0; i < N * K; i++) { b8[i] = (uint8_t)(rng() % 127 | rng() % 2 << 7); b16[i] = (uint16_t)((127 + 80) << 7 | rng() % 0x80); }
+    for (i = 0; i < M * TILES; i++) sa[i] = ldexpf(1.0f, -120 - (int)below(7));
+    for (i = 0; i < N * TILES; i++) sb[i] = ldexpf(1.0f, 60 + (int)below(7));
+    for (f = 0; f < 2; f++)
+        for (isa = 0; isa < SNIP_ISA_COUNT; isa++) {
+            double err = 0, all = 0;
+            int flushes = f == 1 && (isa == SNIP_ISA_AMX || isa == SNIP_ISA_AVX512_BF16 || (isa == SNIP_ISA_BEST && snipi_kernels_of(snipi_best_isa()).bf16)), zero = 1;
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            oa.recipe = ob.recipe = f ? &bf16 : &fp8;
+            oa.codes = f ? (void *)a16 : (void *)a8; oa.scales = f ? NULL : sa;
+            ob.codes = f ? (void *)b16 : (void *)b8; ob.scales = f ? NULL : sb;
+            snprintf(what, sizeof what, "tiny %s, %s", f ? "bf16" : "fp8", snip_isa_name((snip_isa)isa));
+            CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
+            for (i = 0; i < M; i++)
+                for (j = 0; j < N; j++) {
+                    double sum = 0, e;
+                    for (k = 0; k < K; k++)
+                        sum += f ? (double)snip_bf16_to_f32(a16[i * K + k]) * (double)snip_bf16_to_f32(b16[j * K + k])
+                                 : (double)snip_e4m3_to_f32(a8[i * K + k]) * (double)sa[i * TILES + k / 128] * (double)snip_e4m3_to_f32(b8[j * K + k]) * (double)sb[j * TILES + k / 128];
+                    e = (double)c[i * N + j] - sum;
+                    err += e * e;
+                    all += sum * sum;
+                    zero &= c[i * N + j] == 0;
+                }
+            CHECK(flushes ? zero : err < 2e-6 * 2e-6 * all);
+        }
     free(scratch);
 }
 
@@ -506,6 +551,37 @@ static void test_refused(void) {
     CHECK(snip_isa_available(SNIP_ISA_BEST) && snip_isa_available(SNIP_ISA_SCALAR) && !snip_isa_available(SNIP_ISA_COUNT) && !snip_isa_available((snip_isa)-1));
 }
 
+#ifdef SNIPI_EMULATED
+// Which units a pair of operands runs on, and that nothing would have faulted.
+static void test_emulation(void) {
+    static const struct { int a, b; int64_t k; int units; } cases[] = {         // of `kinds`; units: 0 FMA, 1 BF16, 2 INT8
+        { 6, 8, 1057, 1 }, { 4, 5, 513, 1 }, { 9, 10, 300, 1 }, { 12, 9, 129, 1 }, { 15, 13, 200, 1 }, { 9, 16, 300, 1 }, { 17, 6, 300, 1 }, { 11, 14, 700, 1 },
+        { 26, 9, 512, 1 }, { 0, 6, 64, 0 }, { 0, 9, 128, 0 }, { 25, 9, 256, 0 }, { 16, 17, 300, 2 }, { 20, 19, 100, 2 }, { 21, 22, 2049, 2 }
+    };
+    static const snip_isa isas[2] = { SNIP_ISA_AVX512_BF16, SNIP_ISA_AMX };
+    size_t i;
+    int j;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++)
+        for (j = 0; j < 2 && snip_isa_available(isas[j]); j++) {
+            operand a = operand_new(&kinds[cases[i].a], 3, cases[i].k, 1), b = operand_new(&kinds[cases[i].b], 5, cases[i].k, 2);
+            void *scratch = exact(snip_gemm_scratch(3, 5, cases[i].k));
+            float c[15];
+            long bf16 = emulated_products[j ? 3 : 1], s8 = emulated_products[2];
+            snprintf(what, sizeof what, "units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name, snip_isa_name(isas[j]));
+            CHECK(snip_gemm(3, 5, cases[i].k, &a.operand, &b.operand, c, 5, 0, NULL, scratch, isas[j]) == SNIP_OK);
+            CHECK((emulated_products[j ? 3 : 1] > bf16) == (cases[i].units == 1));
+            CHECK((emulated_products[2] > s8) == (cases[i].units == 2 && j == 1));
+            free(scratch);
+            operand_free(&a);
+            operand_free(&b);
+        }
+    strcpy(what, "emulation");
+    CHECK(emulated_faults == 0 && !emulated_tiles.shaped);
+    CHECK(emulated_products[0] > 0 || !snip_isa_available(SNIP_ISA_AVX_VNNI));
+    printf("emulated: %ld vpdpbusd, %ld vdpbf16ps, %ld tdpbssd, %ld tdpbf16ps\n", emulated_products[0], emulated_products[1], emulated_products[2], emulated_products[3]);
+}
+#endif
+
 int main(int argc, char **argv) {
     int isa;
     if (argc > 1) rng_state = strtoull(argv[1], NULL, 10);
@@ -519,9 +595,13 @@ int main(int argc, char **argv) {
     test_edges();
     test_largest();
     test_nonfinite();
+    test_tiny();
     strcpy(what, "coverage");
     CHECK(few > 1 || (exact_cases > 200 && close_cases > 500));
     printf("%ld exact products, %ld close ones: relative error at most %.2g (f32, bf16) and %.2g\n", exact_cases, close_cases, worst_f32, worst_other);
+#ifdef SNIPI_EMULATED
+    test_emulation();
+#endif
     printf("%ld passed, %ld failed\n", passed, failed);
     return failed != 0;
 }

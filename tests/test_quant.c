@@ -223,6 +223,9 @@ static const int tiles[][2] = { { 0, 0 }, { 1, 0 }, { 1, 128 }, { 128, 128 }, { 
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0], N_TILES = sizeof tiles / sizeof tiles[0] };
 
 static uint64_t digest[SNIP_ISA_COUNT];
+static int quantizes_as_another(int isa) {
+    return isa == SNIP_ISA_AVX_VNNI || (isa >= SNIP_ISA_AVX512_VNNI && isa <= SNIP_ISA_AMX) || isa == SNIP_ISA_NEON_DOT;
+}
 static void absorb(int isa, const void *p, size_t n) {
     const unsigned char *c = (const unsigned char *)p;
     while (n--) digest[isa] = (digest[isa] ^ *c++) * 1099511628211u;
@@ -265,7 +268,7 @@ static int compare(const snip_recipe *r, int rows, int cols, int ld, int hash_on
     for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
         snip_quantize_job job;
         snip_quant_stats stats, stats_t;
-        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI || isa == SNIP_ISA_NEON_DOT) continue;     // these quantize as the one before
+        if (!snip_isa_available((snip_isa)isa) || quantizes_as_another(isa)) continue;
         memset(&job, 0, sizeof job);
         memset(codes, 0xAA, nc + 1);
         memset(scales, 0, sizeof scales > ns + 8 ? ns + 8 : ns);
@@ -453,7 +456,7 @@ static void test_blocks(void) {
                             int at = isa != SNIP_ISA_SCALAR;
                             snip_quantize_job job;
                             size_t nc = snip_codes_bound(&r, rows, cols), ns = snip_scales_bound(&r, rows, cols), nt = snip_codes_bound(&r, cols, rows), nst = snip_scales_bound(&r, cols, rows);
-                            if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_AVX512_VNNI || isa == SNIP_ISA_NEON_DOT) continue;
+                            if (!snip_isa_available((snip_isa)isa) || quantizes_as_another(isa)) continue;
                             memset(&job, 0, sizeof job);
                             memset(c[at], 0, nc + nt); memset(s[at], 0, ns + nst + 8); memset(st[at], 0, sizeof st[at]);
                             job.x = pass >= 6 ? (void *)half : (void *)data;
