@@ -2,8 +2,8 @@
 //
 // Trains a small Llama in bfloat16 for --warm steps. From that checkpoint every plan trains --steps steps more on the same
 // batches as a bfloat16 twin, once per seed (batches, rounding and random plans differ); no plan is changed on the way. The
-// learning rate falls linearly to 0 over those steps, for the twin as well: runs that differ in rounding alone then end
-// two to five times as close as at a constant rate. --from-scratch: from step 50 on, plans made anew every --every steps (100).
+// learning rate falls linearly to 0 over those steps, for the twin as well: gaps then scatter over the seeds less than half
+// as widely as at a constant rate. --from-scratch: from step 50 on, plans made anew every --every steps (100).
 //
 // Prints, tab-separated: quality, setting, budget, maker, gap_own, gap_high, half_width_95, fp4_share. The gap is that of
 // the validation loss to the twin's in nats a token, under the plan's precision (own) and with the trained weights in
