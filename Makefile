@@ -29,7 +29,7 @@ $(B)/train_llama: examples/train_llama.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
 $(B)/minimal: examples/minimal.c $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
-$(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h $(TRAINER) $(HEADERS) | $(B)
+$(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_gemm_emulated: tests/test_gemm.c tests/emulate_x86.h
 $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)

@@ -6,10 +6,10 @@
 //   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
 //            three of the layer's GEMMs run in the format; u is the AdamW update
 // Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone (norms.h).
-// "additive" is the sum of the single layers' truths against the truth of whole random plans. The options are the trainer's;
-// --steps defaults to 400 here.
+// "additive" is the sum of the single layers' truths against the truth of whole random plans. The options are the trainer's
+// and --recipe default|rne|tensor|tensor-sr|mxfp4|nvfp4 (norms.h); --steps defaults to 400 here.
 //
-//   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N]
+//   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N] [--recipe NAME]
 //
 // Prints, tab-separated: fidelity, loss|weight, estimator, format, fwd|dgrad|wgrad|all, Spearman, Kendall, median of
 // estimate / truth, standard deviation of its log10 (both over the layers where estimate and truth are positive).
@@ -19,6 +19,7 @@
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #include "norms.h"
+#include "stats.h"
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
 
@@ -34,35 +35,16 @@ static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return (x > y) - (x < y);
 }
-// Ranks, ties averaged.
-static void ranks(const double *x, int n, double *rank) {
-    for (int i = 0; i < n; i++) {
-        int below = 0, equal = 0;
-        for (int j = 0; j < n; j++) { below += x[j] < x[i]; equal += x[j] == x[i]; }
-        rank[i] = below + 0.5 * (equal - 1);
-    }
-}
-static double correlation(const double *x, const double *y, int n) {
-    double mx = 0, my = 0, xy = 0, xx = 0, yy = 0;
-    for (int i = 0; i < n; i++) { mx += x[i] / n; my += y[i] / n; }
-    for (int i = 0; i < n; i++) { xy += (x[i] - mx) * (y[i] - my); xx += (x[i] - mx) * (x[i] - mx); yy += (y[i] - my) * (y[i] - my); }
-    return xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : 0;
-}
 static void report(const char *what, const char *estimator, const char *format, const char *gemm, const pair *p, int n, int column) {
-    double *x = (double *)tr_alloc((size_t)n * 5 * sizeof *x), *y = x + n, *rx = y + n, *ry = rx + n, *ratio = ry + n;
-    double agree = 0, mean = 0, spread = 0;
+    double *x = (double *)tr_alloc((size_t)n * 3 * sizeof *x), *y = x + n, *ratio = y + n, mean = 0, spread = 0;
     int positive = 0;
     for (int i = 0; i < n; i++) { x[i] = p[i].estimate[column]; y[i] = p[i].truth; }
-    ranks(x, n, rx);
-    ranks(y, n, ry);
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < i; j++) agree += ((x[i] > x[j]) - (x[i] < x[j])) * ((y[i] > y[j]) - (y[i] < y[j]));
     for (int i = 0; i < n; i++) if (x[i] > 0 && y[i] > 0) ratio[positive++] = x[i] / y[i];
     qsort(ratio, (size_t)positive, sizeof *ratio, by_value);
     for (int i = 0; i < positive; i++) mean += log10(ratio[i]) / positive;
     for (int i = 0; i < positive; i++) spread += (log10(ratio[i]) - mean) * (log10(ratio[i]) - mean) / positive;
-    printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, format, gemm, correlation(rx, ry, n),
-           n > 1 ? agree / (0.5 * n * (n - 1)) : 0, positive ? ratio[positive / 2] : 0, sqrt(spread));
+    printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, format, gemm, stats_spearman(x, y, n), stats_kendall(x, y, n),
+           positive ? ratio[positive / 2] : 0, sqrt(spread));
     free(x);
 }
 
@@ -105,8 +87,13 @@ int main(int argc, char **argv) {
     args[n_args++] = argv[0];
     static char steps_default[] = "--steps=400", seq_default[] = "--seq=256", lr_default[] = "--lr=1e-3";
     args[n_args++] = steps_default; args[n_args++] = seq_default; args[n_args++] = lr_default;
+    const char *recipes = "default";
     if (argc > 60) tr_die("too many options");
-    for (int i = 1; i < argc; i++) args[n_args++] = argv[i];
+    for (int i = 1; i < argc; i++) {
+        if (strncmp(argv[i], "--recipe", 8) || (argv[i][8] && argv[i][8] != '=')) { args[n_args++] = argv[i]; continue; }
+        if (!argv[i][8] && i + 1 == argc) tr_die("--recipe needs a value");
+        recipes = argv[i][8] ? argv[i] + 9 : argv[++i];
+    }
     tr_parse(&o, n_args, args);
 #ifdef _OPENMP
     if (o.threads) omp_set_num_threads((int)o.threads);
@@ -117,6 +104,7 @@ int main(int argc, char **argv) {
     if (llama_config_check(&config)) tr_die("%s", llama_config_check(&config));
     snip_desc desc, truth_desc;
     memset(&desc, 0, sizeof desc);
+    if (!norms_recipes(&desc, recipes)) tr_die("--recipe is default, rne, tensor, tensor-sr, mxfp4 or nvfp4, not '%s'", recipes);
     desc.every = (int)o.steps;
     desc.seed = (uint64_t)o.seed;
     truth_desc = desc;

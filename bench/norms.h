@@ -68,4 +68,20 @@ static inline double norms_operands(const norms_layer *q, int f, int gemm, int r
     double e_a = gemm == SNIP_FWD ? q->e_x[f] : q->e_dy[f], e_b = gemm == SNIP_WGRAD ? q->e_x[f] : q->e_w[f];
     return relative ? norms_ratio(e_a, a) + norms_ratio(e_b, b) : e_a + e_b;
 }
+
+// Recipes by name, into desc: "default"; "rne": gradients to nearest; "tensor": that, and one scale a tensor; "tensor-sr": one scale a tensor; "mxfp4", with MXFP8,
+// and "nvfp4", with MXFP8, gradients rounded stochastically in FP4. 0: no such name.
+static inline int norms_recipes(snip_desc *desc, const char *name) {
+    static const snip_recipe tile8 = SNIP_RECIPE_FP8_TILE, block8 = SNIP_RECIPE_FP8_BLOCK, tile4 = SNIP_RECIPE_FP4_TILE, block4 = SNIP_RECIPE_FP4_BLOCK;
+    static const snip_recipe mx8 = SNIP_RECIPE_MXFP8, mx4 = SNIP_RECIPE_MXFP4, nv4 = SNIP_RECIPE_NVFP4;
+    int mx = !strcmp(name, "mxfp4"), nv = !strcmp(name, "nvfp4"), tensor = !strncmp(name, "tensor", 6), nearest = !strcmp(name, "tensor") || !strcmp(name, "rne");
+    snip_recipe *all[6] = { &desc->fp8.activation, &desc->fp8.weight, &desc->fp8.gradient, &desc->fp4.activation, &desc->fp4.weight, &desc->fp4.gradient };
+    if (!mx && !nv && !nearest && strcmp(name, "default") && strcmp(name, "tensor-sr")) return 0;
+    for (int i = 0; i < 6; i++) {
+        *all[i] = mx || nv ? i < 3 ? mx8 : mx ? mx4 : nv4 : i < 3 ? i == 1 ? block8 : tile8 : i == 4 ? block4 : tile4;
+        if (tensor) all[i]->tile_rows = all[i]->tile_cols = 0;
+    }
+    if (!nearest) desc->fp4.gradient.rounding = SNIP_ROUND_STOCHASTIC;
+    return 1;
+}
 #endif // NORMS_H

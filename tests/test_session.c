@@ -734,6 +734,24 @@ static void test_update_estimates(void) {
         }
         CHECK(a.fp4.loss_second == b.fp4.loss_second);
     }
+    for (i = 0; i < 2; i++) {       // backward costs: what lies along dY when rounded to nearest repeats, the rest is divided by the horizon
+        snip_recipe gradient = d.fp4.gradient;
+        snip_layer_info info;
+        double dy_sq = 0, r;
+        int j;
+        note("backward costs");
+        snip_destroy(s);
+        d.horizon = 50;
+        if (i) d.fp4.gradient.rounding = SNIP_ROUND_STOCHASTIC;
+        s = snip_create(&d);
+        model_add(&n, s, 1);
+        for (step = 0; step < 2; step++) CHECK(model_step(&n, s, o.step, 0) == SNIP_OK);
+        snip_layer(s, 1, &info);
+        for (j = 0; j < ROWS * OUT; j++) dy_sq += (double)clean_dy[j] * (double)clean_dy[j];
+        r = i ? 0 : rounding_error(&gradient, clean_dy, ROWS, OUT) * ROWS * OUT / dy_sq;
+        for (g = 1; g < 3; g++) CHECK(near(info.fp4.cost[g], info.fp4.update[g] * (r + (1 - r) / 50), 1e-3));
+        if (!i) CHECK(r > 0.002);
+    }
     snip_destroy(s);
     snip_destroy(exact);
     for (l = 0; l < 2; l++) free(clean_dw[l]);
