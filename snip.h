@@ -141,8 +141,8 @@ typedef struct {                        // how a matrix is quantized
 
 // Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON. AVX_VNNI,
 // AVX512_BF16 and AMX (INT8 and BF16) have run only with the new instructions emulated, not yet on such a machine.
-// AMX is on Linux only; the first call that looks for it asks the kernel's permission for the process, after which
-// sigaltstack wants some 11 KiB. Where it is refused, the next best is used.
+// AMX is on Linux only: the first call that looks for it asks the kernel's permission for the process, after which signal
+// stacks (sigaltstack) need 8 KiB more, for the tiles. Where it is refused, the next best is used.
 typedef enum {
     SNIP_ISA_BEST, SNIP_ISA_SCALAR,
     SNIP_ISA_AVX2, SNIP_ISA_AVX_VNNI,
@@ -3485,7 +3485,7 @@ static int snipi_amx_usable(void) {
     uint32_t r[4], saved;
     long result;
     snipi_cpuid(0x1D, 1, r);
-    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "edx");
+    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "rdx");
     if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return result == 0;
