@@ -44,7 +44,7 @@ $(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) |
 	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
 
 TESTS = test_ilp test_codec test_quant test_gemm test_gemm_emulated test_session test_train test_report test_cuda
-SHELL_TESTS ?= trainer headers compilers targets instructions reference cuda_faults cuda_compile
+SHELL_TESTS ?= trainer headers compilers targets instructions reference cuda_trainer cuda_faults cuda_compile
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:

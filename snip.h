@@ -35,6 +35,12 @@
 //   The optimizer, master weights, data, attention, norms, communication between ranks. The same
 //   batch must be used for every pass of a step, and the weights must not move between the passes.
 //
+// WHEN IT MEASURES, AND WHEN A PLAN CHANGES
+//   Every desc.every steps; under a plan also when the loss spikes, or inputs and gradients drift, though not
+//   within every / 10 steps of the last time. Costs are averages over measurements with standard errors; a GEMM
+//   changes its format only where that saves more than 2 of them. From a spike to its measurement no GEMM is below
+//   FP8. snip_reason() says in a line what was done and why. With every < 0 nothing ever changes by itself.
+//
 // ERRORS
 //   Functions that can fail return snip_status, in every build. A refused argument leaves the outputs
 //   untouched. NaN and infinity in a tensor are counted and reported as SNIP_NONFINITE, after the work
@@ -135,8 +141,8 @@ typedef struct {                        // how a matrix is quantized
 
 // Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON. AVX_VNNI,
 // AVX512_BF16 and AMX (INT8 and BF16) have run only with the new instructions emulated, not yet on such a machine.
-// AMX is on Linux only; the first call that looks for it asks the kernel's permission for the process, after which
-// sigaltstack wants some 11 KiB. Where it is refused, the next best is used.
+// AMX is on Linux only: the first call that looks for it asks the kernel's permission for the process, after which signal
+// stacks (sigaltstack) need 8 KiB more, for the tiles. Where it is refused, the next best is used.
 typedef enum {
     SNIP_ISA_BEST, SNIP_ISA_SCALAR,
     SNIP_ISA_AVX2, SNIP_ISA_AVX_VNNI,
@@ -264,14 +270,20 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 typedef struct snip snip;
 typedef enum { SNIP_FWD, SNIP_DGRAD, SNIP_WGRAD, SNIP_GEMMS } snip_gemm_kind;
 typedef struct { snip_recipe activation, weight, gradient; } snip_recipes;     // of the GEMMs in one precision
-typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION } snip_optimizer;
+// SNIP_ADAMW serves Adam too: decay is no part of D, an update's slope in its gradient. SNIP_CUSTOM: D by callback.
+// Muon has no D per weight, as its slope mixes all elements of a matrix, and needs an SVD. White errors it multiplies by D on average,
+// D^2 = (sum over i != j of 2 / (s_i + s_j)^2 + |out - in| * sum of 1 / s_i^2) / (out * in), s_i the momentum's singular values: a callback can fill that in.
+typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION, SNIP_CUSTOM } snip_optimizer;
+// Fills d [out][in] with the slope of each weight's next update in its gradient, and returns |u|^2 of the layer's last update,
+// both at learning rate 1. d NULL: |u|^2 alone is wanted. Called on measuring steps, several times a layer.
+typedef double (*snip_sensitivity_fn)(void *user, int layer, float *d);
 typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, void *user); void *user; } snip_alloc;
 
 typedef struct {                // zero means the default
     double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]
     double speedup;             // positive: instead of budget, each stage's linear GEMMs this many times as fast as in `high`,
     double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times
-    int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never
+    int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never, and the plan is frozen
     uint64_t seed;
     int n_stages;               // pipeline stages; 0: 1
     int per_layer;              // 1: one precision for a layer's three GEMMs, as in the paper
@@ -282,6 +294,12 @@ typedef struct {                // zero means the default
     double horizon;             // steps over which rounding noise of the backward GEMMs averages out; 0: 100
     double sample;              // share of the output features on which wgrad's error is measured; 0: 0.125
     snip_optimizer optimizer;   // whose updates the weight divergence is about: SNIP_ADAMW (default)
+    snip_sensitivity_fn sensitivity;        // of SNIP_CUSTOM, and its first argument
+    void *sensitivity_user;
+    double margin;              // a GEMM changes its format where that saves more than this many standard errors of its costs; 0: 2; negative: any saving
+    double spike;               // a loss this many deviations above its running mean is a spike; 0: 6; negative: none is
+    snip_format fallback;       // least format from a spike to the next measurement: SNIP_E4M3 (default), SNIP_BF16, SNIP_F32; SNIP_E2M1: the plan stays
+    double drift;               // binary orders by which inputs and gradients drift until they are measured anew; 0: 1; negative: any number
     snip_recipes fp8, fp4;      // zero format: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR
     snip_isa isa;
     snip_alloc alloc;
@@ -296,7 +314,7 @@ typedef struct {                // of the step just taken: update = lr * mhat / 
 typedef struct {                // what one precision would do to one layer (>>session-impl has the formulas)
     double loss_first, loss_second;         // of the last measurement: first-order and curvature part of the loss change
     double update[SNIP_GEMMS];              // relative squared error of the model's next update, by GEMM
-    double cost[SNIP_GEMMS];                // what the solver was given
+    double cost[SNIP_GEMMS], error[SNIP_GEMMS];     // what the solver was given: averaged over measurements; its standard error
 } snip_estimate;
 typedef struct {
     const char *name;
@@ -306,6 +324,7 @@ typedef struct {
     snip_estimate fp8, fp4;
     int64_t nonfinite, saturated;           // operand elements of the current step so far
     double seconds[3][SNIP_GEMMS];          // in `high`, FP8, FP4: measured or set; 0: not yet
+    double measurements;                    // that the costs rest on, old ones counting less: at most 5
 } snip_layer_info;
 typedef enum { SNIP_PASS_ORDINARY, SNIP_PASS_LOSS_PROBE, SNIP_PASS_UPDATE_PROBE, SNIP_PASS_CLEAN } snip_pass;
 typedef enum { SNIP_TRAIN, SNIP_EVAL /* forward under the plan, outside any pass */, SNIP_EVAL_HIGH /* in desc.high */ } snip_mode;
@@ -334,7 +353,7 @@ SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const fl
 // backward call of a pass belongs to its n-th forward call.
 SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                           const float *inp, const float *weight, int64_t rows);
-// After all forward and backward calls of a pass. 1: run the same batch once more from zeroed gradients.
+// After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed gradients.
 SNIP_API int snip_next_pass(snip *, double loss);
 // After the optimizer, once snip_next_pass has returned 0. On a measuring step: turns the measurements into costs, solves, switches the plan.
 // Returns the step's first error, also one that snip_linear_forward or _backward has returned before.
@@ -349,6 +368,7 @@ SNIP_API int         snip_layers(const snip *);
 SNIP_API snip_status snip_layer(const snip *, int layer, snip_layer_info *);
 SNIP_API double      snip_share(const snip *, snip_format);     // share of the linear layers' FLOPs planned in a format
 SNIP_API const char *snip_message(const snip *);        // one line on the last error, "" if none
+SNIP_API const char *snip_reason(const snip *);         // "step N: ..." on the last plan, kept plan, spike or drift and why; "" before the first
 
 SNIP_API snip_status snip_plan_print(const snip *, FILE *);     // table: blocks x kinds, one mark per GEMM
 SNIP_API snip_status snip_plan_save(snip *, const char *path);  // text; written aside, then renamed
@@ -688,36 +708,46 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
 }
 
 // a * b + c with the product rounded, whatever the compiler may fuse.
-static double snipi_mul_add(double a, double b, double c) {
+SNIPI_HD SNIPI_INLINE double snipi_mul_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+    return __dadd_rn(__dmul_rn(a, b), c);
+#else
     double p = a * b;
     SNIPI_HIDDEN(p);
     return p + c;
+#endif
 }
 // -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
-static double snipi_minus_2_log(uint32_t w) {
-    static const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
+SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
+    const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
     double m = (double)w + 0.5, t, t2, sum = 1.0 / 15, above;
-    int e = -32, i;
-    while (m >= 1.4142135623730951) { m *= 0.5; e++; }
-    while (m < 0.70710678118654757) { m *= 2; e--; }
+    uint64_t u;
+    int e, i;
+    memcpy(&u, &m, 8);
+    e = (int)(u >> 52) - 1023 - 32;
+    u = (u & 0xFFFFFFFFFFFFFu) | (uint64_t)1023 << 52;
+    memcpy(&m, &u, 8);
+    if (m >= 1.4142135623730951) { m *= 0.5; e++; }
     above = m + 1;
     SNIPI_HIDDEN(above);
     t = (m - 1) / above;
     t2 = t * t;
     SNIPI_HIDDEN(t2);
+    SNIPI_UNROLL
     for (i = 0; i < 7; i++) sum = snipi_mul_add(sum, t2, terms[i]);
     t *= -4 * sum;
     SNIPI_HIDDEN(t);
     return snipi_mul_add(-2 * 0.69314718055994531, e, t);
 }
 // cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
-static void snipi_turn(uint32_t w, double *cosine, double *sine) {
-    static const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
-    static const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
+SNIPI_HD static void snipi_turn(uint32_t w, double *cosine, double *sine) {
+    const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
+    const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
     uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
     double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
     int i;
     SNIPI_HIDDEN(r2);
+    SNIPI_UNROLL
     for (i = 0; i < 6; i++) {
         x = snipi_mul_add(x, r2, c[i]);
         y = snipi_mul_add(y, r2, s[i]);
@@ -726,10 +756,10 @@ static void snipi_turn(uint32_t w, double *cosine, double *sine) {
     *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
     *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
 }
-SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     // Box and Muller
+SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4]) {      // Box and Muller
     uint32_t w[4];
     int i;
-    snip_philox(key, index, w);
+    snipi_philox(key, index, w);
     for (i = 0; i < 4; i += 2) {
         double radius = sqrt(snipi_minus_2_log(w[i])), x, y;
         snipi_turn(w[i + 1], &x, &y);
@@ -737,6 +767,7 @@ SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) {     /
         out[i + 1] = (float)(radius * y);
     }
 }
+SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
 SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
     int64_t b, blocks = snipi_ceil_div(n, 4);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
@@ -3457,10 +3488,10 @@ static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
 // process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small signal stack refuses.
 static int snipi_amx_usable(void) {
 #ifdef __linux__
-    uint32_t r[4], saved, high;
+    uint32_t r[4], saved;
     long result;
     snipi_cpuid(0x1D, 1, r);
-    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "rdx");
     if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return result == 0;
@@ -3674,6 +3705,8 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
                 }
                 for (j = used; j < width; j++) to[j] = 0.0f;
             }
+        else if (side->operand->recipe->format == SNIP_F32 && used == width)
+            vector->transpose(x + row0 * side->ld + k0 + k, side->ld, width, (int)n, panel + k * width, width);
         else {
             for (i = 0; i < used; i++) snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
             memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
@@ -3985,6 +4018,17 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // noise, which averages out over steps, but for the share r of dY's squared error that lies along dY and so returns with it. r = 0 where
 // rounding is stochastic. To nearest a code is about the mean of what it stands for: <Q(x), e> = 0, so <x, e> = -|e|^2 and
 // r = <x, e>^2 / (|x|^2 |e|^2) = |e|^2 / |x|^2: 0.02 in FP4 tiles, 0.03 to 0.27 where one scale a tensor flushes small gradients to 0.
+// Each term is a mean over measurements (snipi_costs).
+//
+// A GEMM's change of format counts `margin` standard errors on top of its cost: a plan changes only where that pays, and
+// noise does not move it. Errors are added, not their squares: a new plan is chosen because its errors happen to be low.
+//
+// A measuring step comes every `every` steps and, under a plan, when the loss spikes or the statistics drift, but not within
+// every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until the measurement;
+// the plan is then made afresh, without a margin for the old one.
+//
+// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.5 (width 512) to 4.1 (width 128)
+// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor.
 enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
@@ -3997,7 +4041,8 @@ typedef struct {                // of one candidate format, over the step's micr
     double err_x, err_w, err_dy, dot_x, dot_w;
     double wgrad_err;           // |D * dW_err|^2
 } snipi_measured;
-typedef struct { double count, first, first_var, second, update[SNIP_GEMMS]; } snipi_average;   // over measurements
+enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
+typedef struct { double mean[SNIPI_TERMS], variance[SNIPI_TERMS]; } snipi_average;      // over measurements
 
 typedef struct { void *codes, *scales; int64_t nonfinite, saturated; const float *held; snip_format format; } snipi_cached;     // held: the weight quantized in this pass
 
@@ -4015,10 +4060,13 @@ typedef struct {
     int64_t elements_x, elements_y;             // seen by this pass
     double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
     float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
+    double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
     double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];       // in desc.high, then in each candidate
+    double seen_sq[2], seen[2];                 // of a sample of X and dY, in this step
+    double level[2], reference[2];              // log2 of their rms: running mean, and as it was at the last measurement
     int64_t micros;                             // forward calls of the last pass
     snipi_cached weight[2];                     // W and its transpose, where micro-batches share them
 } snipi_layer;
@@ -4036,7 +4084,12 @@ struct snip {
     int plans;
     double tau, loss, solve_seconds;
     snip_adamw adamw;           // of the last step
-    char message[256];
+    double measurements, squared_weights;       // averaged over; sum of the squares of their weights
+    double loss_mean, loss_deviation;           // running, of `losses` steps; `levels` steps of snipi_layer.level
+    int64_t losses, levels, measured;           // step of the last measurement
+    int64_t due, fallen;        // a measurement is wanted before its time; a spike has put GEMMs into `fallback`
+    int told;                   // the loss of this step
+    char message[256], reason[256];
 };
 
 static void *snipi_default_alloc(size_t size, void *user) { (void)user; return SNIP_MALLOC(size); }
@@ -4083,7 +4136,9 @@ SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
     if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
-    if ((int)d->optimizer < 0 || d->optimizer > SNIP_LION) return SNIP_BAD_ARGUMENT;
+    if ((int)d->optimizer < 0 || d->optimizer > SNIP_CUSTOM || (d->optimizer == SNIP_CUSTOM && !d->sensitivity)) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(d->margin) || snipi_nonfinite_f64(d->spike) || snipi_nonfinite_f64(d->drift)) return SNIP_BAD_ARGUMENT;
+    if ((int)d->fallback != 0 && !snipi_plain(d->fallback) && d->fallback != SNIP_E4M3 && d->fallback != SNIP_E2M1) return SNIP_BAD_ARGUMENT;
     if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
     return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
 }
@@ -4100,10 +4155,12 @@ static void snipi_begin_pass(snip *s, snip_pass pass) {
 }
 static int snipi_probes_updates(const snip *s) { return s->desc.update_weight > 0; }
 static void snipi_begin_step(snip *s) {
-    int l, measure = s->desc.every > 0 && s->step > 0 && s->step % s->desc.every == 0;
+    int l, measure = s->desc.every > 0 && s->step > 0 && (s->step % s->desc.every == 0 || (s->due && s->step >= s->measured + s->desc.every / 10));
+    s->told = 0;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         layer->nonfinite = layer->saturated = 0;
+        layer->seen_sq[0] = layer->seen_sq[1] = layer->seen[0] = layer->seen[1] = 0;
         if (!measure) continue;
         memset(layer->measured, 0, sizeof layer->measured);
         memset(layer->sketch, 0, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
@@ -4128,6 +4185,10 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
     if (d.update_weight == 0) d.update_weight = 1;
     if (d.horizon == 0) d.horizon = 100;
     if (d.sample == 0) d.sample = 0.125;
+    if (d.margin == 0) d.margin = 2;
+    if (d.spike == 0) d.spike = 6;
+    if ((int)d.fallback == 0) d.fallback = SNIP_E4M3;
+    if (d.drift == 0) d.drift = 1;
     if ((int)d.fp8.activation.format == 0) d.fp8.activation = fp8_tile;
     if ((int)d.fp8.weight.format == 0) d.fp8.weight = fp8_block;
     if ((int)d.fp8.gradient.format == 0) d.fp8.gradient = fp8_tile;
@@ -4212,7 +4273,7 @@ SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const f
 }
 SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || s->desc.optimizer == SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
+    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION)) return SNIP_BAD_ARGUMENT;
     l->m = m;
     return SNIP_OK;
 }
@@ -4429,7 +4490,6 @@ static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const fl
         for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
 }
-static double snipi_sketched_sq(const snipi_layer *l, int which) { return snipi_sum_sq(l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH); }
 
 static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *c) {
     snip_recipe recipe = SNIP_RECIPE_F32;
@@ -4463,12 +4523,13 @@ static snip_status snipi_sketch_projected(snip *s, snipi_layer *l, int which, co
 // SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's noise, N(0, noise^2):
 // 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all noise, of variance
 // noise^2 (1 - beta2) / (1 + beta2).
+// SNIP_CUSTOM: `custom`, as the callback has filled it in.
 typedef struct { snip_optimizer kind; const float *state; float numerator, scale, eps; } snipi_sensitivity;
-static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l) {
+static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l, const float *custom) {
     const snip_adamw *o = &s->adamw;
     snipi_sensitivity d;
     d.kind = s->desc.optimizer;
-    d.state = d.kind == SNIP_ADAMW ? l->v : l->m;
+    d.state = d.kind == SNIP_CUSTOM ? custom : d.kind == SNIP_ADAMW ? l->v : l->m;
     d.numerator = 1;
     d.scale = 0;
     d.eps = (float)o->eps;
@@ -4482,14 +4543,19 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
     }
     return d;
 }
-SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
+SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
     float x = d->state[i];
     if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
+    if (d->kind == SNIP_CUSTOM) return x;
     return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
 }
 static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
-    snipi_sensitivity d = snipi_sensitivity_of(s, l);
+    snipi_sensitivity d = snipi_sensitivity_of(s, l, out);
     int64_t i;
+    if (d.kind == SNIP_CUSTOM) {
+        s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
+        return;
+    }
     SNIPI_OMP(omp parallel for schedule(static))
     for (i = 0; i < l->n * l->k; i++) out[i] = snipi_sensitivity_at(&d, i);
 }
@@ -4513,14 +4579,17 @@ static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, co
     return noisy;
 }
 
+static int64_t snipi_samples(const snip *s, const snipi_layer *l) { return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))); }
 // |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
 static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
-    int64_t samples = snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
+    int64_t samples = snipi_samples(s, l), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
     float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
-    snipi_sensitivity d = snipi_sensitivity_of(s, l);
+    float *custom = s->desc.optimizer == SNIP_CUSTOM ? snipi_reserve_floats(s, SNIPI_SLOT_W, l->n * l->k) : NULL;
+    snipi_sensitivity d = snipi_sensitivity_of(s, l, custom);
     snip_status status = SNIP_OK;
     int f;
-    if (!picked || !result) return SNIP_OUT_OF_MEMORY;
+    if (!picked || !result || (s->desc.optimizer == SNIP_CUSTOM && !custom)) return SNIP_OUT_OF_MEMORY;
+    if (custom) snipi_sensitivities(s, l, custom);
     for (r = 0; r < rows; r++)
         for (i = 0; i < samples; i++) picked[r * samples + i] = dy[r * l->n + i * l->n / samples];
     for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
@@ -4555,6 +4624,16 @@ static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b,
     return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
 }
 
+// A sample of X (which 0) and dY (1), for the watch over drift: 64 runs of 16 elements, spread by the golden ratio so that they meet all channels.
+static void snipi_observe(snipi_layer *l, int which, const float *x, int64_t n) {
+    uint32_t r;
+    for (r = 0; r < 64; r++) {
+        int64_t i = (int64_t)((double)(r * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
+        l->seen[which] += (double)(end - i);
+        for (; i < end; i++) l->seen_sq[which] += (double)x[i] * (double)x[i];
+    }
+}
+
 SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows) {
     snipi_layer *l = snipi_layer_at(s, layer);
     const float *x = inp, *w = weight;
@@ -4566,8 +4645,10 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     if (s->mode != SNIP_TRAIN)
         return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
     micro = l->calls_forward++;
-    if (s->pass == SNIP_PASS_ORDINARY)
+    if (s->pass == SNIP_PASS_ORDINARY) {
+        snipi_observe(l, 0, inp, rows * l->k);
         return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
+    }
     if (s->pass == SNIP_PASS_LOSS_PROBE) {
         if (micro == 0) {
             l->weight_sq = snipi_sum_sq(weight, l->n * l->k);
@@ -4659,6 +4740,7 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     nonfinite = l->nonfinite;
     micro = l->calls_backward++;
     if (s->pass == SNIP_PASS_ORDINARY) {
+        snipi_observe(l, 1, dout, rows * l->n);
         if (dinp) status = snipi_dgrad(s, l, micro, l->format[SNIP_DGRAD], dinp, 1, dout, weight, rows);
         if (dweight && !status) status = snipi_wgrad(s, l, micro, l->format[SNIP_WGRAD], dweight, 1, dout, l->n, inp, rows);
     } else
@@ -4670,19 +4752,25 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
 }
 
 // ---- passes, costs, the plan
+static snip_status snipi_all_bound(snip *s) {
+    char message[160];
+    int l;
+    for (l = 0; l < s->n_layers; l++) {
+        if (s->layers[l].m || s->desc.optimizer == SNIP_CUSTOM) continue;
+        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
+        return snipi_fail(s, SNIP_NOT_BOUND, message);
+    }
+    return SNIP_OK;
+}
 // Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
 static snip_status snipi_prepare_update_probe(snip *s) {
     double sum = 0;
     int l;
+    if (snipi_all_bound(s)) return SNIP_NOT_BOUND;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-        char message[160];
-        if (!layer->m) {
-            snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", layer->name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
-            return snipi_fail(s, SNIP_NOT_BOUND, message);
-        }
         if (!d) return SNIP_OUT_OF_MEMORY;
         snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
@@ -4695,7 +4783,6 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
     int again = 0;
     if (!s) return 0;
     switch (s->pass) {
-        case SNIP_PASS_ORDINARY: break;
         case SNIP_PASS_LOSS_PROBE:
             if (snipi_probes_updates(s)) {
                 snip_status status = snipi_prepare_update_probe(s);
@@ -4709,7 +4796,11 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
             snipi_begin_pass(s, SNIP_PASS_CLEAN);
             again = 1;
             break;
-        case SNIP_PASS_CLEAN: s->loss = loss; break;
+        case SNIP_PASS_ORDINARY:
+        case SNIP_PASS_CLEAN:
+            s->loss = loss;
+            s->told = 1;
+            break;
     }
     return again;
 }
@@ -4723,10 +4814,11 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
         const snipi_layer *layer = &s->layers[l];
         double part[SNIPI_CHUNKS], u_sq = 0;
         int64_t n = layer->n * layer->k;
-        int c;
+        int c, custom = s->desc.optimizer == SNIP_CUSTOM;
+        if (custom) u_sq = s->desc.sensitivity(s->desc.sensitivity_user, l, NULL);
         SNIPI_OMP(omp parallel for schedule(static))
         for (c = 0; c < SNIPI_CHUNKS; c++) {
-            int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
+            int64_t i, end = custom ? 0 : n * (c + 1) / SNIPI_CHUNKS;
             double local = 0;
             for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
                 float u = s->desc.optimizer == SNIP_SGD_MOMENTUM ? layer->m[i] : 1.0f;         // Lion's are all -1 or 1
@@ -4745,45 +4837,147 @@ static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
     const snipi_measured *q = &l->measured[f];
     double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
-    double fwd_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DY) * l->input_sq, dgrad_sq = snipi_sketched_sq(l, SNIPI_SKETCH_X) * l->gradient_sq;
-    double dw_sq = snipi_sketched_sq(l, SNIPI_SKETCH_DW), by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
+    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
+    double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
     snip_estimate e;
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
     e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * snipi_sketched_sq(l, SNIPI_SKETCH_DYW) + q->err_w / n_w * by_fwd) * probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * snipi_sketched_sq(l, SNIPI_SKETCH_XW) + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
+    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * l->sketched_sq[SNIPI_SKETCH_DYW] + q->err_w / n_w * by_fwd) * probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }
 static int snipi_estimate_finite(const snip_estimate *e) {
     return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[0] + e->update[1] + e->update[2]);
 }
+// Mean and variance over measurements x, by exponential weights (Finch, Incremental calculation of weighted mean and variance, 2009):
+//   r = max(1 / n, 1/3),  d = x - mean,  mean += r d,  S = (1 - r) (S + r d^2),  q = (1 - r)^2 q + r^2, the sum of the squared weights.
+// One measurement deviates by var = S / (1 - q) on average, the mean by sqrt(q var); it rests on 1/q measurements, at most 5.
+static void snipi_average_term(snipi_average *a, int term, double x, double rate) {
+    double d = x - a->mean[term];
+    a->mean[term] += rate * d;
+    a->variance[term] = (1 - rate) * (a->variance[term] + rate * d * d);
+}
+static double snipi_variance(const snip *s, const snipi_average *a, int term) { return s->squared_weights < 1 ? a->variance[term] / (1 - s->squared_weights) : 0; }
+// Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one expected of
+// the mean's size from all layers, `relative`, which counts as 4 degrees of freedom (Smyth 2004, empirical Bayes). Of a single measurement the
+// error is taken to be as large as its value.
+static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
+    double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term], freedom = 1 / s->squared_weights - 1;
+    return s->squared_weights < 1 ? s->squared_weights * (4 * relative * (mean_sq + own) + freedom * own) / (4 + freedom) : mean_sq;
+}
 // Share r of the backward GEMMs' errors that repeats.
 static double snipi_repeating(const snip *s, const snipi_layer *l, int f) {
     double r = snipi_ratio(l->measured[f].err_dy, l->gradient_sq);
     return snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0 : r < 1 ? r : 1;
 }
-// Moving averages over measurements; the first-order term, whose sign moves with the batch, is shrunk by its own variance.
-static void snipi_average_layer(const snip *s, snipi_layer *l, int f) {
-    snipi_average *a = &l->average[f];
-    snip_estimate *e = &l->estimate[f];
-    double rate, d, first;
-    int g;
-    a->count += 1;
-    rate = a->count < 3 ? 1 / a->count : 1.0 / 3;
-    d = e->loss_first - a->first;
-    a->first += rate * d;
-    a->first_var = (1 - rate) * (a->first_var + rate * d * d);
-    a->second += rate * (e->loss_second - a->second);
-    for (g = 0; g < SNIP_GEMMS; g++) a->update[g] += rate * (e->update[g] - a->update[g]);
-    first = a->count < 2 ? 0.5 * a->first : a->first * snipi_ratio(a->first * a->first, a->first * a->first + a->first_var);
-    for (g = 0; g < SNIP_GEMMS; g++) {
-        double r = g == SNIP_FWD ? 1 : snipi_repeating(s, l, f);
-        e->cost[g] = s->desc.update_weight > 0 ? s->desc.update_weight * a->update[g] * (r + (1 - r) / s->desc.horizon) : 0;
+// Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in expectation where
+// rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris 1973): factor first^2 / (first^2 + error^2).
+static void snipi_costs(snip *s) {
+    double loss_weight = s->desc.loss_weight > 0 ? snipi_ratio(s->desc.loss_weight, fabs(s->loss)) : 0, update_weight = s->desc.update_weight > 0 ? s->desc.update_weight : 0;
+    int f, l, g, t;
+    for (f = 0; f < SNIPI_CANDIDATES; f++) {
+        double relative[SNIPI_TERMS];
+        for (t = 0; t < SNIPI_TERMS; t++) {
+            double deviation = 0, size = 0;
+            for (l = 0; l < s->n_layers; l++) {
+                const snipi_average *a = &s->layers[l].average[f];
+                deviation += snipi_variance(s, a, t);
+                size += a->mean[t] * a->mean[t] + snipi_variance(s, a, t);
+            }
+            relative[t] = snipi_ratio(deviation, size);
+        }
+        for (l = 0; l < s->n_layers; l++) {
+            const snipi_average *a = &s->layers[l].average[f];
+            snip_estimate *e = &s->layers[l].estimate[f];
+            double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST], error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
+            double keep = snipi_ratio(first_sq, first_sq + error_sq);
+            for (g = 0; g < SNIP_GEMMS; g++) {
+                double r = g == SNIP_FWD ? 1 : snipi_repeating(s, &s->layers[l], f), weight = update_weight * (r + (1 - r) / s->desc.horizon);
+                double loss_error_sq = g == SNIP_FWD ? keep * error_sq + snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]) : 0;
+                e->cost[g] = weight * a->mean[SNIPI_UPDATE + g] + (g == SNIP_FWD ? loss_weight * (keep * a->mean[SNIPI_FIRST] + a->mean[SNIPI_SECOND]) : 0);
+                e->error[g] = sqrt(weight * weight * snipi_error_sq(s, a, SNIPI_UPDATE + g, relative[SNIPI_UPDATE + g]) + loss_weight * loss_weight * loss_error_sq);
+            }
+        }
     }
-    if (s->desc.loss_weight > 0) e->cost[SNIP_FWD] += s->desc.loss_weight * snipi_ratio(first + a->second, fabs(s->loss));
+}
+static void snipi_average_measurement(snip *s) {
+    double rate;
+    int l, f, g;
+    s->measurements += 1;
+    rate = s->measurements < 3 ? 1 / s->measurements : 1.0 / 3;
+    s->squared_weights = (1 - rate) * (1 - rate) * s->squared_weights + rate * rate;
+    for (l = 0; l < s->n_layers; l++) {
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            const snip_estimate *e = &s->layers[l].estimate[f];
+            snipi_average *a = &s->layers[l].average[f];
+            snipi_average_term(a, SNIPI_FIRST, e->loss_first, rate);
+            snipi_average_term(a, SNIPI_SECOND, e->loss_second, rate);
+            for (g = 0; g < SNIP_GEMMS; g++) snipi_average_term(a, SNIPI_UPDATE + g, e->update[g], rate);
+        }
+        memcpy(s->layers[l].reference, s->layers[l].level, sizeof s->layers[l].reference);
+    }
+    snipi_costs(s);
+}
+
+// ---- watching
+static int snipi_is_candidate(snip_format format) { return format == snipi_candidates[0] || format == snipi_candidates[1]; }
+static int snipi_under_plan(const snip *s) {
+    int l, g;
+    for (l = 0; l < s->n_layers; l++)
+        for (g = 0; g < SNIP_GEMMS; g++) if (snipi_is_candidate(s->layers[l].format[g])) return 1;
+    return 0;
+}
+// A running mean of the losses and of their absolute deviation, both over about 32 steps; a loss counts as at most 3 deviations off, so that
+// a spike hardly moves them (Huber). A normal variable's standard deviation is 1.2533 times the mean absolute one; at least 0.5% of the loss is assumed.
+static int snipi_loss_spikes(snip *s) {
+    double off = s->loss - s->loss_mean, deviation = 1.2533 * s->loss_deviation, least = 0.005 * fabs(s->loss_mean), rate;
+    int spike = s->desc.spike > 0 && s->losses >= 32 && (snipi_nonfinite_f64(s->loss) || off > s->desc.spike * (deviation > least ? deviation : least));
+    if (snipi_nonfinite_f64(s->loss)) return spike;
+    s->losses++;
+    rate = s->losses < 32 ? 1 / (double)s->losses : 1.0 / 32;
+    if (s->losses > 32 && fabs(off) > 3 * deviation) off = off > 0 ? 3 * deviation : -3 * deviation;
+    s->loss_mean += rate * off;
+    s->loss_deviation += rate * ((s->losses > 1 ? fabs(off) : 0) - s->loss_deviation);
+    return spike;
+}
+// Root mean square, over the layers' X and dY, of log2(rms now / rms at the last measurement), now being a mean of about 16 steps.
+static double snipi_drift(snip *s) {
+    double sum = 0, count = 0, rate = ++s->levels < 16 ? 1 / (double)s->levels : 1.0 / 16;
+    int l, w;
+    for (l = 0; l < s->n_layers; l++)
+        for (w = 0; w < 2; w++) {
+            snipi_layer *layer = &s->layers[l];
+            double level;
+            if (!(layer->seen_sq[w] > 0) || snipi_nonfinite_f64(layer->seen_sq[w])) continue;
+            level = 0.5 * log2(layer->seen_sq[w] / layer->seen[w]);
+            layer->level[w] += rate * (level - layer->level[w]);
+            sum += (layer->level[w] - layer->reference[w]) * (layer->level[w] - layer->reference[w]);
+            count++;
+        }
+    return sqrt(snipi_ratio(sum, count));
+}
+// After an ordinary step: is a measurement due before its time? A frozen plan is left alone.
+static void snipi_watch(snip *s, int spikes) {
+    double drift = snipi_drift(s);
+    int under_plan = s->desc.every > 0 && snipi_under_plan(s), l, g, count = 0;
+    if (under_plan && spikes) {
+        s->due = 1;
+        for (l = 0; l < s->n_layers && s->desc.fallback != SNIP_E2M1; l++)
+            for (g = 0; g < SNIP_GEMMS; g++)
+                if (snipi_is_candidate(s->layers[l].format[g]) && s->layers[l].format[g] != s->desc.fallback) {
+                    s->layers[l].format[g] = s->desc.fallback;
+                    count++;
+                }
+        if (count) s->fallen = 1;
+        l = snprintf(s->reason, sizeof s->reason, "step %lld: the loss spikes: %.4g, mean %.4g, deviation %.2g", (long long)s->step, s->loss, s->loss_mean, 1.2533 * s->loss_deviation);
+        snprintf(s->reason + l, sizeof s->reason - (size_t)l, count ? "; %d GEMMs in %s until the next measurement" : "; measuring", count, snip_format_name(s->desc.fallback));
+    } else if (under_plan && !s->due && s->measurements > 0 && s->desc.drift > 0 && drift > s->desc.drift) {
+        s->due = 1;
+        snprintf(s->reason, sizeof s->reason, "step %lld: inputs and gradients have drifted by a factor of %.2g: measuring", (long long)s->step, exp2(drift));
+    }
 }
 
 // ---- planning
@@ -4845,10 +5039,25 @@ SNIP_API double snip_plan_seconds(const snip *s) {
 
 static int snipi_candidate_of(unsigned option, int g) { return (int)(option >> g & 1u); }       // bit g: gemm g in FP4
 
+// What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin` times.
+static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, snip_format to) {
+    double fp8 = l->estimate[0].error[g], fp4 = l->estimate[1].error[g];
+    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && snipi_is_candidate(l->format[g]) && l->format[g] != to ? s->desc.margin * sqrt(fp8 * fp8 + fp4 * fp4) : 0;
+}
+static void snipi_explain(snip *s, int changed, double before, double after, double margin) {
+    char text[128];
+    if (s->fallen) snprintf(text, sizeof text, "a new plan after the fall back: predicted harm %.4g", after);
+    else if (s->plans == 0) snprintf(text, sizeof text, "the first plan: predicted harm %.4g", after);
+    else if (!changed) snprintf(text, sizeof text, "the plan stays: no change saves more than %g standard errors", s->desc.margin > 0 ? s->desc.margin : 0);
+    else if (before > after + margin) snprintf(text, sizeof text, "%d GEMMs change: predicted harm %.4g -> %.4g, margin %.2g", changed, before, after, margin);
+    else snprintf(text, sizeof text, "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", changed, before, after);
+    snprintf(s->reason, sizeof s->reason, "step %lld: %s", (long long)s->step, text);
+}
 // Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved against the
 // slowest candidate.
 static snip_status snipi_solve(snip *s) {
-    int n = s->n_layers, l, g;
+    int n = s->n_layers, l, g, changed = 0;
+    double before = 0, after = 0, margin = 0;
     unsigned o;
     size_t options_size = (size_t)n * 8 * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
     size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * 9;
@@ -4876,7 +5085,7 @@ static snip_status snipi_solve(snip *s) {
             for (g = 0; g < SNIP_GEMMS; g++) {
                 int fp4 = snipi_candidate_of(o, g);
                 if (!(layer->allow[g] & (fp4 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) allowed = 0;
-                option.cost += layer->estimate[fp4].cost[g];
+                option.cost += layer->estimate[fp4].cost[g] + snipi_switch_cost(s, layer, g, snipi_candidates[fp4]);
                 if (snipi_by_seconds(s)) option.gain += (layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g]) - layer->seconds[1 + fp4][g];
                 else option.gain += fp4 ? (double)layer->n * (double)layer->k : 0;
             }
@@ -4919,7 +5128,17 @@ static snip_status snipi_solve(snip *s) {
     solved = snip_ilp_solve(&problem, NULL, choice, &result);
     if (solved == SNIP_ILP_OPTIMAL || solved == SNIP_ILP_FEASIBLE) {
         for (l = 0; l < n; l++)
-            for (g = 0; g < SNIP_GEMMS; g++) s->layers[l].format[g] = snipi_candidates[snipi_candidate_of((unsigned)ids[8 * l + choice[l]], g)];
+            for (g = 0; g < SNIP_GEMMS; g++) {
+                snipi_layer *layer = &s->layers[l];
+                int fp4 = snipi_candidate_of((unsigned)ids[8 * l + choice[l]], g), was = layer->format[g] == SNIP_E2M1;
+                before += layer->estimate[was].cost[g];
+                after += layer->estimate[fp4].cost[g];
+                margin += snipi_switch_cost(s, layer, g, snipi_candidates[fp4]);
+                changed += layer->format[g] != snipi_candidates[fp4];
+                layer->format[g] = snipi_candidates[fp4];
+            }
+        snipi_explain(s, changed, before, after, margin);
+        s->fallen = 0;
         s->plans++;
         s->solve_seconds = result.seconds;
         snipi_free(s, memory);
@@ -4937,35 +5156,48 @@ static snip_status snipi_solve(snip *s) {
     return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
 
-SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
-    snip_status status;
+// Costs from the measurement that the layers hold, and a plan from the costs.
+static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
     int l, f;
-    if (!s) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) {
+            snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+            char message[200];
+            if (snipi_estimate_finite(&e)) continue;
+            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
+            return snipi_fail(s, SNIP_NONFINITE, message);
+        }
+    for (l = 0; l < s->n_layers; l++)
+        for (f = 0; f < SNIPI_CANDIDATES; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+    snipi_average_measurement(s);
+    s->due = 0;
+    return snipi_solve(s);
+}
+static snip_status snipi_end_step_check(snip *s, const snip_adamw *adamw) {
     if (!adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
         !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr))
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step: the optimizer's constants are out of range");
     if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
         return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
+    return SNIP_OK;
+}
+SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
+    snip_status status;
+    int l, i, spikes;
+    if (!s) return SNIP_BAD_ARGUMENT;
+    status = snipi_end_step_check(s, adamw);
+    if (status) return status;
     status = s->pending;
     s->adamw = *adamw;
     s->step++;
+    spikes = s->told && snipi_loss_spikes(s);
+    if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
+    if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
     if (s->pass == SNIP_PASS_CLEAN && s->n_layers && !status) {
-        double update_sq = snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, grad_scale = adamw->grad_scale > 0 ? adamw->grad_scale : 1;
-        if (snipi_nonfinite_f64(s->loss)) status = snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-                snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-                char message[200];
-                if (snipi_estimate_finite(&e)) continue;
-                snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
-                status = snipi_fail(s, SNIP_NONFINITE, message);
-            }
-        for (l = 0; l < s->n_layers && !status; l++)
-            for (f = 0; f < SNIPI_CANDIDATES; f++) {
-                s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-                snipi_average_layer(s, &s->layers[l], f);
-            }
-        if (!status) status = snipi_solve(s);
+        for (l = 0; l < s->n_layers; l++)
+            for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
+        status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
     }
     snipi_begin_step(s);
     return status;
@@ -4977,6 +5209,7 @@ SNIP_API int snip_plans(const snip *s) { return s ? s->plans : 0; }
 SNIP_API double snip_solve_seconds(const snip *s) { return s ? s->solve_seconds : 0; }
 SNIP_API int snip_layers(const snip *s) { return s ? s->n_layers : 0; }
 SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
+SNIP_API const char *snip_reason(const snip *s) { return s ? s->reason : ""; }
 SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
     const snipi_layer *l = snipi_layer_at(s, layer);
     if (!l || !info) return SNIP_BAD_ARGUMENT;
@@ -4990,6 +5223,7 @@ SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info)
     info->nonfinite = l->nonfinite;
     info->saturated = l->saturated;
     memcpy(info->seconds, l->seconds, sizeof info->seconds);
+    info->measurements = s->measurements > 0 ? 1 / s->squared_weights : 0;
     return SNIP_OK;
 }
 SNIP_API double snip_share(const snip *s, snip_format format) {
@@ -5052,7 +5286,8 @@ static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {      
 // A text file: header, one line a layer, and a hash of all lines before it.
 static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
     if (line == 0)
-        return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f\n", s->n_layers, (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1));
+        return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f%s%s\n", s->n_layers, (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1),
+                        s->reason[0] ? "; " : "", s->reason);
     return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n, (long long)s->layers[line - 1].k,
                     snip_format_name(s->layers[line - 1].format[0]), snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
 }
@@ -5134,23 +5369,49 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
     return SNIP_OK;
 }
 
-// State: header, one record a layer, hash. In the machine's own byte order.
-typedef struct { char magic[8]; uint64_t layers, model; int64_t step, plans; snip_adamw adamw; } snipi_state_header;
-typedef struct { int64_t format[SNIP_GEMMS]; snipi_average average[SNIPI_CANDIDATES]; snip_estimate estimate[SNIPI_CANDIDATES]; double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS]; } snipi_state_layer;
+// State: magic with a version, the last reason, then 8-byte words, little-endian on every machine: header, one record a layer, hash.
+enum { SNIPI_STATE_TEXT = 8 + 256 };
+typedef struct {
+    uint64_t layers, model;
+    int64_t step, plans;
+    snip_adamw adamw;
+    double measurements, squared_weights, loss_mean, loss_deviation;
+    int64_t losses, levels, measured, due, fallen;
+} snipi_state_header;
+typedef struct {
+    int64_t format[SNIP_GEMMS];
+    snipi_average average[SNIPI_CANDIDATES];
+    snip_estimate estimate[SNIPI_CANDIDATES];
+    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS], level[2], reference[2];
+} snipi_state_layer;
 
+// Words of 8 bytes from the machine's order to little-endian, or back.
+static void snipi_little_endian(void *words, size_t size) {
+    unsigned char *p = (unsigned char *)words;
+    size_t i;
+    int j;
+    for (i = 0; i + 8 <= size; i += 8) {
+        uint64_t word, swapped = 0;
+        memcpy(&word, p + i, 8);
+        for (j = 0; j < 8; j++) ((unsigned char *)&swapped)[j] = (unsigned char)(word >> 8 * j);
+        memcpy(p + i, &swapped, 8);
+    }
+}
 static uint64_t snipi_model_hash(const snip *s) {
-    uint64_t hash = SNIPI_HASH_START;
+    uint64_t hash = SNIPI_HASH_START, seed = s->desc.seed;
     int l;
     for (l = 0; l < s->n_layers; l++) {
         int64_t dims[3];
         dims[0] = s->layers[l].n; dims[1] = s->layers[l].k; dims[2] = s->layers[l].stage;
+        snipi_little_endian(dims, sizeof dims);
         hash = snipi_hash(hash, s->layers[l].name, strlen(s->layers[l].name) + 1);
         hash = snipi_hash(hash, dims, sizeof dims);
     }
-    return snipi_hash(hash, &s->desc.seed, sizeof s->desc.seed);
+    snipi_little_endian(&seed, sizeof seed);
+    return snipi_hash(hash, &seed, sizeof seed);
 }
 SNIP_API size_t snip_state_size(const snip *s) {
-    return s ? sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) + sizeof(uint64_t) : 0;
+    return s ? SNIPI_STATE_TEXT + sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) + sizeof(uint64_t) : 0;
 }
 SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     snipi_state_header header;
@@ -5158,26 +5419,36 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     uint64_t hash;
     int l, g;
     if (!s || !state || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE)) return SNIP_BAD_ARGUMENT;
+    memcpy(at, "SNIPST2", 8);
+    memcpy(at + 8, s->reason, sizeof s->reason);
+    at += SNIPI_STATE_TEXT;
     memset(&header, 0, sizeof header);
-    memcpy(header.magic, "SNIPST1", 8);
     header.layers = (uint64_t)s->n_layers;
     header.model = snipi_model_hash(s);
     header.step = s->step;
     header.plans = s->plans;
     header.adamw = s->adamw;
+    header.measurements = s->measurements; header.squared_weights = s->squared_weights;
+    header.loss_mean = s->loss_mean; header.loss_deviation = s->loss_deviation;
+    header.losses = s->losses; header.levels = s->levels; header.measured = s->measured; header.due = s->due; header.fallen = s->fallen;
     memcpy(at, &header, sizeof header);
     at += sizeof header;
     for (l = 0; l < s->n_layers; l++) {
+        const snipi_layer *layer = &s->layers[l];
         snipi_state_layer record;
         memset(&record, 0, sizeof record);
-        for (g = 0; g < SNIP_GEMMS; g++) record.format[g] = s->layers[l].format[g];
-        memcpy(record.average, s->layers[l].average, sizeof record.average);
-        memcpy(record.estimate, s->layers[l].estimate, sizeof record.estimate);
-        memcpy(record.seconds, s->layers[l].seconds, sizeof record.seconds);
+        for (g = 0; g < SNIP_GEMMS; g++) record.format[g] = layer->format[g];
+        memcpy(record.average, layer->average, sizeof record.average);
+        memcpy(record.estimate, layer->estimate, sizeof record.estimate);
+        memcpy(record.seconds, layer->seconds, sizeof record.seconds);
+        memcpy(record.level, layer->level, sizeof record.level);
+        memcpy(record.reference, layer->reference, sizeof record.reference);
         memcpy(at, &record, sizeof record);
         at += sizeof record;
     }
+    snipi_little_endian((unsigned char *)state + SNIPI_STATE_TEXT, (size_t)(at - (unsigned char *)state) - SNIPI_STATE_TEXT);
     hash = snipi_hash(SNIPI_HASH_START, state, (size_t)(at - (unsigned char *)state));
+    snipi_little_endian(&hash, sizeof hash);
     memcpy(at, &hash, sizeof hash);
     return SNIP_OK;
 }
@@ -5187,25 +5458,38 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     uint64_t hash;
     int l, g;
     if (!s || !state) return SNIP_BAD_ARGUMENT;
-    if (size < sizeof header + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
-    memcpy(&header, at, sizeof header);
+    if (size < 8 + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
+    if (memcmp(at, "SNIPST", 6)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
     memcpy(&hash, at + size - sizeof hash, sizeof hash);
-    if (memcmp(header.magic, "SNIPST1", 8)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
+    snipi_little_endian(&hash, sizeof hash);
     if (hash != snipi_hash(SNIPI_HASH_START, state, size - sizeof hash)) return snipi_fail(s, SNIP_CORRUPT, "session state does not match its checksum");
+    if (memcmp(at, "SNIPST2", 8)) return snipi_fail(s, SNIP_UNSUPPORTED, "session state of another version of snip; this one reads version 2");
+    if (size < SNIPI_STATE_TEXT + sizeof header + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
+    memcpy(&header, at + SNIPI_STATE_TEXT, sizeof header);
+    snipi_little_endian(&header, sizeof header);
     if (header.layers != (uint64_t)s->n_layers || header.model != snipi_model_hash(s) || size != snip_state_size(s))
         return snipi_fail(s, SNIP_MISMATCH, "session state belongs to another model or seed");
+    memcpy(s->reason, at + 8, sizeof s->reason);
+    s->reason[sizeof s->reason - 1] = 0;
     s->step = header.step;
     s->plans = (int)header.plans;
     s->adamw = header.adamw;
-    at += sizeof header;
+    s->measurements = header.measurements; s->squared_weights = header.squared_weights;
+    s->loss_mean = header.loss_mean; s->loss_deviation = header.loss_deviation;
+    s->losses = header.losses; s->levels = header.levels; s->measured = header.measured; s->due = header.due; s->fallen = header.fallen;
+    at += SNIPI_STATE_TEXT + sizeof header;
     for (l = 0; l < s->n_layers; l++) {
+        snipi_layer *layer = &s->layers[l];
         snipi_state_layer record;
         memcpy(&record, at, sizeof record);
+        snipi_little_endian(&record, sizeof record);
         at += sizeof record;
-        for (g = 0; g < SNIP_GEMMS; g++) s->layers[l].format[g] = (snip_format)record.format[g];
-        memcpy(s->layers[l].average, record.average, sizeof record.average);
-        memcpy(s->layers[l].estimate, record.estimate, sizeof record.estimate);
-        memcpy(s->layers[l].seconds, record.seconds, sizeof record.seconds);
+        for (g = 0; g < SNIP_GEMMS; g++) layer->format[g] = (snip_format)record.format[g];
+        memcpy(layer->average, record.average, sizeof record.average);
+        memcpy(layer->estimate, record.estimate, sizeof record.estimate);
+        memcpy(layer->seconds, record.seconds, sizeof record.seconds);
+        memcpy(layer->level, record.level, sizeof record.level);
+        memcpy(layer->reference, record.reference, sizeof record.reference);
     }
     snipi_begin_step(s);
     return SNIP_OK;

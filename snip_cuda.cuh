@@ -1,4 +1,4 @@
-// snip_cuda.cuh - snip.h's quantization, noise and GEMMs on NVIDIA GPUs.
+// snip_cuda.cuh - snip.h's quantization, noise, GEMMs and training session on NVIDIA GPUs.
 // MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only.
 //
 // QUICK START
@@ -11,25 +11,27 @@
 //     job.x = x; job.rows = rows; job.cols = job.ld = cols;
 //     job.recipe = &fp8; job.codes = codes; job.scales = scales;
 //     snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, stream);
-//   examples/minimal.cu has a layer's three GEMMs.
+//   examples/minimal.cu has a layer's three GEMMs; examples/train_llama.cu a training session, see >>cuda-session.
 //
 // RULES
 //   Data pointers are device pointers; recipes, operands and jobs are read on the host before a function returns.
-//   Every function takes a stream and allocates nothing, so that it may be captured into a CUDA graph.
+//   Functions with a stream allocate nothing, wait for nothing and may be captured into a CUDA graph; the exceptions
+//   (snip_cuda_create, _measure_gains, _end_step) say so.
 //   The status tells whether the arguments are right and the launch succeeded; NaN and infinity are counted in the
 //   statistics. What has no kernel is SNIP_UNSUPPORTED, never something slower or less precise in silence.
 //
 // DETERMINISM
-//   Codes, scales, values, noise and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that they
-//   are the same on every GPU; they agree with snip.h's to 1e-6.
+//   Codes, scales, values, noise, sketches and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that
+//   they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given step, not
+//   when its measurement happens to arrive: a run can be repeated.
 //
 // WHAT WAS RUN
-//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp); compiled for 7.5, 8.0, 8.9, 9.0, 10.0 and
-//   12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
+//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled for
+//   7.5, 8.0, 8.9, 9.0, 10.0 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
 //
 // INDEX (search for the tag)
-//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm
-//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
+//   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
+//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl >>cuda-session-impl
 #ifndef SNIP_CUDA_CUH
 #define SNIP_CUDA_CUH
 
@@ -52,7 +54,7 @@ typedef enum {
 // Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may be NULL.
 SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols);
 // snip_quantize_with on the GPU; job->isa is ignored. E4M3, E5M2 and E2M1 with tiles of 1 x 16, 32, 64 or 128 or of
-// 128 x 128; both orientations come from one read of x. stats, transposed: device memory, or NULL.
+// 128 x 128; both orientations come from one read of x (two if their formats or roundings differ). stats, transposed: device memory, or NULL.
 SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats, snip_quant_stats *transposed,
                                         void *scratch, cudaStream_t);
 // Any recipe of snip.h. x: SNIP_F32 or SNIP_BF16.
@@ -65,19 +67,64 @@ SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, 
 // *dot = sum noise[i] * x[i]. dot and scratch: device memory.
 #define SNIP_CUDA_NOISE_SCRATCH 4096
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+// The same with snip_gauss's noise, by double-precision arithmetic.
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key, cudaStream_t);
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
-// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128).
+// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
+// or two of F32 or BF16, each as it lies or transposed.
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
 //   every 128 of k it is added in float32.
+//   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+
+// >>cuda-session -----------------------------------------------------------------------------------
+// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the host
+// (snip_bind_adamw: device pointers). What a step measures is gathered in device memory, copied to the host behind the
+// step's own work, and read `lag` steps later, so that the device has work while the host solves (the paper's Figure 6):
+//     cudaMalloc(&memory, snip_cuda_memory(s, rows));
+//     snip_cuda *c = snip_cuda_create(s, rows, 2, memory, stream);
+//     for (step = 1; ; step++) {
+//         do {
+//             zero_grad();
+//             ... snip_cuda_linear_forward (c, l, out, inp, weight, bias, rows, stream);
+//             ... snip_cuda_linear_backward(c, l, dinp, dweight, dbias, dout, inp, weight, rows, stream);
+//         } while (snip_cuda_next_pass(c, loss, stream));
+//         optimizer_step();
+//         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
+//     }
+// In a CUDA graph: capture a pass and the optimizer when snip_current_pass() is SNIP_PASS_ORDINARY, replay them in ordinary
+// steps, and capture anew when snip_reason() has changed. Measuring steps, snip_cuda_next_pass and _end_step run outside.
+// Random numbers move on, because kernels read the step from device memory.
+// All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
+typedef struct snip_cuda snip_cuda;
+// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument.
+SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
+// After the last snip_add_linear and snip_state_load. memory stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
+SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
+SNIP_API void snip_cuda_destroy(snip_cuda *);           // before snip_destroy; waits for the device
+// As snip_linear_forward and _backward, all pointers to device memory, contiguous.
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t);
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
+                                               const float *inp, const float *weight, int64_t rows, cudaStream_t);
+// loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
+SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
+// Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
+// is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
+// precision. grad_scale: device memory, instead of adamw's; or NULL.
+SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
+// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most snip_cuda_create's.
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
+// Reads all steps ended so far: before snip_state_save, and at the end of the training.
+SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 
 #ifdef __cplusplus
 }
@@ -133,6 +180,11 @@ SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t selec
 SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
 }
+SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
 #define SNIPI_PTX_MMA(name, shape, types, acc, constraint) \
     SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) { \
         asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
@@ -140,6 +192,7 @@ SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
     }
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_bf16, "m16n8k16", "f32.bf16.bf16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
 
@@ -226,7 +279,9 @@ typedef struct {
     void *out;                          // values of `straight`, or NULL
     int64_t ld_out;
     int out_bf16;
-    snip_rng_key key;
+    snip_rng_key key, key_t;            // of straight and turned
+    const uint32_t *step;               // instead of theirs, or NULL
+    unsigned long long *nonfinite;      // counts x's, or NULL
     const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
 } snipi_cuda_quantizer;
 typedef struct {
@@ -264,6 +319,10 @@ SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantizer &q, int64_t r, int6
 }
 SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
     for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(q, r + i, c);
+}
+SNIPI_DEVICE snip_rng_key snipi_cuda_key(const snipi_cuda_quantizer &q, snip_rng_key key) {
+    if (q.step) key.step = *q.step;
+    return key;
 }
 // Random words of the four elements from `element` on, which may straddle two counters.
 SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_t out[4]) {
@@ -408,26 +467,37 @@ SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda
 // (r0, c0): the block's first element in x. held: its elements of this thread, if HELD.
 template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP, lanes = 1 << (q.straight.log2_tile_cols - 2);
+    int bad = 0;
 #pragma unroll (HELD ? SNIPI_ROWS : 1)
     for (int i = 0; i < SNIPI_ROWS; i++) {
         float x[4];
         uint32_t amax = 0;
         if (!HELD) snipi_cuda_row4(q, r0 + row + i, c0 + 4 * lane, x);
-        for (int j = 0; j < 4; j++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
+        for (int j = 0; j < 4; j++) {
+            amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
+            bad += snipi_nonfinite(HELD ? held[i][j] : x[j]);
+        }
         amax = snipi_cuda_lanes_max(amax, lanes);
         if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
     }
+    if (bad && q.nonfinite) atomicAdd(q.nonfinite, (unsigned long long)bad);
 }
 template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
+    int bad = 0;
 #pragma unroll (HELD ? 4 : 1)
     for (int j = 0; j < 4; j++) {
         int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
         uint32_t amax = 0;
 #pragma unroll (HELD ? SNIPI_ROWS : 4)
-        for (int i = 0; i < SNIPI_ROWS; i++) amax = snipi_cuda_amax(amax, HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col));
+        for (int i = 0; i < SNIPI_ROWS; i++) {
+            float x = HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col);
+            amax = snipi_cuda_amax(amax, x);
+            bad += snipi_nonfinite(x);
+        }
         atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
     }
+    if (bad && q.nonfinite && !q.straight.recipe.format) atomicAdd(q.nonfinite, (unsigned long long)bad);
 }
 template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
@@ -446,6 +516,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
     const int64_t c = c0 + col;
     const int n = c >= side.cols ? 0 : (int)snipi_min(4, side.cols - c), bytes = FORMAT == SNIP_E2M1 ? (n + 1) / 2 : n;
+    const snip_rng_key key = snipi_cuda_key(q, q.key);
     snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
     for (int i = 0; i < SNIPI_ROWS && n && r0 + row + i < side.rows; i++) {
@@ -454,7 +525,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
         uint32_t word;
         float x[4];
         snipi_cuda_row4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int j = 0; j < 4; j++)
                 if (j < n && q.weight) extra.weight[j] = q.weight[r * q.ld + c + j];
@@ -503,6 +574,7 @@ template <int FORMAT, int MODE>
 SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
     const snipi_cuda_side &side = q.turned;
     const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+    const snip_rng_key key = snipi_cuda_key(q, q.key_t);
     snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
     for (int k = 0; k < SNIPI_ROWS; k++) {
@@ -513,7 +585,7 @@ SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cud
         uint32_t word;
         float x[4];
         snipi_cuda_column4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(q.key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int i = 0; i < 4; i++)
                 if (r + i < q.rows && c < q.cols && q.weight) extra.weight[i] = q.weight[(r + i) * q.ld + c];
@@ -585,10 +657,11 @@ template <class T> static __global__ void snipi_cuda_amax_kernel(const T *x, int
     if (threadIdx.x % SNIPI_WARP == 0) atomicMax(amax, largest);
 }
 // One thread block adds the others' parts.
-static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats) {
+static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats, int add) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     __shared__ uint32_t amax;
     snip_quant_stats s = { 0, 0, 0, 0, 0, 0 };
+    if (add && threadIdx.x == 0) s = *stats;
     if (threadIdx.x == 0) amax = 0;
     for (int64_t i = threadIdx.x; i < parts; i += SNIPI_THREADS) {
         s.sum_sq += part[i].sum_sq;
@@ -646,8 +719,9 @@ SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
     return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
-                                        void *scratch, cudaStream_t stream) {
+typedef struct { uint32_t tensor_t; const uint32_t *step; unsigned long long *nonfinite; int add_stats; } snipi_cuda_options;      // tensor_t: of the transposed one's random numbers
+static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
+                                       void *scratch, const snipi_cuda_options &options, cudaStream_t stream) {
     snipi_cuda_quantizer q = {};
     snip_quantize_job any;
     const snip_recipe *r, *r_t;
@@ -664,7 +738,18 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     nvfp4 = (r && r->scale == SNIP_SCALE_UE4M3) || (r_t && r_t->scale == SNIP_SCALE_UE4M3);
     if ((stats && !r) || (stats_t && !r_t)) return SNIP_BAD_ARGUMENT;
     if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
-    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) return SNIP_UNSUPPORTED;
+    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) {       // one after the other; turned first, because out may be x
+        snipi_cuda_options uncounted = options;
+        uncounted.nonfinite = NULL;
+        any.recipe = NULL;
+        any.codes = any.scales = any.out = NULL;
+        status = snipi_cuda_quantize(&any, codes, NULL, stats_t, scratch, uncounted, stream);
+        if (status) return status;
+        any = *job;
+        any.recipe_t = NULL;
+        any.codes_t = any.scales_t = NULL;
+        return snipi_cuda_quantize(&any, codes, stats, NULL, scratch, options, stream);
+    }
     blocks = snipi_cuda_blocks(job->rows, job->cols);
     if (blocks == 0) {
         if (stats && cudaMemsetAsync(stats, 0, sizeof *stats, stream) != cudaSuccess) return SNIP_DEVICE;
@@ -678,7 +763,10 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     q.bf16 = job->x_format == SNIP_BF16;
     q.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (q.bf16 ? 8 : 16) == 0;
     q.out = job->out; q.ld_out = job->ld_out; q.out_bf16 = job->out_format == SNIP_BF16;
-    q.key = job->key;
+    q.key = q.key_t = job->key;
+    q.key_t.tensor = options.tensor_t;
+    q.step = options.step;
+    q.nonfinite = options.nonfinite;
     q.amax = (const uint32_t *)scratch;
     if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
     if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
@@ -696,9 +784,14 @@ SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_
     }
     mode = stats || stats_t || job->out ? SNIPI_MEASURE : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC : SNIPI_NEAREST;
     status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0, stream, q);
-    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats);
-    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t);
+    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats, options.add_stats);
+    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t, options.add_stats);
     return status;
+}
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
+                                        void *scratch, cudaStream_t stream) {
+    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, 0 };
+    return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
 }
 
 // Reads a quantized [rows][cols] matrix, element by element.
@@ -790,7 +883,9 @@ template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_ke
         }
     }
 }
-static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+// device_scale: where it lies in device memory; NULL: `scale`.
+static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key) {
+    if (device_scale) scale = (float)*device_scale;
     snipi_cuda_each_sign(n, key, [=](int64_t i, uint32_t sign) {
         float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
         out[i] = __fadd_rn(x[i], snipi_float(snipi_bits(noise) ^ sign));
@@ -803,30 +898,88 @@ static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, sn
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
-static __global__ void snipi_cuda_sum_kernel(const double *part, double *total) {
+// Blocks of a sum over n elements: a function of n alone, and with it the order of the sum.
+static int64_t snipi_cuda_sum_blocks(int64_t n) { return snipi_max(1, snipi_min(SNIPI_NOISE_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS))); }
+// part[block]: the sum of f(i), i < n
+template <class F> static __global__ void snipi_cuda_reduce_kernel(const F f, int64_t n, double *part) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) sum += f(i);
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) part[blockIdx.x] = sum;
+}
+static __global__ void snipi_cuda_sum_kernel(const double *part, int parts, double *total, double factor, int add) {
     __shared__ double sums[SNIPI_NOISE_BLOCKS / SNIPI_WARP];
-    double sum = snipi_cuda_block_sum(part[threadIdx.x], sums);
-    if (threadIdx.x == 0) *total = sum;
+    double sum = snipi_cuda_block_sum((int)threadIdx.x < parts ? part[threadIdx.x] : 0, sums);
+    if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
+}
+static snip_status snipi_cuda_sum(const void *part, int64_t parts, double *total, double factor, int add, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(parts, SNIPI_WARP) * SNIPI_WARP, 0, stream, (const double *)part, (int)parts, total, factor, add);
+}
+// *total (+)= factor * the sum of f(i), i < n
+template <class F> static snip_status snipi_cuda_reduce(const F &f, int64_t n, double *total, double factor, int add, void *scratch, cudaStream_t stream) {
+    const int64_t blocks = snipi_cuda_sum_blocks(n);
+    snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<F>, blocks, SNIPI_THREADS, 0, stream, f, n, (double *)scratch);
+    return status ? status : snipi_cuda_sum(scratch, blocks, total, factor, add, stream);
+}
+static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream,
+                             out, x, n, scale, device_scale, shape, key);
+}
+static snip_status snipi_cuda_dot_noise(const float *x, int64_t n, snip_rng_key key, double *dot, int add, void *scratch, cudaStream_t stream) {
+    const int64_t blocks = snipi_cuda_sum_blocks(n);
+    snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
+    return status ? status : snipi_cuda_sum(scratch, blocks, dot, 1, add, stream);
 }
 SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    if (n == 0) return SNIP_OK;
-    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+    return n ? snipi_cuda_add_noise(out, x, n, scale, NULL, shape, key, stream) : SNIP_OK;
 }
-// The number of blocks is fixed, and with it the order of the sum.
 SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
-    snip_status status;
     if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, SNIPI_NOISE_BLOCKS, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
-    if (status) return status;
-    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, SNIPI_NOISE_BLOCKS, 0, stream, (const double *)scratch, dot);
+    return snipi_cuda_dot_noise(x, n, key, dot, 0, scratch, stream);
+}
+
+// A thread makes four elements' noise at a time.
+static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    for (int64_t b = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; 4 * b < n; b += (int64_t)gridDim.x * SNIPI_THREADS) {
+        float noise[4];
+        snipi_gauss(key, (uint64_t)b, noise);
+        for (int j = 0; j < 4; j++) {
+            int64_t i = 4 * b + j;
+            if (i < n) out[i] = __fadd_rn(x[i], __fmul_rn(noise[j], shape ? __fmul_rn(scale, shape[i]) : scale));
+        }
+    }
+}
+struct snipi_cuda_gauss_dot {
+    const float *x;
+    int64_t n;
+    snip_rng_key key;
+    __device__ double operator()(int64_t b) const {
+        float noise[4];
+        double sum = 0;
+        snipi_gauss(key, (uint64_t)b, noise);
+        for (int j = 0; j < 4; j++)
+            if (4 * b + j < n) sum += (double)x[4 * b + j] * (double)noise[j];
+        return sum;
+    }
+};
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    if (n == 0) return SNIP_OK;
+    return snipi_cuda_launch(snipi_cuda_gauss_add_kernel, snipi_min(snipi_ceil_div(n, 4 * SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+}
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
+    snipi_cuda_gauss_dot f = { x, n, key };
+    if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    return snipi_cuda_reduce(f, snipi_ceil_div(n, 4), dot, 1, 0, scratch, stream);
 }
 
 // >>cuda-gemm-impl ---------------------------------------------------------------------------------
 typedef struct {
     snipi_cuda_reader reader;
     int64_t rows, across, along;        // F32 and BF16: element (row, k) lies at row * across + k * along
-    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes may be read at once
+    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes, or four floats of a row, may be read at once
 } snipi_cuda_operand;
 typedef struct {
     snipi_cuda_operand a, b;
@@ -834,6 +987,7 @@ typedef struct {
     float *c;
     const float *bias;
     int accumulate;
+    unsigned long long *nonfinite;      // counts C's, where the operands are plain; or NULL
 } snipi_cuda_gemm_job;
 
 SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
@@ -1039,6 +1193,142 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(cons
     snipi_mma_kernel_body<KIND, FORMAT_A>(g);
 }
 
+// F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
+// The n-th of a tile's pieces, `across` of them to a row: its row and place in the row.
+SNIPI_DEVICE void snipi_plain_place(const snipi_cuda_operand &o, int n, int across, int *row, int *piece) {
+    const int turned = o.along != 1;
+    *row = turned ? n % SNIPI_BLOCK : n / across;
+    *piece = turned ? n / SNIPI_BLOCK : n % across;
+}
+SNIPI_DEVICE float snipi_plain_at(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end) {
+    return row < o.rows && k < k_end ? snipi_cuda_operand_at(o, row, k) : 0.0f;
+}
+SNIPI_DEVICE void snipi_plain_end(const snipi_cuda_gemm_job &g, int64_t row, int64_t col, float c, int *bad) {
+    if (row >= g.m || col >= g.n) return;
+    if (g.accumulate && g.bias) c = __fadd_rn(c, g.bias[col]);
+    g.c[row * g.ldc + col] = c;
+    *bad += snipi_nonfinite(c);
+}
+SNIPI_DEVICE void snipi_plain_count(const snipi_cuda_gemm_job &g, int bad) {
+    if (bad && g.nonfinite) atomicAdd(g.nonfinite, (unsigned long long)bad);
+}
+
+// BF16: as the kernel above, 32 elements of k at a time, sums kept by the tensor cores.
+SNIPI_DEVICE void snipi_bf16_fetch(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end, float x[8]) {
+    if (o.aligned && row < o.rows && k + 8 <= k_end) {
+        const float *at = (const float *)o.reader.codes + row * o.across + k;
+        snipi_cuda_load4(at, x);
+        snipi_cuda_load4(at + 4, x + 4);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = snipi_plain_at(o, row, k + i, k_end);
+    }
+}
+SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
+    __shared__ uint4 tile[2][2][SNIPI_MMA_TILE / 16];       // [half][A, B]
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + 31) / 32;
+    float c[4][4][4], next[2][2][8];
+    int bad = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        int64_t row = m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), col = n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
+        c[i / 16][i / 4 % 4][i % 4] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+    }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 4; f++) {
+                int row, chunk;
+                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                snipi_bf16_fetch(f / 2 ? g.b : g.a, (f / 2 ? n0 : m0) + row, 32 * (t + 1) + 8 * chunk, g.k, next[f / 2][f % 2]);
+            }
+        }
+        if (t >= 0) {
+#pragma unroll
+            for (int kk = 0; kk < 2; kk++) {
+                uint32_t a[4][4], b[2][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile[t & 1][0], warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+#pragma unroll
+                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile[t & 1][1], warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+#pragma unroll
+                for (int i = 0; i < 16; i++) snipi_ptx_mma_bf16(c[i / 4][i % 4], a[i / 4], b[i % 4 / 2] + i % 2 * 2);
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 4; f++) {
+                const float *x = next[f / 2][f % 2];
+                int row, chunk;
+                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                *snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row, chunk) =
+                    make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]), snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++)
+        snipi_plain_end(g, m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2, c[i / 16][i / 4 % 4][i % 4], &bad);
+    snipi_plain_count(g, bad);
+}
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(const snipi_cuda_gemm_job g) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    snipi_bf16_kernel_body(g);
+#endif
+}
+
+// F32: 16 elements of k at a time; a thread has four times 4 x 4 of C, 64 apart.
+enum { SNIPI_F32_K = 16, SNIPI_F32_ROW = SNIPI_BLOCK + 4 };     // padded: a row's elements lie in different banks
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(const snipi_cuda_gemm_job g) {
+    __shared__ float4 tile[2][2][SNIPI_F32_K * SNIPI_F32_ROW / 4];      // [half][A, B][k][row]
+    const int thread = (int)threadIdx.x, down = thread / 16 * 4, along = thread % 16 * 4;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t tiles = (g.k + SNIPI_F32_K - 1) / SNIPI_F32_K;
+    float c[8][8], next[2][8];
+    int bad = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) {
+        int64_t row = m0 + down + i / 32 * 64 + i / 8 % 4, col = n0 + along + i % 8 / 4 * 64 + i % 4;
+        c[i / 8][i % 8] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+    }
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 16; f++) {
+                int row, k;
+                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                next[f / 8][f % 8] = snipi_plain_at(f / 8 ? g.b : g.a, (f / 8 ? n0 : m0) + row, SNIPI_F32_K * (t + 1) + k, g.k);
+            }
+        }
+        if (t >= 0) {
+            const float *a = (const float *)tile[t & 1][0] + down, *b = (const float *)tile[t & 1][1] + along;
+#pragma unroll
+            for (int k = 0; k < SNIPI_F32_K; k++, a += SNIPI_F32_ROW, b += SNIPI_F32_ROW) {
+                float x[8], y[8];
+                snipi_cuda_load4(a, x); snipi_cuda_load4(a + 64, x + 4);
+                snipi_cuda_load4(b, y); snipi_cuda_load4(b + 64, y + 4);
+#pragma unroll
+                for (int i = 0; i < 64; i++) c[i / 8][i % 8] = fmaf(x[i / 8], y[i % 8], c[i / 8][i % 8]);
+            }
+        }
+        if (t + 1 < tiles) {
+#pragma unroll
+            for (int f = 0; f < 16; f++) {
+                int row, k;
+                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                ((float *)tile[(t + 1) & 1][f / 8])[k * SNIPI_F32_ROW + row] = next[f / 8][f % 8];
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) snipi_plain_end(g, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8], &bad);
+    snipi_plain_count(g, bad);
+}
+
 // Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
 // TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
 // and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
@@ -1158,7 +1448,7 @@ static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t r
     q.along = o->transposed ? ld : 1;
     q.plain = snipi_plain(o->recipe->format);
     q.round_bf16 = o->round_bf16;
-    q.aligned = k % 2 == 0 && q.reader.row_bytes % 16 == 0 && (uintptr_t)o->codes % 16 == 0;
+    q.aligned = (q.plain ? o->recipe->format == SNIP_F32 && !o->transposed && ld % 4 == 0 : k % 2 == 0 && q.reader.row_bytes % 16 == 0) && (uintptr_t)o->codes % 16 == 0;
     return q;
 }
 static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -1202,18 +1492,762 @@ template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
 }
-SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
+static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     snip_format format_a = a->recipe->format, format_b = b->recipe->format;
     int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
-    if ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK) return SNIP_UNSUPPORTED;
+    int plain = snipi_plain(format_a) && snipi_plain(format_b);
+    if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
+    g.nonfinite = nonfinite;
+    if (plain) return snipi_cuda_launch(snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel : snipi_f32_kernel,
+                                        snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
     if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
     return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+}
+SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    return snipi_cuda_gemm(m, n, k, a, b, c, ldc, accumulate, bias, NULL, stream);
+}
+
+// >>cuda-session-impl ------------------------------------------------------------------------------
+// The formulas are >>session-impl's, call for call; only sums are taken in another order.
+typedef struct {                        // a layer's measurement
+    double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq, update_sq;    // input_sq: of the loss probe's first micro-batch
+    double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
+    snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
+} snipi_cuda_record;
+typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
+typedef struct { double seen_sq[2], seen[2]; unsigned long long nonfinite; } snipi_cuda_watched;        // of a layer in every step, as in snipi_layer
+typedef struct {                        // a step on its way to the host
+    cudaEvent_t done;
+    snipi_cuda_globals *globals;        // pinned
+    snipi_cuda_watched *watched;        // pinned, [layers]
+    int ordinary, told, measured, device_scale;
+    snip_adamw adamw;
+} snipi_cuda_ended;
+enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_WATCHED, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
+       SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
+       SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
+struct snip_cuda {
+    snip *s;
+    int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
+    int64_t measuring;                  // the last measuring step, until it has been read; then -1
+    int lag;
+    void *slot[SNIPI_CUDA_SLOTS];       // device memory
+    snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
+    snipi_cuda_globals *globals;
+    snipi_cuda_watched *watched;        // [layers], of the step under way
+    float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
+    snipi_cuda_ended *ended;            // [lag + 1]
+    int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
+    void *pinned;
+};
+
+static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
+    const snip *s = c->s;
+    const int64_t rows = c->rows, floats = (int64_t)sizeof(float);
+    const int measures = s->desc.every > 0;
+    size_t need[SNIPI_CUDA_SLOTS] = {}, used = 0;
+    auto want = [&](int slot, size_t size) { if (size > need[slot]) need[slot] = size; };
+    want(SNIPI_CUDA_RECORD, (size_t)s->n_layers * sizeof(snipi_cuda_record));
+    want(SNIPI_CUDA_GLOBALS, sizeof(snipi_cuda_globals));
+    want(SNIPI_CUDA_WATCHED, (size_t)s->n_layers * sizeof(snipi_cuda_watched));
+    if (measures) want(SNIPI_CUDA_SKETCHES, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
+    if (measures) want(SNIPI_CUDA_SUMS, SNIP_CUDA_NOISE_SCRATCH);
+    if (measures) want(SNIPI_CUDA_SKETCH, (size_t)SNIPI_CHUNKS * SNIPI_SKETCH * sizeof(float));
+    for (int l = 0; l < s->n_layers; l++) {
+        const int64_t n = s->layers[l].n, k = s->layers[l].k, samples = snipi_samples(s, &s->layers[l]);
+        for (int scales = 0; scales < 2; scales++) {
+            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_ACTIVATION, rows, k, scales));
+            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_GRADIENT, rows, n, scales));
+            want(SNIPI_CUDA_TURNED + scales, snipi_widest(s, SNIPI_GRADIENT, n, rows, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, n, k, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, k, n, scales));
+            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_ACTIVATION, k, rows, scales));
+        }
+        want(SNIPI_CUDA_STATS, snip_cuda_quantize_scratch(snipi_max(rows, n), snipi_max(n, k)));
+        if (!measures) continue;
+        want(SNIPI_CUDA_X, (size_t)(rows * k * floats));
+        want(SNIPI_CUDA_W, (size_t)(n * k * floats));
+        want(SNIPI_CUDA_OWN, (size_t)(snipi_max(rows, n) * k * floats));
+        want(SNIPI_CUDA_SAMPLE, (size_t)(rows * samples * floats));
+        want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
+        want(SNIPI_CUDA_SIGNS, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
+        want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
+        want(SNIPI_CUDA_PROJECTED, (size_t)(rows * SNIPI_PROJECTED * floats));
+    }
+    for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
+        c->slot[i] = base ? base + used : NULL;
+        used += (need[i] + 255) / 256 * 256;
+    }
+    c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
+    c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
+    c->watched = (snipi_cuda_watched *)c->slot[SNIPI_CUDA_WATCHED];
+    c->sketch = (float *)c->slot[SNIPI_CUDA_SKETCHES];
+    return used;
+}
+static float *snipi_cuda_floats(const snip_cuda *c, int slot) { return (float *)c->slot[slot]; }
+
+// f(i) for i < n.
+template <class F> static __global__ void snipi_cuda_each_kernel(const F f, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) f(i);
+}
+template <class F> static snip_status snipi_cuda_each(const F &f, int64_t n, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_each_kernel<F>, snipi_min(snipi_ceil_div(n, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, f, n);
+}
+struct snipi_cuda_add { float *to; const float *from; __device__ void operator()(int64_t i) const { to[i] += from[i]; } };
+struct snipi_cuda_square { const float *x; __device__ double operator()(int64_t i) const { return (double)x[i] * (double)x[i]; } };
+struct snipi_cuda_pick {                // samples of n output features, at equal distances
+    float *to;
+    const float *dy;
+    int64_t n, samples;
+    __device__ void operator()(int64_t i) const { to[i] = dy[i / samples * n + i % samples * n / samples]; }
+};
+struct snipi_cuda_sensitivity {         // D; Lion's noise comes from the mean square of m
+    snipi_sensitivity d;
+    const double *moment_sq;
+    double variance, ratio;             // noise^2 / |m|^2; beta1 / (1 - beta1)
+    float *to;
+    __device__ float at(int64_t i) const {
+        snipi_sensitivity own = d;
+        if (moment_sq) {
+            double noise = sqrt(*moment_sq * variance);
+            own.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;
+            own.scale = noise > 0 ? (float)(ratio / noise) : 0;
+        }
+        return snipi_sensitivity_at(&own, i);
+    }
+    __device__ void operator()(int64_t i) const { to[i] = at(i); }
+};
+struct snipi_cuda_update {              // squared update at learning rate 1, as in snipi_update_sq
+    snip_optimizer kind;
+    const float *m, *v;
+    float m_scale, v_scale, eps;
+    __device__ double operator()(int64_t i) const {
+        float u = kind == SNIP_SGD_MOMENTUM ? m[i] : 1.0f;
+        if (kind == SNIP_ADAMW) u = v[i] > 0 ? m[i] * m_scale / (sqrtf(v[i] * v_scale) + eps) : 0.0f;
+        return (double)u * (double)u;
+    }
+};
+struct snipi_cuda_wgrad_error {         // of the sampled features
+    const float *result, *exact;
+    snipi_cuda_sensitivity d;
+    int64_t n, k, samples;
+    __device__ double operator()(int64_t i) const {
+        int64_t at = i / k * n / samples * k + i % k;
+        float e = (result[i] - exact[at]) * d.at(at);
+        return (double)e * (double)e;
+    }
+};
+static __global__ void snipi_cuda_step_kernel(snipi_cuda_globals *globals, uint32_t step) { globals->step = step; }
+static __global__ void snipi_cuda_sigma_kernel(snipi_cuda_record *r, double n_x, double n_w) {
+    r->sigma_x = 0.02 * sqrt(r->input_sq / n_x);
+    r->sigma_w = 0.02 * sqrt(r->weight_sq / n_w);
+}
+static __global__ void snipi_cuda_tau_kernel(snipi_cuda_record *record, int layers, snipi_cuda_globals *globals) {
+    double sum = 0, tau;
+    for (int l = 0; l < layers; l++)
+        if (record[l].weight_sq > 0) sum += record[l].sensitivity_sq / (record[l].weight_sq * record[l].weight_sq);
+    globals->tau = tau = sum > 0 ? 0.01 / sqrt(sum / layers) : 0;
+    for (int l = 0; l < layers; l++) record[l].probe_scale = record[l].weight_sq > 0 ? tau / sqrt(record[l].weight_sq) : 0;
+}
+// dbias += the sum of dy's rows; a warp takes every eighth row of 32 columns.
+static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int64_t rows, int64_t n) {
+    __shared__ float sums[SNIPI_THREADS];
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP, warps = SNIPI_THREADS / SNIPI_WARP;
+    const int64_t col = (int64_t)blockIdx.x * SNIPI_WARP + lane;
+    float sum = 0;
+    for (int64_t r = warp; r < rows && col < n; r += warps) sum += dy[r * n + col];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || col >= n) return;
+    for (int w = 1; w < warps; w++) sum += sums[w * SNIPI_WARP + lane];
+    dbias[col] += sum;
+}
+
+enum { SNIPI_OBSERVED = 64 };           // runs of 16 elements, as in snipi_observe
+static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
+    __shared__ double sums[SNIPI_OBSERVED / SNIPI_WARP];
+    int64_t i = (int64_t)((double)(threadIdx.x * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
+    double seen = (double)(end - i), square = 0;
+    for (; i < end; i++) square += (double)x[i] * (double)x[i];
+    seen = snipi_cuda_block_sum(seen, sums);
+    square = snipi_cuda_block_sum(square, sums);
+    if (threadIdx.x == 0) { watched->seen[which] += seen; watched->seen_sq[which] += square; }
+}
+static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, cudaStream_t stream) {
+    return c->s->desc.every > 0 ? snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED, 0, stream, c->watched + (l - c->s->layers), which, x, n) : SNIP_OK;
+}
+
+// A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk after
+// another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and the signs
+// of the 32 from there on.
+static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key, int64_t first, int64_t chunks, int parts) {
+    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across, bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
+    const int64_t end = first + chunks * (part + 1) / parts;
+    float sum = 0;
+    for (int64_t c0 = first + chunks * part / parts; c0 < end; c0 += SNIPI_WARP) {
+        const uint64_t chunk = (uint64_t)(c0 + lane);
+        uint32_t words[4], begin, signs, at;
+        snipi_philox(key, chunk | (uint64_t)1 << 63, words);
+        begin = ((uint32_t)(bucket - lane) - words[0]) % SNIPI_SKETCH;
+        signs = 0;
+        for (uint32_t w = 0; w < 2; w++) {      // of the two words that hold them
+            at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
+            snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
+            at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
+            signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
+        }
+        for (int j = 0; j < SNIPI_WARP && c0 + j < end; j++) {
+            int64_t i = (c0 + j) * SNIPI_SKETCH + (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
+            uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
+            if (i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
+        }
+    }
+    own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
+}
+static __global__ void snipi_cuda_sketch_sum_kernel(float *sketch, const float *own, int parts) {
+    const int j = (int)(blockIdx.x * SNIPI_THREADS + threadIdx.x);
+    float sum = sketch[j];
+    for (int p = 0; p < parts; p++) sum += own[p * SNIPI_SKETCH + j];
+    sketch[j] = sum;
+}
+static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record, const float *sketch) {     // a block for each sketch
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    sketch += (int64_t)blockIdx.x * SNIPI_SKETCH;
+    for (int j = (int)threadIdx.x; j < SNIPI_SKETCH; j += SNIPI_THREADS) sum += (double)sketch[j] * (double)sketch[j];
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) record[blockIdx.x / SNIPI_SKETCHES].sketched_sq[blockIdx.x % SNIPI_SKETCHES] = sum;
+}
+static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, int64_t offset, cudaStream_t stream) {
+    const int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first;
+    const int parts = (int)snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16));
+    float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
+    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n, offset,
+                                           c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
+    return status ? status : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0, stream, sketch, (const float *)own, parts);
+}
+
+// ---- one GEMM of a layer
+static unsigned long long *snipi_cuda_counter(const snip_cuda *c, const snipi_layer *l, int count) { return count ? &c->watched[l - c->s->layers].nonfinite : NULL; }
+typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
+// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN and infinity.
+static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
+                                       int count, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
+    snip_quantize_job job = {};
+    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counter(c, l, count), 0 };
+    *recipe = snipi_recipe_of(c->s, format, kind);
+    job.x = x;
+    job.rows = rows; job.cols = job.ld = cols;
+    for (snipi_cuda_wanted *w : { straight, turned }) {
+        if (!w) continue;
+        w->operand = {};
+        w->operand.recipe = recipe;
+        w->operand.codes = snipi_plain(format) ? (const void *)x : c->slot[w->slot];
+        w->operand.scales = snipi_plain(format) ? NULL : c->slot[w->slot + 1];
+        w->operand.transposed = snipi_plain(format) && w == turned;
+        w->operand.round_bf16 = format == SNIP_BF16;
+    }
+    if (snipi_plain(format)) return SNIP_OK;
+    if (straight) { job.recipe = recipe; job.codes = c->slot[straight->slot]; job.scales = c->slot[straight->slot + 1]; }
+    if (turned) { job.recipe_t = recipe; job.codes_t = c->slot[turned->slot]; job.scales_t = c->slot[turned->slot + 1]; }
+    job.key = snipi_key(c->s, l, micro, straight ? straight->role : 0);
+    if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
+    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+}
+// cc[m][n] (+)= a * b^T, b quantized here from x, [b_rows][b_cols] as it lies; transposed: b is its transpose.
+static snip_status snipi_cuda_product(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int64_t m, const snip_operand &a, snipi_kind kind, int role,
+                                      const float *x, int64_t x_rows, int64_t x_cols, int transposed, int count, float *cc, int accumulate, const float *bias, cudaStream_t stream) {
+    snipi_cuda_wanted b = { SNIPI_CUDA_B, role, {} };
+    snip_recipe recipe;
+    int64_t n = transposed ? x_cols : x_rows, k = transposed ? x_rows : x_cols;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, kind, x, x_rows, x_cols, count, &recipe, transposed ? NULL : &b, transposed ? &b : NULL, stream);
+    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, snipi_cuda_counter(c, l, count), stream);
+}
+static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
+                                  cudaStream_t stream) {
+    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, &recipe, &a, NULL, stream);
+    return status ? status : snipi_cuda_product(c, l, micro, format, rows, a.operand, SNIPI_WEIGHT, SNIPI_ROLE_W, w, l->n, l->k, 0, 1, out, 0, bias, stream);
+}
+static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const snip_operand &dy, const float *w, int64_t rows,
+                                    cudaStream_t stream) {
+    return snipi_cuda_product(c, l, micro, format, rows, dy, SNIPI_WEIGHT, SNIPI_ROLE_W_T, w, l->n, l->k, 1, 1, dx, accumulate, NULL, stream);
+}
+static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
+                                    int64_t rows, int count, cudaStream_t stream) {
+    return snipi_cuda_product(c, l, micro, format, features, dy, SNIPI_ACTIVATION, SNIPI_ROLE_X_T, x, rows, l->k, 1, count, dw, accumulate, NULL, stream);
+}
+
+// ---- measuring
+static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_layer *l) { return c->record + (l - c->s->layers); }
+template <class F> static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add, cudaStream_t stream) {
+    return snipi_cuda_reduce(f, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
+}
+static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total, cudaStream_t stream) {
+    snipi_cuda_square f = { x };
+    return snipi_cuda_total(c, f, n, total, 1, 0, stream);
+}
+static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, const snipi_layer *l, float *to) {
+    const snip_adamw *o = &c->s->adamw;
+    snipi_cuda_sensitivity d = {};
+    d.to = to;
+    if (c->s->desc.optimizer != SNIP_LION) {
+        d.d = snipi_sensitivity_of(c->s, l, NULL);
+        return d;
+    }
+    d.d.kind = SNIP_LION;
+    d.d.state = l->m;
+    d.moment_sq = &snipi_cuda_record_of(c, l)->moment_sq;
+    d.variance = (1 + o->beta2) / (1 - o->beta2) / (double)(l->n * l->k);
+    d.ratio = o->beta1 / (1 - o->beta1);
+    return d;
+}
+static snip_status snipi_cuda_probe_weight(const snip_cuda *c, const snipi_layer *l, const float *w, cudaStream_t stream) {
+    float *noisy = snipi_cuda_floats(c, SNIPI_CUDA_W);
+    snip_status status;
+    if (c->s->pass == SNIP_PASS_LOSS_PROBE)
+        return snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->sigma_w, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), stream);
+    status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, l, noisy), l->n * l->k, stream);
+    return status ? status : snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->probe_scale, noisy, snipi_key(c->s, l, 0, SNIPI_ROLE_PROBE), stream);
+}
+static snip_status snipi_cuda_probe_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, const float *x, int64_t n, cudaStream_t stream) {
+    return snipi_cuda_add_noise(snipi_cuda_floats(c, SNIPI_CUDA_X), x, n, 0, &snipi_cuda_record_of(c, l)->sigma_x, NULL, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), stream);
+}
+static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *cc, cudaStream_t stream) {
+    snip_recipe recipe = SNIP_RECIPE_F32;
+    snip_operand oa = {}, ob = {};
+    oa.recipe = ob.recipe = &recipe;
+    oa.codes = a; oa.transposed = a_transposed;
+    ob.codes = b; ob.transposed = b_transposed;
+    return snip_cuda_gemm(m, n, k, &oa, &ob, cc, n, 0, NULL, stream);
+}
+static snip_status snipi_cuda_sketch_projected(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
+    const int64_t in = which == SNIPI_SKETCH_XW ? l->k : l->n, out = which == SNIPI_SKETCH_XW ? l->n : l->k;
+    float *signs = snipi_cuda_floats(c, SNIPI_CUDA_SIGNS), *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
+    snip_status status;
+    if (cudaMemsetAsync(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float), stream) != cudaSuccess) return SNIP_DEVICE;
+    status = snipi_cuda_add_noise(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT), stream);
+    if (!status) status = snipi_cuda_f32(in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_XW, signs, 0, seen, stream);
+    if (!status) status = snipi_cuda_f32(rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result, stream);
+    return status ? status : snipi_cuda_sketch_add(c, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED, stream);
+}
+// Adds a candidate's rounding errors of x to *stats.
+static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind, int role, const float *x, int64_t rows, int64_t cols, const float *weight,
+                                     snip_quant_stats *stats, cudaStream_t stream) {
+    snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
+    snip_quantize_job job = {};
+    snipi_cuda_options options = { 0, NULL, NULL, 1 };
+    job.x = x;
+    job.rows = rows; job.cols = job.ld = cols;
+    job.recipe = &recipe;
+    job.weight = weight;
+    job.key = snipi_key(c->s, l, micro, role);
+    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+}
+static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
+    const int64_t samples = snipi_samples(c->s, l);
+    float *picked = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE), *result = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE_OUT);
+    snipi_cuda_pick pick = { picked, dy, l->n, samples };
+    snipi_cuda_wgrad_error error = { result, exact, snipi_cuda_sensitivity_of(c, l, NULL), l->n, l->k, samples };
+    snip_status status = snipi_cuda_each(pick, rows * samples, stream);
+    for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snip_recipe recipe;
+        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, &recipe, NULL, &a, stream);
+        if (!status) status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0, stream);
+        if (!status) status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f], (double)l->n / (double)samples, 1, stream);
+    }
+    return status;
+}
+static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int64_t micro, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+    const snip_pass pass = c->s->pass;
+    const int64_t nx = rows * l->k, nw = l->n * l->k;
+    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
+    snip_status status = SNIP_OK;
+    if (pass == SNIP_PASS_LOSS_PROBE && micro == 0) {
+        status = snipi_cuda_square_sum(c, weight, nw, &r->weight_sq, stream);
+        if (!status) status = snipi_cuda_square_sum(c, inp, nx, &r->input_sq, stream);
+        if (!status) status = snipi_cuda_launch(snipi_cuda_sigma_kernel, 1, 1, 0, stream, r, (double)nx, (double)nw);
+    }
+    if (pass == SNIP_PASS_LOSS_PROBE && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    if (pass != SNIP_PASS_CLEAN && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
+    if (pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(c->s) && !status) {
+        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_X, inp, nx, l->elements_x, stream);
+        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k, stream);
+    }
+    l->elements_x += nx;
+    if (status) return status;
+    return snipi_cuda_fwd(c, l, micro, c->s->desc.measure, out, pass == SNIP_PASS_LOSS_PROBE ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
+                          pass == SNIP_PASS_CLEAN ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W), bias, rows, stream);
+}
+static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows,
+                                               cudaStream_t stream) {
+    const int clean = c->s->pass == SNIP_PASS_CLEAN, loss_probe = c->s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(c->s);
+    const int64_t nx = rows * l->k, nw = l->n * l->k;
+    const snip_format format = c->s->desc.measure;
+    const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp, *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
+    float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
+    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
+    snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, &dy_t, stream);
+    if (loss_probe && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
+    if (sketched && !status) {
+        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y, stream);
+        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_DYW, dout, rows, weight, l->elements_y / l->n, stream);
+    }
+    l->elements_y += rows * l->n;
+
+    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dy.operand, w, rows, stream);
+    if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
+    if ((clean || loss_probe) && !status)
+        status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
+        status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, inp, rows, l->k, own, &r->x[f], stream);
+        if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, &r->dy[f], stream);
+    }
+
+    if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
+    if (dweight && !status) status = snipi_cuda_each(snipi_cuda_add{ dweight, own }, nw, stream);
+    if (sketched && !status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, nw, 0, stream);
+    if ((clean || loss_probe) && !status)
+        status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
+        status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, &r->w[f], stream);
+    if (clean && snipi_probes_updates(c->s) && !status) status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
+    return status;
+}
+
+static int snipi_cuda_call_ok(const snip_cuda *c, const snipi_layer *l, const void *a, const void *b, const void *x, int64_t rows) {
+    return snipi_linear_args(l, a, b, x, rows) && rows <= c->rows && c->step == c->s->step;
+}
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
+    snip_status status;
+    if (!c || !snipi_cuda_call_ok(c, l, out, inp, weight, rows)) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (rows == 0) return SNIP_OK;
+    if (c->s->mode != SNIP_TRAIN) status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp, weight, bias, rows, stream);
+    else {
+        int64_t micro = l->calls_forward++;
+        if (c->s->pass == SNIP_PASS_ORDINARY) {
+            status = snipi_cuda_observe(c, l, 0, inp, rows * l->k, stream);
+            if (!status) status = snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream);
+        } else
+            status = snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
+    }
+    return snipi_finish_call(c->s, l, l->nonfinite, status);
+}
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
+                                               const float *inp, const float *weight, int64_t rows, cudaStream_t stream) {
+    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
+    snip_status status = SNIP_OK;
+    int64_t micro;
+    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows) || c->s->mode != SNIP_TRAIN) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (rows == 0) return SNIP_OK;
+    micro = l->calls_backward++;
+    if (c->s->pass == SNIP_PASS_ORDINARY) {
+        const snip_format format = l->format[SNIP_DGRAD], format_w = l->format[SNIP_WGRAD];
+        const int both = dinp && dweight && format == format_w;
+        snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snip_recipe recipe, recipe_w;
+        status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
+        if (dinp && !status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
+        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dy.operand, weight, rows, stream);
+        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe_w, NULL, &dy_t, stream);
+        if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
+    } else
+        status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
+    if (dbias && !status) status = snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(l->n, SNIPI_WARP), SNIPI_THREADS, 0, stream, dbias, dout, rows, l->n);
+    return snipi_finish_call(c->s, l, l->nonfinite, status);
+}
+
+// ---- passes and steps
+static snip_status snipi_cuda_prepare_update_probe(snip_cuda *c, cudaStream_t stream) {
+    snip *s = c->s;
+    snip_status status = snipi_all_bound(s);
+    for (int l = 0; l < s->n_layers && !status; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        const int64_t n = layer->n * layer->k;
+        float *d = snipi_cuda_floats(c, SNIPI_CUDA_W);
+        if (s->desc.optimizer == SNIP_LION) status = snipi_cuda_square_sum(c, layer->m, n, &c->record[l].moment_sq, stream);
+        if (!status) status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, layer, d), n, stream);
+        if (!status) status = snipi_cuda_square_sum(c, d, n, &c->record[l].sensitivity_sq, stream);
+    }
+    return status ? status : snipi_cuda_launch(snipi_cuda_tau_kernel, 1, 1, 0, stream, c->record, s->n_layers, c->globals);
+}
+SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t stream) {
+    snip *s = c ? c->s : NULL;
+    snip_status status = SNIP_OK;
+    if (!c) return 0;
+    if (s->pass == SNIP_PASS_CLEAN || s->pass == SNIP_PASS_ORDINARY) {
+        if (!loss) status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
+        else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) status = SNIP_DEVICE;
+        else s->told = 1;
+        if (status) snipi_finish_call(s, NULL, 0, status);
+        return 0;
+    }
+    if (s->pass == SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
+        status = snipi_cuda_prepare_update_probe(c, stream);
+        if (status && !s->pending) s->pending = status;
+        snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
+    } else
+        snipi_begin_pass(s, SNIP_PASS_CLEAN);
+    return 1;
+}
+
+// On the stream: the step's results to the host, and the next step's number.
+static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const float *grad_scale, cudaStream_t stream) {
+    const snip *s = c->s;
+    const snip_adamw *o = &s->adamw;
+    const size_t watched = (size_t)s->n_layers * sizeof *c->watched, records = (size_t)s->n_layers * sizeof *c->record;
+    snip_status status = SNIP_OK;
+    if (e->measured && snipi_probes_updates(s)) {
+        for (int l = 0; l < s->n_layers && !status; l++) {
+            const snipi_layer *layer = &s->layers[l];
+            snipi_cuda_update u = { s->desc.optimizer, layer->m, layer->v, (float)(1 / (1 - pow(o->beta1, (double)o->step))), (float)(1 / (1 - pow(o->beta2, (double)o->step))), (float)o->eps };
+            status = snipi_cuda_total(c, u, layer->n * layer->k, &c->record[l].update_sq, 1, 0, stream);
+        }
+        if (!status) status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS, 0, stream, c->record, (const float *)c->sketch);
+    }
+    if (status) return status;
+    if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (e->measured && cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (s->n_layers && (cudaMemcpyAsync(e->watched, c->watched, watched, cudaMemcpyDeviceToHost, stream) != cudaSuccess || cudaMemsetAsync(c->watched, 0, watched, stream) != cudaSuccess)) return SNIP_DEVICE;
+    status = snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)(c->step + 1));
+    return status ? status : cudaEventRecord(e->done, stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+}
+// What the device measured, into the layers; then the plan.
+static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
+    snip *s = c->s;
+    double update_sq = 0, grad_scale = e->device_scale ? (double)e->globals->grad_scale : e->adamw.grad_scale > 0 ? e->adamw.grad_scale : 1;
+    s->tau = e->globals->tau;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_cuda_record *r = &c->host_record[i];
+        snipi_layer *l = &s->layers[i];
+        l->weight_sq = r->weight_sq; l->sensitivity_sq = r->sensitivity_sq;
+        l->sigma_x = r->sigma_x; l->sigma_w = r->sigma_w;
+        l->noisy_x = r->noisy_x; l->noisy_w = r->noisy_w;
+        l->clean_x = r->clean_x; l->clean_w = r->clean_w;
+        l->input_sq = r->x[0].sum_sq; l->gradient_sq = r->dy[0].sum_sq;
+        l->elements_x = c->seen[3 * i]; l->elements_y = c->seen[3 * i + 1];
+        memcpy(l->sketched_sq, r->sketched_sq, sizeof l->sketched_sq);
+        for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+            snipi_measured *q = &l->measured[f];
+            q->err_x = r->x[f].err_sq; q->dot_x = r->x[f].dot;
+            q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]); q->dot_w = r->w[f].dot;
+            q->err_dy = r->dy[f].err_sq;
+            q->wgrad_err = r->wgrad_err[f];
+        }
+        if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;
+    }
+    return snipi_decide(s, update_sq, grad_scale);
+}
+// Reads the oldest step that has not been read.
+static snip_status snipi_cuda_read(snip_cuda *c) {
+    const snipi_cuda_ended *e = &c->ended[c->read % (c->lag + 1)];
+    snip *s = c->s;
+    int spikes;
+    char message[200];
+    if (c->measuring == c->read++) c->measuring = -1;
+    if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    s->loss = (double)e->globals->loss;
+    spikes = e->told && snipi_loss_spikes(s);
+    for (int l = 0; l < s->n_layers; l++) {
+        memcpy(s->layers[l].seen_sq, e->watched[l].seen_sq, sizeof s->layers[l].seen_sq);
+        memcpy(s->layers[l].seen, e->watched[l].seen, sizeof s->layers[l].seen);
+    }
+    if (e->ordinary) snipi_watch(s, spikes);
+    for (int l = 0; l < s->n_layers; l++) {
+        if (!e->watched[l].nonfinite) continue;
+        snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
+        return snipi_fail(s, SNIP_NONFINITE, message);
+    }
+    return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
+}
+SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale, cudaStream_t stream) {
+    snip_status status, late = SNIP_OK;
+    snip *s;
+    if (!c) return SNIP_BAD_ARGUMENT;
+    s = c->s;
+    if (c->step != s->step) return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
+    status = snipi_end_step_check(s, adamw);
+    if (status) return status;
+    snipi_cuda_ended *e = &c->ended[c->step % (c->lag + 1)];
+    status = s->pending;
+    s->adamw = e->adamw = *adamw;
+    e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status;
+    e->ordinary = s->pass == SNIP_PASS_ORDINARY;
+    e->told = s->told;
+    e->device_scale = grad_scale != NULL;
+    for (int l = 0; l < s->n_layers && e->measured; l++) {
+        c->seen[3 * l] = s->layers[l].elements_x;
+        c->seen[3 * l + 1] = s->layers[l].elements_y;
+        c->seen[3 * l + 2] = s->layers[l].calls_backward;
+    }
+    late = snipi_cuda_send(c, e, grad_scale, stream);
+    if (late) e->measured = 0;
+    if (late && !status) status = snipi_fail(s, late, snip_status_text(late));
+    if (s->pass == SNIP_PASS_CLEAN) c->measuring = c->step;
+    c->step = ++s->step;
+    if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
+    if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
+    snipi_begin_step(s);
+    if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0) snipi_begin_pass(s, SNIP_PASS_ORDINARY);     // one measurement at a time
+    if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
+                                            cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
+        status = snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    return status ? status : late;
+}
+SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
+    snip_status status = SNIP_OK, first = SNIP_OK;
+    if (!c) return SNIP_BAD_ARGUMENT;
+    while (c->read < c->step) {
+        status = snipi_cuda_read(c);
+        if (!first) first = status;
+    }
+    return first;
+}
+
+// Seconds of the fastest of several calls, after one to warm up.
+template <class F> static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
+    enum { TIMES = 5 };
+    snip_status status = SNIP_OK;
+    for (int i = 0; i < 1 + TIMES && !status; i++) {
+        float ms = 0;
+        if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
+        status = call();
+        if (status) return status;
+        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess || cudaEventElapsedTime(&ms, begin, end) != cudaSuccess) return SNIP_DEVICE;
+        if (i == 1 || (i > 1 && ms * 1e-3 < *seconds)) *seconds = ms * 1e-3;
+    }
+    if (*seconds < 1e-9) *seconds = 1e-9;
+    return status;
+}
+static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream) {
+    const int64_t n = l->n, k = l->k, given = rows * (n + k) + n * k;
+    float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
+    snip_status status = cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+    if (!status) status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_X), stream);
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
+            const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
+            status = snipi_cuda_time(begin, end, stream, &l->seconds[f][g], [&]() -> snip_status {
+                snipi_cuda_wanted a = { g == SNIP_DGRAD ? SNIPI_CUDA_A : SNIPI_CUDA_TURNED, g == SNIP_DGRAD ? SNIPI_ROLE_DY : SNIPI_ROLE_DY_T, {} };
+                snip_recipe recipe;
+                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, 0, format, out, x, w, NULL, rows, stream);
+                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, &recipe, g == SNIP_DGRAD ? &a : NULL, g == SNIP_DGRAD ? NULL : &a, stream);
+                if (made) return made;
+                return g == SNIP_DGRAD ? snipi_cuda_dgrad(c, l, 0, format, out, 0, a.operand, w, rows, stream) : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
+            });
+        }
+    return status;
+}
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
+    cudaEvent_t begin, end;
+    snip_status status = SNIP_OK;
+    if (!c || rows < 1 || rows > c->rows) return SNIP_BAD_ARGUMENT;
+    snip *s = c->s;
+    if (cudaEventCreate(&begin) != cudaSuccess) return SNIP_DEVICE;
+    if (cudaEventCreate(&end) != cudaSuccess) { cudaEventDestroy(begin); return SNIP_DEVICE; }
+    for (int i = 0, same; i < s->n_layers && !status; i++) {
+        snipi_layer *l = &s->layers[i];
+        float *x;
+        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {}
+        if (same < i) {
+            memcpy(l->seconds, s->layers[same].seconds, sizeof l->seconds);
+            continue;
+        }
+        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k + snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) * sizeof(float)) != cudaSuccess) status = SNIP_OUT_OF_MEMORY;
+        else {
+            status = snipi_cuda_time_layer(c, l, rows, x, begin, end, stream);
+            cudaFree(x);
+        }
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return status;
+}
+
+static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
+    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = (a.format == SNIP_E4M3 || a.format == SNIP_E5M2) && b.format == SNIP_E4M3;
+    return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) && snipi_cuda_recipe_ok(&b);
+}
+SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
+    snip_cuda c = {};
+    if (!s || rows < 1 || rows > INT32_MAX) return 0;
+    c.s = const_cast<snip *>(s);
+    c.rows = rows;
+    return snipi_cuda_layout(&c, NULL);
+}
+SNIP_API void snip_cuda_destroy(snip_cuda *c) {
+    if (!c) return;
+    snip *s = c->s;
+    for (int i = 0; c->ended && i <= c->lag; i++)
+        if (c->ended[i].done) {
+            cudaEventSynchronize(c->ended[i].done);
+            cudaEventDestroy(c->ended[i].done);
+        }
+    if (c->pinned) cudaFreeHost(c->pinned);
+    snipi_free(s, c->ended);
+    snipi_free(s, c->seen);
+    snipi_free(s, c);
+}
+SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
+    const size_t size = snip_cuda_memory(s, rows);
+    if (!s) return NULL;
+    if (!size || !memory || lag < 0 || s->desc.optimizer == SNIP_CUSTOM || (s->desc.every > 0 && lag >= s->desc.every)) {
+        snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
+        return NULL;
+    }
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) {
+        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
+        return NULL;
+    }
+    for (snip_format format : snipi_candidates) {
+        snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT), dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
+        if (snipi_cuda_multiplies(x, w) && snipi_cuda_multiplies(dy, w) && snipi_cuda_multiplies(dy, x)) continue;
+        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: there are no GEMM kernels for the session's recipes");
+        return NULL;
+    }
+    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record), a_step = sizeof(snipi_cuda_globals) + (size_t)s->n_layers * sizeof(snipi_cuda_watched), slots = (size_t)lag + 1;
+    snip_cuda *c = (snip_cuda *)snipi_alloc(s, sizeof *c);
+    int ok = c != NULL;
+    if (ok) {
+        c->s = s;
+        c->rows = rows;
+        c->lag = lag;
+        c->step = c->read = s->step;
+        c->measuring = -1;
+        snipi_cuda_layout(c, (char *)memory);
+        c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
+        c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
+        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
+    }
+    if (ok) {
+        c->host_record = (snipi_cuda_record *)c->pinned;
+        for (size_t i = 0; i < slots && ok; i++) {
+            c->ended[i].globals = (snipi_cuda_globals *)(void *)((char *)c->pinned + records + i * a_step);
+            c->ended[i].watched = (snipi_cuda_watched *)(c->ended[i].globals + 1);
+            ok = cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) == cudaSuccess;
+        }
+        ok = ok && cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) == cudaSuccess &&
+             snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)s->step) == SNIP_OK;
+    }
+    if (ok) return c;
+    snipi_fail(s, c ? SNIP_DEVICE : SNIP_OUT_OF_MEMORY, "snip_cuda_create: the CUDA runtime or the allocator failed");
+    snip_cuda_destroy(c);
+    return NULL;
 }
 
 #endif // SNIP_IMPLEMENTATION

@@ -1,11 +1,13 @@
 // bench_cuda.cu - speed of snip_cuda.cuh on the GPU at hand: quantization beside a copy of as many bytes, GEMMs in TFLOPS
-// beside the BF16 product of cuBLAS where it is linked (-DSNIP_BENCH_CUBLAS -lcublas). Tab-separated, see make bench-gpu.
+// beside cuBLAS's BF16 product and, of FP8, cuBLASLt's with the same scaling, where they are linked (-DSNIP_CUBLASLT
+// -lcublas -lcublasLt). Tab-separated, see make bench-gpu.
 #include <stdlib.h>
 #include <algorithm>
 #define SNIP_IMPLEMENTATION
 #include "../snip_cuda.cuh"
-#ifdef SNIP_BENCH_CUBLAS
+#ifdef SNIP_CUBLASLT
 #  include <cublas_v2.h>
+#  include <cublasLt.h>
 #endif
 
 static void check(bool ok, const char *what) {
@@ -66,6 +68,50 @@ static void bench_quantize(const char *name, snip_recipe recipe, int bf16, int b
     print(name, (double)bytes / ours * 1e-9, "GB/s", "copy", (double)bytes / copy * 1e-9);
     for (void *p : { (void *)x, (void *)from, (void *)to, job.codes, job.scales, job.codes_t, job.scales_t }) cudaFree(p);
 }
+#ifdef SNIP_CUBLASLT
+// Seconds of cuBLASLt's E4M3 product with a scale for 128 of k in each row of A (all 1 here) and for rb's tiles in B; 0 if it has none.
+static double seconds_lt(const snip_recipe &rb, int64_t m, int64_t n, int64_t k, const void *a, const void *b, float *c) {
+    static cublasLtHandle_t handle;
+    static char *workspace;
+    const size_t room = 32 << 20;
+    const cublasOperation_t turned = CUBLAS_OP_T;
+    const cublasLtMatmulMatrixScale_t tile = CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F, block = CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F;
+    const cublasLtMatmulMatrixScale_t mode = rb.tile_rows == 128 ? block : tile;
+    const float one = 1, zero = 0;
+    const int64_t scales = (m > n ? m : n) * ((k + 127) / 128) + 128;
+    float *ones = memory<float>((size_t)scales * 4);
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t of_a, of_b, of_c;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulHeuristicResult_t found;
+    int count = 0;
+    double time = 0;
+    if (!handle) {
+        check(cublasLtCreate(&handle) == CUBLAS_STATUS_SUCCESS, "cuBLASLt");
+        workspace = memory(room);
+    }
+    for (int64_t i = 0; i < scales; i++) cudaMemcpyAsync(ones + i, &one, sizeof one, cudaMemcpyHostToDevice);
+    // Column-major: C^T (n, m) = B A^T, both stored with k contiguous.
+    cublasLtMatmulDescCreate(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof turned);
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode);
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &tile, sizeof tile);
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &ones, sizeof ones);
+    cublasLtMatmulDescSetAttribute(desc, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &ones, sizeof ones);
+    cublasLtMatrixLayoutCreate(&of_b, CUDA_R_8F_E4M3, (uint64_t)k, (uint64_t)n, k);
+    cublasLtMatrixLayoutCreate(&of_a, CUDA_R_8F_E4M3, (uint64_t)k, (uint64_t)m, k);
+    cublasLtMatrixLayoutCreate(&of_c, CUDA_R_32F, (uint64_t)n, (uint64_t)m, n);
+    cublasLtMatmulPreferenceCreate(&preference);
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &room, sizeof room);
+    if (cublasLtMatmulAlgoGetHeuristic(handle, desc, of_b, of_a, of_c, of_c, preference, 1, &found, &count) == CUBLAS_STATUS_SUCCESS && count)
+        time = seconds([&] { cublasLtMatmul(handle, desc, &one, b, of_b, a, of_a, &zero, c, of_c, c, of_c, &found.algo, workspace, room, 0); });
+    cublasLtMatmulPreferenceDestroy(preference);
+    for (cublasLtMatrixLayout_t layout : { of_a, of_b, of_c }) cublasLtMatrixLayoutDestroy(layout);
+    cublasLtMatmulDescDestroy(desc);
+    cudaFree(ones);
+    return time;
+}
+#endif
 static void bench_gemm(const char *kind, snip_recipe ra, snip_recipe rb, int64_t m, int64_t n, int64_t k) {
     char name[96];
     float *c = memory<float>((size_t)(m * n) * 4);
@@ -90,7 +136,7 @@ static void bench_gemm(const char *kind, snip_recipe ra, snip_recipe rb, int64_t
     else {
         double flops = 2e-12 * (double)m * (double)n * (double)k;
         double ours = seconds([&] { snip_cuda_gemm(m, n, k, &operand[0], &operand[1], c, n, 0, NULL, 0); });
-#ifdef SNIP_BENCH_CUBLAS
+#ifdef SNIP_CUBLASLT
         static cublasHandle_t handle;
         float one = 1, zero = 0;
         char *a = memory((size_t)(m * k) * 2), *b = memory((size_t)(n * k) * 2);
@@ -99,6 +145,11 @@ static void bench_gemm(const char *kind, snip_recipe ra, snip_recipe rb, int64_t
         fill<<<1024, 256>>>((uint32_t *)(void *)b, n * k / 2);
         double peer = seconds([&] { cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, (int)n, (int)m, (int)k, &one, b, CUDA_R_16BF, (int)k, a, CUDA_R_16BF, (int)k, &zero, c, CUDA_R_32F, (int)n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT); });
         print(name, flops / ours, "TFLOPS", "cuBLAS BF16", flops / peer);
+        if (ra.format == SNIP_E4M3) {
+            double lt = seconds_lt(rb, m, n, k, operand[0].codes, operand[1].codes, c);
+            if (lt > 0) print(name, flops / ours, "TFLOPS", "cuBLASLt", flops / lt);
+            else printf("skipped: %s, cuBLASLt has no such product here\n", name);
+        }
         cudaFree(a);
         cudaFree(b);
 #else

@@ -3,7 +3,7 @@
 //
 // WHAT IT IS
 //   Token embedding; blocks of RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; final RMSNorm;
-//   output layer (tied or not); cross-entropy; AdamW. No biases. The seven linear layers of a block run
+//   output layer (tied or not); cross-entropy; AdamW, SGD with momentum, Lion. No biases. The seven linear layers of a block run
 //   through snip_linear_forward/backward; embedding, norms, attention and the output layer are float32.
 //
 // IN ORDER
@@ -348,7 +348,7 @@ static inline llama *llama_create(const llama_config *config, int batch, snip *s
             llama_tensor *t = &g->tensors[g->block[i].lin[j]];
             snprintf(name, sizeof name, "%d.%s", i, kind[j]);
             t->layer = snip_add_linear(session, name, t->rows, t->cols, c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0);
-            if (t->layer < 0 || snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset)) { llama_destroy(g); return NULL; }
+            if (t->layer < 0 || (snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset) && snip_bind_momentum(session, t->layer, g->m + t->offset))) { llama_destroy(g); return NULL; }
         }
     return g;
 }
@@ -693,6 +693,27 @@ static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, 
             m[j] = b1 * m[j] + (1.0f - b1) * gr;
             v[j] = b2 * v[j] + (1.0f - b2) * gr * gr;
             p[j] = p[j] * keep - rate * (m[j] * c1) / (sqrtf(v[j] * c2) + e);
+        }
+    }
+}
+// One update as snip_adamw describes it, with decay on matrices only: SGD with momentum, Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW.
+static inline void llama_update(llama *g, snip_optimizer kind, const snip_adamw *o, double decay) {
+    float b1 = (float)o->beta1, b2 = (float)o->beta2, scale = (float)o->grad_scale, rate = (float)o->lr;
+    if (kind == SNIP_ADAMW) {
+        llama_adamw(g, o->lr, o->beta1, o->beta2, o->eps, decay, o->step, o->grad_scale);
+        return;
+    }
+    for (int i = 0; i < g->n_tensors; i++) {
+        const llama_tensor *t = &g->tensors[i];
+        float *p = g->params + t->offset, *m = g->m + t->offset;
+        const float *dp = g->grads + t->offset;
+        float keep = 1.0f - (t->matrix ? (float)(o->lr * decay) : 0.0f);
+        int64_t n = t->rows * t->cols;
+        LLAMA_OMP(parallel for schedule(static) if (n > 4096))
+        for (int64_t j = 0; j < n; j++) {
+            float gr = dp[j] * scale, c = b1 * m[j] + (1.0f - b1) * gr;
+            m[j] = kind == SNIP_LION ? b2 * m[j] + (1.0f - b2) * gr : b1 * m[j] + gr;
+            p[j] = p[j] * keep - rate * (kind == SNIP_LION ? (float)((c > 0) - (c < 0)) : m[j]);
         }
     }
 }

@@ -13,10 +13,7 @@
 #include "report.h"
 #include "trainer.h"
 
-#define BETA1 0.9
-#define BETA2 0.95
 #define EPS 1e-8
-#define DECAY 0.1
 #define CLIP 1.0
 #define VAL_SEQUENCES 128
 #define SPEED_WINDOW 21
@@ -33,6 +30,7 @@ typedef struct {
     double *number, *history[COLUMNS];  // by step - 1; a val_loss below 0 was not evaluated
     double *plan_step;
     int n_plans;
+    char reason[256];                   // the session's last
     snip_layer_info *layers;
     double val_high;                    // final validation loss of the trained weights in high precision; < 0: not taken
     double seconds;
@@ -41,18 +39,20 @@ typedef struct {
 static char invocation[512];            // what a checkpoint must have been written with
 
 static void describe(const tr_options *o, const tr_data *d, const char *precision, char *out, size_t room) {
-    int n = snprintf(out, room, "--dim=%d --blocks=%d --heads=%d --kv-heads=%d --ffn=%d --tied=%d --seq=%d --batch=%d --accum=%d --seed=%lld --stages=%d --precision=%s data=%016llx",
+    int n = snprintf(out, room, "--dim=%d --blocks=%d --heads=%d --kv-heads=%d --ffn=%d --tied=%d --seq=%d --batch=%d --accum=%d --seed=%lld --stages=%d --precision=%s data=%016llx --optimizer=%s",
              (int)o->dim, (int)o->blocks, (int)o->heads, (int)o->kv_heads, (int)o->ffn, (int)o->tied, (int)o->seq, (int)o->batch, (int)o->accum,
-             (long long)o->seed, (int)o->stages, precision, (unsigned long long)d->hash);
+             (long long)o->seed, (int)o->stages, precision, (unsigned long long)d->hash, o->optimizer);
     if (n < 0 || (size_t)n >= room) tr_die("the options are too long");
 }
 
 // >>checkpoint -------------------------------------------------------------------------------------
-static void save_checkpoint(const run *r) {
+static int optimizer_tensors(const tr_options *o) { return tr_optimizer_named(o->optimizer)->kind == SNIP_ADAMW ? 2 : 1; }      // of a parameter: m and v, or m
+
+static void save_checkpoint(const run *r, const tr_options *o) {
     const llama *g = r->model;
     int n = 0, max = COLUMNS + 2 + 3 * g->n_tensors;
     tr_tensor *t = (tr_tensor *)tr_alloc((size_t)max * sizeof *t);
-    tr_meta meta[4] = { { "writer", "snip train_llama 1" }, { "step", "" }, { "plans", "" }, { "options", "" } };
+    tr_meta meta[4] = { { "writer", "snip train_llama 2" }, { "step", "" }, { "plans", "" }, { "options", "" } };
     const float *part[3] = { g->params, g->m, g->v };
     static const char *const prefix[3] = { "", "optimizer.m.", "optimizer.v." };
     char path[TR_PATH];
@@ -67,7 +67,7 @@ static void save_checkpoint(const run *r) {
     }
     snprintf(t[n].name, sizeof t[n].name, "history.plan_step");
     t[n].dtype = "F64"; t[n].cols = r->n_plans; t[n++].data = r->plan_step;
-    for (int p = 0; p < 3; p++)
+    for (int p = 0; p <= optimizer_tensors(o); p++)
         for (int i = 0; i < g->n_tensors; i++) {
             const llama_tensor *w = &g->tensors[i];
             snprintf(t[n].name, sizeof t[n].name, "%s%s", prefix[p], w->name);
@@ -124,7 +124,7 @@ static void load_checkpoint(run *r, const tr_options *o) {
     memcpy(r->plan_step, plans, (size_t)r->n_plans * sizeof(double));
     float *part[3] = { g->params, g->m, g->v };
     static const char *const prefix[3] = { "", "optimizer.m.", "optimizer.v." };
-    for (int p = 0; p < 3; p++)
+    for (int p = 0; p <= optimizer_tensors(o); p++)
         for (int i = 0; i < g->n_tensors; i++) {
             const llama_tensor *w = &g->tensors[i];
             char name[64];
@@ -136,7 +136,8 @@ static void load_checkpoint(run *r, const tr_options *o) {
     for (int i = 0; i < s.n; i++)
         if (!strcmp(s.tensors[i].name, "session.state")) {
             snip_status st = snip_state_load(r->session, s.tensors[i].data, tr_tensor_bytes(&s.tensors[i]));
-            if (st) tr_die("%s: the session's state: %s", path, snip_status_text(st));
+            if (st) tr_die("%s: the session's state: %s", path, snip_message(r->session)[0] ? snip_message(r->session) : snip_status_text(st));
+            snprintf(r->reason, sizeof r->reason, "%s", snip_reason(r->session));
             tr_free_tensors(&s);
             return;
         }
@@ -164,6 +165,10 @@ static void open_run(run *r, const tr_options *o, const tr_data *d, const char *
     desc.every = o->every && !o->plan ? (int)o->every : -1;
     desc.seed = (uint64_t)o->seed;
     desc.n_stages = (int)o->stages;
+    desc.optimizer = tr_optimizer_named(o->optimizer)->kind;
+    desc.margin = o->margin;
+    desc.spike = o->spike;
+    desc.fallback = tr_fallback(o->fallback);
     for (int i = 0; i < 4; i++)
         if (!strcmp(precision, fixed[i].name)) {
             format = fixed[i].format;
@@ -264,6 +269,7 @@ static void save_plan(run *r) {
 static void train(run *r, const tr_options *o, const tr_data *d) {
     llama *g = r->model;
     snip *s = r->session;
+    const tr_optimizer *opt = tr_optimizer_named(o->optimizer);
     int64_t micro = o->batch * o->seq, tokens_per_step = micro * o->accum;
     int32_t *tokens = (int32_t *)tr_alloc((size_t)tokens_per_step * 4), *targets = (int32_t *)tr_alloc((size_t)tokens_per_step * 4);
     double recent[SPEED_WINDOW], sorted[SPEED_WINDOW], start = tr_now();
@@ -272,7 +278,7 @@ static void train(run *r, const tr_options *o, const tr_data *d) {
     tr_progress progress = { (int)o->quiet, isatty(2), tr_now(), r->precision };
 
     if (!r->step) {                     // a fresh run: what an earlier one left here must not be resumed or mixed in
-        save_checkpoint(r);
+        save_checkpoint(r, o);
         tr_path(path, r->dir, "plan.svg");    unlink(path);
         tr_path(path, r->dir, "report.html"); unlink(path);
     } else tr_note(&progress, "%s: resumed after step %lld", r->precision, (long long)r->step);
@@ -301,10 +307,10 @@ static void train(run *r, const tr_options *o, const tr_data *d) {
         } while (snip_next_pass(s, loss));
         double norm = llama_grad_norm(g), scale = norm > CLIP ? CLIP / norm : 1.0, lr = learning_rate(o, step);
         if (!llama_finite(norm)) stop_nonfinite(r, step, SNIP_NONFINITE, "adding up its gradient");
-        llama_adamw(g, lr, BETA1, BETA2, EPS, DECAY, step, scale);
+        snip_adamw update = { lr, opt->beta1, opt->beta2, EPS, step, scale };
+        llama_update(g, opt->kind, &update, opt->decay);
         double share = snip_share(s, SNIP_E2M1);
         int plans = snip_plans(s);
-        snip_adamw update = { lr, BETA1, BETA2, EPS, step, scale };
         if ((st = snip_end_step(s, &update)) == SNIP_INFEASIBLE) tr_die("step %lld: %s", (long long)step, session_error(s, st));
         if (st) stop_nonfinite(r, step, st, "measuring");
         double took = tr_now() - before, speed = r->step ? r->history[SPEED][r->step - 1] : (double)tokens_per_step / took;
@@ -317,9 +323,13 @@ static void train(run *r, const tr_options *o, const tr_data *d) {
         }
         if (snip_plans(s) != plans) {
             r->plan_step[r->n_plans++] = (double)step;
-            save_plan(r);
             tr_note(&progress, "%s: step %lld: measured %d layers in %d passes (%.1f ordinary steps), solved in %.3f ms; FP4 share %.1f%% -> %.1f%%", r->precision,
                     (long long)step, snip_layers(s), passes, took * speed / (double)tokens_per_step, 1e3 * snip_solve_seconds(s), 100 * share, 100 * snip_share(s, SNIP_E2M1));
+        }
+        if (strcmp(r->reason, snip_reason(s))) {
+            snprintf(r->reason, sizeof r->reason, "%s", snip_reason(s));
+            tr_note(&progress, "%s: %s", r->precision, r->reason);
+            save_plan(r);
             ordinary = 0;               // the new plan has a speed of its own
         }
         r->history[LOSS][r->step] = loss;
@@ -332,7 +342,7 @@ static void train(run *r, const tr_options *o, const tr_data *d) {
         write_row(csv, r, step);
         errno = 0;
         if (fflush(csv)) tr_die("cannot write %s: %s", csv_path, strerror(errno));
-        if (step == o->steps || (o->save_every && step % o->save_every == 0)) save_checkpoint(r);
+        if (step == o->steps || (o->save_every && step % o->save_every == 0)) save_checkpoint(r, o);
         tr_show(&progress, step, o->steps, loss, speed, (double)((o->steps - step) * tokens_per_step) / speed, snip_share(s, SNIP_E2M1));
     }
     if (fclose(csv)) tr_die("cannot write %s: %s", csv_path, strerror(errno));

@@ -82,14 +82,27 @@ static inline void tr_path(char *out, const char *dir, const char *name) {
 static const char *const tr_precisions[TR_MAX_RUNS] = { "snip", "f32", "bf16", "fp8", "fp4" };
 
 typedef struct {
-    const char *data[TR_MAX_DATA], *out, *plan, *precision, *compare;
+    const char *data[TR_MAX_DATA], *out, *plan, *precision, *compare, *optimizer, *fallback;
     const char *runs[TR_MAX_RUNS];          // of --compare
     int n_data, n_runs;
     int64_t steps, every, dim, blocks, heads, kv_heads, ffn, seq, batch, accum, warmup, seed, threads, stages, save_every, val_every;
-    double budget, speedup, lr;
+    double budget, speedup, margin, spike, lr;
     int64_t resume, quiet, tied;
     int budget_given, precision_given;
 } tr_options;
+
+// lr: peak, unless --lr says otherwise.
+typedef struct { const char *name; snip_optimizer kind; double lr, beta1, beta2, decay; } tr_optimizer;
+static const tr_optimizer tr_optimizers[] = {
+    { "adamw", SNIP_ADAMW, 2e-3, 0.9, 0.95, 0.1 }, { "sgd", SNIP_SGD_MOMENTUM, 0.1, 0.9, 0, 2e-3 }, { "lion", SNIP_LION, 1e-3, 0.9, 0.99, 0.2 } };
+static inline const tr_optimizer *tr_optimizer_named(const char *name) {
+    for (int i = 0; i < 3; i++) if (!strcmp(name, tr_optimizers[i].name)) return &tr_optimizers[i];
+    return NULL;
+}
+// What a spike of the loss falls back to.
+static inline snip_format tr_fallback(const char *name) {
+    return !strcmp(name, "fp8") ? SNIP_E4M3 : !strcmp(name, "bf16") ? SNIP_BF16 : !strcmp(name, "f32") ? SNIP_F32 : !strcmp(name, "none") ? SNIP_E2M1 : (snip_format)0;
+}
 
 typedef enum { TR_INT, TR_REAL, TR_TEXT, TR_FLAG, TR_DATA } tr_kind;
 typedef struct { const char *name; tr_kind kind; size_t at; double low, high; const char *arg, *help; } tr_option;
@@ -102,6 +115,9 @@ static const tr_option tr_option_table[] = {
     { "--budget",     TR_REAL, TR_AT(budget), 0, 1, "F", "snip: least share of the linear layers' FLOPs in FP4 (0.75)" },
     { "--speedup",    TR_REAL, TR_AT(speedup), 0, 100, "F", "snip: instead, the linear layers at least F times as fast as in BF16, as timed here (0: off)" },
     { "--every",      TR_INT,  TR_AT(every), 0, 1e9, "N", "snip: steps from measurement to measurement; 0: never (100)" },
+    { "--margin",     TR_REAL, TR_AT(margin), -1, 1e9, "F", "snip: standard errors that a change of the plan must save; -1: any saving (2)" },
+    { "--spike",      TR_REAL, TR_AT(spike), -1, 1e9, "F", "snip: deviations above its mean at which the loss spikes; -1: never (6)" },
+    { "--fallback",   TR_TEXT, TR_AT(fallback), 0, 0, "P", "snip: fp8, bf16, f32 or none, from a spike to the next measurement (fp8)" },
     { "--plan",       TR_TEXT, TR_AT(plan), 0, 0, "FILE", "train under this plan, without measuring" },
     { "--compare",    TR_TEXT, TR_AT(compare), 0, 0, "LIST", "train each precision of a list such as bf16,fp8,fp4,snip" },
     { "--dim",        TR_INT,  TR_AT(dim), 1, 65536, "N", "model width (128)" },
@@ -113,7 +129,8 @@ static const tr_option tr_option_table[] = {
     { "--seq",        TR_INT,  TR_AT(seq), 1, 1 << 20, "N", "tokens in a sequence (128)" },
     { "--batch",      TR_INT,  TR_AT(batch), 1, 1 << 20, "N", "sequences in a micro-batch (8)" },
     { "--accum",      TR_INT,  TR_AT(accum), 1, 1 << 20, "N", "micro-batches in a step (1)" },
-    { "--lr",         TR_REAL, TR_AT(lr), 0, 1e30, "F", "peak learning rate (0.002)" },
+    { "--optimizer",  TR_TEXT, TR_AT(optimizer), 0, 0, "O", "adamw, sgd (with momentum) or lion (adamw)" },
+    { "--lr",         TR_REAL, TR_AT(lr), 0, 1e30, "F", "peak learning rate (adamw 0.002, sgd 0.1, lion 0.001)" },
     { "--warmup",     TR_INT,  TR_AT(warmup), 0, 1e9, "N", "warm-up steps (a tenth of the steps, at most 100)" },
     { "--seed",       TR_INT,  TR_AT(seed), 0, 9e15, "N", "of weights, batches and rounding (1)" },
     { "--stages",     TR_INT,  TR_AT(stages), 1, 1000, "N", "pipeline stages, each of which meets the budget (1)" },
@@ -163,7 +180,7 @@ static inline void tr_set(tr_options *o, const tr_option *t, const char *value) 
 static inline void tr_parse(tr_options *o, int argc, char **argv) {
     tr_options defaults = { 0 };
     *o = defaults;
-    o->out = "out"; o->precision = "snip"; o->budget = 0.75; o->lr = 2e-3;
+    o->out = "out"; o->precision = "snip"; o->budget = 0.75; o->lr = -1; o->optimizer = "adamw"; o->fallback = "fp8";
     o->steps = 600; o->every = 100; o->save_every = 100; o->val_every = -1; o->warmup = -1;
     o->dim = 128; o->blocks = 4; o->heads = 4; o->seq = 128; o->batch = 8; o->accum = 1; o->seed = 1; o->stages = 1;
     for (int i = 1; i < argc; i++) {
@@ -187,6 +204,9 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
     if (!o->n_data) tr_die("no --data given (--help lists the options)");
     if (!tr_is_precision(o->precision)) tr_die("unknown --precision '%s'", o->precision);
     if (o->plan && o->precision_given && strcmp(o->precision, "snip")) tr_die("--plan cannot be combined with --precision %s", o->precision);
+    if (!tr_optimizer_named(o->optimizer)) tr_die("unknown --optimizer '%s'", o->optimizer);
+    if (!tr_fallback(o->fallback)) tr_die("unknown --fallback '%s'", o->fallback);
+    if (o->lr < 0) o->lr = tr_optimizer_named(o->optimizer)->lr;
     if (o->compare) {
         if (o->precision_given) tr_die("--compare and --precision exclude each other");
         char *list = (char *)tr_alloc(strlen(o->compare) + 1), *at = list;
@@ -293,7 +313,11 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
     if (n_val < o->seq + 1)
         tr_die("%s: too short: %" PRId64 " tokens, but --seq %" PRId64 " needs at least %" PRId64 " (a tenth is for validation)",
                o->n_data == 1 ? o->data[0] : "the data", d->n, o->seq, 10 * (o->seq + 1));
-    d->hash = tr_fnv(TR_FNV, d->tokens, (size_t)d->n * sizeof *d->tokens);
+    d->hash = TR_FNV;
+    for (int64_t i = 0; i < d->n; i++) {
+        unsigned char bytes[2] = { (unsigned char)d->tokens[i], (unsigned char)(d->tokens[i] >> 8) };
+        d->hash = tr_fnv(d->hash, bytes, 2);
+    }
 }
 static inline void tr_sequence(const tr_data *d, int64_t at, int64_t seq, int32_t *tokens, int32_t *targets) {
     for (int64_t i = 0; i < seq; i++) {
@@ -366,6 +390,30 @@ static inline void tr_append(char *buffer, size_t room, size_t *n, const char *f
     if (k < 0 || (size_t)k >= room - *n) tr_die("a checkpoint's header is too long");
     *n += (size_t)k;
 }
+// Elements between the machine's byte order and the file's, which is little-endian.
+static inline void tr_little_endian(unsigned char *p, size_t bytes, size_t size) {
+    const uint16_t one = 1;
+    if (*(const unsigned char *)&one) return;
+    for (size_t i = 0; i + size <= bytes; i += size)
+        for (size_t j = 0; j < size / 2; j++) {
+            unsigned char c = p[i + j];
+            p[i + j] = p[i + size - 1 - j];
+            p[i + size - 1 - j] = c;
+        }
+}
+// A tensor as the file has it: added to the checksum, or written.
+static inline uint64_t tr_emit(FILE *f, uint64_t sum, const tr_tensor *t) {
+    unsigned char part[4096];
+    size_t bytes = tr_tensor_bytes(t);
+    for (size_t at = 0; at < bytes; at += sizeof part) {
+        size_t n = bytes - at < sizeof part ? bytes - at : sizeof part;
+        memcpy(part, (const unsigned char *)t->data + at, n);
+        tr_little_endian(part, n, tr_dtype_size(t->dtype));
+        if (f) fwrite(part, 1, n, f);
+        else sum = tr_fnv(sum, part, n);
+    }
+    return sum;
+}
 // Errors of the writes show in tr_commit.
 static inline void tr_write_tensors(FILE *f, const tr_tensor *t, int n_tensors, const tr_meta *meta, int n_meta) {
     size_t room = (size_t)n_tensors * 256 + (size_t)n_meta * 600 + 256, n = 0, offset = 0;
@@ -382,14 +430,14 @@ static inline void tr_write_tensors(FILE *f, const tr_tensor *t, int n_tensors, 
     for (int i = 0; i < n_meta; i++) tr_append(h, room, &n, "\"%s\":\"%s\",", meta[i].key, meta[i].value);
     tr_append(h, room, &n, "\"checksum\":\"");
     uint64_t sum = tr_fnv(TR_FNV, h, n);
-    for (int i = 0; i < n_tensors; i++) sum = tr_fnv(sum, t[i].data, tr_tensor_bytes(&t[i]));
+    for (int i = 0; i < n_tensors; i++) sum = tr_emit(NULL, sum, &t[i]);
     tr_append(h, room, &n, "%016" PRIx64 "\"}}", sum);
     while (n % 8) tr_append(h, room, &n, " ");
     unsigned char length[8];
     for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)n >> 8 * i);
     fwrite(length, 1, 8, f);
     fwrite(h, 1, n, f);
-    for (int i = 0; i < n_tensors; i++) fwrite(t[i].data, 1, tr_tensor_bytes(&t[i]), f);
+    for (int i = 0; i < n_tensors; i++) tr_emit(f, 0, &t[i]);
     free(h);
 }
 
@@ -507,6 +555,8 @@ static inline const char *tr_parse_tensors(tr_tensors *s, unsigned char *memory,
     char want[20];
     snprintf(want, sizeof want, "%016" PRIx64, tr_fnv(tr_fnv(TR_FNV, header, (size_t)(sum_at - header)), data, (size_t)data_size));
     if (strncmp(want, sum_at, 16)) return "damaged: the checksum does not match";
+    for (int i = 0; i < s->n; i++)
+        tr_little_endian(memory + ((const unsigned char *)s->tensors[i].data - memory), tr_tensor_bytes(&s->tensors[i]), tr_dtype_size(s->tensors[i].dtype));
     return NULL;
 }
 static inline const char *tr_meta_value(const tr_tensors *s, const char *key) {

@@ -10,6 +10,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <functional>
 #include <type_traits>
 #include <vector>
 #if !defined(__x86_64__)
@@ -157,6 +159,7 @@ template <class T> static T shim_shuffle(unsigned mask, T value, unsigned from, 
 #define __shfl_sync(mask, value, lane) shim_shuffle(mask, value, (unsigned)(lane) % 32, SHIM_SITE)
 #define __shfl_xor_sync(mask, value, bits) shim_shuffle(mask, value, shim.current % 32 ^ (unsigned)(bits), SHIM_SITE)
 #define __shfl_down_sync(mask, value, by) shim_shuffle(mask, value, shim.current % 32 + (unsigned)(by), SHIM_SITE)
+static inline void atomicAdd(unsigned long long *p, unsigned long long v) { *p += v; }
 static inline uint32_t atomicMax(uint32_t *p, uint32_t v) { uint32_t old = *p; if (v > old) *p = v; return old; }
 // Each rounded on its own, whatever the compiler may fuse.
 static inline float __fmul_rn(float a, float b) { volatile float p = a * b; return p; }
@@ -228,6 +231,17 @@ static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uin
 }
 static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+}
+static inline float shim_bf16(uint32_t code) { code <<= 16; float x; memcpy(&x, &code, 4); return x; }
+static inline uint32_t snipi_ptx_bf16x2(float low, float high) {
+    uint32_t u[2], r = 0;
+    memcpy(u, &low, 4);
+    memcpy(u + 1, &high, 4);
+    for (int i = 0; i < 2; i++) r |= ((u[i] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FFFu : (u[i] + 0x7FFFu + (u[i] >> 16 & 1u)) >> 16) << 16 * i;
+    return r;
+}
+static inline void snipi_ptx_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    shim_mma(d, a, b, 2, "mma bf16", [](float &s, uint32_t x, uint32_t y) { s += shim_bf16(x) * shim_bf16(y); });
 }
 static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e4m3[x] * shim_fp8.e4m3[y]; });
@@ -324,6 +338,63 @@ template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *
         if (absent == (const void *)kernel) attributes->sharedSizeBytes = 0;
     return cudaSuccess;
 }
+// Between cudaStreamBeginCapture and EndCapture work is noted down; a graph's launch does it.
+typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
+enum { cudaStreamCaptureModeGlobal };
+static cudaGraph_t shim_capture;
+static inline cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = NULL; return cudaSuccess; }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { shim_capture = new std::vector<std::function<void()>>; return cudaSuccess; }
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) { *graph = shim_capture; shim_capture = NULL; return cudaSuccess; }
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) { *exec = new std::vector<std::function<void()>>(*graph); return cudaSuccess; }
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) { for (auto &work : *exec) work(); return cudaSuccess; }
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) { delete graph; return cudaSuccess; }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete exec; return cudaSuccess; }
+static cudaError_t shim_do(const std::function<void()> &work) {
+    if (shim_capture) shim_capture->push_back(work);
+    else work();
+    return cudaSuccess;
+}
+// Copies to the host arrive when an event recorded behind them is waited for; until then there is poison.
+struct shim_copy { void *to; std::vector<char> bytes; };
+typedef struct shim_event { std::vector<shim_copy> copies; double when; } *cudaEvent_t;
+static std::vector<shim_copy> shim_copies;
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind) { memcpy(to, from, size); return cudaSuccess; }
+static inline cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+enum { cudaEventDisableTiming = 2 };
+static inline cudaError_t cudaMallocHost(void **p, size_t size) { *p = malloc(size); return *p ? cudaSuccess : cudaErrorInvalidValue; }
+static inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+template <class T> static cudaError_t cudaMalloc(T **p, size_t size) { *p = (T *)malloc(size); return *p ? cudaSuccess : cudaErrorInvalidValue; }
+static inline cudaError_t cudaFree(void *p) { free(p); return cudaSuccess; }
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { *e = new shim_event(); return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return cudaEventCreate(e); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
+    struct timespec t;
+    e->copies.swap(shim_copies);
+    shim_copies.clear();
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    e->when = (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    for (const shim_copy &c : e->copies) memcpy(c.to, c.bytes.data(), c.bytes.size());
+    e->copies.clear();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = (float)(b->when - a->when); return cudaSuccess; }
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, cudaStream_t) {
+    return shim_do([=] {
+        if (kind == cudaMemcpyDeviceToHost) {
+            shim_copies.push_back({ to, std::vector<char>((const char *)from, (const char *)from + size) });
+            memset(to, 0xA5, size);
+        } else
+            memmove(to, from, size);
+    });
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t) { return shim_do([=] { memset(p, byte, size); }); }
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
 
 // Whether the thread got further.
@@ -389,8 +460,7 @@ template <class F> static void shim_run(dim3 grid, dim3 block, size_t dynamic, F
 }
 template <class... P, class... A> static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), const A &...args) {
     if (config->gridDim.x == 0 || config->blockDim.x == 0 || config->blockDim.x > SHIM_MOST || config->blockDim.x % 7 == 0) return cudaErrorInvalidValue;
-    shim_run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(args...); });
-    return cudaSuccess;
+    const cudaLaunchConfig_t c = *config;
+    return shim_do([=] { shim_run(c.gridDim, c.blockDim, c.dynamicSmemBytes, [&] { kernel(args...); }); });
 }
-static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t) { memset(p, byte, size); return cudaSuccess; }
 #endif

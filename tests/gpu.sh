@@ -14,9 +14,11 @@ if [ "$what" = test ]; then
     nvcc -O2 -std=c++17 -arch=$arch -x cu tests/test_cuda.cpp -o "$build/test_cuda_gpu"
     nvcc -O2 -std=c++17 -arch=$arch examples/minimal.cu -o "$build/minimal_cuda"
     "$build/minimal_cuda"
+    nvcc -O2 -std=c++17 -arch=$arch examples/train_llama.cu -o "$build/train_llama_cuda"
+    "$build/train_llama_cuda" --data snip.h --steps 60 --every 20 --out "$build/train_llama_cuda.out"
     "$build/test_cuda_gpu"
 else
-    nvcc -O2 -std=c++17 -arch=$arch -DSNIP_BENCH_CUBLAS bench/bench_cuda.cu -o "$build/bench_cuda" -lcublas 2> /dev/null ||
+    nvcc -O2 -std=c++17 -arch=$arch -DSNIP_CUBLASLT bench/bench_cuda.cu -o "$build/bench_cuda" -lcublas -lcublasLt 2> /dev/null ||
         { echo "skipped: cuBLAS"; nvcc -O2 -std=c++17 -arch=$arch bench/bench_cuda.cu -o "$build/bench_cuda"; }
     "$build/bench_cuda"
 fi

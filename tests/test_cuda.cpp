@@ -1,6 +1,6 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
 // under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm]      --stop: at the first failure
+//     test_cuda [--stop] [quantize] [noise] [gemm] [session]      --stop: at the first failure
 #ifndef __CUDACC__
 #  include "cuda_shim.h"
 #endif
@@ -123,6 +123,7 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     const size_t unit = x_format == SNIP_BF16 ? 2 : 4, weights = measure ? 4 : 0;
     const int64_t ld_out = cols + 3;
     if (straight && transposed && recipe->tile_rows == 1) turned.tile_cols = 16 << rng() % 4;
+    if (straight && transposed && !wide && rng() % 8 == 0) turned = recipes[rng() % RECIPES];
     size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
     size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * cols);
     snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols,
@@ -146,7 +147,7 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     if (straight && measure) cpu.out = out2;
     if (transposed) { cpu.codes_t = codes2_t; cpu.scales_t = scales2_t; }
     CHECK(snip_quantize_with(&cpu, &stats2[0], &stats2[1]) == SNIP_OK);
-    int needs_scratch = measure || recipe->scale == SNIP_SCALE_UE4M3;
+    int needs_scratch = measure || recipe->scale == SNIP_SCALE_UE4M3 || turned.scale == SNIP_SCALE_UE4M3;
     CHECK(snip_cuda_quantize(&job, wide ? SNIP_CUDA_E4M3_BYTES : SNIP_CUDA_PACKED, measure && straight ? device_stats : NULL, measure && transposed ? device_stats + 1 : NULL,
                              needs_scratch ? scratch.operator void *() : NULL, 0) == SNIP_OK);
     finish();
@@ -219,7 +220,7 @@ static void test_in_place() {
 }
 static void test_refusals() {
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST }, odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
-    snip_recipe fp4 = SNIP_RECIPE_FP4_TILE, nvfp4 = SNIP_RECIPE_NVFP4;
+    snip_recipe nvfp4 = SNIP_RECIPE_NVFP4;
     buffer x(16 * 16 * 4), codes(256), scales(256);
     snip_quantize_job job = {};
     snprintf(what, sizeof what, "refusals");
@@ -232,15 +233,15 @@ static void test_refusals() {
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
     job.recipe = &nvfp4;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
-    job.recipe = &fp8; job.recipe_t = &fp4; job.codes_t = codes; job.scales_t = scales;
-    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
-    job.recipe_t = NULL;
+    job.recipe = &fp8; job.codes_t = codes; job.scales_t = scales;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     job.codes_t = job.scales_t = NULL; job.ld = 15;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_dequantize(&fp8, codes, NULL, 16, 16, x, SNIP_F32, 16, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_noise_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_noise_dot(x.floats(), -1, job.key, (double *)codes.operator void *(), scales, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gauss_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gauss_dot(x.floats(), 5, job.key, NULL, scales, 0) == SNIP_BAD_ARGUMENT);
     for (size_t i = 0; i < codes.size; i++) if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
 }
 
@@ -286,6 +287,12 @@ static void test_noise() {
                 CHECK(same(out, out2));
                 if (!shaped) CHECK(near_to(dot[shim_order], dot2, sqrt((double)n * size)) && dot[shim_order] == dot[0]);
             }
+            CHECK(snip_gauss_add(out2.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key) == SNIP_OK);
+            CHECK(snip_gauss_dot(x.floats(), n, key, &dot2) == SNIP_OK);
+            CHECK(snip_cuda_gauss_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) == SNIP_OK);
+            CHECK(snip_cuda_gauss_dot(x.floats(), n, key, dot, scratch, 0) == SNIP_OK);
+            finish();
+            CHECK(same(out, out2) && near_to(dot[0], dot2, sqrt((double)n * size)));
         }
 }
 
@@ -306,7 +313,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
-    int alike = 1;                  // beyond the edge, and NaN
+    int alike = 1;                  // beyond the edge, infinity and NaN
     fill(c, m * ldc, SNIP_F32, GAUSS);
     fill(bias, n, SNIP_F32, GAUSS);
     memcpy(c2.at, c.at, c.size);
@@ -318,7 +325,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < ldc; j++) {
             double x = c.floats()[i * ldc + j], y = c2.floats()[i * ldc + j];
-            if (j >= n || x != x || y != y) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
+            if (j >= n || snipi_nonfinite_f64(x) || snipi_nonfinite_f64(y)) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
             error += (x - y) * (x - y);
             norm += y * y;
         }
@@ -358,6 +365,19 @@ static void play_gpu(int gpu) {
     if (gpu > 2) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>); }
 }
 #endif
+// F32 and BF16 operands, either way round.
+static void test_gemm_plain() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16 };
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int way = 0; way < 4; way++) {
+            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&kinds[i % 3 == 1], m, k, GAUSS, way & 1), b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
+            if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
+            shim_order = (i + way) % SHIM_ORDERS;
+            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
+            test_gemm_one(m, n, k, a, b, (i + way) & 3, 0, 0);
+        }
+}
 static void test_gemm_tensor_cores() {
     static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
     static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
@@ -391,15 +411,344 @@ static void test_gemm_tensor_cores() {
 #endif
 }
 
+// ---- the session ----
+// Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
+enum { LAYERS = 2, MICROS = 2, ROWS = 40 };
+static const int64_t dims[LAYERS][2] = { { 24, 136 }, { 150, 33 } };       // out, in
+struct layer_data {
+    buffer x, w, bias, dy, m, v, out, dx, dw, db;
+    int64_t n, k;
+    layer_data(int64_t n_, int64_t k_) : x((size_t)(MICROS * ROWS * k_) * 4), w((size_t)(n_ * k_) * 4), bias((size_t)n_ * 4), dy((size_t)(MICROS * ROWS * n_) * 4), m(w.size), v(w.size),
+                                         out(dy.size), dx(x.size), dw(w.size), db(bias.size), n(n_), k(k_) {
+        fill(x, MICROS * ROWS * k, SNIP_F32, GAUSS);
+        fill(w, n * k, SNIP_F32, GAUSS);
+        fill(bias, n, SNIP_F32, GAUSS);
+        fill(dy, MICROS * ROWS * n, SNIP_F32, GAUSS);
+        fill(m, n * k, SNIP_F32, GAUSS);
+        fill(v, n * k, SNIP_F32, GAUSS);
+        for (int64_t i = 0; i < n * k; i++) {
+            m.floats()[i] *= 1e-3f;
+            v.floats()[i] = i % 17 ? v.floats()[i] * v.floats()[i] * 1e-5f : 0.0f;
+        }
+        clear();
+    }
+    void clear() { for (const buffer *b : { &out, &dx, &dw, &db }) memset(b->at, 0, b->size); }
+};
+struct model {              // what lies above a layer answers the update probe: shift
+    layer_data *l[LAYERS];
+    model() { uint64_t was = rng_state; rng_state = 77; for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]); rng_state = was; }
+    ~model() { for (layer_data *p : l) delete p; }
+    void shift(float by) {
+        for (layer_data *p : l) {
+            for (int64_t i = 0; i < (int64_t)(p->x.size / 4); i++) p->x.floats()[i] += by * (float)(i % 7 - 3);
+            for (int64_t i = 0; i < (int64_t)(p->dy.size / 4); i++) p->dy.floats()[i] += by * (float)(i % 5 - 2);
+        }
+    }
+};
+static snip *session_of(model *t, snip_desc desc) {
+    snip *s = snip_create(&desc);
+    char name[16];
+    for (int i = 0; i < LAYERS; i++) {
+        snprintf(name, sizeof name, "%d.lin", i);
+        snip_add_linear(s, name, dims[i][0], dims[i][1], 0);
+        if (desc.optimizer == SNIP_ADAMW) snip_bind_adamw(s, i, t->l[i]->m.floats(), t->l[i]->v.floats());
+        else snip_bind_momentum(s, i, t->l[i]->m.floats());
+    }
+    return s;
+}
+static snip_adamw adamw_of(int64_t step) {
+    snip_adamw o = { 1e-3, 0.9, 0.95, 1e-8, step, 0.5 };
+    return o;
+}
+// One pass over all layers; c NULL: on the CPU.
+static void session_pass(model *t, snip *s, snip_cuda *c, int micros, cudaStream_t stream) {
+    for (int i = 0; i < LAYERS; i++)
+        for (int a = 0; a < micros; a++) {
+            layer_data *l = t->l[i];
+            float *x = l->x.floats() + a * ROWS * l->k, *out = l->out.floats() + a * ROWS * l->n, *dx = i ? l->dx.floats() + a * ROWS * l->k : NULL;
+            if (c) CHECK(snip_cuda_linear_forward(c, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS, stream) == SNIP_OK);
+            else CHECK(snip_linear_forward(s, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS) == SNIP_OK);
+            float *dy = l->dy.floats() + a * ROWS * l->n;
+            if (c) CHECK(snip_cuda_linear_backward(c, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(), ROWS, stream) == SNIP_OK);
+            else CHECK(snip_linear_backward(s, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(), ROWS) == SNIP_OK);
+        }
+}
+static bool alike(const buffer &a, const buffer &b, double most) {
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < a.size / 4; i++) {
+        double d = (double)a.floats()[i] - b.floats()[i];
+        error += d * d;
+        norm += (double)b.floats()[i] * b.floats()[i];
+    }
+    return error <= most * most * norm;
+}
+static bool close_to(double a, double b, double size) { return fabs(a - b) <= 1e-5 * fabs(size); }
+static void check_estimates(const snip *ours, const snip *theirs) {
+    for (int i = 0; i < LAYERS; i++) {
+        snip_layer_info a, b;
+        snip_layer(ours, i, &a);
+        snip_layer(theirs, i, &b);
+        for (int f = 0; f < 2; f++) {
+            const snip_estimate &x = f ? a.fp4 : a.fp8, &y = f ? b.fp4 : b.fp8;
+            for (int g = 0; g < SNIP_GEMMS; g++) CHECK(close_to(x.update[g], y.update[g], y.update[g]) && (y.update[g] != 0 || theirs->desc.update_weight < 0));
+            CHECK(close_to(x.loss_first, y.loss_first, y.loss_first) && close_to(x.loss_second, y.loss_second, 10 * y.loss_second));
+        }
+        CHECK(memcmp(a.format, b.format, sizeof a.format) == 0);
+    }
+}
+struct device_session {
+    buffer memory;
+    snip *s;
+    snip_cuda *c;
+    device_session(model *t, const snip_desc &desc, int lag, cudaStream_t stream) : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)), c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
+        CHECK(c);
+    }
+    ~device_session() { snip_cuda_destroy(c); snip_destroy(s); }
+    static snip *session_memory(model *t, const snip_desc &desc) {       // lives as long as the program
+        static snip *s;
+        snip_destroy(s);
+        return s = session_of(t, desc);
+    }
+};
+// Both sessions step by step: the same results, estimates, plans.
+static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
+    model ours, theirs;
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    {
+        device_session d(&ours, desc, lag, stream);
+        snip *cpu = session_of(&theirs, desc);
+        buffer loss(2 * sizeof(float));
+        snip_format old[LAYERS][SNIP_GEMMS];
+        loss.floats()[0] = 2.5f;
+        loss.floats()[1] = 0.5f;
+        for (int64_t step = 0; step < steps; step++) {
+            snip_adamw o = adamw_of(step + 1);
+            int again, plans = snip_plans(cpu);
+            snprintf(what, sizeof what, "session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer, micros, lag, (int)step);
+            for (int i = 0; i < LAYERS; i++) memcpy(old[i], d.s->layers[i].format, sizeof old[i]);
+            do {
+                shim_order = (int)(step + d.s->pass) % SHIM_ORDERS;
+                for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+                CHECK(snip_current_pass(d.s) == snip_current_pass(cpu));
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(0.125f); theirs.shift(0.125f); }
+                session_pass(&ours, d.s, d.c, micros, stream);
+                session_pass(&theirs, cpu, NULL, micros, stream);
+                again = snip_cuda_next_pass(d.c, loss.floats(), stream);
+                finish();
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(-0.125f); theirs.shift(-0.125f); }
+                CHECK(snip_next_pass(cpu, 2.5) == again);
+                for (int i = 0; i < LAYERS; i++) {
+                    layer_data *a = ours.l[i], *b = theirs.l[i];
+                    const double most = desc.measure == SNIP_BF16 ? 1e-4 : 3e-6;        // a noisy operand may round to the other side
+                    CHECK(alike(a->out, b->out, most) && alike(a->dx, b->dx, most) && alike(a->dw, b->dw, most) && alike(a->db, b->db, most));
+                    if (!lag && old[i][SNIP_FWD] == SNIP_E2M1 && cpu->pass == SNIP_PASS_ORDINARY) CHECK(same(a->out, b->out));
+                }
+            } while (again);
+            CHECK(snip_cuda_end_step(d.c, &o, micros > 1 ? loss.floats() + 1 : NULL, stream) == snip_end_step(cpu, &o));
+            if (!lag) {
+                CHECK(snip_plans(d.s) == snip_plans(cpu));
+                for (int i = 0; i < LAYERS; i++)
+                    for (int w = 0; w < 2; w++) CHECK(close_to(d.s->layers[i].level[w], cpu->layers[i].level[w], 1) && (cpu->layers[i].level[w] != 0 || !step));
+                if (snip_plans(cpu) > plans) check_estimates(d.s, cpu);
+            } else if (snip_plans(cpu) > plans)         // theirs takes effect later
+                for (int i = 0; i < LAYERS; i++) {
+                    CHECK(snip_plans(d.s) == plans && memcmp(old[i], d.s->layers[i].format, sizeof old[i]) == 0);
+                    memcpy(cpu->layers[i].format, old[i], sizeof old[i]);
+                }
+            if (lag && step % desc.every == lag && step > desc.every) {
+                CHECK(snip_plans(d.s) == snip_plans(cpu));
+                for (int i = 0; i < LAYERS; i++) memcpy(cpu->layers[i].format, d.s->layers[i].format, sizeof old[i]);
+            }
+            for (int i = 0; i < LAYERS; i++)        // weights move alike
+                for (int64_t j = 0; j < ours.l[i]->n * ours.l[i]->k; j++) {
+                    ours.l[i]->w.floats()[j] = theirs.l[i]->w.floats()[j] -= theirs.l[i]->m.floats()[j];
+                }
+        }
+        CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == (steps - 1) / desc.every && snip_share(d.s, SNIP_E2M1) >= desc.budget);
+        snip_destroy(cpu);
+    }
+    cudaStreamDestroy(stream);
+}
+static snip_desc session_desc(int every) {
+    snip_desc desc = {};
+    desc.budget = 0.6;
+    desc.every = every;
+    desc.seed = 9;
+    return desc;
+}
+// A captured step, replayed: the bytes of the same steps without a graph, stochastic rounding included.
+static void test_session_graph() {
+    model ours, theirs;
+    snip_desc desc = session_desc(-1);
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaStreamCreate(&stream);
+    {
+        device_session a(&ours, desc, 1, stream), b(&theirs, desc, 0, stream);
+        snip_set_format(a.s, -1, SNIP_GEMMS, SNIP_E2M1);
+        snip_set_format(b.s, -1, SNIP_GEMMS, SNIP_E2M1);
+        for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+        session_pass(&ours, a.s, a.c, 1, stream);
+        CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+        for (int64_t step = 0; step < 3; step++) {
+            snip_adamw o = adamw_of(step + 1);
+            buffer before(ours.l[1]->dw.size);
+            memcpy(before.at, ours.l[1]->dw.at, before.size);
+            snprintf(what, sizeof what, "session in a graph, step %d", (int)step);
+            CHECK(cudaGraphLaunch(exec, stream) == cudaSuccess);
+            CHECK(snip_cuda_next_pass(a.c, NULL, stream) == 0 && snip_cuda_end_step(a.c, &o, NULL, stream) == SNIP_OK);
+            session_pass(&theirs, b.s, b.c, 1, stream);
+            CHECK(snip_cuda_next_pass(b.c, NULL, stream) == 0 && snip_cuda_end_step(b.c, &o, NULL, stream) == SNIP_OK);
+            finish();
+            for (int i = 0; i < LAYERS; i++) CHECK(same(ours.l[i]->out, theirs.l[i]->out) && same(ours.l[i]->dx, theirs.l[i]->dx) && same(ours.l[i]->dw, theirs.l[i]->dw));
+            CHECK(!same(before, ours.l[1]->dw));
+        }
+        CHECK(snip_cuda_finish(a.c) == SNIP_OK);
+        cudaGraphExecDestroy(exec);
+        cudaGraphDestroy(graph);
+    }
+    cudaStreamDestroy(stream);
+}
+// A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
+static void test_session_watch() {
+    model t;
+    snip_desc desc = session_desc(9);
+    device_session d(&t, desc, 2, 0);
+    buffer loss(sizeof(float));
+    char passes[64] = "";
+    for (int64_t step = 0; step < 47; step++) {
+        snip_adamw o = adamw_of(step + 1);
+        snprintf(what, sizeof what, "session watches, step %d", (int)step);
+        passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
+        loss.floats()[0] = step == 40 || step == 41 ? 100.0f : 2.5f + 0.01f * (float)(step % 3);
+        if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
+        while (snip_cuda_next_pass(d.c, loss.floats(), 0)) {}
+        CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+        finish();
+        if (step == 41) CHECK(snip_share(d.s, SNIP_E2M1) == 1);
+        if (step == 42) CHECK(snip_share(d.s, SNIP_E2M1) == 0 && strstr(snip_reason(d.s), "the loss spikes: 100"));
+    }
+    CHECK(!strcmp(passes, ".........m........m........m........m......m..."));
+    CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= desc.budget);
+}
+// NaN and infinity are told of after the lag, whatever the format; refusals at once.
+static void test_session_errors() {
+    static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
+    model t;
+    snip_desc desc = session_desc(-1);
+    buffer loss(sizeof(float));
+    loss.floats()[0] = 1;
+    for (snip_format format : formats)
+        for (int where = 0; where < 3; where++) {
+            device_session d(&t, desc, 1, 0);
+            snip_adamw o = adamw_of(1), next = adamw_of(2);
+            float *bad = (where == 0 ? t.l[1]->x : where == 1 ? t.l[1]->w : t.l[1]->dy).floats() + 5, was = *bad;
+            snprintf(what, sizeof what, "session, NaN in tensor %d, %s", where, snip_format_name(format));
+            snip_set_format(d.s, -1, SNIP_GEMMS, format);
+            *bad = snipi_float(where == 1 ? 0xFF800000u : 0x7FC00000u);
+            session_pass(&t, d.s, d.c, 1, 0);
+            CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+            finish();
+            *bad = was;
+            for (layer_data *l : t.l) l->clear();
+            session_pass(&t, d.s, d.c, 1, 0);
+            CHECK(snip_cuda_end_step(d.c, &next, NULL, 0) == SNIP_NONFINITE && strstr(snip_message(d.s), "1.lin"));
+            CHECK(snip_cuda_finish(d.c) == SNIP_OK);
+        }
+    device_session d(&t, desc, 0, 0);
+    snip_adamw o = adamw_of(1), wrong = adamw_of(0);
+    layer_data *l = t.l[0];
+    snprintf(what, sizeof what, "session, refusals");
+    CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
+    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) && !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
+    CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
+    CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT && snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT && snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);       // the step's first error is told of once
+    desc.fp4.activation = { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, NEAREST };
+    snip *mx = session_of(&t, desc);
+    CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
+    snip_destroy(mx);
+#ifndef __CUDACC__
+    play_gpu(3);
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory, 0));
+    play_gpu(0);
+#endif
+    desc = session_desc(2);
+    snip *unbound = snip_create(&desc);
+    snip_add_linear(unbound, "0.a", dims[0][0], dims[0][1], 0);
+    CHECK(!snip_cuda_create(unbound, ROWS, 2, d.memory, 0));
+    buffer memory(snip_cuda_memory(unbound, ROWS));
+    snip_cuda *c = snip_cuda_create(unbound, ROWS, 0, memory, 0);
+    for (int64_t step = 1; step <= 3; step++) {
+        o = adamw_of(step);
+        do CHECK(snip_cuda_linear_forward(c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_OK);
+        while (snip_cuda_next_pass(c, loss.floats(), 0));
+        CHECK(snip_cuda_end_step(c, &o, NULL, 0) == (step == 3 ? SNIP_NOT_BOUND : SNIP_OK));
+    }
+    finish();
+    snip_cuda_destroy(c);
+    snip_destroy(unbound);
+}
+// The sketch's bits, at an offset and in several parts.
+static void test_sketch() {
+    static const int64_t sizes[][2] = { { 1, 0 }, { 4096, 0 }, { 5000, 777 }, { 100000, 4095 }, { 200000, 12345 } };
+    model t;
+    snip_desc desc = session_desc(2);
+    device_session d(&t, desc, 0, 0);
+    snip_layer_info info;
+    snip_layer(d.s, 0, &info);
+    for (const int64_t *size : sizes)
+        for (int pass = 0; pass < 2; pass++) {
+            buffer x((size_t)size[0] * 4), sketch(SNIPI_SKETCH * sizeof(float));
+            snipi_layer *l = &d.s->layers[1];
+            const int which = SNIPI_SKETCH_DY;
+            float *device = d.c->sketch + (SNIPI_SKETCHES + which) * SNIPI_SKETCH;
+            fill(x, size[0], SNIP_F32, GAUSS);
+            d.s->pass = pass ? SNIP_PASS_CLEAN : SNIP_PASS_UPDATE_PROBE;
+            snprintf(what, sizeof what, "sketch of %d at %d", (int)size[0], (int)size[1]);
+            shim_order = (int)size[0] % SHIM_ORDERS;
+            CHECK(snipi_sketch_add(d.s, l, which, x.floats(), size[0], size[1]) == SNIP_OK);
+            CHECK(snipi_cuda_sketch_add(d.c, l, which, x.floats(), size[0], size[1], 0) == SNIP_OK);
+            finish();
+            CHECK(memcmp(device, l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH * sizeof(float)) == 0);
+        }
+    d.s->pass = SNIP_PASS_ORDINARY;
+}
+static void test_session() {
+    snip_desc desc = session_desc(2);
+    test_sketch();
+    test_session_one(desc, MICROS, 0, 5);
+    desc.every = 3;
+    test_session_one(desc, 1, 2, 7);
+    desc.measure = SNIP_BF16;
+    desc.optimizer = SNIP_LION;
+    test_session_one(desc, 1, 0, 4);
+    desc.optimizer = SNIP_SGD_MOMENTUM;
+    desc.update_weight = -1;
+    test_session_one(desc, 1, 1, 5);
+    test_session_graph();
+    test_session_watch();
+    test_session_errors();
+}
+
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0;
+    int quantize = 0, noise = 0, gemm = 0, session = 0;
     for (int i = 1; i < argc; i++) {
         stop_at_failure |= !strcmp(argv[i], "--stop");
         quantize |= !strcmp(argv[i], "quantize");
         noise |= !strcmp(argv[i], "noise");
         gemm |= !strcmp(argv[i], "gemm");
+        session |= !strcmp(argv[i], "session");
     }
-    if (!quantize && !noise && !gemm) quantize = noise = gemm = 1;
+    if (!quantize && !noise && !gemm && !session) quantize = noise = gemm = session = 1;
 #ifdef __CUDACC__
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -411,7 +760,8 @@ int main(int argc, char **argv) {
     test_refusals();
     if (quantize) { test_quantize(); test_in_place(); test_stats_deterministic(); test_dequantize(); }
     if (noise) test_noise();
-    if (gemm) { test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (session) test_session();
     printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
     return failed != 0;
 }

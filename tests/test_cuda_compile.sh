@@ -41,7 +41,7 @@ wait
 for arch in $archs; do
     case $arch in
         75) want= ;;
-        89 | 120a) want="IMMA LDSM QMMA" ;;
+        89 | 120a) want="HMMA IMMA LDSM QMMA" ;;
         90a) want="HMMA IMMA LDSM QGMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
@@ -61,7 +61,12 @@ if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
 for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
-    if nvcc $fast -x cu "$source" -o "$dir/program" > "$dir/log" 2>&1 && "$dir/program" > "$dir/log" 2>&1; then ok; else fail "$source"; head -5 "$dir/log"; fi
+    peers=
+    case $source in bench/*) if [ -f "$cuda/include/cublasLt.h" ]; then peers="-DSNIP_CUBLASLT -lcublas -lcublasLt"; fi ;; esac
+    if nvcc $fast -x cu "$source" $peers -o "$dir/program" > "$dir/log" 2>&1 && "$dir/program" > "$dir/log" 2>&1; then ok; else fail "$source"; head -5 "$dir/log"; fi
 done
+# With a GPU it trains, without one it says so.
+if nvcc $fast examples/train_llama.cu -o "$dir/program" > "$dir/log" 2>&1 &&
+   { "$dir/program" --data examples/minimal.c --steps 2 --quiet --out "$dir/out" > "$dir/log" 2>&1 || grep -qx 'train_llama: no GPU was found' "$dir/log"; }; then ok; else fail "examples/train_llama.cu"; head -5 "$dir/log"; fi
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]

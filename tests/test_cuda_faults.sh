@@ -28,9 +28,9 @@ try() {                 # what, sed command, part of the tests
         passed=$((passed + 1))
     fi
 }
-gemms=$(grep -n '>>cuda-gemm-impl ---' "$dir/whole.cuh" | cut -d: -f1)
+gemms=$(grep -n '>>cuda-gemm-impl ---' "$dir/whole.cuh" | cut -d: -f1) session=$(grep -n '>>cuda-session-impl ---' "$dir/whole.cuh" | cut -d: -f1)
 for line in $(grep -n '__syncthreads();' "$dir/whole.cuh" | cut -d: -f1); do
-    if [ $line -lt $gemms ]; then part=quantize; else part=gemm; fi
+    if [ $line -lt $gemms ]; then part=quantize; elif [ $line -lt $session ]; then part=gemm; else part=session; fi
     try "line $line, no barrier" "${line}s/__syncthreads\(\);/;/" $part
 done
 try "half a warp's maximum" 's/for \(int o = 1; o < lanes; o/for (int o = 2; o < lanes; o/' quantize
@@ -44,5 +44,17 @@ try "a stage is released before its products are done" 's/^( *)snipi_ptx_wgmma_e
 try "full does not wait for the scales" 's/full\[s\], 128 \+ 1\)/full[s], 1)/' gemm
 try "scales of the wrong block" 's/shared.scale\[t \/ 2 & 1\]\[0\]/shared.scale[0][0]/' gemm
 try "fragments of the wrong rows" 's/lane % 8 \+ lane \/ 16 \* 8/lane % 8 + lane \/ 8 % 2 * 8/' gemm
+try "a BF16 tile is stored where it is read" 's/\*snipi_mma_chunk\(tile\[\(t \+ 1\) & 1\]\[f/*snipi_mma_chunk(tile[t \& 1][f/' gemm
+try "a step is read before it has come" 's/if \(cudaEventSynchronize\(e->done\) != cudaSuccess\)/if (0)/' session
+try "the plan is switched a step early" 's/c->read <= c->step - 1 - c->lag/c->read <= c->step - c->lag/' session
+try "one step's random numbers for ever" 's/if \(q\.step\) key\.step = \*q\.step;//' session
+try "both orientations with one key" 's/q\.key_t\.tensor = options\.tensor_t;//' session
+try "counts of NaN are kept" 's/ \|\| cudaMemsetAsync\(c->watched, 0, watched, stream\) != cudaSuccess//' session
+try "measurements add up" 's/cudaMemsetAsync\(c->record, 0, \(size_t\)s->n_layers \* sizeof \*c->record, stream\) != cudaSuccess/0/' session
+try "sketches add up" 's/cudaMemsetAsync\(c->sketch, 0, .*stream\) != cudaSuccess\)/0)/' session
+try "statistics of the last micro-batch alone" 's/snipi_cuda_options options = \{ 0, NULL, NULL, 1 \};/snipi_cuda_options options = { 0, NULL, NULL, 0 };/' session
+try "two measurements at a time" 's/if \(s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0\)/if (0)/' session
+try "a sketch's signs of the next word" 's/at = \(begin \/ 32 \+ w\)/at = (begin \/ 32 + 1 - w)/' session
+try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % samples]/' session
 echo "$passed passed, $failed failed, 0 skipped"
 [ $failed -eq 0 ]

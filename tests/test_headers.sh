@@ -78,7 +78,7 @@ static int use(void) {
     bad |= snip_linear_forward(s, 0, y, x, x, NULL, 2) || snip_linear_backward(s, 0, y, y, NULL, x, x, x, 2);
     adamw.step = 1;
     bad |= snip_next_pass(s, 1.0) || snip_end_step(s, &adamw) || snip_current_pass(s) != SNIP_PASS_ORDINARY || snip_step(s) != 1 || snip_plans(s);
-    bad |= snip_solve_seconds(s) > 0 || snip_layers(s) != 1 || snip_layer(s, 0, &info) || snip_share(s, SNIP_F32) > 0.5 || snip_message(s)[0];
+    bad |= snip_solve_seconds(s) > 0 || snip_layers(s) != 1 || snip_layer(s, 0, &info) || snip_share(s, SNIP_F32) > 0.5 || snip_message(s)[0] || snip_reason(s)[0];
     bad |= !snip_plan_save(s, "no/such/folder/plan") || !snip_plan_load(s, "no/such/folder/plan") || snip_state_size(s) == 0 || !snip_state_save(s, NULL) || !snip_state_load(s, codes, 1);
     if (bad) snip_plan_print(s, stderr);
     snip_destroy(s);

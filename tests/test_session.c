@@ -193,6 +193,7 @@ static void test_arguments(void) {
     DESC(e.measure = SNIP_E2M1); DESC(e.measure = (snip_format)99);
     DESC(e.loss_weight = nan); DESC(e.loss_weight = -inf); DESC(e.update_weight = nan); DESC(e.update_weight = inf);
     DESC(e.horizon = -1); DESC(e.horizon = nan); DESC(e.sample = -0.1); DESC(e.sample = 1.5); DESC(e.sample = nan); DESC(e.optimizer = (snip_optimizer)3); DESC(e.optimizer = (snip_optimizer)-1);
+    DESC(e.optimizer = SNIP_CUSTOM); DESC(e.margin = nan); DESC(e.spike = inf); DESC(e.drift = nan); DESC(e.fallback = SNIP_E5M2); DESC(e.fallback = (snip_format)-1);
     DESC(e.isa = (snip_isa)-1); DESC(e.isa = SNIP_ISA_COUNT);
     DESC(e.fp8.weight.format = (snip_format)77); DESC(e.fp8.activation.format = SNIP_F32); DESC(e.fp4.gradient.format = SNIP_UE8M0);
     DESC(e.fp4.weight.format = SNIP_E2M1; e.fp4.weight.tile_cols = -1); DESC(e.fp8.gradient.format = SNIP_E4M3; e.fp8.gradient.scale = SNIP_SCALE_UE4M3);
@@ -256,7 +257,7 @@ static void test_arguments(void) {
     CHECK(snip_plan_load(NULL, "x") == SNIP_BAD_ARGUMENT && snip_plan_load(s, NULL) == SNIP_BAD_ARGUMENT);
     CHECK(snip_state_size(NULL) == 0 && snip_state_save(NULL, state) == SNIP_BAD_ARGUMENT && snip_state_save(s, NULL) == SNIP_BAD_ARGUMENT);
     CHECK(snip_state_load(NULL, state, 4) == SNIP_BAD_ARGUMENT && snip_state_load(s, NULL, 4) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_current_pass(NULL) == SNIP_PASS_ORDINARY && snip_step(NULL) == 0 && snip_plans(NULL) == 0 && !strcmp(snip_message(NULL), "") && snip_share(NULL, SNIP_F32) == 0);
+    CHECK(snip_current_pass(NULL) == SNIP_PASS_ORDINARY && snip_step(NULL) == 0 && snip_plans(NULL) == 0 && !strcmp(snip_message(NULL), "") && !strcmp(snip_reason(NULL), "") && snip_share(NULL, SNIP_F32) == 0);
     snip_solve_seconds(NULL);
     CHECK(snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && *snip_message(s) && snip_step(s) == 1);     // the refused linear calls above
     CHECK(snip_add_linear(s, "late", 4, 4, 0) == -(int)SNIP_BAD_ARGUMENT);
@@ -511,6 +512,28 @@ static void test_protocol(void) {
         snip_destroy(s);
         model_free(&n);
     }
+}
+// Measuring with the plan held back: the weights of a run that never measures, bit for bit.
+static void test_trajectory(void) {
+    model n[2];
+    snip *s[2];
+    int i, l, step;
+    note("trajectory");
+    for (i = 0; i < 2; i++) {
+        snip_desc d = defaults();
+        n[i] = model_new(3, 20, 12, 24, 8);
+        d.every = i ? -1 : 2;
+        d.high = SNIP_F32;
+        s[i] = snip_create(&d);
+        model_add(&n[i], s[i], 1);
+        for (step = 1; step <= 9; step++) {
+            CHECK(model_step(&n[i], s[i], step, 1) == SNIP_OK);
+            snip_set_format(s[i], -1, SNIP_GEMMS, SNIP_F32);
+        }
+    }
+    CHECK(snip_plans(s[0]) == 4 && snip_plans(s[1]) == 0);
+    for (l = 0; l < 2; l++) CHECK(!memcmp(n[0].w[l], n[1].w[l], (size_t)weights_of(n, l) * sizeof(float)));
+    for (i = 0; i < 2; i++) { snip_destroy(s[i]); model_free(&n[i]); }
 }
 // One linear layer, L = |X W^T - T|^2 / 2: tr d2L/dX2 = rows |W|^2 and tr d2L/dW2 = out |X|^2.
 static void test_loss_estimates(void) {
@@ -815,7 +838,7 @@ static void test_other_optimizers(void) {
                     snipi_sensitivity z;
                     double m = o.beta1 * (double)n.m[l][i];
                     s->adamw = o;
-                    z = snipi_sensitivity_of(s, &s->layers[l]);
+                    z = snipi_sensitivity_of(s, &s->layers[l], NULL);
                     D = (mean_sign(m + (1 - o.beta1) * step, rest) - mean_sign(m - (1 - o.beta1) * step, rest)) / (2 * step);
                     CHECK(near(snipi_sensitivity_at(&z, i), D, 0.02));
                 }
@@ -832,6 +855,45 @@ static void test_other_optimizers(void) {
         snip_destroy(s); snip_destroy(exact); snip_destroy(q);
         model_free(&n);
     }
+}
+// AdamW's D and |u|^2 by callback give AdamW's estimates.
+typedef struct { model *n; snip_adamw o; int asked; } custom;
+static double custom_sensitivity(void *user, int layer, float *d) {
+    custom *c = (custom *)user;
+    double u_sq = 0, c1 = 1 - pow(c->o.beta1, (double)c->o.step), c2 = 1 - pow(c->o.beta2, (double)c->o.step);
+    int i;
+    c->asked++;
+    for (i = 0; i < weights_of(c->n, layer); i++) {
+        double root = sqrt((double)c->n->v[layer][i] / c2) + c->o.eps;
+        u_sq += pow((double)c->n->m[layer][i] / c1 / root, 2);
+        if (d) d[i] = (float)((1 - c->o.beta1) / (1 - pow(c->o.beta1, (double)(c->o.step + 1))) / root);
+    }
+    return u_sq;
+}
+static void test_custom_optimizer(void) {
+    snip_layer_info info[2][2];
+    custom c;
+    int i, l, g;
+    note("D by callback");
+    for (i = 0; i < 2; i++) {
+        model n = model_new(12, 32, 24, 40, 16);
+        snip_desc d = defaults();
+        snip *s;
+        d.every = 1;
+        if (i) { d.optimizer = SNIP_CUSTOM; d.sensitivity = custom_sensitivity; d.sensitivity_user = &c; }
+        c.n = &n; c.o = optimizer(9); c.asked = 0;
+        s = snip_create(&d);
+        CHECK(s != NULL);
+        model_add(&n, s, !i);
+        if (i) CHECK(snip_bind_adamw(s, 0, n.m[0], n.v[0]) == SNIP_BAD_ARGUMENT && snip_bind_momentum(s, 0, n.m[0]) == SNIP_BAD_ARGUMENT);
+        CHECK(model_step(&n, s, 9, 0) == SNIP_OK && c.asked == 0);
+        CHECK(model_step(&n, s, 9, 0) == SNIP_OK && (c.asked > 0) == i && snip_plans(s) == 1);
+        for (l = 0; l < 2; l++) snip_layer(s, l, &info[i][l]);
+        snip_destroy(s);
+        model_free(&n);
+    }
+    for (l = 0; l < 2; l++)
+        for (g = 0; g < 3; g++) CHECK(near(info[0][l].fp4.update[g], info[1][l].fp4.update[g], 1e-4) && near(info[0][l].fp8.update[g], info[1][l].fp8.update[g], 1e-4));
 }
 static void test_determinism(void) {
     uint64_t one, two;
@@ -1085,6 +1147,266 @@ static void test_plan(void) {
         note("set_format and share");
         CHECK(snip_set_format(s, -1, SNIP_GEMMS, SNIP_E4M3) == SNIP_OK && snip_share(s, SNIP_E4M3) == 1);
         CHECK(snip_set_format(s, 0, SNIP_DGRAD, SNIP_F32) == SNIP_OK && near(snip_share(s, SNIP_F32), 256.0 / (3 * (256 + 512 + 768 + 576 + 512 + 320 + 320)), 1e-12));
+        snip_destroy(s);
+    }
+    bundle_free(&b);
+}
+
+// A session of layers that are never run; their measurements are made up.
+enum { MADE_UP = 28 };
+static snip *made_up_session(snip_desc d) {
+    snip *s = snip_create(&d);
+    char name[16];
+    int l;
+    for (l = 0; l < MADE_UP; l++) {
+        snprintf(name, sizeof name, "%d.x.y", l);
+        CHECK(snip_add_linear(s, name, 16, 16, 0) == l);
+    }
+    s->loss = 1;
+    return s;
+}
+// One measurement of costs that are right but for a factor exp(noise * N(0, 1)) each. Number of GEMMs that change.
+static int made_up_measurement(snip *s, double truth[MADE_UP][3], double noise) {
+    snip_format before[3 * MADE_UP], after[3 * MADE_UP];
+    int l, f, g, i, changed = 0;
+    formats_of(s, before);
+    for (l = 0; l < MADE_UP; l++)
+        for (f = 0; f < 2; f++) {
+            snip_estimate *e = &s->layers[l].estimate[f];
+            for (g = 0; g < 3; g++) e->update[g] = truth[l][g] * (f ? 1 : 0.01) * exp(noise * (double)normal()) * (g ? s->desc.horizon : 1);
+        }
+    snipi_average_measurement(s);
+    CHECK(snipi_solve(s) == SNIP_OK);
+    formats_of(s, after);
+    for (i = 0; i < 3 * MADE_UP; i++) changed += before[i] != after[i];
+    return changed;
+}
+static void draw_truth(double truth[MADE_UP][3]) {
+    int l, g;
+    for (l = 0; l < MADE_UP; l++) for (g = 0; g < 3; g++) truth[l][g] = exp(0.7 * (double)normal());
+}
+static int in_fp4(const snip *s, double truth[MADE_UP][3], double *harm) {
+    snip_format now[3 * MADE_UP];
+    int i, count = 0;
+    formats_of(s, now);
+    for (*harm = 0, i = 0; i < 3 * MADE_UP; i++) {
+        count += now[i] == SNIP_E2M1;
+        *harm += (now[i] == SNIP_E2M1 ? 1 : 0.01) * truth[i / 3][i % 3];
+    }
+    return count;
+}
+static int by_size(const void *a, const void *b) { double x = *(const double *)a, y = *(const double *)b; return (x > y) - (x < y); }
+static double least_harm(double truth[MADE_UP][3], int count) {
+    double sorted[3 * MADE_UP], sum = 0;
+    int i;
+    memcpy(sorted, truth, sizeof sorted);
+    qsort(sorted, 3 * MADE_UP, sizeof *sorted, by_size);
+    for (i = 0; i < 3 * MADE_UP; i++) sum += (i < count ? 1 : 0.01) * sorted[i];
+    return sum;
+}
+static void test_averages(void) {
+    static const double x[4] = { 3, 5, 4, 9 };
+    snip_desc d = defaults();
+    snip_layer_info info;
+    snip *s;
+    int i, l, run;
+    note("averages of one layer, by the textbook");
+    d.update_weight = -1;
+    s = snip_create(&d);
+    snip_add_linear(s, "l", 16, 16, 0);
+    s->loss = -2;
+    for (i = 0; i < 4; i++) {
+        double mean = 0, var = 0, q = 0, weight[4] = { 0 };
+        int j, n = i + 1;
+        s->layers[0].estimate[1].loss_second = x[i];
+        snipi_average_measurement(s);
+        for (j = 0; j < n; j++) weight[j] = n < 4 ? 1.0 / n : j == 3 ? 1.0 / 3 : 2.0 / 9;
+        for (j = 0; j < n; j++) mean += weight[j] * x[j];
+        for (j = 0; j < n; j++) { var += weight[j] * (x[j] - mean) * (x[j] - mean); q += weight[j] * weight[j]; }
+        snip_layer(s, 0, &info);
+        CHECK(near(info.fp4.cost[0], mean / 2, 1e-12) && info.fp4.cost[1] == 0 && info.fp4.error[1] == 0 && info.fp8.cost[0] == 0);
+        CHECK(near(info.fp4.error[0], (n == 1 ? mean : sqrt(var / (1 - q) * q)) / 2, 1e-12));
+        CHECK(near(info.measurements, 1 / q, 1e-12));
+    }
+    note("errors moderated by those of all layers");
+    {
+        snip *two = snip_create(&d);
+        double mean[2] = { 6, 2 }, own[2] = { 2, 0.02 }, relative = (2 + 0.02) / (36 + 2 + 4 + 0.02);     // of two measurements each
+        for (l = 0; l < 2; l++) snip_add_linear(two, "l", 16, 16, 0);
+        two->loss = 1;
+        for (i = -1; i < 2; i += 2) {
+            for (l = 0; l < 2; l++) two->layers[l].estimate[0].loss_second = mean[l] + i * sqrt(own[l] / 2);
+            snipi_average_measurement(two);
+        }
+        for (l = 0; l < 2; l++) {
+            snip_layer(two, l, &info);
+            CHECK(near(info.fp8.cost[0], mean[l], 1e-12) && near(info.fp8.error[0], sqrt(0.5 * (4 * relative * (mean[l] * mean[l] + own[l]) + own[l]) / 5), 1e-12));
+        }
+        snip_destroy(two);
+    }
+    note("a first-order term");
+    for (i = 0; i < 200; i++) {
+        s->layers[0].estimate[1].loss_second = 0;
+        s->layers[0].estimate[1].loss_first = i & 1 ? 1 : -1;
+        snipi_average_measurement(s);
+        snip_layer(s, 0, &info);
+    }
+    CHECK(info.fp4.cost[0] > 0 && info.fp4.cost[0] < 0.2 / 2 * 0.3 && near(info.measurements, 5, 1e-9));      // the last came out as 1: mean 0.2, nearly all error
+    snip_destroy(s);
+    note("errors against the truth");
+    d = defaults();
+    for (i = 1; i <= 16; i *= 2) {
+        double sum = 0;
+        for (run = 0; run < 30; run++) {
+            double truth[MADE_UP][3];
+            int j;
+            s = made_up_session(d);
+            rng_state = 100 + (uint64_t)run;
+            draw_truth(truth);
+            for (j = 0; j < i; j++) made_up_measurement(s, truth, 0.2);
+            for (l = 0; l < MADE_UP; l++) { snip_layer(s, l, &info); sum += pow((info.fp4.cost[0] - truth[l][0] * exp(0.02)) / info.fp4.error[0], 2) / (30 * MADE_UP); }
+            snip_destroy(s);
+        }
+        snprintf(what, sizeof what, "%d measurements are off by %g standard errors", i, sqrt(sum));
+        CHECK(i == 1 ? sum < 0.1 : sqrt(sum) > 0.9 && sqrt(sum) < (i == 2 ? 1.25 : 1.15));
+    }
+}
+// Noisy costs of layers much alike: the plan holds still and is none the worse; costs that really change move it.
+static void test_hysteresis(void) {
+    static const double margins[3] = { 0, -1, 1000 };
+    int changes[3], after[3], i, k;
+    double harm, excess[3], late[3];
+    for (k = 0; k < 3; k++) {
+        double truth[MADE_UP][3];
+        snip_desc d = defaults();
+        snip *s;
+        snprintf(what, sizeof what, "made-up costs, margin %g", margins[k]);
+        d.margin = margins[k];
+        d.budget = 0.6;
+        s = made_up_session(d);
+        rng_state = 5;
+        draw_truth(truth);
+        CHECK(made_up_measurement(s, truth, 0.2) == 3 * MADE_UP && strstr(snip_reason(s), "first plan"));
+        for (i = 1; i < 10; i++) made_up_measurement(s, truth, 0.2);
+        for (excess[k] = changes[k] = 0; i < 100; i++) {
+            changes[k] += made_up_measurement(s, truth, 0.2);
+            CHECK(in_fp4(s, truth, &harm) == 51);
+            excess[k] += harm / least_harm(truth, 51) - 1;
+        }
+        if (k == 2) CHECK(strstr(snip_reason(s), "stays") != NULL);
+        draw_truth(truth);
+        for (after[k] = i = 0; i < 10; i++) after[k] += made_up_measurement(s, truth, 0.2);
+        CHECK(in_fp4(s, truth, &harm) == 51);
+        late[k] = harm / least_harm(truth, 51) - 1;
+        if (k == 2) {
+            note("a plan that no longer meets its targets");
+            s->desc.budget = 0.8;
+            CHECK(made_up_measurement(s, truth, 0.2) == 17 && in_fp4(s, truth, &harm) == 68 && strstr(snip_reason(s), "targets"));
+        } else {
+            note("a change that pays");
+            truth[0][0] = truth[0][1] = truth[0][2] = 1e3;
+            for (i = 0; i < 3; i++) if (made_up_measurement(s, truth, 0) && strstr(snip_reason(s), "harm")) CHECK(strstr(snip_reason(s), "change: predicted") != NULL);
+            CHECK(s->layers[0].format[0] == SNIP_E4M3 && s->layers[0].format[1] == SNIP_E4M3 && s->layers[0].format[2] == SNIP_E4M3);
+        }
+        snip_destroy(s);
+    }
+    snprintf(what, sizeof what, "changes %d %d %d, excess harm %g %g, after a true change %d %d %d, %g %g %g", changes[0], changes[1], changes[2], excess[0] / 90, excess[1] / 90,
+             after[0], after[1], after[2], late[0], late[1], late[2]);
+    CHECK(changes[2] == 0 && changes[1] > 100 && changes[0] < changes[1] / 10);
+    CHECK(excess[0] < excess[1] && after[0] > 20 && after[2] == 0 && late[0] < 0.05 && late[2] > 0.3);
+}
+// An ordinary or measuring step with a loss of our choice; 1: it measured.
+static int step_with_loss(model *n, snip *s, double loss) {
+    snip_adamw o = optimizer(snip_step(s) + 1);
+    int passes = 0;
+    do { model_pass(n, s); passes++; } while (snip_next_pass(s, loss));
+    CHECK(snip_end_step(s, &o) == SNIP_OK);
+    return passes > 1;
+}
+static void test_spike(void) {
+    static const snip_format fallback[4] = { (snip_format)0, SNIP_E2M1, SNIP_BF16, SNIP_F32 };
+    int kind, step;
+    for (kind = 0; kind < 6; kind++) {                  // 4: spikes off, 5: never measuring
+        model n = model_new(3, 20, 12, 24, 8);
+        snip_desc d = defaults();
+        snip *s;
+        snip_format was[6], now[6];
+        snprintf(what, sizeof what, "spike, kind %d", kind);
+        d.every = kind == 5 ? -1 : 40;
+        d.budget = 0.5;
+        if (kind < 4) d.fallback = fallback[kind];
+        if (kind == 4) d.spike = -1;
+        s = snip_create(&d);
+        model_add(&n, s, 1);
+        rng_state = 77;
+        for (step = 1; step <= 42; step++) CHECK(step_with_loss(&n, s, step == 38 ? 9 : 2 + 0.02 * (double)normal()) == (step == 41 && kind < 5));      // a spike before the plan
+        if (kind == 5) snip_set_format(s, -1, SNIP_GEMMS, SNIP_E2M1);
+        formats_of(s, was);
+        CHECK(snip_share(s, SNIP_E2M1) >= 0.5 && (kind == 5 || strstr(snip_reason(s), "step 41: the first plan")));
+        CHECK(!step_with_loss(&n, s, 2.3));             // step 43, soon after the measurement
+        formats_of(s, now);
+        CHECK((memcmp(was, now, sizeof was) != 0) == (kind != 1 && kind < 4));
+        if (kind == 0) CHECK(snip_share(s, SNIP_E2M1) == 0 && snip_share(s, SNIP_E4M3) == 1);
+        if (kind == 2) CHECK(snip_share(s, SNIP_BF16) == 1);
+        if (kind == 3) CHECK(snip_share(s, SNIP_F32) == 1);
+        if (kind < 4) CHECK(!strncmp(snip_reason(s), "step 43: the loss spikes: 2.3,", 30) && (strstr(snip_reason(s), "fp8 until") != NULL) == (kind == 0));
+        CHECK(!step_with_loss(&n, s, 2) && !step_with_loss(&n, s, 2));
+        CHECK(step_with_loss(&n, s, 2) == (kind < 4));  // step 46: a tenth of `every` after the last one
+        CHECK(snip_share(s, SNIP_E2M1) >= 0.5);
+        if (kind == 0) CHECK(strstr(snip_reason(s), "step 46: a new plan after the fall back") != NULL);
+        if (kind == 1) CHECK(strstr(snip_reason(s), "step 46: the plan stays") != NULL || strstr(snip_reason(s), "change: ") != NULL);
+        for (step = 47; step < 60; step++) CHECK(!step_with_loss(&n, s, 2 + 0.004 * (step - 46)));         // it may well rise
+        CHECK(!step_with_loss(&n, s, (double)NAN));
+        CHECK(step_with_loss(&n, s, 2) == (kind < 4));  // at once
+        CHECK(snip_share(s, SNIP_E2M1) >= 0.5);
+        snip_destroy(s);
+        model_free(&n);
+    }
+    {
+        model n = model_new(3, 20, 12, 24, 8);
+        snip_desc d = defaults();
+        snip *s;
+        int extra = 0;
+        note("falling, noisy losses are no spikes; a new level becomes the rule");
+        d.every = 1000;
+        s = snip_create(&d);
+        model_add(&n, s, 1);
+        snip_set_format(s, -1, SNIP_GEMMS, SNIP_E2M1);
+        rng_state = 3;
+        for (step = 1; step <= 900; step++) extra += step_with_loss(&n, s, 1.5 + 4 * exp(-step / 150.0) + 0.05 * (double)normal());
+        CHECK(extra == 0 && snip_share(s, SNIP_E2M1) == 1);
+        s->desc.every = 10;
+        s->desc.drift = -1;
+        for (; step <= 1100; step++) extra += step_with_loss(&n, s, 3 + 0.05 * (double)normal()) && s->due;
+        CHECK(s->loss_mean > 2.9 && s->loss_mean < 3.1 && !s->fallen && !s->due);
+        snip_destroy(s);
+        model_free(&n);
+    }
+}
+static void test_drift(void) {
+    static const float factor[4] = { 1, 1.5f, 4, 4 };
+    bundle b = bundle_new();
+    int kind, step, l, i;
+    for (kind = 0; kind < 4; kind++) {
+        snip_desc d = defaults();
+        snip *s;
+        int measured = 0, when = 0;
+        snprintf(what, sizeof what, "drift by %g, kind %d", (double)factor[kind], kind);
+        d.budget = 0.5;
+        d.drift = kind == 3 ? -1 : 0;
+        s = bundle_session(&b, d, MANY);
+        s->desc.every = 200;
+        for (step = 1; step <= 201; step++) CHECK(bundle_step(&b, s, step) == SNIP_OK);
+        CHECK(snip_plans(s) == 1);
+        for (l = 0; l < MANY; l++) for (i = 0; i < 24 * shape[l].k; i++) b.x[l][i] *= factor[kind];
+        for (; step <= 300; step++) {
+            int plans = snip_plans(s);
+            CHECK(bundle_step(&b, s, step) == SNIP_OK);
+            if (s->due && !when) { when = step; CHECK(strstr(snip_reason(s), "drifted") && snip_share(s, SNIP_E2M1) >= 0.5); }
+            measured += snip_plans(s) - plans;
+        }
+        for (l = 0; l < MANY; l++) for (i = 0; i < 24 * shape[l].k; i++) b.x[l][i] /= factor[kind];
+        CHECK(measured == (kind == 2) && (kind == 2 ? when > 205 && when < 240 : when == 0));
         snip_destroy(s);
     }
     bundle_free(&b);
@@ -1353,8 +1675,18 @@ static void test_state(void) {
         CHECK(*snip_message(other));
         free(now);
     }
-    CHECK(snip_state_load(other, state, size) == SNIP_OK);
+    CHECK(snip_state_load(other, state, size) == SNIP_OK && !strcmp(snip_reason(other), snip_reason(s)) && *snip_reason(s));
     CHECK(snip_state_save(other, again) == SNIP_OK && !memcmp(state, again, size));
+    note("state of another version");
+    memcpy(damaged, state, size);
+    damaged[6] = '1';
+    {
+        uint64_t hash = snipi_hash(SNIPI_HASH_START, damaged, size - 8);
+        snipi_little_endian(&hash, 8);
+        memcpy(damaged + size - 8, &hash, 8);
+    }
+    CHECK(snip_state_load(other, damaged, size) == SNIP_UNSUPPORTED && strstr(snip_message(other), "version"));
+    CHECK(snip_state_load(other, damaged, size - 8) == SNIP_CORRUPT);
     snip_destroy(other);
     note("state of another session");
     d2 = d;
@@ -1379,6 +1711,35 @@ static void test_state(void) {
     snip_destroy(s);
     free(state); free(again); free(damaged);
     model_free(&straight);
+}
+
+// A digest of a state of made-up numbers, all of them whole or halves: the same on every machine. test_targets.sh compares.
+static uint64_t state_digest(void) {
+    snip_desc d = defaults();
+    snip *s = made_up_session(d), *other = made_up_session(d);
+    size_t size = snip_state_size(s);
+    unsigned char *state = (unsigned char *)get(size), *again = (unsigned char *)get(size);
+    uint64_t hash;
+    int l, f, t;
+    for (l = 0; l < MADE_UP; l++) {
+        for (f = 0; f < 2; f++)
+            for (t = 0; t < SNIPI_TERMS; t++) {
+                s->layers[l].average[f].mean[t] = 0.5 * l + f - t;
+                s->layers[l].average[f].variance[t] = s->layers[l].estimate[f].loss_first = 3 + l;
+            }
+        s->layers[l].level[0] = s->layers[l].seconds[2][1] = -0.5 * l;
+        s->layers[l].format[l % 3] = SNIP_E2M1;
+    }
+    s->step = 123456789012; s->plans = 7; s->measurements = 3; s->squared_weights = 0.5; s->loss_mean = 2.5; s->losses = 99; s->levels = 98; s->measured = 97; s->due = s->fallen = 1;
+    s->adamw = optimizer(12);
+    snprintf(s->reason, sizeof s->reason, "step 3: because");
+    note("state of made-up numbers");
+    CHECK(snip_state_save(s, state) == SNIP_OK && snip_state_load(other, state, size) == SNIP_OK);
+    CHECK(snip_state_save(other, again) == SNIP_OK && !memcmp(state, again, size) && other->step == s->step && other->layers[5].average[1].mean[2] == s->layers[5].average[1].mean[2]);
+    hash = snipi_hash(SNIPI_HASH_START, state, size);
+    snip_destroy(s); snip_destroy(other);
+    free(state); free(again);
+    return hash;
 }
 
 // ------------------------------------------------------------------------------------------ trouble
@@ -1598,6 +1959,57 @@ static void test_allocator(void) {
     }
     CHECK(fail_at > 15 && fail_at < 500);
 }
+// What a layer more costs a measuring session: at most 20 KiB for each of the five tensors that are sketched.
+typedef struct { size_t live, most; } meter;
+static void *metered_alloc(size_t size, void *user) {
+    meter *m = (meter *)user;
+    size_t *p = (size_t *)malloc(size + 16);
+    if (!p) return NULL;
+    *p = size;
+    m->live += size;
+    if (m->live > m->most) m->most = m->live;
+    return p + 16 / sizeof *p;
+}
+static void metered_free(void *p, void *user) {
+    size_t *at = (size_t *)p - 16 / sizeof *at;
+    ((meter *)user)->live -= *at;
+    free(at);
+}
+static void test_memory(void) {
+    enum { SIZE = 128, ROWS = 64 };
+    float *x = randoms(ROWS * SIZE, 1), *w = randoms(SIZE * SIZE, 0.1f), *v = floats(SIZE * SIZE), *y = floats(ROWS * SIZE), *dw = floats(SIZE * SIZE);
+    size_t most[2];
+    int i, l, step;
+    for (i = 0; i < 2; i++) {
+        meter m = { 0, 0 };
+        snip_desc d = defaults();
+        snip *s;
+        char name[16];
+        int layers = i ? 48 : 16;
+        d.every = 1;
+        d.alloc.alloc_fn = metered_alloc; d.alloc.free_fn = metered_free; d.alloc.user = &m;
+        s = snip_create(&d);
+        for (l = 0; l < layers; l++) {
+            snprintf(name, sizeof name, "%d.x.y", l);
+            snip_add_linear(s, name, SIZE, SIZE, 0);
+            snip_bind_adamw(s, l, w, v);
+        }
+        for (step = 1; step <= 3; step++) {
+            snip_adamw o = optimizer(step);
+            do for (l = 0; l < layers; l++) {
+                CHECK(snip_linear_forward(s, l, y, x, w, NULL, ROWS) == SNIP_OK);
+                CHECK(snip_linear_backward(s, l, NULL, dw, NULL, x, x, w, ROWS) == SNIP_OK);
+            } while (snip_next_pass(s, 1));
+            CHECK(snip_end_step(s, &o) == SNIP_OK);
+        }
+        most[i] = m.most;
+        snip_destroy(s);
+        CHECK(m.live == 0);
+    }
+    snprintf(what, sizeof what, "%g KiB a layer", (double)(most[1] - most[0]) / 32 / 1024);
+    CHECK((most[1] - most[0]) / 32 <= 5 * 20 * 1024);
+    free(x); free(w); free(v); free(y); free(dw);
+}
 // No rows: nothing to read, nothing to do, whatever the pass.
 static void test_no_rows(void) {
     model n = model_new(3, 20, 12, 24, 8);
@@ -1629,27 +2041,40 @@ static void test_no_rows(void) {
     model_free(&n);
 }
 
-int main(void) {
+int main(int argc, char **argv) {
     set_threads(1);
+    if (argc > 1 && !strcmp(argv[1], "--state")) {
+        uint64_t hash = state_digest();
+        if (!failed) printf("%016llx\n", (unsigned long long)hash);
+        return failed != 0;
+    }
     test_arguments();
     test_linear();
     test_stochastic();
     test_rows();
     test_protocol();
+    test_trajectory();
     test_loss_estimates();
     test_update_estimates();
     test_other_optimizers();
+    test_custom_optimizer();
     test_determinism();
     test_accumulation();
     test_kept_weights();
     test_plan();
+    test_averages();
+    test_hysteresis();
+    test_spike();
+    test_drift();
     test_seconds();
     test_plan_file();
     test_state();
+    CHECK(state_digest() == 0x081a4365acb9baa5u);
     test_nonfinite();
     test_step_ended_in_a_probe();
     test_not_bound();
     test_allocator();
+    test_memory();
     test_no_rows();
     (void)below;
     printf("%ld passed, %ld failed\n", passed, failed);

@@ -218,6 +218,43 @@ static void test_accumulation_and_threads(void) {
     check(!memcmp(a, d, sizeof a) && memcmp(&la, &ld, sizeof la) == 0, "gradients and update are the same with 1 and 3 threads, bit for bit", 0);
 }
 
+// SGD with momentum and Lion, two updates, against their definitions in double precision.
+static void test_optimizers(void) {
+    for (int kind = SNIP_SGD_MOMENTUM; kind <= SNIP_LION; kind++) {
+        llama_config c = { 64, 32, 1, 2, 2, 48, 8, 0, 0, 3 };
+        snip_desc desc;
+        memset(&desc, 0, sizeof desc);
+        desc.optimizer = (snip_optimizer)kind;
+        snip *s = snip_create(&desc);
+        llama *g = s ? llama_create(&c, 1, s) : NULL;
+        if (!g) { check(0, "a model bound to its momentum", kind); return; }
+        double worst = 0;
+        float *before = (float *)malloc((size_t)g->n_params * sizeof(float));
+        memcpy(before, g->params, (size_t)g->n_params * sizeof(float));
+        for (int64_t i = 0; i < g->n_params; i++) g->grads[i] = (float)((i * 7919) % 101 - 50) * 0.01f;
+        for (int step = 1; step <= 2; step++) {
+            snip_adamw o = { 0.125, 0.75, 0.5, 0, step, 0.5 };
+            llama_update(g, (snip_optimizer)kind, &o, 0.25);
+        }
+        for (int i = 0; i < g->n_tensors; i++) {
+            const llama_tensor *t = &g->tensors[i];
+            for (int64_t j = t->offset; j < t->offset + t->rows * t->cols; j++) {
+                double p = (double)before[j], gr = 0.5 * (double)g->grads[j], m = 0, keep = t->matrix ? 1 - 0.125 * 0.25 : 1;
+                for (int step = 1; step <= 2; step++) {
+                    double u = 0.75 * m + (kind == SNIP_LION ? 0.25 * gr : gr);
+                    p = p * keep - 0.125 * (kind == SNIP_LION ? (u > 0) - (u < 0) : u);
+                    m = kind == SNIP_LION ? 0.5 * m + 0.5 * gr : u;
+                }
+                double e = fabs((double)g->params[j] - p) + fabs((double)g->m[j] - m);
+                worst = e > worst ? e : worst;
+            }
+        }
+        check(worst < 1e-6, kind == SNIP_LION ? "Lion" : "SGD with momentum", worst);
+        free(before);
+        llama_destroy(g);
+        snip_destroy(s);
+    }
+}
 static void test_exp(void) {
     double worst = 0;
     for (int i = -860000; i <= 870000; i++) {
@@ -289,6 +326,7 @@ int main(void) {
     test_gradients(0);
     test_gradients(1);
     test_accumulation_and_threads();
+    test_optimizers();
     test_safetensors();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;

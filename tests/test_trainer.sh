@@ -50,6 +50,22 @@ for p in f32 bf16 fp8 fp4; do
 done
 check "fp4 puts everything in FP4" awk -F, 'NR > 1 && $5 != 1 { bad = 1 } END { exit bad }' p_fp4/loss.csv
 check "f32 puts nothing there" awk -F, 'NR > 1 && $5 != 0 { bad = 1 } END { exit bad }' p_f32/loss.csv
+check "plan.txt says why the plan is what it is" grep -q "; step [0-9]*: the first plan\|; step [0-9]*: the plan stays\|; step [0-9]*: [0-9]* GEMMs change" ref/plan.txt
+run ${base/--quiet/} --steps 10 --out reasons > /dev/null 2> err
+check "and so does the terminal" grep -q "snip: step 9: the first plan: predicted harm" err
+for to in fp8 bf16 none; do            # a loss that stands still, and a threshold within its noise
+    run ${base/--quiet/} --steps 45 --every 20 --lr 1e-9 --spike 0.3 --fallback $to --out spike_$to > /dev/null 2> err
+    case $to in none) want="; measuring" ;; *) want="; [0-9]* GEMMs in $to until the next measurement" ;; esac
+    check "a spike, falling back to $to" grep -qE "snip: step [0-9]+: the loss spikes: 5.[0-9]*, mean 5.[0-9]*, deviation [0-9.]*$want" err
+    check "is measured" grep -qE "snip: step (3[4-9]|40): (a new plan after the fall back|the plan stays|[0-9]+ GEMMs change)" err
+done
+check "--spike -1: none is" sh -c "! '$trainer' ${base/--quiet/} --steps 45 --every 20 --lr 1e-9 --spike=-1 --out spike_off 2>&1 | grep -q spikes"
+for opt in sgd lion; do
+    check "--optimizer $opt" run $base --optimizer $opt --out $opt
+    check "$opt: the loss falls" awk -F, 'NR == 2 { first = $2 } END { exit !($2 < first - 0.2 && first > 5 && $5 >= 0.75) }' $opt/loss.csv
+    check "$opt: m alone is saved" sh -c "head -c 20000 $opt/model.safetensors | grep -aq optimizer.m && ! head -c 20000 $opt/model.safetensors | grep -aq optimizer.v"
+done
+check "other optimizers, other losses" sh -c '! cmp -s sgd/loss.csv ref/loss.csv && ! cmp -s sgd/loss.csv lion/loss.csv'
 check "--tied" run $base --steps 3 --tied --out tied
 check "tied: no output tensor" sh -c '! head -c 4000 tied/model.safetensors | grep -aq output.weight'
 check "--stages" run $base --stages 2 --out stages
@@ -103,6 +119,15 @@ for round in 1 2 3 4 5; do          # the trainer itself in the background, not 
     mkdir -p $out
     if run $base --out $out --resume --threads $((round % 2 + 1)) > /dev/null 2> err; then ok; else fail "resuming after SIGKILL: $(cat err)"; fi
     losses $out/loss.csv > got; same "losses after SIGKILL and --resume, round $round" ref.losses got
+done
+for opt in sgd lion; do             # killed in mid-run, resumed with another number of threads: the same bits
+    losses $opt/loss.csv > opt.losses
+    "$trainer" $base --optimizer $opt --out kill_$opt --threads 1 > /dev/null 2>&1 & pid=$!
+    for i in $(seq 400); do [ "$(cat kill_$opt/loss.csv 2> /dev/null | wc -l)" -gt 12 ] && break; sleep 0.01; done
+    kill -9 $pid 2> /dev/null; wait $pid 2> /dev/null
+    run $base --optimizer $opt --out kill_$opt --resume --threads 2 > /dev/null 2> err || fail "resuming $opt: $(cat err)"
+    losses kill_$opt/loss.csv > got; same "$opt: losses after SIGKILL and --resume" opt.losses got
+    same "$opt: the plan and its reason too" $opt/plan.txt kill_$opt/plan.txt
 done
 "$trainer" $base --out exact > /dev/null 2>&1 & pid=$!    # surely in mid-run, surely from a checkpoint
 for i in $(seq 400); do [ "$(cat exact/loss.csv 2> /dev/null | wc -l)" -gt 12 ] && break; sleep 0.01; done
@@ -189,6 +214,9 @@ bad "heads, kv-heads"    "--kv-heads"     $new --heads 4 --kv-heads 3
 bad "odd head"           "even"           $new --dim 30 --heads 2
 bad "too many stages"    "--stages"       $new --stages 3
 bad "huge batch"         "--batch"        $new --batch 1000000 --seq 1000
+bad "no such optimizer"  "adam"           $new --optimizer adam
+bad "no such fallback"   "fp6"            $new --fallback fp6
+bad "margin no number"   "--margin"       $new --margin wide
 bad "no such precision"  "fp3"            $new --precision fp3
 bad "in a list"          "fp3"            $new --compare bf16,fp3
 bad "twice in a list"    "twice"          $new --compare fp8,fp8
@@ -228,6 +256,7 @@ hurt
 bad "resume: another shape"     "--blocks"    $again --blocks 1
 bad "resume: another seed"      "--seed"      $again --seed 2
 bad "resume: another precision" "--precision" $again --precision fp8
+bad "resume: another optimizer" "--optimizer" $again --optimizer lion
 bad "resume: other data"        "--data"      $again --data data/tiny
 bad "resume: fewer steps"       "--steps"     $again --steps 10
 rm -rf hurtcmp; cp -r cmp hurtcmp; echo >> hurtcmp/fp4/model.safetensors
