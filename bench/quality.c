@@ -403,7 +403,7 @@ static void draw(const char *path, const row *rows, int n) {
                     double dodge = by_time || hollow ? 0 : 0.011 * (who - (MAKER_FP4 + MAKERS) / 2) * WIDE;      // makers under one budget: beside each other
                     double x = left + ((by_time ? rows[i].seconds : rows[i].share) - x0) / (x1 - x0) * WIDE + dodge, y = top + (high - rows[i].own) / (high - low) * TALL;
                     double up = top + (high - fmin(high, rows[i].own + rows[i].half_width)) / (high - low) * TALL, down = top + (high - fmax(low, rows[i].own - rows[i].half_width)) / (high - low) * TALL;
-                    if (points++ && who > MAKER_FP4) fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" stroke-width=\"%g\"/>\n", last_x, last_y, x, y, colour[who], strong ? 2.2 : 1.2);
+                    if (points++ && !hollow && !by_time) fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" stroke-width=\"%g\"/>\n", last_x, last_y, x, y, colour[who], strong ? 2.2 : 1.2);
                     fprintf(f, "<path d=\"M%.1f %.1fV%.1f\" stroke=\"%s\" opacity=\".6\"/><circle cx=\"%.1f\" cy=\"%.1f\" r=\"%g\" fill=\"%s\" stroke=\"%s\" stroke-width=\"1.6\"><title>%s, budget %g: %.4f ± %.4f</title></circle>\n", x, up, down,
                             colour[who], x, y, strong ? 4.5 : 3.5, hollow ? "#fff" : colour[who], colour[who], maker_name[who], rows[i].budget, rows[i].own, rows[i].half_width);
                     last_x = x; last_y = y;
@@ -466,6 +466,7 @@ int main(int argc, char **argv) {
     if (warm == -1) warm = scratch ? 50 : 1000;
     if (warm < 1) tr_die("--warm must be at least 1");
     int n_budgets = numbers(budget_list, budgets, MAX_BUDGETS, 0, 1, "--budgets");
+    qsort(budgets, (size_t)n_budgets, sizeof *budgets, by_value);
     if (age_list) n_ages = numbers(age_list, ages, MAX_AGES, 0, (double)warm - 1, "--ages");
 #ifdef _OPENMP
     if (o.threads) omp_set_num_threads((int)o.threads);
