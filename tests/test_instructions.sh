@@ -41,7 +41,7 @@ cut -d' ' -f2- "$dir/expected" | sort > "$dir/expected_names"
 late='snipi_kernel_(bf16|s8_amx|s8_avx_vnni|s8_vnni)|snipi_tiles'
 for cc in gcc clang; do
     command -v $cc > /dev/null || { skip "no $cc"; continue; }
-    for flags in -O2 -O3 -Ofast "-O2 -masm=intel"; do
+    for flags in -O2 "-Ofast -masm=intel"; do
         build $cc $flags || continue
         list
         # GCC duplicates a product here and there; the pairs of function and instruction are what counts, and no product may be missing

@@ -719,7 +719,7 @@ static void test_decode_bytes(void) {
     }
     check(wrong == 0, "every byte dequantizes as its format says");
     {
-        static const float scales[] = { 0.75f, 1e-33f, 3e30f, 1e38f };
+        static const float by[] = { 0.75f, 1e-33f, 3e30f, 1e38f };
         static union { float f[512 + 16]; double aligned; } a, b;
         int isa, s, n, stream;
         for (isa = SNIP_ISA_SCALAR, wrong = 0; isa < SNIP_ISA_COUNT; isa++)
@@ -731,9 +731,9 @@ static void test_decode_bytes(void) {
                         for (stream = 0; stream < 2; stream++) {
                             float *at = a.f + (64 - (uintptr_t)a.f % 64) % 64 / 4;      // where streaming may begin
                             for (i = 0; i < n + 3; i++) at[i] = b.f[i] = 1234.0f;
-                            snipi_vector_of((snip_isa)isa)->decode((snip_format)f, lut, all, n, scales[s], at, stream);
+                            snipi_vector_of((snip_isa)isa)->decode((snip_format)f, lut, all, n, by[s], at, stream);
                             snipi_stream_end();
-                            snipi_decode_scalar((snip_format)f, lut, all, n, scales[s], b.f, 0);
+                            snipi_decode_scalar((snip_format)f, lut, all, n, by[s], b.f, 0);
                             wrong += !same_floats(at, b.f, n + 3);
                         }
             }
@@ -742,22 +742,22 @@ static void test_decode_bytes(void) {
 }
 // Sums of finite numbers in double.
 static void test_sums(void) {
-    float x[160], q[160], w[160];
-    int isa, n, i, weight, wrong = 0;
+    float from[160], to[160], by[160];
+    int isa, n, i, by_weight, wrong = 0;
     for (i = 0; i < 160; i++) {
-        x[i] = (float)(i % 13 - 6) * (i % 7 ? 1.1f : 1e30f) * (i % 5 ? 1.0f : 1e-40f);
-        q[i] = snip_bf16_to_f32(snip_bf16_from_f32(x[i]));
-        w[i] = (float)(i % 11) - 4.7f;
+        from[i] = (float)(i % 13 - 6) * (i % 7 ? 1.1f : 1e30f) * (i % 5 ? 1.0f : 1e-40f);
+        to[i] = snip_bf16_to_f32(snip_bf16_from_f32(from[i]));
+        by[i] = (float)(i % 11) - 4.7f;
     }
     for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++)
         for (n = 0; n <= 160 && snip_isa_available((snip_isa)isa); n++)
-            for (weight = 0; weight < 2; weight++) {
+            for (by_weight = 0; by_weight < 2; by_weight++) {
                 snipi_tally a, b;
                 memset(&a, 0, sizeof a);
                 a.sum_sq[3] = 1.5; a.err_sq[7] = 1e-7; a.dot[4] = -3.25;
                 b = a;
-                snipi_vector_of((snip_isa)isa)->sums(x, q, weight ? w : NULL, n, &a);
-                snipi_sums_exact(x, q, weight ? w : NULL, n, &b);
+                snipi_vector_of((snip_isa)isa)->sums(from, to, by_weight ? by : NULL, n, &a);
+                snipi_sums_exact(from, to, by_weight ? by : NULL, n, &b);
                 wrong += memcmp(&a, &b, sizeof a.sum_sq + sizeof a.err_sq + sizeof a.dot) != 0;
             }
     check(wrong == 0, "sums in double by every instruction set");
