@@ -836,7 +836,7 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
 enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
-enum { SNIPI_AHEAD_STRIP = 12288, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
+enum { SNIPI_AHEAD_STRIP = 8192, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
 
 // Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
 // modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
@@ -2602,7 +2602,6 @@ SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
     const int vectors = s->width / 16, tiles = (int)(s->pieces * s->length / s->width);
     const float *x = s->x, *p = x;
-    const char *ahead = s->ahead;
     int64_t along = 0;
     int first, i, v;
     for (first = 0; first < tiles; first += 16) {
@@ -2619,11 +2618,9 @@ SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_
                 most[i] = _mm512_max_epu32(most[i], other);
             } else
                 for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-            for (v = 0; v < s->width; v += 64)
-                if ((along + v) % 64 == 0) _mm_prefetch(ahead + (along + v) * s->ahead_size, _MM_HINT_T0);
             p += s->width;
             along += s->width;
-            if (along == s->length) { x += s->x_stride; p = x; ahead += s->ahead_stride; along = 0; }
+            if (along == s->length) { x += s->x_stride; p = x; along = 0; }
         }
         // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
         SNIPI_UNROLL for (i = 0; i < 8; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
@@ -2697,15 +2694,16 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
     const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
-    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1;
+    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, blocks = s->pieces > 1;
     const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
-    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0 && s->length % 128 == 0;
     const snipi_rounds rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
     const float *scale = s->scale, *inverse = s->inverse;
     snipi_tally *t = s->tally;
     __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq), total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
     __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
     __m512i over = _mm512_setzero_si512();
+    __m256i half = _mm256_setzero_si256();                          // of a line of packed codes
     uint32_t words[128];
     int piece, g, in_tile = 0;
     for (piece = 0; piece < s->pieces; piece++) {
@@ -2723,7 +2721,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
             SNIPI_UNROLL for (g = 0; g < 4; g++) {
                 const int64_t at = i + 16 * g;
                 __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                if (g) _mm_prefetch(ahead + g * line, _MM_HINT_T0);          // the first of four while peaks were sought
+                if (blocks) _mm_prefetch(ahead + g * line, _MM_HINT_T1);        // rows of a block may share sets of the nearest cache
+                else _mm_prefetch(ahead + g * line, _MM_HINT_T0);
                 SNIPI_KEPT512(y);
                 if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
                 else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
@@ -2782,7 +2781,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
                 bytes = _mm512_and_si512(bytes, bytes_kept);
                 if (packed) {                                       // low + 16 * high
                     __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
-                    if (stream_codes) _mm256_stream_si256((__m256i *)(void *)(codes + i / 2), pairs);
+                    if (stream_codes && i % 128 == 0) half = pairs;
+                    else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i / 2 - 32), _mm512_inserti64x4(_mm512_castsi256_si512(half), pairs, 1));
                     else _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
                 } else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
                 else _mm512_storeu_si512(codes + i, bytes);
@@ -2803,8 +2803,10 @@ SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const sni
         else snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
     } else if (plain && !narrow && q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
     else if (plain && !narrow) snipi_strip_avx512_as(q, s, 0, 0, 0, 1);
-    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
-    else snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
+    else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
+    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 0);
+    else if (narrow) snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
+    else snipi_strip_avx512_as(q, s, 0, 0, 0, 0);
 }
 
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
