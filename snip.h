@@ -2078,7 +2078,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, _
 // The product into the second operand's place: compilers make all products of a step first, and then lack registers for the sums.
 #define SNIPI_MADDUBS(acc, x, y, registers) { \
     __typeof__(acc) product; \
-    __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpaddw {%1, %0, %0|%0, %0, %1}" : "+" #registers(acc), "=&" #registers(product) : #registers(x), #registers(y)); }
+    __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpaddw {%1, %0, %0|%0, %0, %1}" : "+" #registers(acc), "=&" #registers(product) : #registers(x), #registers(y)); \
+    (void)product; }
 #define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
 #define SNIPI_MADD256_START SNIPI_S8_START_8
 #define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
