@@ -2075,24 +2075,22 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, _
 #define SNIPI_S8_START_16(i) p##i = _mm512_loadu_si512(start); q##i = _mm512_loadu_si512(start + 16);
 #define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
 #define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
-// The product into the second operand's place: compilers make all products of a step first, and then lack registers for the sums.
-#define SNIPI_MADDUBS(acc, x, y, registers) { \
-    __typeof__(acc) product; \
-    __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpaddw {%1, %0, %0|%0, %0, %1}" : "+" #registers(acc), "=&" #registers(product) : #registers(x), #registers(y)); \
-    (void)product; }
+// A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
+#define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost) \
+    __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch ", %0, %0|%0, %0, " scratch "}" : "+" kind(acc) : kind(x), kind(y) : lost);
 #define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
 #define SNIPI_MADD256_START SNIPI_S8_START_8
 #define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
 #define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
 #define SNIPI_MADD256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, x) SNIPI_MADDUBS(v##i, ai, b1, x)
+    SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
 #define SNIPI_MADD256_WIDEN(i) p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
 #define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
 #define SNIPI_MADD512_START SNIPI_S8_START_16
 #define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
 #define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
 #define SNIPI_MADD512_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, v) SNIPI_MADDUBS(v##i, ai, b1, v)
+    SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
 #define SNIPI_MADD512_WIDEN(i) p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
 #define SNIPI_VNNI_STOP(step, steps) (steps)
 #define SNIPI_VNNI_START SNIPI_S8_START_16
