@@ -401,7 +401,6 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #endif
 #include "snip_ilp.h"
 
-
 #ifdef _OPENMP
 #  define SNIPI_OMP(directive) _Pragma(#directive)
 #else
