@@ -27,13 +27,22 @@
 //             ... snip_linear_backward(s, l, dinp, dweight, dbias, dout, inp, weight, rows);
 //         } while (snip_next_pass(s, loss));
 //         optimizer_step();
-//         if (snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, clip })) puts(snip_message(s));
-//     }
+//         if (snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, grad_scale })) puts(snip_message(s));
+//     }                                                  // grad_scale: the factor that clipping has put on the gradients
 //   Validation and sampling run between snip_set_mode(s, SNIP_EVAL) and snip_set_mode(s, SNIP_TRAIN).
 //
 // WHAT STAYS YOURS
-//   The optimizer, master weights, data, attention, norms, communication between ranks. The same
-//   batch must be used for every pass of a step, and the weights must not move between the passes.
+//   The optimizer, master weights, data, attention, norms, communication between ranks. All passes of a
+//   step must see the same batch, the same dropout masks and the same weights; what counts batches (moving
+//   averages, batch norm) is for the last pass alone. dout belongs to the loss that snip_next_pass is told:
+//   with loss scale S tell it S * loss. In a measuring pass every layer has as many backward as forward calls,
+//   one each per micro-batch: a weight that is used twice is two layers, and activations are not recomputed
+//   through snip (snip_current_pass tells). A step without an optimizer's ends with snip_end_step(s, NULL).
+//
+// SEVERAL RANKS
+//   Tell snip_next_pass the loss averaged over ranks, set desc.drift < 0 (inputs differ between ranks), and after
+//   snip_end_step of a measuring step load one rank's snip_state_save in all of them: they then pass, measure
+//   and plan alike.
 //
 // WHEN IT MEASURES, AND WHEN A PLAN CHANGES
 //   Every desc.every steps; under a plan also when the loss spikes, or inputs and gradients drift, though not
@@ -195,7 +204,7 @@ typedef struct {
 SNIP_API size_t snip_codes_bound (const snip_recipe *, int64_t rows, int64_t cols);
 SNIP_API size_t snip_scales_bound(const snip_recipe *, int64_t rows, int64_t cols);
 // x: [rows][cols]; weight: same shape and ld as x, or NULL; stats or NULL (overwritten).
-// scales may be NULL where snip_scales_bound is 0.
+// scales may be NULL where snip_scales_bound is 0. Codes of F32 and BF16 and float scales are aligned to their elements.
 SNIP_API snip_status snip_quantize(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    void *codes, void *scales, snip_rng_key, const float *weight, snip_quant_stats *);
 // The same bytes as snip_quantize of the transposed matrix: codes and scales of a [cols][rows] matrix.
@@ -208,7 +217,7 @@ SNIP_API snip_status snip_dequantize(const snip_recipe *, const void *codes, con
                                    float *x, int64_t ld);
 SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
                                    uint16_t *x, int64_t ld);
-// Quantize and dequantize at once. out may be x, or NULL for statistics alone.
+// Quantize and dequantize at once. out may be x if ld_out is ld, or NULL for statistics alone.
 SNIP_API snip_status snip_fake_quantize(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    float *out, int64_t ld_out, snip_rng_key, const float *weight, snip_quant_stats *);
 // All of it, for BF16 data and forced instruction sets; zero members are absent or the default.
@@ -219,7 +228,7 @@ typedef struct {
     const float *weight;                            // [rows][cols], ld
     const snip_recipe *recipe, *recipe_t;           // of x and of x transposed; at least one
     void *codes, *scales, *codes_t, *scales_t;
-    void *out;                                      // dequantized under recipe; may be x
+    void *out;                                      // dequantized under recipe; may be x, in the same format and with the same ld
     int64_t ld_out;
     snip_rng_key key;
     snip_isa isa;
@@ -259,7 +268,9 @@ typedef struct {
     int transposed;         // F32 and BF16 only: stored [k][rows]
     int round_bf16;         // F32 only: elements are rounded to BF16 on the way in
 } snip_operand;
-SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k);    // bytes; 64-byte aligned is fastest
+// bias [n] or NULL; it is added also to what is accumulated. ldc >= n. scratch: snip_gemm_scratch bytes, any alignment (64 is
+// fastest), 0 for shapes that are refused. SNIP_BAD_ARGUMENT: shapes, NULL operands or a recipe out of range.
+SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k);
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa);
 
@@ -280,7 +291,7 @@ typedef double (*snip_sensitivity_fn)(void *user, int layer, float *d);
 typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, void *user); void *user; } snip_alloc;
 
 typedef struct {                // zero means the default
-    double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]
+    double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]; GEMMs that dinp or dweight NULL leaves out count too
     double speedup;             // positive: instead of budget, each stage's linear GEMMs this many times as fast as in `high`,
     double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times
     int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never, and the plan is frozen
@@ -308,7 +319,7 @@ typedef struct {                // zero means the default
 typedef struct {                // of the step just taken: update = lr * mhat / (sqrt(vhat) + eps)
     double lr, beta1, beta2, eps;   // SGD: update = lr * m, m = beta1 m + g. Lion: lr * sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g
     int64_t step;               // 1 for the first
-    double grad_scale;          // factor on the gradients before the optimizer (clipping); 0: 1
+    double grad_scale;          // factor on the gradients before the optimizer, such as min(1, clip / norm); 0: 1
 } snip_adamw;
 
 typedef struct {                // what one precision would do to one layer (>>session-impl has the formulas)
@@ -332,11 +343,13 @@ typedef enum { SNIP_TRAIN, SNIP_EVAL /* forward under the plan, outside any pass
 SNIP_API snip_status snip_desc_check(const snip_desc *);
 SNIP_API snip *snip_create(const snip_desc *);          // NULL: out of memory, or snip_desc_check says why
 SNIP_API void  snip_destroy(snip *);
-// Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied.
+// Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied. All before the first step.
 SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
+// The optimizer's state, wanted from the first measurement on.
 SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
 SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);                  // SGD with momentum, Lion
-// Formats a plan may use for a layer's GEMM; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
+// Formats a plan may use for a layer's GEMM, one of them at least; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
+// What must stay in `high` is left out of the session.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
 // Time each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up operands;
 // layers of one shape are timed once. Plans are solved by these seconds where desc.speedup or desc.seconds asks for it.
@@ -347,17 +360,20 @@ SNIP_API double      snip_plan_seconds(const snip *);   // of all layers' GEMMs 
 SNIP_API snip_status snip_set_format(snip *, int layer, snip_gemm_kind gemm, snip_format);
 SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 
-// out [rows][out] is overwritten. bias [out] or NULL. Allocates only when rows grows.
+// out [rows][out] is overwritten. bias [out] or NULL. Memory is allocated when rows grows, for the first micro-batches of a format (the
+// weight's codes, both ways round) and in the first measuring step.
 SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows);
 // dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. Micro-batches: a layer's n-th
 // backward call of a pass belongs to its n-th forward call.
 SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                           const float *inp, const float *weight, int64_t rows);
-// After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed gradients.
+// After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed
+// gradients. 0: the pass was the step's last; linear layers are refused until snip_end_step.
 SNIP_API int snip_next_pass(snip *, double loss);
 // After the optimizer, once snip_next_pass has returned 0. On a measuring step: turns the measurements into costs, solves, switches the plan.
-// Returns the step's first error, also one that snip_linear_forward or _backward has returned before.
-// SNIP_INFEASIBLE leaves the old plan in force; snip_message() names the target and the shortfall.
+// NULL: the optimizer made no step (a skipped batch); a measurement is then discarded and made anew.
+// Returns the step's first error, also one that snip_linear_forward or _backward has returned before. But for a call in a probe pass
+// the step ends in any case. SNIP_INFEASIBLE leaves the old plan in force; snip_message() names the target and the shortfall.
 SNIP_API snip_status snip_end_step(snip *, const snip_adamw *);
 
 SNIP_API snip_pass   snip_current_pass(const snip *);   // kind of the pass under way, or about to begin
@@ -371,9 +387,10 @@ SNIP_API const char *snip_message(const snip *);        // one line on the last 
 SNIP_API const char *snip_reason(const snip *);         // "step N: ..." on the last plan, kept plan, spike or drift and why; "" before the first
 
 SNIP_API snip_status snip_plan_print(const snip *, FILE *);     // table: blocks x kinds, one mark per GEMM
-SNIP_API snip_status snip_plan_save(snip *, const char *path);  // text; written aside, then renamed
+SNIP_API snip_status snip_plan_save(snip *, const char *path);  // the formats in force, a fall back's too; text, written aside, then renamed
 SNIP_API snip_status snip_plan_load(snip *, const char *path);  // refused whole unless every layer matches
-// Plan, counters and averages: with the same batches a restored session goes on bit for bit. Between steps only.
+// Plan, counters and averages: with the same batches a restored session goes on bit for bit. Between steps only. Load after all layers
+// have been added; desc, bindings, mode and snip_allow are not in it.
 SNIP_API size_t      snip_state_size(const snip *);
 SNIP_API snip_status snip_state_save(const snip *, void *state);
 SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
@@ -1720,6 +1737,7 @@ static snip_status snipi_job_check(const snip_quantize_job *job) {
     if ((int)job->isa < 0 || job->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
     if (!snipi_element_size(job->x_format) || !snipi_element_size(job->out_format)) return SNIP_BAD_ARGUMENT;
     if (job->out && (!job->recipe || !snipi_shape_ok(job->rows, job->cols, job->ld_out))) return SNIP_BAD_ARGUMENT;
+    if (job->out && job->out == job->x && (job->ld_out != job->ld || (job->x_format == SNIP_BF16) != (job->out_format == SNIP_BF16))) return SNIP_BAD_ARGUMENT;
     for (i = 0; i < 2; i++) {
         const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
         const void *codes = i ? job->codes_t : job->codes, *scales = i ? job->scales_t : job->scales;
@@ -4032,7 +4050,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // the plan is then made afresh, without a margin for the old one.
 //
 // Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.5 (width 512) to 4.1 (width 128)
-// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor.
+// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
 enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
@@ -4135,7 +4153,7 @@ SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!d || !snipi_in_range(d->budget, 0, 1) || d->n_stages < 0) return SNIP_BAD_ARGUMENT;
     if ((int)d->high != 0 && !snipi_plain(d->high)) return SNIP_BAD_ARGUMENT;
     if ((int)d->measure != 0 && !snipi_plain(d->measure)) return SNIP_BAD_ARGUMENT;
-    if ((d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) || !snipi_in_range(d->seconds, 0, 1e9)) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(d->speedup) || (d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) || !snipi_in_range(d->seconds, 0, 1e9)) return SNIP_BAD_ARGUMENT;
     if (snipi_nonfinite_f64(d->loss_weight) || snipi_nonfinite_f64(d->update_weight)) return SNIP_BAD_ARGUMENT;
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
@@ -4616,12 +4634,18 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
 }
 
 // A training step's first error is kept for snip_end_step, so that a caller who does not look at every call learns of it.
-static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
-    if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
-    if (status && s && s->mode == SNIP_TRAIN && !s->pending) {
+static snip_status snipi_hold(snip *s, snip_status status, const char *where, const char *why) {
+    if (s && !s->pending) {
         s->pending = status;
-        snprintf(s->message, sizeof s->message, "%s%.100s%s%s", l ? "layer " : "", l ? l->name : "a linear layer's call", ": ", snip_status_text(status));
+        snprintf(s->message, sizeof s->message, "%.100s: %.150s", where, why);
     }
+    return status;
+}
+static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
+    char where[108] = "a linear layer's call";
+    if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
+    if (l) snprintf(where, sizeof where, "layer %.100s", l->name);
+    if (status && s && s->mode == SNIP_TRAIN) snipi_hold(s, status, where, snip_status_text(status));
     return status;
 }
 static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
@@ -4648,7 +4672,9 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     nonfinite = l->nonfinite;
     if (s->mode != SNIP_TRAIN)
         return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
+    if (s->told) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
     micro = l->calls_forward++;
+    if (bias) l->nonfinite += snipi_count_nonfinite(bias, l->n);
     if (s->pass == SNIP_PASS_ORDINARY) {
         snipi_observe(l, 0, inp, rows * l->k);
         return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
@@ -4662,9 +4688,8 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
         x = snipi_probe_input(s, l, micro, inp, rows * l->k);
     }
     if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
-    if (!x || !w) return SNIP_OUT_OF_MEMORY;
-    status = SNIP_OK;
-    if (s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
+    status = x && w ? SNIP_OK : SNIP_OUT_OF_MEMORY;
+    if (!status && s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
         status = snipi_sketch_add(s, l, SNIPI_SKETCH_X, inp, rows * l->k, l->elements_x);
         if (!status) status = snipi_sketch_projected(s, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k);
     }
@@ -4739,8 +4764,10 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     snipi_layer *l = snipi_layer_at(s, layer);
     snip_status status = SNIP_OK;
     int64_t micro, nonfinite, i, j;
-    if (!snipi_linear_args(l, dout, inp, weight, rows) || s->mode != SNIP_TRAIN) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (!snipi_linear_args(l, dout, inp, weight, rows)) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (s->mode != SNIP_TRAIN) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
     if (rows == 0) return SNIP_OK;
+    if (s->told) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
     nonfinite = l->nonfinite;
     micro = l->calls_backward++;
     if (s->pass == SNIP_PASS_ORDINARY) {
@@ -4775,7 +4802,12 @@ static snip_status snipi_prepare_update_probe(snip *s) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n * layer->k;
         float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-        if (!d) return SNIP_OUT_OF_MEMORY;
+        if (!d) return snipi_fail(s, SNIP_OUT_OF_MEMORY, snip_status_text(SNIP_OUT_OF_MEMORY));
+        if ((layer->m && snipi_count_nonfinite(layer->m, n)) || (layer->v && snipi_count_nonfinite(layer->v, n))) {
+            char message[160];
+            snprintf(message, sizeof message, "layer %.100s: the optimizer's state is not finite", layer->name);
+            return snipi_fail(s, SNIP_NONFINITE, message);
+        }
         snipi_sensitivities(s, layer, d);
         layer->sensitivity_sq = snipi_sum_sq(d, n);
         if (layer->weight_sq > 0) sum += layer->sensitivity_sq / (layer->weight_sq * layer->weight_sq);
@@ -4783,9 +4815,23 @@ static snip_status snipi_prepare_update_probe(snip *s) {
     s->tau = sum > 0 ? 0.01 / sqrt(sum / s->n_layers) : 0;
     return SNIP_OK;
 }
+// A measurement compares its passes: in each a layer has as many backward as forward calls, and as many as in the pass before.
+static void snipi_check_calls(snip *s) {
+    int l;
+    for (l = 0; l < s->n_layers && s->pass != SNIP_PASS_ORDINARY; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        char why[128];
+        if (layer->calls_forward == layer->calls_backward && (s->pass == SNIP_PASS_LOSS_PROBE || layer->calls_forward == layer->micros)) continue;
+        snprintf(why, sizeof why, "%lld forward and %lld backward calls in a pass of a measurement, %lld in the pass before", (long long)layer->calls_forward,
+                 (long long)layer->calls_backward, (long long)layer->micros);
+        snipi_hold(s, SNIP_BAD_ARGUMENT, layer->name, why);
+    }
+}
 SNIP_API int snip_next_pass(snip *s, double loss) {
     int again = 0;
     if (!s) return 0;
+    if (s->told) snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_next_pass", "called after the step's last pass: snip_end_step is missing");
+    else snipi_check_calls(s);
     switch (s->pass) {
         case SNIP_PASS_LOSS_PROBE:
             if (snipi_probes_updates(s)) {
@@ -4907,6 +4953,7 @@ static void snipi_costs(snip *s) {
         }
     }
 }
+// What was not called in a measurement keeps its averages.
 static void snipi_average_measurement(snip *s) {
     double rate;
     int l, f, g;
@@ -4914,6 +4961,7 @@ static void snipi_average_measurement(snip *s) {
     rate = s->measurements < 3 ? 1 / s->measurements : 1.0 / 3;
     s->squared_weights = (1 - rate) * (1 - rate) * s->squared_weights + rate * rate;
     for (l = 0; l < s->n_layers; l++) {
+        if (!s->layers[l].elements_x) continue;
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             const snip_estimate *e = &s->layers[l].estimate[f];
             snipi_average *a = &s->layers[l].average[f];
@@ -5162,46 +5210,65 @@ static snip_status snipi_solve(snip *s) {
 
 // Costs from the measurement that the layers hold, and a plan from the costs.
 static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
-    int l, f;
+    char message[200];
+    int l, f, t;
     if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-    for (l = 0; l < s->n_layers; l++)
+    if (s->desc.loss_weight > 0 && s->loss == 0) return snipi_fail(s, SNIP_BAD_ARGUMENT, "the loss of a measuring step is 0, and harm is relative to it: measurement discarded");
+    for (l = 0; l < s->n_layers; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        int known = layer->elements_x > 0;
+        for (t = 0; t < SNIPI_TERMS; t++) known |= layer->average[1].mean[t] != 0;
+        if (!known) {
+            snprintf(message, sizeof message, "layer %.100s has been in no measurement yet: there is nothing to plan it by", layer->name);
+            return snipi_fail(s, SNIP_BAD_ARGUMENT, message);
+        }
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_estimate e = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-            char message[200];
+            snip_estimate e = snipi_estimate_of(s, layer, f, update_sq, grad_scale);
             if (snipi_estimate_finite(&e)) continue;
-            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", s->layers[l].name);
+            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", layer->name);
             return snipi_fail(s, SNIP_NONFINITE, message);
         }
+    }
     for (l = 0; l < s->n_layers; l++)
-        for (f = 0; f < SNIPI_CANDIDATES; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+        for (f = 0; f < SNIPI_CANDIDATES && s->layers[l].elements_x; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
     snipi_average_measurement(s);
     s->due = 0;
     return snipi_solve(s);
 }
-static snip_status snipi_end_step_check(snip *s, const snip_adamw *adamw) {
-    if (!adamw || adamw->step < 1 || !snipi_in_range(adamw->beta1, 0, 1) || !snipi_in_range(adamw->beta2, 0, 1) || adamw->beta1 >= 1 || adamw->beta2 >= 1 ||
-        !snipi_in_range(adamw->eps, 0, 1) || !snipi_in_range(adamw->grad_scale, 0, 1e30) || snipi_nonfinite_f64(adamw->lr))
-        return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step: the optimizer's constants are out of range");
-    if (s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE)
-        return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
-    return SNIP_OK;
+static int snipi_adamw_ok(const snip_adamw *o) {
+    return o->step >= 1 && snipi_in_range(o->beta1, 0, 1) && snipi_in_range(o->beta2, 0, 1) && o->beta1 < 1 && o->beta2 < 1 && snipi_in_range(o->eps, 0, 1) &&
+           snipi_in_range(o->grad_scale, 0, 1e30) && !snipi_nonfinite_f64(o->lr);
+}
+// *adamw becomes NULL where its constants are out of range.
+static void snipi_end_step_check(snip *s, const snip_adamw **adamw) {
+    if (!*adamw || snipi_adamw_ok(*adamw)) return;
+    *adamw = NULL;
+    snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "the optimizer's constants are out of range");
+}
+static int snipi_in_probe(snip *s) {
+    if (s->pass == SNIP_PASS_ORDINARY || s->pass == SNIP_PASS_CLEAN) return 0;
+    snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
+    return 1;
 }
 SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     snip_status status;
     int l, i, spikes;
     if (!s) return SNIP_BAD_ARGUMENT;
-    status = snipi_end_step_check(s, adamw);
-    if (status) return status;
+    if (snipi_in_probe(s)) return SNIP_BAD_ARGUMENT;
+    snipi_end_step_check(s, &adamw);
     status = s->pending;
-    s->adamw = *adamw;
+    if (adamw) s->adamw = *adamw;
     s->step++;
     spikes = s->told && snipi_loss_spikes(s);
     if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
-    if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
-    if (s->pass == SNIP_PASS_CLEAN && s->n_layers && !status) {
-        for (l = 0; l < s->n_layers; l++)
-            for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
-        status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
+    if (s->pass == SNIP_PASS_CLEAN) {
+        s->measured = s->step;
+        if (!adamw) s->due = 1;
+        else if (s->n_layers && !status) {
+            for (l = 0; l < s->n_layers; l++)
+                for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
+            status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
+        }
     }
     snipi_begin_step(s);
     return status;
@@ -5243,11 +5310,18 @@ SNIP_API double snip_share(const snip *s, snip_format format) {
 }
 
 // ---- plan and state files
-// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds.
+// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds. What has no place of its own there gets a line below it.
 static const char *snipi_kind_of(const char *name) { const char *dot = strrchr(name, '.'); return dot ? dot + 1 : name; }
 static int snipi_block_length(const char *name) { const char *dot = strchr(name, '.'); return dot ? (int)(dot - name) : 0; }
 static int snipi_same_block(const char *a, const char *b) { int n = snipi_block_length(a); return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0; }
 static char snipi_mark(snip_format f) { return f == SNIP_E2M1 ? '4' : f == SNIP_E4M3 ? '8' : f == SNIP_BF16 ? 'b' : 'f'; }
+// The first layer of a kind in the block of layer `of`, or -1.
+static int snipi_cell(const snip *s, int of, const char *kind) {
+    int i;
+    for (i = 0; i < s->n_layers; i++)
+        if (snipi_same_block(s->layers[i].name, s->layers[of].name) && !strcmp(snipi_kind_of(s->layers[i].name), kind)) return i;
+    return -1;
+}
 
 SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
     enum { MOST = 32 };
@@ -5269,12 +5343,16 @@ SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
         if (i < l) continue;            // block already printed
         fprintf(file, "  %-8.*s", snipi_block_length(name), name);
         for (k = 0; k < n_kinds; k++) {
-            for (i = l; i < s->n_layers; i++)
-                if (snipi_same_block(s->layers[i].name, name) && !strcmp(snipi_kind_of(s->layers[i].name), kinds[k])) break;
-            if (i == s->n_layers) fprintf(file, " %-6s", "");
+            i = snipi_cell(s, l, kinds[k]);
+            if (i < 0) fprintf(file, " %-6s", "");
             else fprintf(file, " %c%c%c   ", snipi_mark(s->layers[i].format[0]), snipi_mark(s->layers[i].format[1]), snipi_mark(s->layers[i].format[2]));
         }
         fprintf(file, "\n");
+    }
+    for (l = 0; l < s->n_layers; l++) {
+        const snipi_layer *layer = &s->layers[l];
+        for (k = 0; k < n_kinds && strcmp(kinds[k], snipi_kind_of(layer->name)); k++) { }
+        if (k == n_kinds || snipi_cell(s, l, kinds[k]) != l) fprintf(file, "  %s %c%c%c\n", layer->name, snipi_mark(layer->format[0]), snipi_mark(layer->format[1]), snipi_mark(layer->format[2]));
     }
     return ferror(file) ? SNIP_IO : SNIP_OK;
 }
@@ -5456,6 +5534,29 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     memcpy(at, &hash, sizeof hash);
     return SNIP_OK;
 }
+static int snipi_header_ok(const snipi_state_header *h) {
+    const int64_t most = INT64_C(1) << 62;
+    const int64_t counts[] = { h->step, h->losses, h->levels, h->measured, h->adamw.step };
+    const double values[] = { h->adamw.lr, h->adamw.beta1, h->adamw.beta2, h->adamw.eps, h->adamw.grad_scale, h->measurements, h->squared_weights, h->loss_mean, h->loss_deviation };
+    size_t i;
+    for (i = 0; i < sizeof counts / sizeof *counts; i++) if (counts[i] < 0 || counts[i] > most) return 0;
+    for (i = 0; i < sizeof values / sizeof *values; i++) if (snipi_nonfinite_f64(values[i])) return 0;
+    return h->plans >= 0 && h->plans <= INT32_MAX && (h->due == 0 || h->due == 1) && (h->fallen == 0 || h->fallen == 1);
+}
+static int snipi_record_ok(const unsigned char *at) {
+    snipi_state_layer r;
+    size_t i;
+    memcpy(&r, at, sizeof r);
+    snipi_little_endian(&r, sizeof r);
+    for (i = 0; i < SNIP_GEMMS; i++)
+        if (r.format[i] != SNIP_F32 && r.format[i] != SNIP_BF16 && r.format[i] != SNIP_E4M3 && r.format[i] != SNIP_E2M1) return 0;
+    for (i = sizeof r.format; i < sizeof r; i += sizeof(double)) {         // all else are doubles
+        double value;
+        memcpy(&value, (const unsigned char *)&r + i, sizeof value);
+        if (snipi_nonfinite_f64(value)) return 0;
+    }
+    return 1;
+}
 SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     snipi_state_header header;
     const unsigned char *at = (const unsigned char *)state;
@@ -5473,6 +5574,9 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     snipi_little_endian(&header, sizeof header);
     if (header.layers != (uint64_t)s->n_layers || header.model != snipi_model_hash(s) || size != snip_state_size(s))
         return snipi_fail(s, SNIP_MISMATCH, "session state belongs to another model or seed");
+    if (!snipi_header_ok(&header)) return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
+    for (l = 0; l < s->n_layers; l++)
+        if (!snipi_record_ok(at + SNIPI_STATE_TEXT + sizeof header + (size_t)l * sizeof(snipi_state_layer))) return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
     memcpy(s->reason, at + 8, sizeof s->reason);
     s->reason[sizeof s->reason - 1] = 0;
     s->step = header.step;

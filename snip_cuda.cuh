@@ -1952,7 +1952,8 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *d
     snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
     snip_status status = SNIP_OK;
     int64_t micro;
-    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows) || c->s->mode != SNIP_TRAIN) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows)) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (c->s->mode != SNIP_TRAIN) return snipi_hold(c->s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
     if (rows == 0) return SNIP_OK;
     micro = l->calls_backward++;
     if (c->s->pass == SNIP_PASS_ORDINARY) {
@@ -1989,6 +1990,7 @@ SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t s
     snip *s = c ? c->s : NULL;
     snip_status status = SNIP_OK;
     if (!c) return 0;
+    snipi_check_calls(s);
     if (s->pass == SNIP_PASS_CLEAN || s->pass == SNIP_PASS_ORDINARY) {
         if (!loss) status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
         else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) status = SNIP_DEVICE;
@@ -2081,12 +2083,14 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     if (!c) return SNIP_BAD_ARGUMENT;
     s = c->s;
     if (c->step != s->step) return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
-    status = snipi_end_step_check(s, adamw);
-    if (status) return status;
+    if (snipi_in_probe(s)) return SNIP_BAD_ARGUMENT;
+    snipi_end_step_check(s, &adamw);
     snipi_cuda_ended *e = &c->ended[c->step % (c->lag + 1)];
     status = s->pending;
-    s->adamw = e->adamw = *adamw;
-    e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status;
+    if (adamw) s->adamw = *adamw;
+    e->adamw = s->adamw;
+    e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status && adamw;
+    if (s->pass == SNIP_PASS_CLEAN && !adamw) s->due = 1;
     e->ordinary = s->pass == SNIP_PASS_ORDINARY;
     e->told = s->told;
     e->device_scale = grad_scale != NULL;

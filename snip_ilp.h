@@ -26,7 +26,8 @@
    The clock is CLOCK_MONOTONIC or C11's timespec_get where the language mode declares them, else clock(), which counts all threads of the
    process and makes limits come early; SNIP_ILP_CLOCK() overrides it.
    MEMORY comes from SNIP_ILP_MALLOC/SNIP_ILP_FREE (define both), never exceeds max_memory and is all freed. When it runs out, what has
-   been found is returned; without any, the largest gains are. Costs below 1e-300 of the largest count as zero. */
+   been found is returned; without any, the largest gains are. Costs below 1e-300 of the largest count as zero; gains and targets below
+   2.3e-308, the least normal double, may be taken for one another. */
 #ifndef SNIP_ILP_H
 #define SNIP_ILP_H
 #include <stddef.h>

@@ -790,6 +790,10 @@ static void test_refusals(void) {
     REFUSED(snip_quantize_both(&good, &good, x, 2, 8, 8, c, s, NULL, s, key, &stats));
     REFUSED(snip_fake_quantize(NULL, x, 2, 8, 8, v, 8, key, NULL, &stats));
     REFUSED(snip_fake_quantize(&good, x, 2, 8, 8, v, 7, key, NULL, &stats));
+    REFUSED(snip_fake_quantize(&good, v, 1, 7, 7, v, 8, key, NULL, &stats));         // in place: rows where they are, elements as wide
+    memset(&job, 0, sizeof job);
+    job.x = job.out = v; job.rows = 2; job.cols = job.ld = job.ld_out = 8; job.recipe = &good; job.out_format = SNIP_BF16;
+    REFUSED(snip_quantize_with(&job, &stats, NULL));
     REFUSED(snip_dequantize(&good, NULL, s, 2, 8, v, 8));
     REFUSED(snip_dequantize(&good, c, NULL, 2, 8, v, 8));
     REFUSED(snip_dequantize(&good, c, s, 2, 8, NULL, 8));

@@ -141,7 +141,6 @@ static snip_status model_pass(model *n, snip *s) {
             snip_set_mode(s, n->eval_between == 1 ? SNIP_EVAL : SNIP_EVAL_HIGH);
             CALL(snip_linear_forward(s, 0, other, x, n->w[0], n->b[0], rows));
             CALL(snip_linear_forward(s, 1, other, a, n->w[1], NULL, rows / 2));
-            CHECK(snip_linear_backward(s, 1, NULL, NULL, NULL, dy, a, n->w[1], rows) == SNIP_BAD_ARGUMENT);
             snip_set_mode(s, SNIP_TRAIN);
             free(other);
         }
@@ -201,7 +200,7 @@ static void test_arguments(void) {
     DESC(e.measure = SNIP_E2M1); DESC(e.measure = (snip_format)99);
     DESC(e.loss_weight = nan); DESC(e.loss_weight = -inf); DESC(e.update_weight = nan); DESC(e.update_weight = inf);
     DESC(e.horizon = -1); DESC(e.horizon = nan); DESC(e.sample = -0.1); DESC(e.sample = 1.5); DESC(e.sample = nan); DESC(e.optimizer = (snip_optimizer)3); DESC(e.optimizer = (snip_optimizer)-1);
-    DESC(e.optimizer = SNIP_CUSTOM); DESC(e.margin = nan); DESC(e.spike = inf); DESC(e.drift = nan); DESC(e.fallback = SNIP_E5M2); DESC(e.fallback = (snip_format)-1);
+    DESC(e.optimizer = SNIP_CUSTOM); DESC(e.margin = nan); DESC(e.speedup = nan); DESC(e.spike = inf); DESC(e.drift = nan); DESC(e.fallback = SNIP_E5M2); DESC(e.fallback = (snip_format)-1);
     DESC(e.isa = (snip_isa)-1); DESC(e.isa = SNIP_ISA_COUNT);
     DESC(e.fp8.weight.format = (snip_format)77); DESC(e.fp8.activation.format = SNIP_F32); DESC(e.fp4.gradient.format = SNIP_UE8M0);
     DESC(e.fp4.weight.format = SNIP_E2M1; e.fp4.weight.tile_cols = -1); DESC(e.fp8.gradient.format = SNIP_E4M3; e.fp8.gradient.scale = SNIP_SCALE_UE4M3);
@@ -255,8 +254,10 @@ static void test_arguments(void) {
 #undef FORWARD
 #undef BACKWARD
     CHECK(snip_next_pass(NULL, 1) == 0);
-#define END(change) do { p = o; change; CHECK(snip_end_step(s, &p) == SNIP_BAD_ARGUMENT); CHECK(snip_step(s) == 0); } while (0)
-    CHECK(snip_end_step(NULL, &o) == SNIP_BAD_ARGUMENT && snip_end_step(s, NULL) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_end_step(NULL, &o) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && *snip_message(s) && snip_step(s) == 1);     // the refused linear calls above
+    CHECK(snip_end_step(s, NULL) == SNIP_OK && snip_step(s) == 2);                                  // no optimizer's step
+#define END(change) do { int64_t step = snip_step(s); p = o; change; CHECK(snip_end_step(s, &p) == SNIP_BAD_ARGUMENT && *snip_message(s)); CHECK(snip_step(s) == step + 1); } while (0)
     END(p.step = 0); END(p.step = -3); END(p.beta1 = 1); END(p.beta1 = -0.1); END(p.beta2 = 1); END(p.beta2 = nan); END(p.eps = -1e-9); END(p.eps = nan);
     END(p.grad_scale = -1); END(p.grad_scale = inf); END(p.lr = nan);
 #undef END
@@ -267,7 +268,7 @@ static void test_arguments(void) {
     CHECK(snip_state_load(NULL, state, 4) == SNIP_BAD_ARGUMENT && snip_state_load(s, NULL, 4) == SNIP_BAD_ARGUMENT);
     CHECK(snip_current_pass(NULL) == SNIP_PASS_ORDINARY && snip_step(NULL) == 0 && snip_plans(NULL) == 0 && !strcmp(snip_message(NULL), "") && !strcmp(snip_reason(NULL), "") && snip_share(NULL, SNIP_F32) == 0);
     snip_solve_seconds(NULL);
-    CHECK(snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && *snip_message(s) && snip_step(s) == 1);     // the refused linear calls above
+    CHECK(snip_end_step(s, &o) == SNIP_OK);
     CHECK(snip_add_linear(s, "late", 4, 4, 0) == -(int)SNIP_BAD_ARGUMENT);
     for (i = 0; i < SNIP_STATUS_COUNT; i++) CHECK(strcmp(snip_status_text((snip_status)i), "unknown status"));
     CHECK(!strcmp(snip_status_text(SNIP_STATUS_COUNT), "unknown status"));
@@ -1152,6 +1153,26 @@ static void test_plan(void) {
             CHECK(got > 0 && strstr(text, "plan after step 4") && strstr(text, " down"));
             fclose(file);
         }
+        file = tmpfile();
+        if (file) {                 // two layers for one place of the table, and 40 kinds
+            char text[8192], name[16];
+            size_t got;
+            int kind;
+            snip *odd = snip_create(&d);
+            snip_add_linear(odd, "0.self.q", 8, 8, 0);
+            snip_add_linear(odd, "0.cross.q", 8, 8, 0);
+            for (kind = 0; kind < 39; kind++) {
+                snprintf(name, sizeof name, "1.x.k%d", kind);
+                snip_add_linear(odd, name, 8, 8, 0);
+            }
+            CHECK(snip_set_format(odd, 1, SNIP_FWD, SNIP_E2M1) == SNIP_OK && snip_plan_print(odd, file) == SNIP_OK);
+            rewind(file);
+            got = fread(text, 1, sizeof text - 1, file);
+            text[got] = 0;
+            CHECK(strstr(text, "\n  0.cross.q 4bb\n") && !strstr(text, "0.self.q") && strstr(text, "\n  1.x.k31 bbb\n") && strstr(text, "\n  1.x.k38 bbb\n") && !strstr(text, "1.x.k30"));
+            fclose(file);
+            snip_destroy(odd);
+        }
         note("set_format and share");
         CHECK(snip_set_format(s, -1, SNIP_GEMMS, SNIP_E4M3) == SNIP_OK && snip_share(s, SNIP_E4M3) == 1);
         CHECK(snip_set_format(s, 0, SNIP_DGRAD, SNIP_F32) == SNIP_OK && near(snip_share(s, SNIP_F32), 256.0 / (3 * (256 + 512 + 768 + 576 + 512 + 320 + 320)), 1e-12));
@@ -1170,6 +1191,7 @@ static snip *made_up_session(snip_desc d) {
         snprintf(name, sizeof name, "%d.x.y", l);
         CHECK(snip_add_linear(s, name, 16, 16, 0) == l);
     }
+    for (l = 0; l < MADE_UP; l++) s->layers[l].elements_x = 1;
     s->loss = 1;
     return s;
 }
@@ -1222,6 +1244,7 @@ static void test_averages(void) {
     d.update_weight = -1;
     s = snip_create(&d);
     snip_add_linear(s, "l", 16, 16, 0);
+    s->layers[0].elements_x = 1;
     s->loss = -2;
     for (i = 0; i < 4; i++) {
         double mean = 0, var = 0, q = 0, weight[4] = { 0 };
@@ -1241,6 +1264,7 @@ static void test_averages(void) {
         snip *two = snip_create(&d);
         double mean[2] = { 6, 2 }, own[2] = { 2, 0.02 }, relative = (2 + 0.02) / (36 + 2 + 4 + 0.02);     // of two measurements each
         for (l = 0; l < 2; l++) snip_add_linear(two, "l", 16, 16, 0);
+        for (l = 0; l < 2; l++) two->layers[l].elements_x = 1;
         two->loss = 1;
         for (i = -1; i < 2; i += 2) {
             for (l = 0; l < 2; l++) two->layers[l].estimate[0].loss_second = mean[l] + i * sqrt(own[l] / 2);
@@ -1750,6 +1774,136 @@ static uint64_t state_digest(void) {
     return hash;
 }
 
+// ------------------------------------------------------------------------------------------ calls in a wrong order
+
+enum { LACKS_BACKWARD = 1, LACKS_LAYER, RECOMPUTES, IDLE };     // what happens to layer 1 of two, in a measuring step
+static void odd_pass(snip *s, const float *x, const float *w, int odd, int last) {
+    float y[32 * 32], dx[32 * 32], dw[32 * 32];
+    int l, idle = odd == IDLE || (odd == LACKS_LAYER && last);
+    memset(dx, 0, sizeof dx);
+    memset(dw, 0, sizeof dw);
+    snip_linear_forward(s, 0, y, x, w, NULL, 32);
+    if (!idle) snip_linear_forward(s, 1, y, x, w, NULL, 32);
+    if (odd == RECOMPUTES) snip_linear_forward(s, 1, y, x, w, NULL, 32);
+    for (l = idle || odd == LACKS_BACKWARD ? 0 : 1; l >= 0; l--) snip_linear_backward(s, l, dx, dw, NULL, x, x, w, 32);
+}
+static snip_status odd_step(snip *s, const float *x, const float *w, int odd, double loss, const snip_adamw *o) {
+    int again;
+    do {
+        odd_pass(s, x, w, odd, snip_current_pass(s) == SNIP_PASS_CLEAN);
+        again = snip_next_pass(s, loss);
+    } while (again);
+    return snip_end_step(s, o);
+}
+static void test_calls(void) {
+    float *x = randoms(32 * 32, 1), *w = randoms(32 * 32, 1), *m = randoms(32 * 32, 0.1f), *v = floats(32 * 32), y[32 * 32] = { 0 }, z[32 * 32];
+    snip_adamw o = optimizer(5), bad = o;
+    snip_desc d = defaults();
+    snip_layer_info before, after;
+    snip *s;
+    int odd, i;
+    for (i = 0; i < 32 * 32; i++) v[i] = 0.1f;
+#define SESSION() do { s = snip_create(&d); snip_add_linear(s, "0.a", 32, 32, 0); snip_add_linear(s, "0.b", 32, 32, 0); \
+                       snip_bind_adamw(s, 0, m, v); snip_bind_adamw(s, 1, m, v); CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_OK); } while (0)
+    d.every = 1;
+    for (odd = 0; odd <= IDLE; odd++) {
+        snprintf(what, sizeof what, "calls of a measuring step, case %d", odd);
+        SESSION();
+        CHECK(odd_step(s, x, w, odd, 1, &o) == (odd ? SNIP_BAD_ARGUMENT : SNIP_OK) && snip_plans(s) == !odd);
+        CHECK(!odd || strstr(snip_message(s), "0.b"));
+        CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_OK && snip_plans(s) == 1 + !odd);         // nothing of it is left
+        if (odd == IDLE) {                                                                    // known by now: keeps what is known
+            snip_layer(s, 1, &before);
+            CHECK(odd_step(s, x, w, IDLE, 1, &o) == SNIP_OK && snip_plans(s) == 2);
+            snip_layer(s, 1, &after);
+            CHECK(before.fp4.cost[0] > 0 && before.fp4.update[SNIP_FWD] == after.fp4.update[SNIP_FWD] && before.fp4.loss_second == after.fp4.loss_second);
+            CHECK(s->layers[1].average[1].mean[SNIPI_SECOND] == before.fp4.loss_second);
+        }
+        snip_destroy(s);
+    }
+    note("a step that is not ended");
+    SESSION();
+    odd_pass(s, x, w, 0, 0);
+    CHECK(snip_next_pass(s, 1) == 1);
+    odd_pass(s, x, w, 0, 0);
+    CHECK(snip_next_pass(s, 1) == 1);
+    odd_pass(s, x, w, 0, 0);
+    CHECK(snip_next_pass(s, 1) == 0);
+    y[0] = 3;
+    CHECK(snip_linear_forward(s, 0, y, x, w, NULL, 32) == SNIP_BAD_ARGUMENT && snip_linear_backward(s, 0, NULL, y, NULL, x, x, w, 32) == SNIP_BAD_ARGUMENT && y[0] == 3);
+    CHECK(strstr(snip_message(s), "snip_end_step") && snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && snip_plans(s) == 0);
+    CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_OK && snip_plans(s) == 1);
+    snip_destroy(s);
+    note("backward outside training");
+    SESSION();
+    snip_set_mode(s, SNIP_EVAL);
+    CHECK(snip_linear_backward(s, 0, NULL, y, NULL, x, x, w, 32) == SNIP_BAD_ARGUMENT);
+    snip_set_mode(s, SNIP_TRAIN);
+    CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_BAD_ARGUMENT && snip_plans(s) == 0);
+    snip_destroy(s);
+    note("a skipped optimizer's step");
+    d.every = 20;
+    SESSION();
+    while (snip_step(s) < 20) odd_step(s, x, w, 0, 1, &o);
+    CHECK(odd_step(s, x, w, 0, 1, NULL) == SNIP_OK && snip_plans(s) == 0 && snip_step(s) == 21);
+    for (i = 0; i < 3; i++) CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_OK);
+    CHECK(snip_plans(s) == 1);
+    snip_destroy(s);
+    note("a gradient scale that is not finite");
+    d.every = 1;
+    SESSION();
+    bad.grad_scale = NAN;
+    x[3] = NAN;
+    CHECK(odd_step(s, x, w, 0, 1, &bad) == SNIP_NONFINITE && snip_step(s) == 2);              // the first error
+    x[3] = 1;
+    CHECK(odd_step(s, x, w, 0, 1, &bad) == SNIP_BAD_ARGUMENT && snip_step(s) == 3 && snip_plans(s) == 0);
+    CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_OK && snip_plans(s) == 1);
+    note("no loss");
+    CHECK(odd_step(s, x, w, 0, 0, &o) == SNIP_BAD_ARGUMENT && snip_plans(s) == 1);
+    note("optimizer state that is not finite");
+    v[7] = NAN;
+    CHECK(odd_step(s, x, w, 0, 1, &o) == SNIP_NONFINITE && strstr(snip_message(s), "0.a") && snip_plans(s) == 1);
+    v[7] = 0.1f;
+    note("a bias that is not finite");
+    y[5] = INFINITY;
+    CHECK(snip_linear_forward(s, 0, z, x, w, y, 32) == SNIP_NONFINITE);
+    snip_destroy(s);
+#undef SESSION
+    free(x); free(w); free(m); free(v);
+}
+// A state whose checksum is right and whose values are not.
+static void test_forged_state(void) {
+    snip_desc d = defaults();
+    unsigned char state[4096], forged[4096];
+    const size_t header = SNIPI_STATE_TEXT, layer = header + sizeof(snipi_state_header);
+    struct { size_t at; uint64_t word; int good; } cases[] = {
+        { 0, 0, 1 }, { 0, 77, 0 }, { 0, 4, 0 }, { 0, 0xFFFFFFFFFFFFFFFFu, 0 },                       // a format; a layer's last double
+        { 1, 0x7FF8000000000000u, 0 }, { 1, 0x7FF0000000000000u, 0 }, { 1, 0x3FF0000000000000u, 1 },
+        { 2, 0x7FFFFFFFFFFFFFFFu, 0 }, { 2, 0x8000000000000000u, 0 }, { 2, 41, 1 },                  // step, plans
+        { 3, 1u << 31, 0 }, { 3, 0xFFFFFFFF00000000u, 0 }, { 3, 3, 1 }
+    };
+    snip *s = snip_create(&d);
+    size_t i, size, places[4];
+    snip_add_linear(s, "0.a", 8, 8, 0);
+    size = snip_state_size(s);
+    places[0] = layer; places[1] = size - 16; places[2] = header + offsetof(snipi_state_header, step); places[3] = header + offsetof(snipi_state_header, plans);
+    CHECK(size <= sizeof state && snip_state_save(s, state) == SNIP_OK);
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        uint64_t word = cases[i].word, hash;
+        snip_status status;
+        memcpy(forged, state, size);
+        snipi_little_endian(&word, 8);
+        if (i) memcpy(forged + places[cases[i].at], &word, 8);
+        hash = snipi_hash(SNIPI_HASH_START, forged, size - 8);
+        snipi_little_endian(&hash, 8);
+        memcpy(forged + size - 8, &hash, 8);
+        status = snip_state_load(s, forged, size);
+        snprintf(what, sizeof what, "forged state, case %d", (int)i);
+        CHECK(status == (cases[i].good ? SNIP_OK : SNIP_CORRUPT));
+    }
+    snip_destroy(s);
+}
+
 // ------------------------------------------------------------------------------------------ trouble
 
 static void test_nonfinite(void) {
@@ -2078,6 +2232,8 @@ int main(int argc, char **argv) {
     test_plan_file();
     test_state();
     CHECK(state_digest() == 0x081a4365acb9baa5u);
+    test_calls();
+    test_forged_state();
     test_nonfinite();
     test_step_ended_in_a_probe();
     test_not_bound();
