@@ -169,7 +169,12 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--seed")) seed = (uint64_t)strtoull(value, NULL, 10), i++;
         else if (!strcmp(argv[i], "--hard")) hard = 1;
         else if (!strcmp(argv[i], "--dump")) dumped = value, i++;
-        else { fprintf(stderr, "unknown option %s\n", argv[i]); return 2; }
+        else {
+            int help = !strcmp(argv[i], "-h") || !strcmp(argv[i], "--help");
+            if (!help) fprintf(stderr, "bench_ilp: unknown option %s\n", argv[i]);
+            fprintf(help ? stdout : stderr, "bench_ilp [--case SUBSTRING | --exact CASE] [--time-limit S] [--repeat N] [--seed N] [--hard] [--dump CASE]\n");
+            return help ? 0 : 2;
+        }
     }
     for (i = 0; i < CASES; i++) {
         const bench_case *c = &cases[i];

@@ -58,7 +58,14 @@ int main(int argc, char **argv) {
         { "fp8 128x128", SNIP_RECIPE_FP8_BLOCK }, { "mxfp4", SNIP_RECIPE_MXFP4 }, { "nvfp4", SNIP_RECIPE_NVFP4 }, { "bf16", SNIP_RECIPE_BF16 } };
     int64_t sizes[2] = { 256, 4 };
     int s, only = argc > 1;
-    if (only) sizes[0] = atoll(argv[1]);
+    if (only) {
+        int help = !strcmp(argv[1], "-h") || !strcmp(argv[1], "--help");
+        sizes[0] = atoll(argv[1]);
+        if (help || argc > 2 || sizes[0] < 1 || sizes[0] > 4096) {
+            fprintf(help ? stdout : stderr, "bench_quant [MIB]: the speed of quantization of MIB (1 to 4096) of floats; by default of 256 and of 4\n");
+            return help ? 0 : 2;
+        }
+    }
     for (s = 0; s < (only ? 1 : 2); s++) {
         int64_t n = sizes[s] << 18, i;
         size_t k, bytes = (size_t)n * 4 + 64;

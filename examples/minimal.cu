@@ -64,7 +64,7 @@ template <class X, class Y> static void multiply(const char *name, int64_t m, in
 
 int main() {
     int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) { printf("skipped: no GPU\n"); return 0; }
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) { fprintf(stderr, "minimal: no GPU was found\n"); return 2; }
     const snip_recipe tile[2] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP4_TILE }, block[2] = { SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_FP4_BLOCK };
     tensor x = random_tensor(ROWS, IN), w = random_tensor(OUT, IN), dy = random_tensor(ROWS, OUT);
     for (int fp4 = 0; fp4 < 2; fp4++) {

@@ -455,13 +455,13 @@ int main(int argc, char **argv) {
     }
     tr_path(path, o.out, "report.html");
     write_report(path, runs, n, &o, &d);
-    printf("\n%-10s %9s %15s %9s %9s\n", "precision", "val loss", "same, in high", "tokens/s", "FP4 share");
+    printf("\n%-10s %9s %15s %10s %9s\n", "precision", "val loss", "same, in high", "last tok/s", "FP4 share");
     for (int i = 0; i < n; i++) {
         const run *r = &runs[i];
         int64_t last = r->step - 1;
         char high[16] = "";
         if (r->val_high >= 0) snprintf(high, sizeof high, "%.4f", r->val_high);
-        printf("%-10s %9.4f %15s %9.0f %8.1f%%\n", r->precision, r->history[VAL][last], high, r->history[SPEED][last], 100 * r->history[SHARE][last]);
+        printf("%-10s %9.4f %15s %10.0f %8.1f%%\n", r->precision, r->history[VAL][last], high, r->history[SPEED][last], 100 * r->history[SHARE][last]);
     }
     printf("report: %s\n", path);
     for (int i = 0; i < n; i++) close_run(&runs[i]);
