@@ -153,51 +153,62 @@ static inline float llama_max(const float *a, int64_t n) {
 }
 
 // C (m, n) = or += A (m, k) B (k, n), for attention's small matrices inside one thread. A is reached by
-// strides (ra, ca), so it may be a transposed view. A tile of 4 x 2 vectors of C stays in registers
+// strides (ra, ca), so it may be a transposed view. A tile of some rows x 2 vectors of C stays in registers
 // while k runs; the vector type is GCC's and clang's, because -O2 alone does not get there from arrays.
-#ifdef __AVX2__
-#  define LLAMA_VEC 8
+#define LLAMA_ROWS_4(x) x(0) x(1) x(2) x(3)
+#define LLAMA_ROWS_8(x) LLAMA_ROWS_4(x) x(4) x(5) x(6) x(7)
+#ifdef __AVX512F__
+#  define LLAMA_MR 8
+#  define LLAMA_ROWS LLAMA_ROWS_8
 #else
-#  define LLAMA_VEC 4
+#  define LLAMA_MR 4
+#  define LLAMA_ROWS LLAMA_ROWS_4
 #endif
-#define LLAMA_MR 4
-#define LLAMA_NR (2 * LLAMA_VEC)
-#ifdef __GNUC__
-typedef float llama_vec __attribute__((vector_size(4 * LLAMA_VEC), aligned(4), may_alias));
-static inline void llama_mm_tile(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
-    const float *a1 = a + ra, *a2 = a1 + ra, *a3 = a2 + ra;
-    llama_vec zero = { 0 }, c00 = zero, c01 = zero, c10 = zero, c11 = zero, c20 = zero, c21 = zero, c30 = zero, c31 = zero;
-    for (int64_t p = 0; p < k; p++, b += ldb, a += ca, a1 += ca, a2 += ca, a3 += ca) {
-        llama_vec b0 = *(const llama_vec *)b, b1 = *(const llama_vec *)(b + LLAMA_VEC);
-        c00 += *a * b0;  c01 += *a * b1;
-        c10 += *a1 * b0; c11 += *a1 * b1;
-        c20 += *a2 * b0; c21 += *a2 * b1;
-        c30 += *a3 * b0; c31 += *a3 * b1;
-    }
-#define LLAMA_STORE(y, v0, v1) do { \
-        llama_vec *row = (llama_vec *)(c + (y) * ldc); \
-        if (accumulate) { row[0] += (v0); row[1] += (v1); } else { row[0] = (v0); row[1] = (v1); } \
-    } while (0)
-    LLAMA_STORE(0, c00, c01);
-    LLAMA_STORE(1, c10, c11);
-    LLAMA_STORE(2, c20, c21);
-    LLAMA_STORE(3, c30, c31);
-#undef LLAMA_STORE
+#define LLAMA_CLEAR(y) vec p##y = { 0 }, q##y = { 0 };
+#define LLAMA_STEP(y) p##y += a[y * ra] * b0; q##y += a[y * ra] * b1;
+#define LLAMA_STORE(y) { \
+    vec *row = (vec *)(c + y * ldc); \
+    if (accumulate) { row[0] += p##y; row[1] += q##y; } else { row[0] = p##y; row[1] = q##y; } }
+#define LLAMA_TILE(width) \
+static inline void llama_mm_##width(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) { \
+    typedef float vec __attribute__((vector_size(4 * width), aligned(4), may_alias)); \
+    LLAMA_ROWS(LLAMA_CLEAR) \
+    for (int64_t p = 0; p < k; p++, b += ldb, a += ca) { \
+        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + width); \
+        LLAMA_ROWS(LLAMA_STEP) \
+    } \
+    LLAMA_ROWS(LLAMA_STORE) \
 }
+#ifdef __GNUC__
+LLAMA_TILE(4)
+#  ifdef __AVX2__
+LLAMA_TILE(8)
+#  endif
+#  ifdef __AVX512F__
+LLAMA_TILE(16)
+#  endif
 #endif
 static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca,
                             const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
-    for (int64_t j = 0; j < n; j += LLAMA_NR) {
-        int64_t nj = n - j < LLAMA_NR ? n - j : LLAMA_NR;
+    for (int64_t j = 0, nj; j < n; j += nj) {
+        void (*tile)(int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int) = NULL;
+        nj = n - j < 8 ? n - j : 8;
+#ifdef __GNUC__
+        if (n - j >= 8) tile = llama_mm_4;
+#  ifdef __AVX2__
+        if (n - j >= 16) { tile = llama_mm_8; nj = 16; }
+#  endif
+#  ifdef __AVX512F__
+        if (n - j >= 32) { tile = llama_mm_16; nj = 32; }
+#  endif
+#endif
         for (int64_t i = 0; i < m; i += LLAMA_MR) {
             int64_t mi = m - i < LLAMA_MR ? m - i : LLAMA_MR;
-#ifdef __GNUC__
-            if (mi == LLAMA_MR && nj == LLAMA_NR) {
-                llama_mm_tile(k, a + i * ra, ra, ca, b + j, ldb, c + i * ldc + j, ldc, accumulate);
+            if (tile && mi == LLAMA_MR) {
+                tile(k, a + i * ra, ra, ca, b + j, ldb, c + i * ldc + j, ldc, accumulate);
                 continue;
             }
-#endif
-            float acc[LLAMA_MR][LLAMA_NR] = { { 0 } };
+            float acc[LLAMA_MR][8 * 4] = { { 0 } };
             for (int64_t p = 0; p < k; p++)
                 for (int64_t y = 0; y < mi; y++)
                     for (int64_t x = 0; x < nj; x++) acc[y][x] += a[(i + y) * ra + p * ca] * b[p * ldb + j + x];
@@ -330,7 +341,7 @@ static inline llama *llama_create(const llama_config *config, int batch, snip *s
     int64_t chunk = g->head_chunk;
     size_t s[3] = { snip_gemm_scratch(chunk, c->vocab, d), snip_gemm_scratch(chunk, d, c->vocab), snip_gemm_scratch(c->vocab, d, chunk) };
     for (int i = 0; i < 3; i++) if (s[i] > g->gemm_scratch_size) g->gemm_scratch_size = s[i];
-    g->scratch_stride = (2 * hd + 64) * (((int64_t)c->seq + 15) / 16 * 16) + 64;
+    g->scratch_stride = ((4 * hd + 64) * (((int64_t)c->seq + 31) / 32) + 3 * hd) * 32 + 64;
     size_t size = llama_layout(g, NULL);
     g->memory = calloc(size + 64, 1);
     if (!g->memory) { llama_destroy(g); return NULL; }
@@ -432,77 +443,110 @@ static inline float *llama_thread_scratch(const llama *g) {
 }
 
 // Both passes take one (sequence, key-value head) at a time and 32 query rows within it, so that scores
-// never take more than 32 x seq floats; the backward pass rebuilds them from the rows' log-sum-exp.
+// never take more than 32 x seq floats; the backward pass rebuilds them from the rows' log-sum-exp. Scores are
+// kept as (key, query): what is done for each query is done for 32 of them side by side. Heads are copied
+// together first, in whole blocks of 32 rows, zeros beyond the sequence: rows far apart share few cache sets.
 #define LLAMA_QROWS 32
 
-static inline void llama_transpose_head(float *out, int64_t ld, const float *x, int64_t ldx, int64_t T, int64_t hd) {
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t i = 0; i < hd; i++) out[i * ld + t] = x[t * ldx + i];
+static inline void llama_take_rows(float *out, const float *x, int64_t ldx, int64_t rows, int64_t padded, int64_t hd) {
+    for (int64_t t = 0; t < rows; t++) memcpy(out + t * hd, x + t * ldx, (size_t)hd * sizeof(float));
+    memset(out + rows * hd, 0, (size_t)((padded - rows) * hd) * sizeof(float));
+}
+static inline void llama_give_rows(float *out, int64_t ldo, const float *x, int64_t rows, int64_t hd) {
+    for (int64_t t = 0; t < rows; t++) memcpy(out + t * ldo, x + t * hd, (size_t)hd * sizeof(float));
+}
+static inline void llama_transpose_rows(float *out, const float *x, int64_t hd) {       // (32, hd) to (hd, 32)
+    for (int64_t i = 0; i < hd; i++)
+        for (int64_t t = 0; t < LLAMA_QROWS; t++) out[i * LLAMA_QROWS + t] = x[t * hd + i];
+}
+// Scores (n, 32) of the keys that a query may not see: those of the last 32 rows above the diagonal.
+static inline void llama_mask(float *s, int64_t n, float value) {
+    for (int64_t j = 1; j < LLAMA_QROWS; j++)
+        for (int64_t i = 0; i < j; i++) s[(n - LLAMA_QROWS + j) * LLAMA_QROWS + i] = value;
 }
 
 static inline void llama_attention_fwd(const llama *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, ld = (T + 15) / 16 * 16;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS, padded = (T + Q - 1) / Q * Q;
     float scale = 1.0f / sqrtf((float)hd);
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
     for (int64_t task = 0; task < sequences * G; task++) {
         int64_t r0 = task / G * T, kvh = task % G;
-        float *kt = llama_thread_scratch(g), *s = kt + hd * ld;         // (hd, ld) (32, ld)
-        const float *v = b->v + r0 * kv + kvh * hd;
-        llama_transpose_head(kt, ld, b->k + r0 * kv + kvh * hd, kv, T, hd);
+        float *k = llama_thread_scratch(g), *v = k + padded * hd, *s = v + padded * hd, *q = s + padded * Q, *qt = q + Q * hd;    // (seq, hd) (seq, hd) (seq, 32) (32, hd) (hd, 32)
+        llama_take_rows(k, b->k + r0 * kv + kvh * hd, kv, T, padded, hd);
+        llama_take_rows(v, b->v + r0 * kv + kvh * hd, kv, T, padded, hd);
         for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
-            for (int64_t i0 = 0; i0 < T; i0 += LLAMA_QROWS) {
-                int64_t m = T - i0 < LLAMA_QROWS ? T - i0 : LLAMA_QROWS, n = i0 + m;
-                llama_mm(m, n, hd, b->q + (r0 + i0) * d + h * hd, d, 1, kt, ld, s, ld, 0);
-                for (int64_t i = 0; i < m; i++) {
-                    float *row = s + i * ld;
-                    int64_t seen = i0 + i + 1;
-                    float top = llama_max(row, seen);
-                    for (int64_t j = 0; j < seen; j++) row[j] = llama_exp((row[j] - top) * scale);
-                    float total = llama_sum(row, seen), inv = 1.0f / total;
-                    for (int64_t j = 0; j < seen; j++) row[j] *= inv;
-                    for (int64_t j = seen; j < n; j++) row[j] = 0.0f;
-                    b->lse[(r0 + i0 + i) * H + h] = top * scale + logf(total);
+            for (int64_t i0 = 0; i0 < T; i0 += Q) {
+                int64_t m = T - i0 < Q ? T - i0 : Q, n = i0 + Q, at = (r0 + i0) * d + h * hd;
+                float top[LLAMA_QROWS], total[LLAMA_QROWS] = { 0 };
+                llama_take_rows(q, b->q + at, d, m, Q, hd);
+                llama_transpose_rows(qt, q, hd);
+                llama_mm(n, Q, hd, k, hd, 1, qt, Q, s, Q, 0);
+                llama_mask(s, n, -1e30f);
+                memcpy(top, s, sizeof top);
+                for (int64_t j = 1; j < n; j++)
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++) top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
+                for (int64_t j = 0; j < n; j++)
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++) s[j * LLAMA_QROWS + i] = llama_exp((s[j * LLAMA_QROWS + i] - top[i]) * scale);
+                llama_mask(s, n, 0.0f);
+                for (int64_t j0 = 0; j0 < n; j0 += Q) {         // shorter sums are closer ones
+                    float part[LLAMA_QROWS] = { 0 };
+                    for (int64_t j = j0; j < j0 + Q; j++)
+                        for (int64_t i = 0; i < LLAMA_QROWS; i++) part[i] += s[j * LLAMA_QROWS + i];
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++) total[i] += part[i];
                 }
-                llama_mm(m, hd, n, s, ld, 1, v, kv, b->att + (r0 + i0) * d + h * hd, d, 0);
+                llama_mm(Q, hd, n, s, 1, Q, v, hd, q, hd, 0);
+                for (int64_t i = 0; i < m; i++) {
+                    float inv = 1.0f / total[i];
+                    for (int64_t j = 0; j < hd; j++) q[i * hd + j] *= inv;
+                    b->lse[(r0 + i0 + i) * H + h] = top[i] * scale + logf(total[i]);
+                }
+                llama_give_rows(b->att + at, d, q, m, hd);
             }
     }
 }
 
 static inline void llama_attention_bwd(llama *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, ld = (T + 15) / 16 * 16;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS, padded = (T + Q - 1) / Q * Q;
     float scale = 1.0f / sqrtf((float)hd);
-    memset(g->dk, 0, (size_t)(sequences * T * kv) * sizeof(float));
-    memset(g->dv, 0, (size_t)(sequences * T * kv) * sizeof(float));
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
     for (int64_t task = 0; task < sequences * G; task++) {
-        int64_t r0 = task / G * T, kvh = task % G;
-        float *kt = llama_thread_scratch(g), *vt = kt + hd * ld, *p = vt + hd * ld, *ds = p + LLAMA_QROWS * ld;
-        const float *k = b->k + r0 * kv + kvh * hd, *v = b->v + r0 * kv + kvh * hd;
-        float *dk = g->dk + r0 * kv + kvh * hd, *dv = g->dv + r0 * kv + kvh * hd;
-        llama_transpose_head(kt, ld, k, kv, T, hd);
-        llama_transpose_head(vt, ld, v, kv, T, hd);
+        int64_t r0 = task / G * T, kvh = task % G, at_kv = r0 * kv + kvh * hd;
+        float *k = llama_thread_scratch(g), *v = k + padded * hd, *dk = v + padded * hd, *dv = dk + padded * hd;        // (seq, hd)
+        float *p = dv + padded * hd, *ds = p + padded * Q, *q = ds + padded * Q, *dout = q + Q * hd, *turned = dout + Q * hd;    // (seq, 32) (seq, 32) (32, hd) (32, hd) (hd, 32)
+        llama_take_rows(k, b->k + at_kv, kv, T, padded, hd);
+        llama_take_rows(v, b->v + at_kv, kv, T, padded, hd);
+        memset(dk, 0, (size_t)(2 * padded * hd) * sizeof(float));
         for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
-            for (int64_t i0 = 0; i0 < T; i0 += LLAMA_QROWS) {
-                int64_t m = T - i0 < LLAMA_QROWS ? T - i0 : LLAMA_QROWS, n = i0 + m, at = (r0 + i0) * d + h * hd;
-                const float *q = b->q + at, *dout = g->datt + at;
-                llama_mm(m, n, hd, q, d, 1, kt, ld, p, ld, 0);
-                llama_mm(m, n, hd, dout, d, 1, vt, ld, ds, ld, 0);
+            for (int64_t i0 = 0; i0 < T; i0 += Q) {
+                int64_t m = T - i0 < Q ? T - i0 : Q, n = i0 + Q, at = (r0 + i0) * d + h * hd;
+                float lse[LLAMA_QROWS] = { 0 }, along[LLAMA_QROWS] = { 0 };
+                llama_take_rows(q, b->q + at, d, m, Q, hd);
+                llama_transpose_rows(turned, q, hd);
+                llama_mm(n, Q, hd, k, hd, 1, turned, Q, p, Q, 0);
+                llama_take_rows(dout, g->datt + at, d, m, Q, hd);
+                llama_transpose_rows(turned, dout, hd);
+                llama_mm(n, Q, hd, v, hd, 1, turned, Q, ds, Q, 0);
                 for (int64_t i = 0; i < m; i++) {
-                    float *pr = p + i * ld, *dr = ds + i * ld;
-                    float lse = b->lse[(r0 + i0 + i) * H + h], along = llama_dot(dout + i * d, b->att + at + i * d, hd);
-                    int64_t seen = i0 + i + 1;
-                    for (int64_t j = 0; j < seen; j++) {
-                        pr[j] = llama_exp(pr[j] * scale - lse);
-                        dr[j] = pr[j] * (dr[j] - along) * scale;
-                    }
-                    for (int64_t j = seen; j < n; j++) pr[j] = dr[j] = 0.0f;
+                    lse[i] = b->lse[(r0 + i0 + i) * H + h];
+                    along[i] = llama_dot(dout + i * hd, b->att + at + i * d, hd);
                 }
-                llama_mm(m, hd, n, ds, ld, 1, k, kv, g->dq + at, d, 0);
-                llama_mm(n, hd, m, ds, 1, ld, q, d, dk, kv, 1);
-                llama_mm(n, hd, m, p, 1, ld, dout, d, dv, kv, 1);
+                for (int64_t j = 0; j < n; j++)
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++) {
+                        float pi = llama_exp(p[j * LLAMA_QROWS + i] * scale - lse[i]);
+                        p[j * LLAMA_QROWS + i] = pi;
+                        ds[j * LLAMA_QROWS + i] = pi * (ds[j * LLAMA_QROWS + i] - along[i]) * scale;
+                    }
+                llama_mask(p, n, 0.0f);
+                llama_mask(ds, n, 0.0f);
+                llama_mm(n, hd, Q, ds, Q, 1, q, hd, dk, hd, 1);
+                llama_mm(n, hd, Q, p, Q, 1, dout, hd, dv, hd, 1);
+                llama_mm(Q, hd, n, ds, 1, Q, k, hd, q, hd, 0);
+                llama_give_rows(g->dq + at, d, q, m, hd);
             }
+        llama_give_rows(g->dk + at_kv, kv, dk, T, hd);
+        llama_give_rows(g->dv + at_kv, kv, dv, T, hd);
     }
 }
 
