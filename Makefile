@@ -32,6 +32,7 @@ $(B)/minimal: examples/minimal.c $(HEADERS) | $(B)
 $(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_gemm_emulated: tests/test_gemm.c tests/emulate_x86.h
+$(B)/test_pool: CFLAGS += -pthread
 $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
 
@@ -43,7 +44,7 @@ demo: $(B)/train_llama
 $(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) | $(B)
 	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
 
-TESTS = test_ilp test_codec test_quant test_gemm test_gemm_emulated test_session test_train test_report test_cuda
+TESTS = test_ilp test_codec test_quant test_gemm test_gemm_emulated test_pool test_session test_train test_report test_cuda
 SHELL_TESTS ?= trainer headers compilers targets instructions reference cuda_trainer cuda_faults cuda_compile
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)

@@ -64,6 +64,8 @@
 // CONFIGURATION (define before the implementation)
 //   SNIP_STATIC            all functions static to the including file
 //   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc, and the solver's; define both
+//   SNIP_PARALLEL_FOR(fn, arg, n)       another thread pool than OpenMP's: calls fn(arg, i), of type void (void *, int64_t), once for
+//                          every i in [0, n), in any order, on any threads, and returns when all calls have; never nested
 //   SNIP_NO_SIMD           the scalar specification only
 //   SNIP_NO_AMX            no AMX, AVX512-BF16 and AVX-VNNI: for assemblers older than binutils 2.36
 //
@@ -418,10 +420,15 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #endif
 #include "snip_ilp.h"
 
-#ifdef _OPENMP
-#  define SNIPI_OMP(directive) _Pragma(#directive)
-#else
-#  define SNIPI_OMP(directive)
+#ifndef SNIP_PARALLEL_FOR
+#  define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
+static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
+    int64_t i;
+#  ifdef _OPENMP
+#    pragma omp parallel for schedule(dynamic) if (n > 1)
+#  endif
+    for (i = 0; i < n; i++) fn(arg, i);
+}
 #endif
 #if defined(__GNUC__) || defined(__clang__)
 #  define SNIPI_INLINE static inline __attribute__((always_inline))
@@ -478,8 +485,16 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #endif
 
 // A reduction's partial results are kept per chunk and added in order, so that the number of threads
-// cannot show in a sum.
+// cannot show in a sum. What is done element by element is shared out in as many chunks: chunk c of n is [n c / 64, n (c + 1) / 64).
 enum { SNIPI_CHUNKS = 64 };
+typedef struct { const void *of; const float *x; int64_t n; double part[SNIPI_CHUNKS]; } snipi_sum;
+static double snipi_sum_up(snipi_sum *sum, void (*part)(void *, int64_t)) {
+    double total = 0;
+    int c;
+    SNIP_PARALLEL_FOR(part, sum, SNIPI_CHUNKS);
+    for (c = 0; c < SNIPI_CHUNKS; c++) total += sum->part[c];
+    return total;
+}
 
 SNIPI_HD static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; }
 SNIPI_HD static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -674,52 +689,61 @@ SNIPI_INLINE void snipi_sign_block(snipi_flip flip, const uint32_t signs[4], con
     flip(signs, out);
 }
 
-SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
-    int64_t g, groups = snipi_ceil_div(n, SNIPI_GROUP_SIGNS);
-    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
-    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (g = 0; g < groups; g++) {
+typedef struct { float *out; const float *x, *shape; int64_t n; float scale; snip_rng_key key; snipi_flip flip; } snipi_noise;
+static void snipi_noise_add_chunk(void *arg, int64_t c) {
+    const snipi_noise *q = (const snipi_noise *)arg;
+    int64_t g, i0, groups = snipi_ceil_div(q->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
+    for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
         uint32_t words[4 * SNIPI_GROUP];
         float noise[SNIPI_SIGNS];
-        int64_t i0;
         int b, j;
-        snipi_group_signs(key, (uint64_t)g * SNIPI_GROUP, words);
-        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < n; b++, i0 += SNIPI_SIGNS) {
-            int m = (int)snipi_min(SNIPI_SIGNS, n - i0);
-            snipi_sign_block(flip, words + 4 * b, shape ? shape + i0 : NULL, scale, 0, m, noise);
-            for (j = 0; j < m; j++) out[i0 + j] = x[i0 + j] + noise[j];
+        snipi_group_signs(q->key, (uint64_t)g * SNIPI_GROUP, words);
+        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < q->n; b++, i0 += SNIPI_SIGNS) {
+            int m = (int)snipi_min(SNIPI_SIGNS, q->n - i0);
+            snipi_sign_block(q->flip, words + 4 * b, q->shape ? q->shape + i0 : NULL, q->scale, 0, m, noise);
+            for (j = 0; j < m; j++) q->out[i0 + j] = q->x[i0 + j] + noise[j];
         }
     }
+}
+static snipi_noise snipi_noise_of(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    snipi_noise q;
+    q.out = out; q.x = x; q.shape = shape; q.n = n; q.scale = scale; q.key = key;
+    q.flip = snipi_flip_of(SNIP_ISA_BEST);
+    return q;
+}
+SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    SNIP_PARALLEL_FOR(snipi_noise_add_chunk, &q, SNIPI_CHUNKS);
     return SNIP_OK;
 }
 
-SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
-    double part[SNIPI_CHUNKS], sum = 0;
-    int64_t groups = snipi_ceil_div(n, SNIPI_GROUP_SIGNS);
-    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
-    int c;
-    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t g, i0, end = groups * (c + 1) / SNIPI_CHUNKS;
-        part[c] = 0;
-        for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
-            uint32_t words[4 * SNIPI_GROUP];
-            float terms[SNIPI_SIGNS], lanes[16];
-            int b, i, j;
-            snipi_group_signs(key, (uint64_t)g * SNIPI_GROUP, words);
-            for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < n; b++, i0 += SNIPI_SIGNS) {
-                snipi_sign_block(flip, words + 4 * b, x + i0, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, n - i0), terms);
-                memcpy(lanes, terms, sizeof lanes);
-                for (i = 1; i < SNIPI_SIGNS / 16; i++)
-                    for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
-                for (j = 0; j < 16; j++) part[c] += (double)lanes[j];
-            }
+static void snipi_noise_dot_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    const snipi_noise *q = (const snipi_noise *)sum->of;
+    int64_t g, i0, groups = snipi_ceil_div(q->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
+    double part = 0;
+    for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
+        uint32_t words[4 * SNIPI_GROUP];
+        float terms[SNIPI_SIGNS], lanes[16];
+        int b, i, j;
+        snipi_group_signs(q->key, (uint64_t)g * SNIPI_GROUP, words);
+        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < q->n; b++, i0 += SNIPI_SIGNS) {
+            snipi_sign_block(q->flip, words + 4 * b, q->x + i0, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, q->n - i0), terms);
+            memcpy(lanes, terms, sizeof lanes);
+            for (i = 1; i < SNIPI_SIGNS / 16; i++)
+                for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
+            for (j = 0; j < 16; j++) part += (double)lanes[j];
         }
     }
-    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
-    *dot = sum;
+    sum->part[c] = part;
+}
+SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
+    snipi_sum sum;
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    sum.of = &q;
+    *dot = snipi_sum_up(&sum, snipi_noise_dot_chunk);
     return SNIP_OK;
 }
 
@@ -784,55 +808,58 @@ SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4])
     }
 }
 SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
-SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
-    int64_t b, blocks = snipi_ceil_div(n, 4);
-    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (b = 0; b < blocks; b++) {
+static void snipi_gauss_add_chunk(void *arg, int64_t c) {
+    const snipi_noise *q = (const snipi_noise *)arg;
+    int64_t b, blocks = snipi_ceil_div(q->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
+    for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
         float noise[4];
-        int j, m = (int)snipi_min(4, n - 4 * b);
-        snip_gauss(key, (uint64_t)b, noise);
-        for (j = 0; j < m; j++) noise[j] *= shape ? scale * shape[4 * b + j] : scale;
+        int j, m = (int)snipi_min(4, q->n - 4 * b);
+        snip_gauss(q->key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) noise[j] *= q->shape ? q->scale * q->shape[4 * b + j] : q->scale;
         SNIPI_ROUNDED(noise);
-        for (j = 0; j < m; j++) out[4 * b + j] = x[4 * b + j] + noise[j];
+        for (j = 0; j < m; j++) q->out[4 * b + j] = q->x[4 * b + j] + noise[j];
     }
+}
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+    snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
+    if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
+    SNIP_PARALLEL_FOR(snipi_gauss_add_chunk, &q, SNIPI_CHUNKS);
     return SNIP_OK;
 }
-SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
-    double part[SNIPI_CHUNKS], sum = 0;
-    int64_t blocks = snipi_ceil_div(n, 4);
-    int c;
-    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
-        part[c] = 0;
-        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
-            float noise[4];
-            int j, m = (int)snipi_min(4, n - 4 * b);
-            snip_gauss(key, (uint64_t)b, noise);
-            for (j = 0; j < m; j++) part[c] += (double)x[4 * b + j] * (double)noise[j];
-        }
+static void snipi_gauss_dot_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    const snipi_noise *q = (const snipi_noise *)sum->of;
+    int64_t b, blocks = snipi_ceil_div(q->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
+    double part = 0;
+    for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+        float noise[4];
+        int j, m = (int)snipi_min(4, q->n - 4 * b);
+        snip_gauss(q->key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) part += (double)q->x[4 * b + j] * (double)noise[j];
     }
-    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
-    *dot = sum;
+    sum->part[c] = part;
+}
+SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
+    snipi_sum sum;
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    sum.of = &q;
+    *dot = snipi_sum_up(&sum, snipi_gauss_dot_chunk);
     return SNIP_OK;
 }
 
-SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
-    int64_t r;
-    float scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
-    if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
-    if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (r = 0; r < rows; r++) {
+typedef struct { float *x; int64_t rows, cols, ld; int block; float scale; snip_rng_key key; } snipi_hadamard;
+static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
+    const snipi_hadamard *q = (const snipi_hadamard *)arg;
+    const int block = q->block;
+    int64_t r, c, end = q->rows * (chunk + 1) / SNIPI_CHUNKS;
+    for (r = q->rows * chunk / SNIPI_CHUNKS; r < end; r++) {
         uint32_t signs[4] = { 0, 0, 0, 0 };
-        int64_t c;
-        for (c = 0; c < cols; c += block) {
+        for (c = 0; c < q->cols; c += block) {
             float v[2][SNIPI_SIGNS];
-            float *from = v[0], *to = v[1], *row = x + r * ld + c, *swap;
+            float *from = v[0], *to = v[1], *row = q->x + r * q->ld + c, *swap;
             int first = (int)(c % SNIPI_SIGNS), half = block / 2, stage, j;
-            if (first == 0) snip_philox(key, (uint64_t)(c / SNIPI_SIGNS), signs);
+            if (first == 0) snip_philox(q->key, (uint64_t)(c / SNIPI_SIGNS), signs);
             for (j = 0; j < block; j++) from[j] = snipi_signed(row[j], signs, first + j);
             for (stage = 1; stage < block; stage *= 2) {        // pairs half a block apart go side by side: H's rows in order
                 for (j = 0; j < half; j++) {
@@ -841,9 +868,17 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
                 }
                 swap = from; from = to; to = swap;
             }
-            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * scale, signs, first + j);
+            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * q->scale, signs, first + j);
         }
     }
+}
+SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
+    snipi_hadamard q;
+    if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
+    if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    q.x = x; q.rows = rows; q.cols = cols; q.ld = ld; q.block = block; q.key = key;
+    q.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
+    SNIP_PARALLEL_FOR(snipi_hadamard_chunk, &q, SNIPI_CHUNKS);
     return SNIP_OK;
 }
 
@@ -1477,30 +1512,35 @@ static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int
     return (char *)(uintptr_t)scales + snip_scales_bound(r, rows, cols) - sizeof(float);
 }
 
+typedef struct { const snipi_quantizer *q; uint32_t part[SNIPI_CHUNKS]; } snipi_peak;
+static void snipi_peak_chunk(void *arg, int64_t c) {
+    snipi_peak *peak = (snipi_peak *)arg;
+    const snipi_quantizer *q = peak->q;
+    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols, r, i, ignored = 0, end = rows * (c + 1) / SNIPI_CHUNKS;
+    float wide[SNIPI_RUN];
+    uint32_t most = 0;
+    for (r = rows * c / SNIPI_CHUNKS; r < end; r++)
+        for (i = 0; i < cols; i += SNIPI_RUN) {
+            int n = (int)snipi_min(SNIPI_RUN, cols - i);
+            const float *x = (const float *)q->x + (q->x_bf16 ? 0 : r * q->ld + i);
+            uint32_t a;
+            if (q->x_bf16) {
+                q->vector->widen((const uint16_t *)q->x + r * q->ld + i, n, wide);
+                x = wide;
+            }
+            a = q->vector->amax(x, n, &ignored);
+            most = a > most ? a : most;
+        }
+    peak->part[c] = most;
+}
 // NVFP4: S = 448 * 6 / amax of the tensor (1 for zeros), at most FLT_MAX; stored as 1/S.
 static void snipi_tensor_scale(snipi_quantizer *q) {
-    uint32_t part[SNIPI_CHUNKS], amax = 0;
-    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols;
+    snipi_peak peak;
+    uint32_t amax = 0;
     int c;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        float wide[SNIPI_RUN];
-        int64_t r, i, ignored = 0, end = rows * (c + 1) / SNIPI_CHUNKS;
-        part[c] = 0;
-        for (r = rows * c / SNIPI_CHUNKS; r < end; r++)
-            for (i = 0; i < cols; i += SNIPI_RUN) {
-                int n = (int)snipi_min(SNIPI_RUN, cols - i);
-                const float *x = (const float *)q->x + (q->x_bf16 ? 0 : r * q->ld + i);
-                uint32_t a;
-                if (q->x_bf16) {
-                    q->vector->widen((const uint16_t *)q->x + r * q->ld + i, n, wide);
-                    x = wide;
-                }
-                a = q->vector->amax(x, n, &ignored);
-                part[c] = a > part[c] ? a : part[c];
-            }
-    }
-    for (c = 0; c < SNIPI_CHUNKS; c++) amax = part[c] > amax ? part[c] : amax;
+    peak.q = q;
+    SNIP_PARALLEL_FOR(snipi_peak_chunk, &peak, SNIPI_CHUNKS);
+    for (c = 0; c < SNIPI_CHUNKS; c++) amax = peak.part[c] > amax ? peak.part[c] : amax;
     q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
     q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
     if (q->scales) {
@@ -1559,29 +1599,34 @@ static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
 }
 static void snipi_panels_clear(snipi_panels *p) { p->x.row = p->weight.row = -1; }
 
+// What is shared out in chunks: bands, or blocks of one or two quantizers; the tallies of each.
+typedef struct { const snipi_quantizer *q, *q2; int64_t rows, cols; snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS]; } snipi_quantize_task;
+
 // Band after band of tiles. A transposed source is read a cache line of columns at a time: bands are taken in groups.
-static void snipi_quantize_bands(snipi_quantizer *q, snip_quant_stats *stats) {
-    snipi_tally part[SNIPI_CHUNKS];
+static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
+    snipi_quantize_task *task = (snipi_quantize_task *)arg;
+    const snipi_quantizer *q = task->q;
     int64_t group = q->transposed ? snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows) : 1, groups = snipi_ceil_div(q->tiles_down, group);
-    int c;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t g, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
-        snipi_tally local;
-        snipi_panels panels;
-        memset(&local, 0, sizeof local);
-        snipi_panels_clear(&panels);
-        for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
-            int64_t first = g * group, last = snipi_min(q->tiles_down, first + group);
-            if (snipi_plain(q->recipe.format))
-                for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
-            else
-                snipi_quantize_region(q, &panels, first, last, 0, q->tiles_across, &local);
-        }
-        snipi_stream_end();
-        part[c] = local;
+    int64_t g, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
+    snipi_tally local;
+    snipi_panels panels;
+    memset(&local, 0, sizeof local);
+    snipi_panels_clear(&panels);
+    for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
+        int64_t first = g * group, last = snipi_min(q->tiles_down, first + group);
+        if (snipi_plain(q->recipe.format))
+            for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
+        else
+            snipi_quantize_region(q, &panels, first, last, 0, q->tiles_across, &local);
     }
-    if (stats) snipi_tally_end(part, stats);
+    snipi_stream_end();
+    task->part[c] = local;
+}
+static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *stats) {
+    snipi_quantize_task task;
+    task.q = q;
+    SNIP_PARALLEL_FOR(snipi_quantize_bands_chunk, &task, SNIPI_CHUNKS);
+    if (stats) snipi_tally_end(task.part, stats);
 }
 
 static int snipi_fits_blocks(const snipi_quantizer *q) {
@@ -1653,41 +1698,43 @@ static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels,
 }
 // One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied first: its rows may
 // share few sets of the caches. Rows are coded as soon as they are there, while the next ones are fetched; columns at the end.
-static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
-    snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
-    int64_t across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
+static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
+    snipi_quantize_task *task = (snipi_quantize_task *)arg;
+    const snipi_quantizer *q = task->q, *q2 = task->q2;
     const snipi_quantizer *by_columns = snipi_takes_columns(q) ? q : q2 && snipi_takes_columns(q2) ? q2 : NULL;
     const snipi_quantizer *by_rows = by_columns && q2 && snipi_takes_strips(by_columns == q ? q2 : q) ? (by_columns == q ? q2 : q) : NULL;
-    int c;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
-        snipi_tally local, local2;
-        snipi_panels panels;
-        float copy[SNIPI_RUN][SNIPI_PANEL_LD];
-        uint32_t amax[SNIPI_RUN / 16 * SNIPI_RUN];
-        memset(&local, 0, sizeof local);
-        memset(&local2, 0, sizeof local2);
-        for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
-            int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
-            int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
-            if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
-                for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
-                    q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, r + SNIPI_BATCH, width, (int)by_columns->tile_cols, copy[0], amax);
-                    strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN, by_rows == q ? &local : &local2);
-                    if (strips) rows_done += SNIPI_BATCH;
-                }
-                columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width, by_columns == q ? &local : &local2);
+    int64_t rows = task->rows, cols = task->cols, across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
+    int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
+    snipi_tally local, local2;
+    snipi_panels panels;
+    float copy[SNIPI_RUN][SNIPI_PANEL_LD];
+    uint32_t amax[SNIPI_RUN / 16 * SNIPI_RUN];
+    memset(&local, 0, sizeof local);
+    memset(&local2, 0, sizeof local2);
+    for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
+        int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
+        int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
+        if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
+            for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
+                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, r + SNIPI_BATCH, width, (int)by_columns->tile_cols, copy[0], amax);
+                strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN, by_rows == q ? &local : &local2);
+                if (strips) rows_done += SNIPI_BATCH;
             }
-            if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
-            if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
+            columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width, by_columns == q ? &local : &local2);
         }
-        snipi_stream_end();
-        part[c] = local;
-        part2[c] = local2;
+        if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
+        if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
     }
-    if (stats) snipi_tally_end(part, stats);
-    if (stats2) snipi_tally_end(part2, stats2);
+    snipi_stream_end();
+    task->part[c] = local;
+    task->part2[c] = local2;
+}
+static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
+    snipi_quantize_task task;
+    task.q = q; task.q2 = q2; task.rows = rows; task.cols = cols;
+    SNIP_PARALLEL_FOR(snipi_quantize_blocks_chunk, &task, SNIPI_CHUNKS);
+    if (stats) snipi_tally_end(task.part, stats);
+    if (stats2) snipi_tally_end(task.part2, stats2);
 }
 
 static int snipi_element_size(snip_format f) { return f == 0 || f == SNIP_F32 ? 4 : f == SNIP_BF16 ? 2 : 0; }
@@ -1872,42 +1919,39 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
     }
 }
 
-SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                     float *x, int64_t ld) {
-    snipi_reader q;
-    int c;
+typedef struct { snipi_reader reader; int64_t rows, cols, ld; float *x; uint16_t *x16; } snipi_dequantize;      // x or x16
+static void snipi_dequantize_chunk(void *arg, int64_t chunk) {
+    const snipi_dequantize *q = (const snipi_dequantize *)arg;
+    int64_t r, c, end = q->rows * (chunk + 1) / SNIPI_CHUNKS;
+    float buffer[SNIPI_RUN];
+    for (r = q->rows * chunk / SNIPI_CHUNKS; r < end; r++)
+        if (q->x) snipi_reader_row(&q->reader, r, 0, q->cols, q->x + r * q->ld, 1);
+        else
+            for (c = 0; c < q->cols; c += SNIPI_RUN) {
+                int n = (int)snipi_min(SNIPI_RUN, q->cols - c);
+                snipi_reader_row(&q->reader, r, c, n, buffer, 1);
+                q->reader.vector->narrow(buffer, n, q->x16 + r * q->ld + c);
+            }
+    snipi_stream_end();
+}
+static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols, float *x, uint16_t *x16, int64_t ld) {
+    snipi_dequantize q;
     if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
-    if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
-    snipi_reader_init(&q, recipe, codes, scales, rows, cols);
-    q.stream = rows * cols >= SNIPI_STREAM;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t r;
-        for (r = rows * c / SNIPI_CHUNKS; r < rows * (c + 1) / SNIPI_CHUNKS; r++) snipi_reader_row(&q, r, 0, cols, x + r * ld, 1);
-        snipi_stream_end();
-    }
+    if (!codes || (!x && !x16) || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
+    snipi_reader_init(&q.reader, recipe, codes, scales, rows, cols);
+    q.reader.stream = x && rows * cols >= SNIPI_STREAM;
+    q.rows = rows; q.cols = cols; q.ld = ld; q.x = x; q.x16 = x16;
+    SNIP_PARALLEL_FOR(snipi_dequantize_chunk, &q, SNIPI_CHUNKS);
     return SNIP_OK;
+}
+SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
+                                     float *x, int64_t ld) {
+    return snipi_dequantize_to(recipe, codes, scales, rows, cols, x, NULL, ld);
 }
 SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
                                      uint16_t *x, int64_t ld) {
-    snipi_reader q;
-    int64_t r;
-    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
-    if (rows == 0 || cols == 0) return SNIP_OK;
-    if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
-    snipi_reader_init(&q, recipe, codes, scales, rows, cols);
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (r = 0; r < rows; r++) {
-        float buffer[SNIPI_RUN];
-        int64_t c;
-        for (c = 0; c < cols; c += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, cols - c);
-            snipi_reader_row(&q, r, c, n, buffer, 1);
-            q.vector->narrow(buffer, n, x + r * ld + c);
-        }
-    }
-    return SNIP_OK;
+    return snipi_dequantize_to(recipe, codes, scales, rows, cols, NULL, x, ld);
 }
 
 // >>gemm-impl --------------------------------------------------------------------------------------
@@ -3863,6 +3907,8 @@ typedef struct {
     int element, mr, nr;                // element: bytes in scaled panels, 1 is S8, 2 BF16; 0: F32 panels
     int64_t m, n, k, ldc;
     int64_t block, piece;               // of scaled panels: elements; bytes
+    int64_t mp, np, chunks_m;           // panels; chunks of panels of A
+    int64_t step, k0, kc, packed;       // of k at a time; the step under way; panels to be packed
     float *c;
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
@@ -3875,11 +3921,13 @@ typedef struct {
 static int64_t snipi_gemm_row_bytes(const snipi_gemm_job *g, int64_t kc) {
     return g->element ? snipi_padded(kc * g->element, g->block * g->element, g->piece) : kc * (int64_t)sizeof(float);
 }
-// Panels of one k-block: index p of operand `side`.
-static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_t k0, int64_t kc) {
+// Panel `index` of one step: those of A, then those of B.
+static void snipi_gemm_pack(void *arg, int64_t index) {
+    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
+    const int is_b = index >= g->mp, width = is_b ? g->nr : g->mr, tiles = g->kernels.begin != NULL;
     const snipi_side *side = is_b ? &g->b : &g->a;
-    int width = is_b ? g->nr : g->mr, used = (int)snipi_min(width, side->rows - p * width), tiles = g->kernels.begin != NULL;
-    int64_t row_bytes = snipi_gemm_row_bytes(g, kc);
+    int64_t p = is_b ? index - g->mp : index, k0 = g->k0, kc = g->kc, row_bytes = snipi_gemm_row_bytes(g, kc);
+    int used = (int)snipi_min(width, side->rows - p * width);
     char *panel = (is_b ? g->panel_b : g->panel_a) + p * width * row_bytes;
     if (g->element) {
         int64_t at = p * width * snipi_ceil_div(kc, g->block);
@@ -3890,16 +3938,16 @@ static void snipi_gemm_pack(const snipi_gemm_job *g, int is_b, int64_t p, int64_
     } else
         snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)panel);
 }
-// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. first: C starts here.
-static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int64_t kc, int first) {
+// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. C starts at k0 = 0.
+static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
     static const float zeros[SNIPI_MAX_NR] = { 0 };
     int mr = g->mr, nr = g->nr, i;
     int rows = (int)snipi_min(mr, g->m - ip * mr), cols = (int)snipi_min(nr, g->n - jp * nr);
     float aside[SNIPI_MAX_MR * SNIPI_MAX_NR], *c = g->c + ip * mr * g->ldc + jp * nr;
     int whole = rows == mr && cols == nr;
     float *target = whole ? c : aside;
-    const float *from = !first || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
-    int64_t ld = whole ? g->ldc : nr, row_bytes = snipi_gemm_row_bytes(g, kc), k;
+    const float *from = g->k0 || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
+    int64_t ld = whole ? g->ldc : nr, kc = g->kc, row_bytes = snipi_gemm_row_bytes(g, kc), k;
     const char *a = g->panel_a + ip * mr * row_bytes, *b = g->panel_b + jp * nr * row_bytes;
     if (!whole) {
         memset(aside, 0, sizeof aside);
@@ -3915,6 +3963,23 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp, int
             g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr, (const float *)(const void *)b + k * nr, from, target, ld);
     if (!whole)
         for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
+}
+// A chunk of panels of A with a chunk of panels of B.
+static void snipi_gemm_chunk(void *arg, int64_t t) {
+    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
+    int64_t i0 = t % g->chunks_m * SNIPI_CHUNK_PANELS, j0 = t / g->chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
+    if (g->element && g->kernels.begin) g->kernels.begin(g->piece);
+    for (jp = j0; jp < snipi_min(g->np, j0 + SNIPI_CHUNK_PANELS); jp++)
+        for (ip = i0; ip < snipi_min(g->mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(g, ip, jp);
+    if (g->element && g->kernels.end) g->kernels.end();
+}
+static void snipi_gemm_bias(void *arg, int64_t i) {
+    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
+    float *c = g->c + i * g->ldc;
+    int64_t j;
+    if (g->accumulate) for (j = 0; j < g->n; j++) c[j] += g->bias[j];
+    else if (g->bias) memcpy(c, g->bias, (size_t)g->n * sizeof(float));
+    else memset(c, 0, (size_t)g->n * sizeof(float));
 }
 // Which panels, and the common scale block along k.
 static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const snip_operand *b) {
@@ -3933,83 +3998,80 @@ static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const sn
         g->mr = g->kernels.bf16_mr;
         g->nr = g->kernels.bf16_nr;
     }
-    if (!g->element) return;
-    g->block = block;
-    g->piece = g->kernels.begin ? snipi_piece(block * g->element) : 4;
+    g->mp = snipi_ceil_div(g->m, g->mr);
+    g->np = snipi_ceil_div(g->n, g->nr);
+    g->chunks_m = snipi_ceil_div(g->mp, SNIPI_CHUNK_PANELS);
+    g->step = g->element == 1 ? SNIPI_KC_S8 : g->element == 2 ? SNIPI_KC_BF16 : SNIPI_KC_F32;
+    if (g->element) {
+        g->block = block;
+        g->piece = g->kernels.begin ? snipi_piece(block * g->element) : 4;
+        g->step = block >= g->step ? block : g->step / block * block;
+    }
+    g->step = snipi_min(g->step, g->k);
 }
-
+static int64_t snipi_gemm_scale_bytes(const snipi_gemm_job *g, int64_t rows) {
+    return g->element ? snipi_round_up(rows * snipi_ceil_div(g->step, g->block) * (int64_t)sizeof(float), 64) : 0;
+}
+// Panels of B, their scales and `start`, of one step.
+static int64_t snipi_gemm_b_bytes(const snipi_gemm_job *g) {
+    const int64_t rows = g->np * g->nr;
+    return snipi_round_up(rows * snipi_gemm_row_bytes(g, g->step), 64) + 2 * snipi_gemm_scale_bytes(g, rows);
+}
+static void snipi_gemm_place_b(snipi_gemm_job *g, char *at) {
+    const int64_t rows = g->np * g->nr;
+    g->panel_b = at;
+    at += snipi_round_up(rows * snipi_gemm_row_bytes(g, g->step), 64);
+    g->scales_b = (float *)(void *)at;
+    g->start = (int32_t *)(void *)(at + snipi_gemm_scale_bytes(g, rows));
+}
+static void snipi_gemm_begin(snipi_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_isa isa) {
+    memset(g, 0, sizeof *g);
+    g->kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
+    g->m = m; g->n = n; g->k = k;
+    snipi_gemm_choose(g, a, b);
+}
+// Bytes of all of B's panels, as snipi_gemm_with holds them.
+static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_isa isa) {
+    snipi_gemm_job g;
+    snipi_gemm_begin(&g, m, n, k, a, b, isa);
+    return k ? (size_t)(snipi_ceil_div(k, g.step) * snipi_gemm_b_bytes(&g)) + 64 : 1;
+}
+// held: NULL, or memory for B's panels, which are packed here if `pack` and else found there; b's codes and scales are then not read.
+static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa, void *held, int pack) {
+    snipi_gemm_job g;
+    uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64, at_b = ((uintptr_t)held + 63) / 64 * 64;
+    snipi_gemm_begin(&g, m, n, k, a, b, isa);
+    g.c = c; g.ldc = ldc;
+    g.bias = bias; g.accumulate = accumulate;
+    if (k > 0) {
+        snipi_side_init(&g.a, a, m, k);
+        if (!held || pack) snipi_side_init(&g.b, b, n, k);
+        g.packed = g.mp + (!held || pack ? g.np : 0);
+        g.panel_a = (char *)at;
+        at += (uintptr_t)snipi_round_up(g.mp * g.mr * snipi_gemm_row_bytes(&g, g.step), 64);
+        g.scales_a = (float *)at;
+        at += (uintptr_t)snipi_gemm_scale_bytes(&g, g.mp * g.mr);
+    } else if (!accumulate)
+        SNIP_PARALLEL_FOR(snipi_gemm_bias, &g, m);
+    for (; g.k0 < k; g.k0 += g.step) {
+        g.kc = snipi_min(g.step, k - g.k0);
+        snipi_gemm_place_b(&g, held ? (char *)at_b + g.k0 / g.step * snipi_gemm_b_bytes(&g) : (char *)at);
+        SNIP_PARALLEL_FOR(snipi_gemm_pack, &g, g.packed);
+        SNIP_PARALLEL_FOR(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS));
+    }
+    if (accumulate && bias) SNIP_PARALLEL_FOR(snipi_gemm_bias, &g, m);
+    return SNIP_OK;
+}
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa) {
-    snipi_gemm_job g;
-    int64_t i, step, k0, mp, np, chunks_m, chunks_n;
-    uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64;
-    int mr, nr;
     if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
     if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
     if ((int)isa < 0 || isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
     if (!snip_isa_available(isa)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
     if (!c || (k > 0 && !scratch)) return SNIP_BAD_ARGUMENT;
-    memset(&g, 0, sizeof g);
-    g.kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
-    g.m = m; g.n = n; g.k = k; g.c = c; g.ldc = ldc;
-    g.bias = bias; g.accumulate = accumulate;
-    if (k > 0) {
-        snipi_side_init(&g.a, a, m, k);
-        snipi_side_init(&g.b, b, n, k);
-    }
-    snipi_gemm_choose(&g, a, b);
-    mr = g.mr;
-    nr = g.nr;
-    mp = snipi_ceil_div(m, mr);
-    np = snipi_ceil_div(n, nr);
-    chunks_m = snipi_ceil_div(mp, SNIPI_CHUNK_PANELS);
-    chunks_n = snipi_ceil_div(np, SNIPI_CHUNK_PANELS);
-    step = g.element == 1 ? SNIPI_KC_S8 : g.element == 2 ? SNIPI_KC_BF16 : SNIPI_KC_F32;
-    if (g.element) step = g.block >= step ? g.block : step / g.block * g.block;
-    if (k > 0) {
-        int64_t per_row = snipi_gemm_row_bytes(&g, snipi_min(step, k)), blocks = g.element ? snipi_ceil_div(snipi_min(step, k), g.block) : 0;
-        g.panel_a = (char *)at;
-        at += (uintptr_t)snipi_round_up(mp * mr * per_row, 64);
-        g.panel_b = (char *)at;
-        at += (uintptr_t)snipi_round_up(np * nr * per_row, 64);
-        g.scales_a = (float *)at;
-        at += (uintptr_t)snipi_round_up(mp * mr * blocks * 4, 64);
-        g.scales_b = (float *)at;
-        at += (uintptr_t)snipi_round_up(np * nr * blocks * 4, 64);
-        g.start = (int32_t *)at;
-    }
-    SNIPI_OMP(omp parallel private(k0))
-    {
-        if (!accumulate && k == 0) {
-            SNIPI_OMP(omp for schedule(static))
-            for (i = 0; i < m; i++) {
-                if (bias) memcpy(c + i * ldc, bias, (size_t)n * sizeof(float));
-                else memset(c + i * ldc, 0, (size_t)n * sizeof(float));
-            }
-        }
-        for (k0 = 0; k0 < k; k0 += step) {
-            int64_t kc = snipi_min(step, k - k0), p, t;
-            SNIPI_OMP(omp for schedule(static))
-            for (p = 0; p < mp + np; p++) snipi_gemm_pack(&g, p >= mp, p >= mp ? p - mp : p, k0, kc);
-            SNIPI_OMP(omp for schedule(dynamic))
-            for (t = 0; t < chunks_m * chunks_n; t++) {
-                int64_t i0 = t % chunks_m * SNIPI_CHUNK_PANELS, j0 = t / chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
-                if (g.element && g.kernels.begin) g.kernels.begin(g.piece);
-                for (jp = j0; jp < snipi_min(np, j0 + SNIPI_CHUNK_PANELS); jp++)
-                    for (ip = i0; ip < snipi_min(mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(&g, ip, jp, kc, k0 == 0);
-                if (g.element && g.kernels.end) g.kernels.end();
-            }
-        }
-        if (accumulate && bias) {
-            SNIPI_OMP(omp for schedule(static))
-            for (i = 0; i < m; i++) {
-                int64_t j;
-                for (j = 0; j < n; j++) c[i * ldc + j] += bias[j];
-            }
-        }
-    }
-    return SNIP_OK;
+    return snipi_gemm_with(m, n, k, a, b, c, ldc, accumulate, bias, scratch, isa, NULL, 0);
 }
 
 // >>session-impl -----------------------------------------------------------------------------------
@@ -4066,7 +4128,7 @@ typedef struct {                // of one candidate format, over the step's micr
 enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
 typedef struct { double mean[SNIPI_TERMS], variance[SNIPI_TERMS]; } snipi_average;      // over measurements
 
-typedef struct { void *codes, *scales; int64_t nonfinite, saturated; const float *held; snip_format format; } snipi_cached;     // held: the weight quantized in this pass
+typedef struct { void *panels; size_t size; int64_t nonfinite, saturated; const float *held; snip_format format; } snipi_cached;        // held: the weight packed in this pass
 
 typedef struct {
     char *name;
@@ -4090,7 +4152,7 @@ typedef struct {
     double seen_sq[2], seen[2];                 // of a sample of X and dY, in this step
     double level[2], reference[2];              // log2 of their rms: running mean, and as it was at the last measurement
     int64_t micros;                             // forward calls of the last pass
-    snipi_cached weight[2];                     // W and its transpose, where micro-batches share them
+    snipi_cached weight[2];                     // W's panels for fwd and dgrad, where micro-batches share them
 } snipi_layer;
 
 struct snip {
@@ -4226,10 +4288,7 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
 }
 static void snipi_drop(snip *s, snipi_layer *l) {
     int i;
-    for (i = 0; i < 2; i++) {
-        snipi_free(s, l->weight[i].codes);
-        snipi_free(s, l->weight[i].scales);
-    }
+    for (i = 0; i < 2; i++) snipi_free(s, l->weight[i].panels);
     memset(l->weight, 0, sizeof l->weight);
 }
 SNIP_API void snip_destroy(snip *s) {
@@ -4343,42 +4402,30 @@ static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind
     if (snipi_plain(format)) return f32;
     return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
 }
-static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
-    int64_t part[SNIPI_CHUNKS], sum = 0;
-    int c;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t i, end = n * (c + 1) / SNIPI_CHUNKS, bad = 0;
-        for (i = n * c / SNIPI_CHUNKS; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
-            int j, run = 0;             // a constant trip count: vectorized even at -O2
-            for (j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
-            bad += run;
-        }
-        for (; i < end; i++) bad += snipi_nonfinite(x[i]);
-        part[c] = bad;
+static void snipi_nonfinite_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    const float *x = sum->x;
+    int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS, bad = 0;
+    for (i = sum->n * c / SNIPI_CHUNKS; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
+        int j, run = 0;             // a constant trip count: vectorized even at -O2
+        for (j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
+        bad += run;
     }
-    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
-    return sum;
+    for (; i < end; i++) bad += snipi_nonfinite(x[i]);
+    sum->part[c] = (double)bad;
+}
+static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
+    snipi_sum sum;
+    sum.x = x; sum.n = n;
+    return (int64_t)snipi_sum_up(&sum, snipi_nonfinite_chunk);
 }
 static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
 
-// Bytes for codes or scales in whichever candidate takes more.
-static size_t snipi_widest(const snip *s, snipi_kind kind, int64_t rows, int64_t cols, int scales) {
-    size_t most = 0, size;
-    int f;
-    for (f = 0; f < SNIPI_CANDIDATES; f++) {
-        snip_recipe r = snipi_recipe_of(s, snipi_candidates[f], kind);
-        size = scales ? snip_scales_bound(&r, rows, cols) : snip_codes_bound(&r, rows, cols);
-        most = size > most ? size : most;
-    }
-    return most;
-}
 // Quantize a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
 static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t, int slot, snip_recipe *recipe, snip_operand *out) {
     int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
     snip_quant_stats counts;
     snip_status status;
-    snipi_cached *cached = NULL;
     void *codes, *scales;
     *recipe = snipi_recipe_of(s, format, t->kind);
     memset(out, 0, sizeof *out);
@@ -4390,48 +4437,62 @@ static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_fo
         l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
         return SNIP_OK;
     }
-    // The weight is the same for all micro-batches of a pass: where there were several, it is quantized for the first.
-    if (t->kind == SNIPI_WEIGHT && l->micros > 1 && s->pass == SNIP_PASS_ORDINARY && s->mode == SNIP_TRAIN && recipe->rounding == SNIP_ROUND_NEAREST_EVEN) {
-        cached = &l->weight[t->transposed];
-        if (!cached->codes) cached->codes = snipi_alloc(s, snipi_widest(s, t->kind, rows, cols, 0));
-        if (!cached->scales) cached->scales = snipi_alloc(s, snipi_widest(s, t->kind, rows, cols, 1));
-        if (!cached->codes || !cached->scales) return SNIP_OUT_OF_MEMORY;
-        if (micro == 0) cached->held = NULL;
-    }
-    codes = cached ? cached->codes : snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
-    scales = cached ? cached->scales : snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
+    codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
+    scales = snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
     if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
     out->codes = codes;
     out->scales = scales;
-    if (cached && cached->held == t->x && cached->format == format) {
-        l->nonfinite += cached->nonfinite;
-        l->saturated += cached->saturated;
-        return SNIP_OK;
-    }
     status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1, codes, scales,
                                      snipi_key(s, l, micro, t->role), NULL, &counts, 0);
     l->nonfinite += counts.nonfinite;
     l->saturated += counts.saturated;
-    if (cached) {
-        cached->nonfinite = counts.nonfinite;
-        cached->saturated = counts.saturated;
-        cached->held = status ? NULL : t->x;
-        cached->format = format;
-    }
     return status;
+}
+// The weight is the same for all micro-batches of a pass: where there were several, it is quantized and packed for the first.
+static snipi_cached *snipi_shared_weight(const snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t) {
+    snipi_cached *w = &l->weight[t->transposed];
+    if (t->kind != SNIPI_WEIGHT || l->micros < 2 || s->pass != SNIP_PASS_ORDINARY || s->mode != SNIP_TRAIN) return NULL;
+    if (snipi_recipe_of(s, format, SNIPI_WEIGHT).rounding != SNIP_ROUND_NEAREST_EVEN) return NULL;
+    if (micro == 0 || w->format != format || w->held != t->x) w->held = NULL;
+    return w;
 }
 // c[m][n] (+)= a * b^T in `format`, contiguous.
 static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *a, const snipi_tensor *b,
                                     float *c, int accumulate, const float *bias) {
     int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows, k = a->transposed ? a->rows : a->cols;
-    snip_recipe recipe_a, recipe_b;
+    snip_recipe recipe_a, recipe_b = snipi_recipe_of(s, format, b->kind);
     snip_operand oa, ob;
     snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
+    snipi_cached *shared = snipi_shared_weight(s, l, micro, format, b);
+    int pack = !shared || !shared->held;
+    int64_t nonfinite = l->nonfinite, saturated = l->saturated;
     void *scratch;
-    if (status || (status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob)) != SNIP_OK) return status;
+    if (status) return status;
+    if (pack) status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob);
+    else {
+        memset(&ob, 0, sizeof ob);
+        ob.recipe = &recipe_b;
+        ob.round_bf16 = format == SNIP_BF16;
+        l->nonfinite += shared->nonfinite;
+        l->saturated += shared->saturated;
+    }
+    if (status) return status;
     scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, k, snipi_s8_block(&oa, &ob, k)));
     if (!scratch) return SNIP_OUT_OF_MEMORY;
-    return snip_gemm(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa);
+    if (shared && pack) {
+        size_t size = snipi_gemm_held(m, n, k, &oa, &ob, s->desc.isa);
+        if (size > shared->size) {
+            snipi_free(s, shared->panels);
+            shared->panels = s->desc.alloc.alloc_fn(size, s->desc.alloc.user);
+            shared->size = shared->panels ? size : 0;
+            if (!shared->panels) return SNIP_OUT_OF_MEMORY;
+        }
+        shared->nonfinite = l->nonfinite - nonfinite;
+        shared->saturated = l->saturated - saturated;
+        shared->held = b->x;
+        shared->format = format;
+    }
+    return snipi_gemm_with(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa, shared ? shared->panels : NULL, pack);
 }
 static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, int transposed, snipi_kind kind, int role) {
     snipi_tensor t;
@@ -4453,63 +4514,75 @@ static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_form
 }
 
 // ---- measuring
+static void snipi_sum_sq_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS;
+    double local = 0;
+    for (i = sum->n * c / SNIPI_CHUNKS; i < end; i++) local += (double)sum->x[i] * (double)sum->x[i];
+    sum->part[c] = local;
+}
 static double snipi_sum_sq(const float *x, int64_t n) {
-    double part[SNIPI_CHUNKS], sum = 0;
-    int c;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t i, end = n * (c + 1) / SNIPI_CHUNKS;
-        double local = 0;
-        for (i = n * c / SNIPI_CHUNKS; i < end; i++) local += (double)x[i] * (double)x[i];
-        part[c] = local;
-    }
-    for (c = 0; c < SNIPI_CHUNKS; c++) sum += part[c];
-    return sum;
+    snipi_sum sum;
+    sum.x = x; sum.n = n;
+    return snipi_sum_up(&sum, snipi_sum_sq_chunk);
+}
+typedef struct { float *to; const float *from; int64_t n; } snipi_addition;
+static void snipi_add_chunk(void *arg, int64_t c) {
+    const snipi_addition *q = (const snipi_addition *)arg;
+    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
+    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) q->to[i] += q->from[i];
 }
 static void snipi_add_to(float *to, const float *from, int64_t n) {
-    int64_t i;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (i = 0; i < n; i++) to[i] += from[i];
+    snipi_addition q;
+    q.to = to; q.from = from; q.n = n;
+    SNIP_PARALLEL_FOR(snipi_add_chunk, &q, SNIPI_CHUNKS);
 }
 
 // Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
 // bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096), and
 // the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on n
 // alone, each with a sketch of its own: the sums do not depend on the number of threads.
-static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const float *x, int64_t n, int64_t offset) {
-    snip_rng_key key = snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + which);
-    float *sketch = l->sketch + which * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
-    int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first, j;
-    int64_t parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16)), p;
-    float *own = snipi_reserve_floats(s, SNIPI_SLOT_SKETCH, parts * SNIPI_SKETCH);
-    snipi_flip flip = snipi_flip_of(SNIP_ISA_BEST);
-    if (!own) return SNIP_OUT_OF_MEMORY;
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (p = 0; p < parts; p++) {
-        float *to = own + p * SNIPI_SKETCH;
-        int64_t chunk, end = first + chunks * (p + 1) / parts;
-        memset(to, 0, SNIPI_SKETCH * sizeof(float));
-        for (chunk = first + chunks * p / parts; chunk < end; chunk++) {
-            uint32_t hash[4], words[4 * SNIPI_GROUP];
-            int b;
-            snip_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-            for (b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
-                float terms[SNIPI_SIGNS];
-                int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
-                int i, bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
-                int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset - from)), j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, offset + n - from));
-                if (b % SNIPI_GROUP == 0) snipi_group_signs(key, (uint64_t)from / SNIPI_SIGNS, words);
-                if (j0 >= j1) continue;
-                snipi_sign_block(flip, words + b % SNIPI_GROUP * 4, x + (from + j0 - offset), factor, j0, j1, terms);
-                if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
-                    for (i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
-                else
-                    for (i = 0; i < SNIPI_SIGNS; i++) to[(bucket + i) % SNIPI_SKETCH] += terms[i];
-            }
+typedef struct { float *own; const float *x; int64_t n, offset, first, chunks, parts; float factor; snip_rng_key key; snipi_flip flip; } snipi_sketch;
+static void snipi_sketch_part(void *arg, int64_t p) {
+    const snipi_sketch *q = (const snipi_sketch *)arg;
+    float *to = q->own + p * SNIPI_SKETCH;
+    int64_t chunk, end = q->first + q->chunks * (p + 1) / q->parts;
+    memset(to, 0, SNIPI_SKETCH * sizeof(float));
+    for (chunk = q->first + q->chunks * p / q->parts; chunk < end; chunk++) {
+        uint32_t hash[4], words[4 * SNIPI_GROUP];
+        int b;
+        snip_philox(q->key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
+        for (b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
+            float terms[SNIPI_SIGNS];
+            int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
+            int i, bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
+            int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset - from)), j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset + q->n - from));
+            if (b % SNIPI_GROUP == 0) snipi_group_signs(q->key, (uint64_t)from / SNIPI_SIGNS, words);
+            if (j0 >= j1) continue;
+            snipi_sign_block(q->flip, words + b % SNIPI_GROUP * 4, q->x + (from + j0 - q->offset), q->factor, j0, j1, terms);
+            if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
+                for (i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
+            else
+                for (i = 0; i < SNIPI_SIGNS; i++) to[(bucket + i) % SNIPI_SKETCH] += terms[i];
         }
     }
-    for (p = 0; p < parts; p++)
-        for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += own[p * SNIPI_SKETCH + j];
+}
+static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const float *x, int64_t n, int64_t offset) {
+    float *sketch = l->sketch + which * SNIPI_SKETCH;
+    int64_t p, j;
+    snipi_sketch q;
+    q.x = x; q.n = n; q.offset = offset;
+    q.first = offset / SNIPI_SKETCH;
+    q.chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - q.first;
+    q.parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, q.chunks / 16));
+    q.own = snipi_reserve_floats(s, SNIPI_SLOT_SKETCH, q.parts * SNIPI_SKETCH);
+    q.factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
+    q.key = snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + which);
+    q.flip = snipi_flip_of(SNIP_ISA_BEST);
+    if (!q.own) return SNIP_OUT_OF_MEMORY;
+    SNIP_PARALLEL_FOR(snipi_sketch_part, &q, q.parts);
+    for (p = 0; p < q.parts; p++)
+        for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += q.own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
 }
 
@@ -4571,15 +4644,19 @@ SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int
     if (d->kind == SNIP_CUSTOM) return x;
     return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
 }
+typedef struct { snipi_sensitivity d; float *out; int64_t n; } snipi_sensitivity_task;
+static void snipi_sensitivity_chunk(void *arg, int64_t c) {
+    const snipi_sensitivity_task *q = (const snipi_sensitivity_task *)arg;
+    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
+    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) q->out[i] = snipi_sensitivity_at(&q->d, i);
+}
 static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
-    snipi_sensitivity d = snipi_sensitivity_of(s, l, out);
-    int64_t i;
-    if (d.kind == SNIP_CUSTOM) {
-        s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
-        return;
-    }
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (i = 0; i < l->n * l->k; i++) out[i] = snipi_sensitivity_at(&d, i);
+    snipi_sensitivity_task q;
+    q.d = snipi_sensitivity_of(s, l, out);
+    q.out = out;
+    q.n = l->n * l->k;
+    if (q.d.kind == SNIP_CUSTOM) s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
+    else SNIP_PARALLEL_FOR(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS);
 }
 
 // The weights a probe pass runs on: the caller's plus noise.
@@ -4855,32 +4932,38 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
     return again;
 }
 
+typedef struct { snip_optimizer kind; const float *m, *v; int64_t n; float m_scale, v_scale, eps; } snipi_update;
+static void snipi_update_sq_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    const snipi_update *q = (const snipi_update *)sum->of;
+    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
+    double local = 0;
+    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) {
+        float u = q->kind == SNIP_SGD_MOMENTUM ? q->m[i] : 1.0f;           // Lion's are all -1 or 1
+        if (q->kind == SNIP_ADAMW) u = q->v[i] > 0 ? q->m[i] * q->m_scale / (sqrtf(q->v[i] * q->v_scale) + q->eps) : 0.0f;
+        local += (double)u * (double)u;
+    }
+    sum->part[c] = local;
+}
 // sum_j |u_j|^2 / |W_j|^2 of the update just made, at learning rate 1.
 static double snipi_update_sq(const snip *s, const snip_adamw *o) {
-    float m_scale = (float)(1 / (1 - pow(o->beta1, (double)o->step))), v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step))), eps = (float)o->eps;
-    double sum = 0;
+    snipi_update q;
+    snipi_sum sum;
+    double total = 0;
     int l;
+    sum.of = &q;
+    q.kind = s->desc.optimizer;
+    q.m_scale = (float)(1 / (1 - pow(o->beta1, (double)o->step)));
+    q.v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
+    q.eps = (float)o->eps;
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
-        double part[SNIPI_CHUNKS], u_sq = 0;
-        int64_t n = layer->n * layer->k;
-        int c, custom = s->desc.optimizer == SNIP_CUSTOM;
-        if (custom) u_sq = s->desc.sensitivity(s->desc.sensitivity_user, l, NULL);
-        SNIPI_OMP(omp parallel for schedule(static))
-        for (c = 0; c < SNIPI_CHUNKS; c++) {
-            int64_t i, end = custom ? 0 : n * (c + 1) / SNIPI_CHUNKS;
-            double local = 0;
-            for (i = n * c / SNIPI_CHUNKS; i < end; i++) {
-                float u = s->desc.optimizer == SNIP_SGD_MOMENTUM ? layer->m[i] : 1.0f;         // Lion's are all -1 or 1
-                if (s->desc.optimizer == SNIP_ADAMW) u = layer->v[i] > 0 ? layer->m[i] * m_scale / (sqrtf(layer->v[i] * v_scale) + eps) : 0.0f;
-                local += (double)u * (double)u;
-            }
-            part[c] = local;
-        }
-        for (c = 0; c < SNIPI_CHUNKS; c++) u_sq += part[c];
-        if (layer->weight_sq > 0) sum += u_sq / layer->weight_sq;
+        double u_sq;
+        q.m = layer->m; q.v = layer->v; q.n = layer->n * layer->k;
+        u_sq = q.kind == SNIP_CUSTOM ? s->desc.sensitivity(s->desc.sensitivity_user, l, NULL) : snipi_sum_up(&sum, snipi_update_sq_chunk);
+        if (layer->weight_sq > 0) total += u_sq / layer->weight_sq;
     }
-    return sum;
+    return total;
 }
 static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 

@@ -959,9 +959,10 @@ static void test_accumulation(void) {
         }
 }
 
-// Weights quantized once for several micro-batches: outputs and counts as without, also when weights or formats change.
+// Weights quantized and packed once for several micro-batches: outputs and counts as without, also when weights or formats change.
 static void test_kept_weights(void) {
-    enum { ROWS = 5, IN = 48, OUT = 40, MICROS = 3, STEPS = 5 };
+    enum { ROWS = 5, IN = 2100, OUT = 40, MICROS = 3, STEPS = 5 };        // IN: panels of several steps along k
+    static const snip_format formats[1 + STEPS] = { SNIP_F32, SNIP_E2M1, SNIP_BF16, SNIP_E4M3, SNIP_E2M1, SNIP_E2M1 };
     float *w = randoms(OUT * IN, 1), *x = randoms(ROWS * IN, 1), *dy = randoms(ROWS * OUT, 1), *out[2], *dx[2];
     snip_layer_info info[2];
     int step, micro, i, k, same = 1, differs = 0;
@@ -969,16 +970,18 @@ static void test_kept_weights(void) {
     for (i = 0; i < 2; i++) { out[i] = floats(ROWS * OUT); dx[i] = floats(ROWS * IN); }
     {
         snip_desc d = defaults();
+        snip_recipe nearest = SNIP_RECIPE_FP4_TILE;
         snip *s[2];
         float last = 0;
         d.every = -1;
+        d.fp4.gradient = nearest;
         for (i = 0; i < 2; i++) {
             s[i] = snip_create(&d);
             CHECK(snip_add_linear(s[i], "0.a.b", OUT, IN, 0) == 0);
         }
         for (step = 1; step <= STEPS; step++) {
             snip_adamw o = optimizer(step);
-            for (i = 0; i < 2; i++) CHECK(snip_set_format(s[i], 0, SNIP_GEMMS, step == 3 ? SNIP_E4M3 : SNIP_E2M1) == SNIP_OK);
+            for (i = 0; i < 2; i++) CHECK(snip_set_format(s[i], 0, SNIP_GEMMS, formats[step]) == SNIP_OK);
             if (step == 5) w[3] = (float)HUGE_VAL;
             for (micro = 0; micro < MICROS; micro++) {
                 for (i = 0; i < 2; i++) {
@@ -987,14 +990,14 @@ static void test_kept_weights(void) {
                         snip_destroy(s[1]);
                         s[1] = snip_create(&d);
                         snip_add_linear(s[1], "0.a.b", OUT, IN, 0);
-                        snip_set_format(s[1], 0, SNIP_GEMMS, step == 3 ? SNIP_E4M3 : SNIP_E2M1);
+                        snip_set_format(s[1], 0, SNIP_GEMMS, formats[step]);
                     }
                     forward = snip_linear_forward(s[i], 0, out[i], x, w, NULL, ROWS);
                     memset(dx[i], 0, ROWS * IN * sizeof(float));
                     backward = snip_linear_backward(s[i], 0, dx[i], NULL, NULL, dy, x, w, ROWS);
                     CHECK(step == 5 ? forward == SNIP_NONFINITE : forward == SNIP_OK && backward == SNIP_OK);
                 }
-                same &= !memcmp(out[0], out[1], ROWS * OUT * sizeof(float));
+                same &= !memcmp(out[0], out[1], ROWS * OUT * sizeof(float)) && !memcmp(dx[0], dx[1], ROWS * IN * sizeof(float));
                 if (step == 5 && snip_layer(s[0], 0, &info[0]) == SNIP_OK && micro == 0) info[1] = info[0];
                 if (step == 5) CHECK(info[0].nonfinite == (micro + 1) * info[1].nonfinite && info[1].nonfinite > 0);
             }
