@@ -58,11 +58,12 @@ test-exhaustive: | $(B)
 	    $(CXX) -O2 $(OPENMP) -std=c++17 -w -I$(CUDA_HOME)/include tests/codec_oracle.cpp -o $(B)/codec_oracle -lm && $(B)/codec_oracle; \
 	else echo 'skipped: no CUDA headers in $(CUDA_HOME)/include (set CUDA_HOME)'; echo '0 passed, 0 failed, 1 skipped'; fi
 
-# One core each. Peers that are not installed are named in "skipped" lines; GGML=path of libggml-cpu.so, DNNL=path of libdnnl.so.
+# One core each, GEMMs two. Peers that are not installed are named in "skipped" lines; GGML=path of libggml-cpu.so, DNNL=path of libdnnl.so.
 BENCH_ILP = --limit 10 --cases snip_560x8,snip_560x8_8stages,measured_560x27_8stages,coupled_measured_560x8
 bench: $(B)/bench_ilp $(B)/bench_quant $(B)/bench_gemm $(B)/snip.so
 	$(B)/bench_quant
 	OMP_WAIT_POLICY=passive $(B)/bench_gemm
+	OMP_WAIT_POLICY=passive OPENBLAS_CORETYPE=Haswell DNNL_MAX_CPU_ISA=AVX2 $(B)/bench_gemm --isa avx2 1024 1024 1024
 	@if command -v python3 > /dev/null; then python3 bench/bench_quant_peers.py --lib $(B)/snip.so; else echo 'skipped: python3'; fi
 	@if command -v python3 > /dev/null; then python3 bench/bench_ilp.py --bench $(B)/bench_ilp $(BENCH_ILP); else echo 'skipped: python3'; fi
 $(B)/snip.so: $(HEADERS) | $(B)

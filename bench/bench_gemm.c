@@ -1,8 +1,10 @@
 // Scaled GEMMs beside OpenBLAS and oneDNN on the same shapes, operands quantized beforehand (or the activation within the
 // time, where the case says so). Each pair is measured in turn; the medians and the median of the ratios are given:
-// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. OMP_NUM_THREADS threads (2 if unset). Every instruction set
-// that the machine has is timed, so one run gives all of its figures; the best one's are beside every peer.
-// Arguments: m n k of one shape instead of the list; "all" for the largest too.
+// bench<TAB>case<TAB>ours<TAB>GFLOP/s<TAB>peer<TAB>theirs<TAB>ratio. Every instruction set that the machine has is timed, so one run
+// gives all of its figures; the best one's are beside every peer.
+//   --threads N   of ours and theirs (OMP_NUM_THREADS, or 2)
+//   --isa NAME    that instruction set alone, as "avx2"; OPENBLAS_CORETYPE=Haswell and DNNL_MAX_CPU_ISA=AVX2 force the peers
+//   --all         the largest shapes too; m n k: one shape instead of the list
 // -DOPENBLAS and -DDNNL where they are installed: the Makefile asks.
 #define _DEFAULT_SOURCE
 #define SNIP_IMPLEMENTATION
@@ -13,6 +15,7 @@
 #ifdef OPENBLAS
 #  include <cblas.h>
 void openblas_set_num_threads(int);
+char *openblas_get_corename(void);
 #endif
 #ifdef DNNL
 #  include <dnnl.h>
@@ -20,6 +23,8 @@ void openblas_set_num_threads(int);
 
 enum { PAIRS = 7 };
 static int threads = 1;
+static snip_isa best = SNIP_ISA_BEST;   // --isa, or the machine's best
+static char openblas_name[64] = "OpenBLAS f32";
 static double now(void) {               // one thread: processor time, so that a shared machine disturbs less
     struct timespec t;
     clock_gettime(threads > 1 ? CLOCK_MONOTONIC : CLOCK_PROCESS_CPUTIME_ID, &t);
@@ -133,12 +138,13 @@ static void compare(const char *name, job *j, const char *peer, void (*f)(void *
         b[i] = f ? seconds(f, p, times) : a[i];
         ratio[i] = b[i] / a[i];
     }
-    if (f) printf("bench\t%s %s, %lldx%lldx%lld\t%.0f\tGFLOP/s\t%s\t%.0f\t%.2f\n", name, snip_isa_name(j->isa == SNIP_ISA_BEST ? snipi_best_isa() : j->isa),
-                  (long long)m, (long long)n, (long long)k, flops / median(a, PAIRS) * 1e-9, peer, flops / median(b, PAIRS) * 1e-9, median(ratio, PAIRS));
-    else printf("bench\t%s %s, %lldx%lldx%lld\t%.0f\tGFLOP/s\t\t\t\n", name, snip_isa_name(j->isa == SNIP_ISA_BEST ? snipi_best_isa() : j->isa),
-                (long long)m, (long long)n, (long long)k, flops / median(a, PAIRS) * 1e-9);
+    printf("bench\t%s %s, %lldx%lldx%lld, %d thread%s\t%.0f\tGFLOP/s\t%s\t", name, snip_isa_name(j->isa), (long long)m, (long long)n, (long long)k, threads, threads > 1 ? "s" : "",
+           flops / median(a, PAIRS) * 1e-9, peer);
+    if (f) printf("%.0f\t%.2f\n", flops / median(b, PAIRS) * 1e-9, median(ratio, PAIRS));
+    else puts("\t");
     fflush(stdout);
 }
+static int forced;                      // by --isa
 static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     static const snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16, fp8 = SNIP_RECIPE_FP8_TILE, fp8b = SNIP_RECIPE_FP8_BLOCK,
                              fp4 = SNIP_RECIPE_FP4_TILE, fp4b = SNIP_RECIPE_FP4_BLOCK;
@@ -155,11 +161,11 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     for (i = 0; i < m * k; i++) { x[i] = (float)((i * 2654435761u >> 7) % 2001) / 1000.0f - 1.0f; bytes_x[i] = (uint8_t)(i % 25); }
     for (i = 0; i < n * k; i++) { w[i] = (float)((i * 2246822519u >> 7) % 2001) / 1000.0f - 1.0f; bytes_w[i] = (int8_t)(i % 25 - 12); }
     scratch = memory(snip_gemm_scratch(m, n, k));
-    prepare(&jf32, f32, f32, SNIP_ISA_BEST);
-    prepare(&jbf16, bf16, bf16, SNIP_ISA_BEST);
-    prepare(&jfp8, fp8, fp8b, SNIP_ISA_BEST);
-    prepare(&jfp84, fp8, fp4b, SNIP_ISA_BEST);
-    prepare(&jfp4, fp4, fp4b, SNIP_ISA_BEST);
+    prepare(&jf32, f32, f32, best);
+    prepare(&jbf16, bf16, bf16, best);
+    prepare(&jfp8, fp8, fp8b, best);
+    prepare(&jfp84, fp8, fp4b, best);
+    prepare(&jfp4, fp4, fp4b, best);
     jfp4q = jfp4; jfp4q.quantize = 1;
 #ifdef DNNL
     {
@@ -177,12 +183,12 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     }
 #endif
 #ifdef OPENBLAS
-    compare("f32", &jf32, "OpenBLAS f32", openblas_f32, NULL);
-    compare("fp4", &jfp4, "OpenBLAS f32", openblas_f32, NULL);
-    compare("fp4 with quantizing x", &jfp4q, "OpenBLAS f32", openblas_f32, NULL);
-    compare("fp8", &jfp8, "OpenBLAS f32", openblas_f32, NULL);
-    if (!peer_s8) { peer_s8 = openblas_f32; name_s8 = "OpenBLAS f32"; }
-    if (!peer_bf16) { peer_bf16 = openblas_f32; name_bf16 = "OpenBLAS f32"; }
+    compare("f32", &jf32, openblas_name, openblas_f32, NULL);
+    compare("fp4", &jfp4, openblas_name, openblas_f32, NULL);
+    compare("fp4 with quantizing x", &jfp4q, openblas_name, openblas_f32, NULL);
+    compare("fp8", &jfp8, openblas_name, openblas_f32, NULL);
+    if (!peer_s8) { peer_s8 = openblas_f32; name_s8 = openblas_name; }
+    if (!peer_bf16) { peer_bf16 = openblas_f32; name_bf16 = openblas_name; }
 #endif
 #if !defined(DNNL) && !defined(OPENBLAS)
     compare("fp4", &jfp4, "", NULL, NULL);
@@ -192,7 +198,7 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     compare("bf16", &jbf16, "", NULL, NULL);
     compare("f32", &jf32, "", NULL, NULL);
 #endif
-    for (isa = SNIP_ISA_SCALAR + 1; isa < (int)snipi_best_isa(); isa++) {       // the others, as far as they differ
+    for (isa = SNIP_ISA_SCALAR + 1; isa < (int)best && !forced; isa++) {        // the others, as far as they differ
         if (!snip_isa_available((snip_isa)isa)) continue;
         jf32.isa = jbf16.isa = jfp8.isa = jfp84.isa = jfp4.isa = (snip_isa)isa;
         if (isa != SNIP_ISA_AVX512_BF16) compare("fp4", &jfp4, name_s8, peer_s8, NULL);
@@ -204,32 +210,81 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     }
 }
 
-int main(int argc, char **argv) {
-    int isa;
-    threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
-#ifdef _OPENMP
-    omp_set_num_threads(threads);
-#else
-    threads = 1;
+#ifdef DNNL
+static const char *onednn_isa(void) {
+    switch ((int)dnnl_get_effective_cpu_isa()) {
+        case dnnl_cpu_isa_avx2: return "avx2";
+        case dnnl_cpu_isa_avx2_vnni: return "avx2 with vnni";
+        case dnnl_cpu_isa_avx512_core: return "avx512";
+        case dnnl_cpu_isa_avx512_core_vnni: return "avx512 with vnni";
+        case dnnl_cpu_isa_avx512_core_bf16: return "avx512 with vnni and bf16";
+        case dnnl_cpu_isa_avx512_core_amx: return "avx512 with vnni, bf16 and amx";
+        default: return "another instruction set";
+    }
+}
 #endif
+// The processor and what each library makes of it.
+static void tell_machine(void) {
+    char line[256] = "", cpu[256] = "processor unknown";
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    int isa;
+    while (f && fgets(line, sizeof line, f))
+        if (!strncmp(line, "model name", 10) && strchr(line, ':')) {
+            snprintf(cpu, sizeof cpu, "%s", strchr(line, ':') + 2);
+            cpu[strcspn(cpu, "\n")] = 0;
+            break;
+        }
+    if (f) fclose(f);
+    printf("# %s; %d thread%s; snip:", cpu, threads, threads > 1 ? "s" : "");
+    for (isa = SNIP_ISA_SCALAR + 1; isa < SNIP_ISA_COUNT; isa++) if (snip_isa_available((snip_isa)isa)) printf(" %s", snip_isa_name((snip_isa)isa));
+    if (forced) printf(", of which %s", snip_isa_name(best));
 #ifdef OPENBLAS
     openblas_set_num_threads(threads);
-#else
+    snprintf(openblas_name, sizeof openblas_name, "OpenBLAS f32 (%s)", openblas_get_corename());
+    printf("; OpenBLAS: core type %s", openblas_get_corename());
+#endif
+#ifdef DNNL
+    printf("; oneDNN %d.%d: %s", dnnl_version()->major, dnnl_version()->minor, onednn_isa());
+#endif
+    puts("");
+#ifndef OPENBLAS
     puts("skipped: OpenBLAS (not installed)");
 #endif
 #ifndef DNNL
     puts("skipped: oneDNN (not installed)");
 #endif
-    printf("# %d threads, instruction sets:", threads);
-    for (isa = SNIP_ISA_SCALAR + 1; isa < SNIP_ISA_COUNT; isa++) if (snip_isa_available((snip_isa)isa)) printf(" %s", snip_isa_name((snip_isa)isa));
-    puts("");
-    if (argc == 4) { bench_shape(atoll(argv[1]), atoll(argv[2]), atoll(argv[3])); return 0; }
+}
+
+int main(int argc, char **argv) {
+    int all = 0, sizes = 0, i, isa;
+    int64_t size[3] = { 0, 0, 0 };
+    threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
+    best = snipi_best_isa();
+    for (i = 1; i < argc; i++)
+        if (!strcmp(argv[i], "--all")) all = 1;
+        else if (!strcmp(argv[i], "--threads") && i + 1 < argc) threads = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--isa") && i + 1 < argc) {
+            for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT && strcmp(snip_isa_name((snip_isa)isa), argv[i + 1]); isa++) { }
+            if (isa == SNIP_ISA_COUNT || !snip_isa_available((snip_isa)isa)) { printf("skipped: %s (not on this machine)\n", argv[i + 1]); return 0; }
+            best = (snip_isa)isa;
+            forced = 1;
+            i++;
+        } else if (sizes < 3 && atoll(argv[i]) > 0) size[sizes++] = atoll(argv[i]);
+        else { fprintf(stderr, "bench_gemm [--threads N] [--isa NAME] [--all | m n k]\n"); return 2; }
+    if (threads < 1) threads = 1;
+#ifdef _OPENMP
+    omp_set_num_threads(threads);
+#else
+    threads = 1;
+#endif
+    tell_machine();
+    if (sizes == 3) { bench_shape(size[0], size[1], size[2]); return 0; }
     bench_shape(512, 512, 512);
     bench_shape(1024, 1024, 1024);
-    bench_shape(2048, 2048, 2048);
     bench_shape(64, 4096, 4096);
     bench_shape(4096, 64, 4096);
-    if (argc > 1) {
+    if (all) {
+        bench_shape(2048, 2048, 2048);
         bench_shape(2048, 4096, 4096);
         bench_shape(4096, 4096, 1024);
         bench_shape(4096, 2752, 1024);
