@@ -4086,13 +4086,16 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 //   clean          statistics; its gradients are the ones the optimizer uses.
 //
 // Loss change if layer l's forward GEMM runs in format f, e_A = Q_f(A) - A:
-//   first  = <dX, e_X> + <dW, e_W>             second = (h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
+//   first  = <dX, e_X> + <dW, e_W>             second = (a h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
 // Relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2:
-//   fwd    (|e_X|^2 / n_X * |dY' W|^2  +  |e_W|^2 / n_W * |dY'^T X|^2) / U^2
+//   fwd    (a |e_X|^2 / n_X * |dY' W|^2  +  |e_W|^2 / n_W * |dY'^T X|^2) / U^2
 //   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2  +  |e_W|^2 / n_W * |dY^T X'|^2) / U^2
 //   wgrad  |D * dW_err|^2 / |W|^2 / U^2, dW_err the GEMM's error in format f, on a sample of the output features
 // The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T repeats
 // with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
+// Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is sensitive. That is seen in the
+// clean pass: a = in sum over rows r <dX_r, e_r>^2 / sum (|dX_r|^2 |e_r|^2), 1 for white errors, 0.5 to 6 in fact; curvature (Fisher's, sum
+// dX_r^T dX_r) and answer are taken to have dX's directions.
 // dY' W and X' W^T are sketched behind a random projection of W to 32 columns. dY'^T X + dY^T X' is the change of dW; its two
 // parts are uncorrelated and share its square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
 // The learning rate cancels in the ratio, so D and u are taken at rate 1.
@@ -4123,6 +4126,7 @@ enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
     double err_x, err_w, err_dy, dot_x, dot_w;
+    double along_x, white_x;    // sum over rows of <dX, e_X>^2, and of |dX|^2 |e_X|^2 / columns, which it would be for white errors
     double wgrad_err;           // |D * dW_err|^2
 } snipi_measured;
 enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
@@ -4775,6 +4779,48 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     return snipi_finish_call(s, l, nonfinite, status);
 }
 
+// X's rounding errors in a candidate, beside dX.
+static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, snipi_measured *to) {
+    enum { LANES = 16 };
+    int64_t k = l->k;
+    snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
+    float *rounded = snipi_reserve_floats(s, SNIPI_SLOT_X, rows * k);
+    double part[SNIPI_CHUNKS][3];
+    snip_quant_stats stats;
+    int c;
+    if (!rounded) return SNIP_OUT_OF_MEMORY;
+    snip_fake_quantize(&recipe, x, rows, k, k, rounded, k, snipi_key(s, l, micro, SNIPI_ROLE_X), NULL, &stats);
+    SNIPI_OMP(omp parallel for schedule(static))
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        int64_t r, end = rows * (c + 1) / SNIPI_CHUNKS;
+        double dot = 0, along = 0, white = 0;
+        for (r = rows * c / SNIPI_CHUNKS; r < end; r++) {
+            const float *a = x + r * k, *q = rounded + r * k, *d = dx + r * k;
+            float lanes[3][LANES] = { { 0 } };
+            double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, |e|^2
+            int64_t i;
+            int j;
+            for (i = 0; i + LANES <= k; i += LANES)
+                for (j = 0; j < LANES; j++) {
+                    float e = q[i + j] - a[i + j];
+                    lanes[0][j] += d[i + j] * e; lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += e * e;
+                }
+            for (j = 0; i < k; i++, j++) {
+                float e = q[i] - a[i];
+                lanes[0][j] += d[i] * e; lanes[1][j] += d[i] * d[i]; lanes[2][j] += e * e;
+            }
+            for (i = 0; i < 3; i++) for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
+            dot += row[0];
+            along += row[0] * row[0];
+            white += row[1] * row[2] / (double)k;
+        }
+        part[c][0] = dot; part[c][1] = along; part[c][2] = white;
+    }
+    for (c = 0; c < SNIPI_CHUNKS; c++) { to->dot_x += part[c][0]; to->along_x += part[c][1]; to->white_x += part[c][2]; }
+    to->err_x += stats.err_sq;
+    if (f == 0) l->input_sq += stats.sum_sq;
+    return SNIP_OK;
+}
 // The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
 static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows) {
     int64_t nx = rows * l->k, nw = l->n * l->k;
@@ -4802,12 +4848,10 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION), gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
+            snip_recipe gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
             snip_quant_stats stats;
-            snip_fake_quantize(&recipe, inp, rows, l->k, l->k, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_X), own, &stats);
-            l->measured[f].err_x += stats.err_sq;
-            l->measured[f].dot_x += stats.dot;
-            if (f == 0) l->input_sq += stats.sum_sq;
+            status = snipi_measure_input(s, l, micro, f, inp, rows, own, &l->measured[f]);
+            if (status) return status;
             if (!sketched) continue;
             snip_fake_quantize(&gradient, dout, rows, l->n, l->n, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_DY), NULL, &stats);
             l->measured[f].err_dy += stats.err_sq;
@@ -4973,12 +5017,13 @@ static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int 
     double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
     double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
+    double mean_x = snipi_ratio(q->err_x, (double)l->elements_x) * (q->white_x > 0 ? q->along_x / q->white_x : 1), mean_w = q->err_w / n_w;
     snip_estimate e;
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
-    e.loss_second = 0.5 * (h_x * snipi_ratio(q->err_x, (double)l->elements_x) + h_w * q->err_w / n_w);
-    e.update[SNIP_FWD] = (snipi_ratio(q->err_x, (double)l->elements_x) * l->sketched_sq[SNIPI_SKETCH_DYW] + q->err_w / n_w * by_fwd) * probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + q->err_w / n_w * (dw_sq - by_fwd)) * probe;
+    e.loss_second = 0.5 * (h_x * mean_x + h_w * mean_w);
+    e.update[SNIP_FWD] = (mean_x * l->sketched_sq[SNIPI_SKETCH_DYW] + mean_w * by_fwd) * probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + mean_w * (dw_sq - by_fwd)) * probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }

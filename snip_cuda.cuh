@@ -1521,6 +1521,7 @@ typedef struct {                        // a layer's measurement
     double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq, update_sq;    // input_sq: of the loss probe's first micro-batch
     double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
     snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
+    double along[SNIPI_CANDIDATES][2];  // along_x, white_x
 } snipi_cuda_record;
 typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
 typedef struct { double seen_sq[2], seen[2]; unsigned long long nonfinite; } snipi_cuda_watched;        // of a layer in every step, as in snipi_layer
@@ -1840,9 +1841,9 @@ static snip_status snipi_cuda_sketch_projected(snip_cuda *c, const snipi_layer *
     if (!status) status = snipi_cuda_f32(rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result, stream);
     return status ? status : snipi_cuda_sketch_add(c, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED, stream);
 }
-// Adds a candidate's rounding errors of x to *stats.
+// Adds a candidate's rounding errors of x to *stats. codes and scales may be NULL.
 static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind, int role, const float *x, int64_t rows, int64_t cols, const float *weight,
-                                     snip_quant_stats *stats, cudaStream_t stream) {
+                                     void *codes, void *scales, snip_quant_stats *stats, cudaStream_t stream) {
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
     snip_quantize_job job = {};
     snipi_cuda_options options = { 0, NULL, NULL, 1 };
@@ -1850,8 +1851,38 @@ static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, i
     job.rows = rows; job.cols = job.ld = cols;
     job.recipe = &recipe;
     job.weight = weight;
+    job.codes = codes; job.scales = scales;
     job.key = snipi_key(c->s, l, micro, role);
     return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+}
+struct snipi_cuda_pairs { const double *x; __device__ double operator()(int64_t i) const { return x[2 * i]; } };
+static __global__ void snipi_cuda_along_kernel(double *pairs, const float *x, const float *rounded, const float *dx, int64_t k) {       // a block for each row
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    const int64_t at = (int64_t)blockIdx.x * k;
+    double dot = 0, d_sq = 0, e_sq = 0;
+    for (int64_t i = at + threadIdx.x; i < at + k; i += SNIPI_THREADS) {
+        const double e = (double)(rounded[i] - x[i]), d = (double)dx[i];
+        dot += d * e; d_sq += d * d; e_sq += e * e;
+    }
+    dot = snipi_cuda_block_sum(dot, sums);
+    d_sq = snipi_cuda_block_sum(d_sq, sums);
+    e_sq = snipi_cuda_block_sum(e_sq, sums);
+    if (threadIdx.x) return;
+    pairs[2 * blockIdx.x] = dot * dot;
+    pairs[2 * blockIdx.x + 1] = d_sq * e_sq / (double)k;
+}
+// X's rounding errors beside dX, as in snipi_measure_input.
+static snip_status snipi_cuda_measure_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, cudaStream_t stream) {
+    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
+    snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], SNIPI_ACTIVATION);
+    float *rounded = snipi_cuda_floats(c, SNIPI_CUDA_X);
+    double *pairs = (double *)c->slot[SNIPI_CUDA_PROJECTED];
+    void *codes = c->slot[SNIPI_CUDA_A], *scales = c->slot[SNIPI_CUDA_A_SCALES];
+    snip_status status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, x, rows, l->k, dx, codes, scales, &r->x[f], stream);
+    if (!status) status = snip_cuda_dequantize(&recipe, codes, scales, rows, l->k, rounded, SNIP_F32, l->k, stream);
+    if (!status) status = snipi_cuda_launch(snipi_cuda_along_kernel, rows, SNIPI_THREADS, 0, stream, pairs, x, (const float *)rounded, dx, l->k);
+    for (int i = 0; i < 2 && !status; i++) status = snipi_cuda_total(c, snipi_cuda_pairs{ pairs + i }, rows, &r->along[f][i], 1, 1, stream);
+    return status;
 }
 static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
     const int64_t samples = snipi_samples(c->s, l);
@@ -1913,8 +1944,8 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
-        status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, inp, rows, l->k, own, &r->x[f], stream);
-        if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, &r->dy[f], stream);
+        status = snipi_cuda_measure_input(c, l, micro, f, inp, rows, own, stream);
+        if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, NULL, NULL, &r->dy[f], stream);
     }
 
     if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
@@ -1923,7 +1954,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
-        status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, &r->w[f], stream);
+        status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, NULL, NULL, &r->w[f], stream);
     if (clean && snipi_probes_updates(c->s) && !status) status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
     return status;
 }
@@ -2049,6 +2080,7 @@ static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
             q->err_x = r->x[f].err_sq; q->dot_x = r->x[f].dot;
             q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]); q->dot_w = r->w[f].dot;
             q->err_dy = r->dy[f].err_sq;
+            q->along_x = r->along[f][0]; q->white_x = r->along[f][1];
             q->wgrad_err = r->wgrad_err[f];
         }
         if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;

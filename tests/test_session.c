@@ -544,6 +544,23 @@ static void test_trajectory(void) {
     for (l = 0; l < 2; l++) CHECK(!memcmp(n[0].w[l], n[1].w[l], (size_t)weights_of(n, l) * sizeof(float)));
     for (i = 0; i < 2; i++) { snip_destroy(s[i]); model_free(&n[i]); }
 }
+// How much more of the rounding error of x [rows][cols] lies along the gradient, row by row, than of white noise.
+static double along_gradient(const snip_recipe *r, const float *x, const double *gradient, int rows, int cols) {
+    float *q = seen(r, x, rows, cols, 0);
+    double along = 0, white = 0;
+    int i, j;
+    for (i = 0; i < rows; i++) {
+        double dot = 0, g_sq = 0, e_sq = 0;
+        for (j = 0; j < cols; j++) {
+            double e = (double)q[i * cols + j] - (double)x[i * cols + j], g = gradient[i * cols + j];
+            dot += e * g; g_sq += g * g; e_sq += e * e;
+        }
+        along += dot * dot;
+        white += g_sq * e_sq / cols;
+    }
+    free(q);
+    return along / white;
+}
 // One linear layer, L = |X W^T - T|^2 / 2: tr d2L/dX2 = rows |W|^2 and tr d2L/dW2 = out |X|^2.
 static void test_loss_estimates(void) {
     enum { ROWS = 48, N = 40, K = 136, STEPS = 24 };
@@ -567,12 +584,13 @@ static void test_loss_estimates(void) {
         for (k = 0; k < K; k++) { gx[i * K + k] += residual[i * N + j] * (double)w[j * K + k]; gw[j * K + k] += residual[i * N + j] * (double)x[i * K + k]; }
     }
     for (f = 0; f < 2; f++) {
-        double ex = 0, ew = 0;
+        double ex = 0, ew = 0, along;
         first[f] = size[f] = 0;
         qx = seen(&rx[f], x, ROWS, K, 0); qw = seen(&rw[f], w, N, K, 0);
         for (i = 0; i < ROWS * K; i++) { double e = (double)qx[i] - (double)x[i]; ex += e * e; first[f] += gx[i] * e; size[f] += gx[i] * gx[i] * e * e; }
         for (i = 0; i < N * K; i++) { double e = (double)qw[i] - (double)w[i]; ew += e * e; first[f] += gw[i] * e; size[f] += gw[i] * gw[i] * e * e; }
-        second[f] = 0.5 * (ROWS * w_sq * ex / (ROWS * K) + N * x_sq * ew / (N * K));
+        along = along_gradient(&rx[f], x, gx, ROWS, K);
+        second[f] = 0.5 * (ROWS * w_sq * ex / (ROWS * K) * along + N * x_sq * ew / (N * K));
         free(qx); free(qw);
     }
     d.every = 1;
@@ -655,6 +673,13 @@ static void test_update_estimates(void) {
                 const float *held = on_weight ? (g ? clean_dy : x) : n.w[l];
                 snip_recipe tile = recipe_fp4_tile(), block = recipe_fp4_block();
                 double error = on_weight ? rounding_error(&block, n.w[l], out, in) : rounding_error(&tile, g ? clean_dy : x, ROWS, inner);
+                if (!on_weight && g == 0) {             // X's errors are taken as far along dX as they lie
+                    double *dx = (double *)get((size_t)(ROWS * in) * sizeof(double));
+                    model_pass(&n, exact);
+                    product(dx, ROWS, in, out, l ? n.dy : n.dh, out, 1, n.w[l], 1, in);
+                    error *= along_gradient(&tile, x, dx, ROWS, in);
+                    free(dx);
+                }
                 for (draw = 0; draw < DRAWS; draw++) {
                     for (i = 0; i < HID * HID; i++) white[i] = rng() & 1 ? amount : -amount;
                     for (r = 0; r < ROWS; r++)
