@@ -72,9 +72,9 @@ SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, 
 SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
-// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
-// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
-// or two of F32 or BF16, each as it lies or transposed.
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
+// tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
+// BF16, each as it lies or transposed.
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
@@ -193,14 +193,17 @@ SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_bf16, "m16n8k16", "f32.bf16.bf16.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e5m2, "m16n8k32", "f32.e4m3.e5m2.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e4m3, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "+f")
 
 // Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
 SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 SNIPI_DEVICE char *snipi_ptx_dynamic_shared() { extern __shared__ char snipi_dynamic_shared[]; return snipi_dynamic_shared; }
 SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory"); }
-SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+// Initialized barriers become visible to other threads, and to TMA, which is of another proxy.
+SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" : : : "memory"); }
 SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory"); }
 SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(bytes) : "memory");
@@ -214,7 +217,8 @@ SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t 
 }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
-// Rows of 128 bytes in groups of eight, 128-byte swizzle.
+// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, mode.
+// 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must lie at multiples of 1024.
 SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 SNIPI_DEVICE void snipi_ptx_wgmma_begin(float d[64]) {
 #pragma unroll
@@ -237,20 +241,40 @@ SNIPI_DEVICE void snipi_ptx_wgmma_end(float d[64]) {
                      : SNIPI_PTX_8(d, 0), SNIPI_PTX_8(d, 8), SNIPI_PTX_8(d, 16), SNIPI_PTX_8(d, 24), SNIPI_PTX_8(d, 32), SNIPI_PTX_8(d, 40), SNIPI_PTX_8(d, 48), SNIPI_PTX_8(d, 56) \
                      : "l"(a), "l"(b), "r"(add)); \
     }
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3, "e4m3.e4m3")
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2, "e5m2.e4m3")  // A is E5M2
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "e4m3.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "e4m3.e5m2")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "e5m2.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "e5m2.e5m2")
 
 // A map of bytes [rows][k] in boxes of 128 x 128, zeros beyond the edges. 1: done.
 static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
-    static void *encode;
     cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)k };
     cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
     cudaDriverEntryPointQueryResult found;
-    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found) != cudaSuccess || found != cudaDriverEntryPointSuccess)) return 0;
+    void *encode = NULL;
+#if CUDART_VERSION >= 12050
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !encode) return 0;
     return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 #endif
+
+template <int A, int B> SNIPI_DEVICE void snipi_ptx_mma_fp8(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_mma_e4m3_e4m3(d, a, b);
+    else if constexpr (A == SNIP_E4M3) snipi_ptx_mma_e4m3_e5m2(d, a, b);
+    else if constexpr (B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d, a, b);
+    else snipi_ptx_mma_e5m2_e5m2(d, a, b);
+}
+template <int A, int B> SNIPI_DEVICE void snipi_ptx_wgmma(float d[64], uint64_t a, uint64_t b, int add) {
+    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
+    else if constexpr (A == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
+    else if constexpr (B == SNIP_E4M3) snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
+    else snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+}
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
 // A thread block takes 128 x 128 elements of x, as it lies (straight), transposed (turned), or both. For each: the
@@ -986,7 +1010,7 @@ typedef struct {
     int64_t m, n, k, ldc, block;        // block: of exact sums along k, 0: float sums
     float *c;
     const float *bias;
-    int accumulate;
+    int accumulate, pairs;              // pairs: two floats of a row of C may be read or written at once
     unsigned long long *nonfinite;      // counts C's, where the operands are plain; or NULL
 } snipi_cuda_gemm_job;
 
@@ -1070,19 +1094,19 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
     uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
     return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
 }
-template <int FORMAT_A> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
         uint32_t a16[4], b16[2];
 #pragma unroll
         for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
 #pragma unroll
-        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd);
+        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<FORMAT_B>(b[i] >> 8 * odd);
         snipi_ptx_mma_f16(d, a16, b16);
     }
 }
 
-template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
+template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
     typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
     __shared__ snipi_mma_shared shared;
     const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
@@ -1091,8 +1115,8 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
     const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
     // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
     const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
-    const float post_b = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;     // of the elements multiplied
-    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post_b;
+    const float post = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;       // of the elements multiplied
+    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post, post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E5M2 ? 1.0f : post;
     accumulator d[4][4][4];
     float c[4][4][4];
     uint4 next[2][2];
@@ -1138,9 +1162,8 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
                     for (int j = 0; j < 4; j++) {
                         const uint32_t *bj = b[j / 2] + j % 2 * 2;
                         if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
-                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A>(d[i][j], a[i], bj);
-                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3(d[i][j], a[i], bj);
-                        else snipi_ptx_mma_e5m2(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
+                        else snipi_ptx_mma_fp8<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
                     }
             }
             if ((t & 1) || t == tiles - 1) {
@@ -1185,12 +1208,12 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
             }
 }
 // Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
-template <int KIND, int FORMAT_A>
+template <int KIND, int FORMAT_A, int FORMAT_B>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
 #if defined(__CUDA_ARCH__)
     if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
-    snipi_mma_kernel_body<KIND, FORMAT_A>(g);
+    snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
 }
 
 // F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
@@ -1334,10 +1357,15 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 // and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
 // Barriers: full, when both have come; empty, when every consuming warp has read the stage.
 enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
+enum { SNIPI_PRODUCER_REGISTERS = 40, SNIPI_CONSUMER_REGISTERS = 232 };
 typedef struct {
     uint64_t full[SNIPI_STAGES], empty[SNIPI_STAGES];
     float scale[SNIPI_STAGES][2][SNIPI_BLOCK];
 } snipi_wgmma_shared;
+static_assert(SNIPI_BLOCK == 128 && SNIPI_STAGE_BYTES % 2048 == 0, "a tile is one TMA box, at a multiple of 1024 bytes");
+static_assert(SNIPI_WGMMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
+static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_CONSUMER_REGISTERS <= SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8), "registers of the launch");
+static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_CONSUMER_REGISTERS % 8 == 0, "setmaxnreg");
 
 // The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
 SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
@@ -1374,19 +1402,40 @@ SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtens
         }
     }
 }
-template <int FORMAT_A>
+// Two neighbours in a row of C, at once where g.pairs says that they may be.
+SNIPI_DEVICE void snipi_wgmma_begin_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, float c[2]) {
+    c[0] = c[1] = 0;
+    if (r >= g.m || j >= g.n) return;
+    if (g.accumulate && g.pairs) {
+        float2 v = *(const float2 *)(g.c + r * g.ldc + j);
+        c[0] = v.x; c[1] = v.y;
+    } else {
+        c[0] = snipi_cuda_begin_c(g, r, j);
+        if (j + 1 < g.n) c[1] = snipi_cuda_begin_c(g, r, j + 1);
+    }
+}
+SNIPI_DEVICE void snipi_wgmma_end_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, const float c[2]) {
+    if (r >= g.m || j >= g.n) return;
+    if (g.pairs && !(g.accumulate && g.bias)) *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[0], c[1]);
+    else {
+        snipi_cuda_end_c(g, r, j, c[0]);
+        if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[1]);
+    }
+}
+template <int FORMAT_A, int FORMAT_B>
 SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
     const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
+    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;      // for all of a tile's columns
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
-        float c[64], d[64];
+        float c[64], d[64];             // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
         snipi_wgmma_tile(g, t, &m0, &n0);
 #pragma unroll
-        for (int i = 0; i < 64; i++) {          // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
-            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
-            c[i] = r < g.m && j < g.n ? snipi_cuda_begin_c(g, r, j) : 0.0f;
-            d[i] = 0;
+        for (int i = 0; i < 64; i += 2) {
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col;
+            snipi_wgmma_begin_c(g, r, j, c + i);
+            d[i] = d[i + 1] = 0;
         }
         for (int kb = 0; kb < blocks; kb++) {
             const char *a = stages + stage * SNIPI_STAGE_BYTES + group * 64 * 128, *b = stages + stage * SNIPI_STAGE_BYTES + SNIPI_STAGE_BYTES / 2;
@@ -1396,25 +1445,28 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
                 uint64_t at_a = snipi_ptx_wgmma_operand(a + 32 * kk), at_b = snipi_ptx_wgmma_operand(b + 32 * kk);
-                if (FORMAT_A == SNIP_E4M3) snipi_ptx_wgmma_e4m3(d, at_a, at_b, kk > 0);
-                else snipi_ptx_wgmma_e5m2(d, at_a, at_b, kk > 0);
+                snipi_ptx_wgmma<FORMAT_A, FORMAT_B>(d, at_a, at_b, kk > 0);
             }
             snipi_ptx_wgmma_end(d);
             float above = shared->scale[stage][0][row], below = shared->scale[stage][0][row + 8];
+            if (one_scale) {            // the same products of scales, two instead of 64
+                above = __fmul_rn(above, scale_b[0]);
+                below = __fmul_rn(below, scale_b[0]);
 #pragma unroll
-            for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+                for (int i = 0; i < 64; i++) c[i] = fmaf(i & 2 ? below : above, d[i], c[i]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+            }
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
             if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
         }
 #pragma unroll
-        for (int i = 0; i < 64; i++) {
-            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
-            if (r < g.m && j < g.n) snipi_cuda_end_c(g, r, j, c[i]);
-        }
+        for (int i = 0; i < 64; i += 2) snipi_wgmma_end_c(g, m0 + row + (i & 2) * 4, n0 + i / 4 * 8 + col, c + i);
     }
 }
-template <int FORMAT_A>
+template <int FORMAT_A, int FORMAT_B>
 static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ snipi_wgmma_shared shared;
@@ -1430,11 +1482,11 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        snipi_ptx_registers_fewer<40>();
+        snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
         snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks);
     } else {
-        snipi_ptx_registers_more<232>();
-        snipi_wgmma_consume<FORMAT_A>(g, stages, &shared, tiles, blocks);
+        snipi_ptx_registers_more<SNIPI_CONSUMER_REGISTERS>();
+        snipi_wgmma_consume<FORMAT_A, FORMAT_B>(g, stages, &shared, tiles, blocks);
     }
 #endif
 }
@@ -1460,6 +1512,7 @@ static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int6
     g->c = c; g->ldc = ldc;
     g->bias = bias;
     g->accumulate = accumulate != 0;
+    g->pairs = n % 2 == 0 && ldc % 2 == 0 && (uintptr_t)c % sizeof(float2) == 0;
     if (k == 0) return SNIP_OK;
     g->a = snipi_cuda_operand_of(a, m, k);
     g->b = snipi_cuda_operand_of(b, n, k);
@@ -1476,22 +1529,25 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
 // Whether the kernel was compiled for this GPU with its body, which has shared memory.
 template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.sharedSizeBytes > 0;
+    cudaGetLastError();                 // it has none: no error of the caller's
+    return 0;
 }
-template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
     int64_t blocks = snipi_cuda_blocks(g.m, g.n);
-    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A>)) {
+    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>)) {
         CUtensorMap map_a, map_b;
         int device, processors;
         if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
             !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k)) return SNIP_DEVICE;
-        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
     }
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
 }
+static int snipi_cuda_is_fp8(snip_format f) { return f == SNIP_E4M3 || f == SNIP_E5M2; }
 static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
 static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                    float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
@@ -1499,16 +1555,17 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     snip_format format_a = a->recipe->format, format_b = b->recipe->format;
-    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
+    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
     int plain = snipi_plain(format_a) && snipi_plain(format_b);
     if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
     g.nonfinite = nonfinite;
     if (plain) return snipi_cuda_launch(snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel : snipi_f32_kernel,
                                         snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
-    if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
-    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+    if (fp8 && format_a == SNIP_E5M2) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
+    if (fp8) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
 }
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
@@ -2180,7 +2237,7 @@ SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStr
 }
 
 static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
-    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = (a.format == SNIP_E4M3 || a.format == SNIP_E5M2) && b.format == SNIP_E4M3;
+    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
     return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) && snipi_cuda_recipe_ok(&b);
 }
 SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
@@ -2210,7 +2267,7 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
         return NULL;
     }
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) {
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) {
         snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
         return NULL;
     }
