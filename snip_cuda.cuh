@@ -106,7 +106,8 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
 // Random numbers move on, because kernels read the step from device memory.
 // All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
 typedef struct snip_cuda snip_cuda;
-// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument.
+// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as it lies and
+// transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all micro-batches.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
 // After the last snip_add_linear and snip_state_load. memory stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
 SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
@@ -118,8 +119,8 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *di
 // loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
 SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 // Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
-// is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
-// precision. grad_scale: device memory, instead of adamw's; or NULL.
+// is about that step, except for refused arguments. Counts NaN, infinity and saturated elements in what was quantized, and NaN
+// and infinity in products in high precision; snip_layer has that step's counts. grad_scale: device memory, instead of adamw's; or NULL.
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
 // snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most snip_cuda_create's.
 SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
@@ -293,6 +294,7 @@ typedef struct {                        // one orientation
     uint8_t *codes;                     // may be NULL
     void *scales;                       // may be NULL
     snip_quant_stats *part;             // [blocks], or NULL
+    unsigned long long *counts;         // NaN and infinity, saturated; or NULL
 } snipi_cuda_side;
 typedef struct {
     const void *x;
@@ -305,7 +307,7 @@ typedef struct {
     int out_bf16;
     snip_rng_key key, key_t;            // of straight and turned
     const uint32_t *step;               // instead of theirs, or NULL
-    unsigned long long *nonfinite;      // counts x's, or NULL
+    const unsigned long long *more;     // two, for straight.counts (or turned's, if alone), or NULL
     const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
 } snipi_cuda_quantizer;
 typedef struct {
@@ -415,6 +417,7 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
         int over, finite = !snipi_nonfinite(x[i]);
         float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
         code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
+        tally->saturated += finite & over;
         if (MODE == SNIPI_MEASURE) {    // the error in units of the scale: there nothing overflows
             float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
             double v = finite ? (double)x[i] : 0, d = !finite ? 0 : low ? (double)(value - x[i]) : (double)(element - y) * (double)scale;
@@ -424,7 +427,6 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
             tally->dot += (double)extra->weight[i] * d;
             tally->amax = snipi_cuda_amax(tally->amax, x[i]);
             tally->nonfinite += !finite;
-            tally->saturated += finite & over;
         }
     }
     return snipi_cuda_pack<FORMAT>(code);
@@ -504,7 +506,7 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_
         amax = snipi_cuda_lanes_max(amax, lanes);
         if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
     }
-    if (bad && q.nonfinite) atomicAdd(q.nonfinite, (unsigned long long)bad);
+    if (bad && q.straight.counts) atomicAdd(q.straight.counts, (unsigned long long)bad);
 }
 template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
@@ -521,7 +523,7 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_qu
         }
         atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
     }
-    if (bad && q.nonfinite && !q.straight.recipe.format) atomicAdd(q.nonfinite, (unsigned long long)bad);
+    if (bad && q.turned.counts) atomicAdd(q.turned.counts, (unsigned long long)bad);
 }
 template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
@@ -569,6 +571,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
                 else ((float *)q.out)[at] = extra.value[j];
             }
     }
+    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
     if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
 }
 
@@ -617,6 +620,7 @@ SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cud
         if (FORMAT == SNIP_E2M1) ((uint16_t *)to)[k % 4] = (uint16_t)word;
         else ((uint32_t *)to)[k % 4] = word;
     }
+    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
     if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
 }
 // Out of shared memory, 16 codes a thread.
@@ -643,6 +647,7 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
     const int straight = q.straight.recipe.format != 0, turned = q.turned.recipe.format != 0;
     const int hold = MODE == SNIPI_NEAREST && q.held && r0 + SNIPI_BLOCK <= q.rows && c0 + SNIPI_BLOCK <= q.cols;
     float x[SNIPI_ROWS][4];
+    if (q.more && blockIdx.x == 0 && threadIdx.x < 2) atomicAdd((straight ? q.straight.counts : q.turned.counts) + threadIdx.x, q.more[threadIdx.x]);
     if (hold) {
         const int64_t at = (r0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * q.ld + c0 + threadIdx.x % SNIPI_WARP * 4;
         if (q.bf16) {
@@ -723,6 +728,8 @@ static int snipi_cuda_recipe_ok(const snip_recipe *r) {
     if (r->tile_rows == SNIPI_BLOCK) return r->tile_cols == SNIPI_BLOCK;
     return r->tile_rows == 1 && (r->tile_cols == 16 || r->tile_cols == 32 || r->tile_cols == 64 || r->tile_cols == 128);
 }
+// Whether rounding to nearest may put an element beyond the largest: not where the scale follows from the tile's largest and is not rounded down.
+static int snipi_cuda_may_saturate(const snip_recipe *r) { return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP; }
 static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
 
 // word: of codes stored at once.
@@ -743,7 +750,13 @@ SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
     return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
-typedef struct { uint32_t tensor_t; const uint32_t *step; unsigned long long *nonfinite; int add_stats; } snipi_cuda_options;      // tensor_t: of the transposed one's random numbers
+typedef struct {
+    uint32_t tensor_t;                  // of the transposed one's random numbers
+    const uint32_t *step;
+    unsigned long long *counts, *counts_t;      // added to, by orientation: NaN and infinity, saturated; or NULL
+    const unsigned long long *more;     // two more for the first of these, or NULL
+    int add_stats;
+} snipi_cuda_options;
 static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
                                        void *scratch, const snipi_cuda_options &options, cudaStream_t stream) {
     snipi_cuda_quantizer q = {};
@@ -764,7 +777,7 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
     if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) {       // one after the other; turned first, because out may be x
         snipi_cuda_options uncounted = options;
-        uncounted.nonfinite = NULL;
+        uncounted.more = NULL;
         any.recipe = NULL;
         any.codes = any.scales = any.out = NULL;
         status = snipi_cuda_quantize(&any, codes, NULL, stats_t, scratch, uncounted, stream);
@@ -790,11 +803,13 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     q.key = q.key_t = job->key;
     q.key_t.tensor = options.tensor_t;
     q.step = options.step;
-    q.nonfinite = options.nonfinite;
+    q.more = options.more;
     q.amax = (const uint32_t *)scratch;
     if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
     if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
-    q.held = q.vectors && (!r || q.straight.aligned);
+    if (r) q.straight.counts = options.counts;
+    if (r_t) q.turned.counts = options.counts_t;
+    q.held = q.vectors && (!r || q.straight.aligned) && !(q.straight.counts && snipi_cuda_may_saturate(r)) && !(q.turned.counts && snipi_cuda_may_saturate(r_t));
     if (stats) q.straight.part = (snip_quant_stats *)((char *)scratch + 256);
     if (stats_t) q.turned.part = (snip_quant_stats *)((char *)scratch + 256) + blocks;
     if (nvfp4) {
@@ -814,7 +829,7 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
 }
 SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
                                         void *scratch, cudaStream_t stream) {
-    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, 0 };
+    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, NULL, NULL, 0 };
     return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
 }
 
@@ -1580,7 +1595,12 @@ typedef struct {                        // a layer's measurement
     snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
 } snipi_cuda_record;
 typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
-typedef struct { double seen_sq[2], seen[2]; unsigned long long nonfinite; } snipi_cuda_watched;        // of a layer in every step, as in snipi_layer
+typedef struct {                        // of a layer in every step, as in snipi_layer
+    double seen_sq[2], seen[2];
+    unsigned long long counts[2], held[2][2];   // NaN and infinity, saturated; held: of the weight that micro-batches share, and its transpose
+} snipi_cuda_watched;
+// A layer's weight as quantized, as it lies and transposed: for a step's ordinary pass, within or without a CUDA graph.
+typedef struct { void *codes[2], *scales[2]; const float *of[2]; snip_format format[2]; int64_t step[2]; unsigned long long capture[2]; } snipi_cuda_held;
 typedef struct {                        // a step on its way to the host
     cudaEvent_t done;
     snipi_cuda_globals *globals;        // pinned
@@ -1602,6 +1622,8 @@ struct snip_cuda {
     snipi_cuda_watched *watched;        // [layers], of the step under way
     float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
     snipi_cuda_ended *ended;            // [lag + 1]
+    const snipi_cuda_watched *last;     // of the last step read
+    snipi_cuda_held *held;              // [layers]
     int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
     void *pinned;
 };
@@ -1643,6 +1665,14 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         c->slot[i] = base ? base + used : NULL;
         used += (need[i] + 255) / 256 * 256;
     }
+    for (int l = 0; l < s->n_layers; l++)
+        for (int t = 0; t < 2; t++) {
+            const int64_t n = t ? s->layers[l].k : s->layers[l].n, k = t ? s->layers[l].n : s->layers[l].k;
+            for (int scales = 0; scales < 2; scales++) {
+                if (base) (scales ? c->held[l].scales : c->held[l].codes)[t] = base + used;
+                used += (snipi_widest(s, SNIPI_WEIGHT, n, k, scales) + 255) / 256 * 256;
+            }
+        }
     c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
     c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
     c->watched = (snipi_cuda_watched *)c->slot[SNIPI_CUDA_WATCHED];
@@ -1793,13 +1823,14 @@ static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int
 }
 
 // ---- one GEMM of a layer
-static unsigned long long *snipi_cuda_counter(const snip_cuda *c, const snipi_layer *l, int count) { return count ? &c->watched[l - c->s->layers].nonfinite : NULL; }
+static unsigned long long *snipi_cuda_counts(const snip_cuda *c, const snipi_layer *l, int count) { return count ? c->watched[l - c->s->layers].counts : NULL; }
 typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
-// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN and infinity.
+// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN, infinity and
+// saturated elements; with those of the other operand, a held weight, where there are some: `more`.
 static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
-                                       int count, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
+                                       int count, const unsigned long long *more, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counter(c, l, count), 0 };
+    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counts(c, l, count), snipi_cuda_counts(c, l, count), more, 0 };
     *recipe = snipi_recipe_of(c->s, format, kind);
     job.x = x;
     job.rows = rows; job.cols = job.ld = cols;
@@ -1819,29 +1850,72 @@ static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64
     if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
     return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
-// cc[m][n] (+)= a * b^T, b quantized here from x, [b_rows][b_cols] as it lies; transposed: b is its transpose.
-static snip_status snipi_cuda_product(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int64_t m, const snip_operand &a, snipi_kind kind, int role,
-                                      const float *x, int64_t x_rows, int64_t x_cols, int transposed, int count, float *cc, int accumulate, const float *bias, cudaStream_t stream) {
-    snipi_cuda_wanted b = { SNIPI_CUDA_B, role, {} };
-    snip_recipe recipe;
-    int64_t n = transposed ? x_cols : x_rows, k = transposed ? x_rows : x_cols;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, kind, x, x_rows, x_cols, count, &recipe, transposed ? NULL : &b, transposed ? &b : NULL, stream);
-    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, snipi_cuda_counter(c, l, count), stream);
+enum { SNIPI_ALONE = -1 };              // as a micro-batch: its weight is not held
+// The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read where
+// both have the same format; *counts: what to count for each use, or NULL where that is done.
+static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int transposed, const float *w, snip_recipe *recipe, snip_operand *b,
+                                     const unsigned long long **counts, cudaStream_t stream) {
+    snipi_cuda_held *h = &c->held[l - c->s->layers];
+    cudaStreamCaptureStatus capturing;
+    unsigned long long capture = 0;
+    *counts = NULL;
+    *recipe = snipi_recipe_of(c->s, format, SNIPI_WEIGHT);
+    if (snipi_plain(format) || c->s->pass != SNIP_PASS_ORDINARY || c->s->mode != SNIP_TRAIN || micro == SNIPI_ALONE || recipe->rounding != SNIP_ROUND_NEAREST_EVEN) {
+        snipi_cuda_wanted wanted = { SNIPI_CUDA_B, transposed ? SNIPI_ROLE_W_T : SNIPI_ROLE_W, {} };
+        snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_WEIGHT, w, l->n, l->k, 1, NULL, recipe, transposed ? NULL : &wanted, transposed ? &wanted : NULL, stream);
+        *b = wanted.operand;
+        return status;
+    }
+    if (cudaStreamGetCaptureInfo(stream, &capturing, &capture) != cudaSuccess) return SNIP_DEVICE;
+    if (capturing == cudaStreamCaptureStatusNone) capture = 0;
+    *b = {};
+    b->recipe = recipe;
+    b->codes = h->codes[transposed];
+    b->scales = h->scales[transposed];
+    *counts = c->watched[l - c->s->layers].held[transposed];
+    if ((!transposed && micro == 0) || h->of[transposed] != w || h->format[transposed] != format || h->step[transposed] != c->step || h->capture[transposed] != capture) {
+        const int both = !transposed && l->format[SNIP_DGRAD] == format;
+        unsigned long long(*held)[2] = c->watched[l - c->s->layers].held;
+        snip_quantize_job job = {};
+        snipi_cuda_options options = { 0, &c->globals->step, held[0], held[1], NULL, 0 };
+        job.x = w;
+        job.rows = l->n; job.cols = job.ld = l->k;
+        if (!transposed) { job.recipe = recipe; job.codes = h->codes[0]; job.scales = h->scales[0]; }
+        if (transposed || both) { job.recipe_t = recipe; job.codes_t = h->codes[1]; job.scales_t = h->scales[1]; }
+        if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess) return SNIP_DEVICE;
+        snip_status status = snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+        if (status) return status;
+        for (int t = transposed; t <= (transposed || both); t++) { h->of[t] = w; h->format[t] = format; h->step[t] = c->step; h->capture[t] = capture; }
+    }
+    return SNIP_OK;
 }
 static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
                                   cudaStream_t stream) {
     snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
-    snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, &recipe, &a, NULL, stream);
-    return status ? status : snipi_cuda_product(c, l, micro, format, rows, a.operand, SNIPI_WEIGHT, SNIPI_ROLE_W, w, l->n, l->k, 0, 1, out, 0, bias, stream);
+    snip_recipe recipe, recipe_w;
+    snip_operand b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
+    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL, stream);
+    return status ? status : snipi_cuda_gemm(rows, l->n, l->k, &a.operand, &b, out, l->n, 0, bias, snipi_cuda_counts(c, l, 1), stream);
 }
-static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const snip_operand &dy, const float *w, int64_t rows,
-                                    cudaStream_t stream) {
-    return snipi_cuda_product(c, l, micro, format, rows, dy, SNIPI_WEIGHT, SNIPI_ROLE_W_T, w, l->n, l->k, 1, 1, dx, accumulate, NULL, stream);
+// dY, as it lies and, if wanted, transposed; dX (+)= dY W.
+static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows,
+                                    snip_recipe *recipe, snipi_cuda_wanted *dy_t, cudaStream_t stream) {
+    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} };
+    snip_recipe recipe_w;
+    snip_operand b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
+    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t, stream);
+    return status ? status : snipi_cuda_gemm(rows, l->k, l->n, &a.operand, &b, dx, l->k, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
 }
 static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
                                     int64_t rows, int count, cudaStream_t stream) {
-    return snipi_cuda_product(c, l, micro, format, features, dy, SNIPI_ACTIVATION, SNIPI_ROLE_X_T, x, rows, l->k, 1, count, dw, accumulate, NULL, stream);
+    snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe, NULL, &b, stream);
+    return status ? status : snipi_cuda_gemm(features, l->k, rows, &dy, &b.operand, dw, l->k, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
 }
 
 // ---- measuring
@@ -1902,7 +1976,7 @@ static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, i
                                      snip_quant_stats *stats, cudaStream_t stream) {
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, NULL, NULL, 1 };
+    snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 1 };
     job.x = x;
     job.rows = rows; job.cols = job.ld = cols;
     job.recipe = &recipe;
@@ -1919,7 +1993,7 @@ static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, 
     for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
         snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe;
-        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, &recipe, NULL, &a, stream);
+        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, NULL, &recipe, NULL, &a, stream);
         if (!status) status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0, stream);
         if (!status) status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f], (double)l->n / (double)samples, 1, stream);
     }
@@ -1954,10 +2028,10 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp, *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
     float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
-    snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+    snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
     snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, &dy_t, stream);
-    if (loss_probe && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    snip_status status = SNIP_OK;
+    if (loss_probe) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
     if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
     if (sketched && !status) {
         status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y, stream);
@@ -1965,7 +2039,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     }
     l->elements_y += rows * l->n;
 
-    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dy.operand, w, rows, stream);
+    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, &dy_t, stream);
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
@@ -2015,12 +2089,11 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *d
     if (c->s->pass == SNIP_PASS_ORDINARY) {
         const snip_format format = l->format[SNIP_DGRAD], format_w = l->format[SNIP_WGRAD];
         const int both = dinp && dweight && format == format_w;
-        snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe, recipe_w;
         status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
-        if (dinp && !status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
-        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dy.operand, weight, rows, stream);
-        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe_w, NULL, &dy_t, stream);
+        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dout, weight, rows, &recipe, both ? &dy_t : NULL, stream);
+        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, NULL, &recipe_w, NULL, &dy_t, stream);
         if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
     } else
         status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
@@ -2118,6 +2191,7 @@ static snip_status snipi_cuda_read(snip_cuda *c) {
     char message[200];
     if (c->measuring == c->read++) c->measuring = -1;
     if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    c->last = e->watched;
     s->loss = (double)e->globals->loss;
     spikes = e->told && snipi_loss_spikes(s);
     for (int l = 0; l < s->n_layers; l++) {
@@ -2126,11 +2200,18 @@ static snip_status snipi_cuda_read(snip_cuda *c) {
     }
     if (e->ordinary) snipi_watch(s, spikes);
     for (int l = 0; l < s->n_layers; l++) {
-        if (!e->watched[l].nonfinite) continue;
+        if (!e->watched[l].counts[0]) continue;
         snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
         return snipi_fail(s, SNIP_NONFINITE, message);
     }
     return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
+}
+// For snip_layer: the counts of the last step read.
+static void snipi_cuda_show_counts(const snip_cuda *c) {
+    for (int l = 0; c->last && l < c->s->n_layers; l++) {
+        c->s->layers[l].nonfinite = (int64_t)c->last[l].counts[0];
+        c->s->layers[l].saturated = (int64_t)c->last[l].counts[1];
+    }
 }
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale, cudaStream_t stream) {
     snip_status status, late = SNIP_OK;
@@ -2160,6 +2241,7 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
     if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
     snipi_begin_step(s);
+    snipi_cuda_show_counts(c);
     if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0) snipi_begin_pass(s, SNIP_PASS_ORDINARY);     // one measurement at a time
     if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
                                             cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
@@ -2173,6 +2255,7 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
         status = snipi_cuda_read(c);
         if (!first) first = status;
     }
+    snipi_cuda_show_counts(c);
     return first;
 }
 
@@ -2200,12 +2283,12 @@ static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t r
         for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
             const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
             status = snipi_cuda_time(begin, end, stream, &l->seconds[f][g], [&]() -> snip_status {
-                snipi_cuda_wanted a = { g == SNIP_DGRAD ? SNIPI_CUDA_A : SNIPI_CUDA_TURNED, g == SNIP_DGRAD ? SNIPI_ROLE_DY : SNIPI_ROLE_DY_T, {} };
+                snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
                 snip_recipe recipe;
-                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, 0, format, out, x, w, NULL, rows, stream);
-                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, &recipe, g == SNIP_DGRAD ? &a : NULL, g == SNIP_DGRAD ? NULL : &a, stream);
-                if (made) return made;
-                return g == SNIP_DGRAD ? snipi_cuda_dgrad(c, l, 0, format, out, 0, a.operand, w, rows, stream) : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
+                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, SNIPI_ALONE, format, out, x, w, NULL, rows, stream);
+                if (g == SNIP_DGRAD) return snipi_cuda_dgrad(c, l, SNIPI_ALONE, format, out, 0, dy, w, rows, &recipe, NULL, stream);
+                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, NULL, &recipe, NULL, &a, stream);
+                return made ? made : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
             });
         }
     return status;
@@ -2257,6 +2340,7 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
         }
     if (c->pinned) cudaFreeHost(c->pinned);
     snipi_free(s, c->ended);
+    snipi_free(s, c->held);
     snipi_free(s, c->seen);
     snipi_free(s, c);
 }
@@ -2286,10 +2370,11 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         c->lag = lag;
         c->step = c->read = s->step;
         c->measuring = -1;
-        snipi_cuda_layout(c, (char *)memory);
         c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
+        c->held = (snipi_cuda_held *)snipi_alloc(s, (size_t)s->n_layers * sizeof *c->held);
         c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
-        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
+        if (c->held) snipi_cuda_layout(c, (char *)memory);
+        ok = c->ended && c->held && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
     }
     if (ok) {
         c->host_record = (snipi_cuda_record *)c->pinned;

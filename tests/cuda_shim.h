@@ -353,6 +353,12 @@ typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
 enum { cudaStreamCaptureModeGlobal };
 static cudaGraph_t shim_capture;
 static inline cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = NULL; return cudaSuccess; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+static inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus *status, unsigned long long *id) {
+    *status = shim_capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *id = (unsigned long long)(uintptr_t)shim_capture;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { shim_capture = new std::vector<std::function<void()>>; return cudaSuccess; }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) { *graph = shim_capture; shim_capture = NULL; return cudaSuccess; }

@@ -182,6 +182,37 @@ static void test_quantize() {
             for (int bf16 = 0; bf16 < 2; bf16++)
                 test_quantize_one(&recipes[k], 128, 256, 256, bf16 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | (shim_order == 1) << 3);
 }
+// The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for saturation.
+static void test_counts() {
+    static const int64_t sizes[][2] = { { 256, 128 }, { 131, 200 } };
+    for (int k = 0; k < RECIPES + 2; k++)
+        for (int kind = 0; kind < KINDS; kind++)
+            for (int side = 1; side <= 3; side++) {
+                const int64_t rows = sizes[(k + side) % 2][0], cols = sizes[(k + side) % 2][1];
+                snip_recipe recipe = k < RECIPES ? recipes[k] : recipes[2 + (k - RECIPES) * 2];
+                snip_quantize_job job = {};
+                if (k >= RECIPES) { recipe.rounding = SNIP_ROUND_STOCHASTIC; recipe.scale = SNIP_SCALE_UE8M0; }
+                buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(&recipe, rows, cols)), codes_t(snip_codes_bound(&recipe, cols, rows));
+                buffer scales(snip_scales_bound(&recipe, rows, cols)), scales_t(snip_scales_bound(&recipe, cols, rows)), scratch(snip_cuda_quantize_scratch(rows, cols)), counts(6 * 8);
+                unsigned long long *n = (unsigned long long *)counts.operator void *();
+                snip_quant_stats stats[2] = {};
+                fill(x, rows * cols, SNIP_F32, kind);
+                memset(n, 0, 32);
+                n[4] = 5; n[5] = 7;
+                job.x = x; job.rows = rows; job.cols = job.ld = cols;
+                if (side & 1) { job.recipe = &recipe; job.codes = codes; job.scales = scales; }
+                if (side & 2) { job.recipe_t = &recipe; job.codes_t = codes_t; job.scales_t = scales_t; }
+                snipi_cuda_options options = { job.key.tensor, NULL, n, n + 2, n + 4, 0 };
+                snprintf(what, sizeof what, "counts, recipe %d, kind %d, sides %d", k, kind, side);
+                shim_order = (k + kind) % SHIM_ORDERS;
+                CHECK(snip_quantize_with(&job, side & 1 ? &stats[0] : NULL, side & 2 ? &stats[1] : NULL) == SNIP_OK);
+                CHECK(snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, scratch, options, 0) == SNIP_OK);
+                finish();
+                n[side & 1 ? 0 : 2] -= 5;
+                n[side & 1 ? 1 : 3] -= 7;
+                for (int i = 0; i < 2; i++) CHECK((int64_t)n[2 * i] == stats[i].nonfinite && (int64_t)n[2 * i + 1] == stats[i].saturated);
+            }
+}
 // Statistics are the same bits in every order of the threads.
 static void test_stats_deterministic() {
     const int64_t rows = 300, cols = 200;
@@ -336,7 +367,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
 #endif
     CHECK(alike && error <= most * norm);
 }
-static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 200, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
+static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 199, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
 enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
 static void test_gemm_reference() {
     static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_MXFP8, { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
@@ -615,6 +646,118 @@ static void test_session_graph() {
     }
     cudaStreamDestroy(stream);
 }
+// A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a capture.
+static void test_session_weights() {
+    model t;
+    const snip_format formats[][2] = { { SNIP_E4M3, SNIP_E4M3 }, { SNIP_E4M3, SNIP_E2M1 }, { SNIP_E2M1, SNIP_E2M1 }, { SNIP_BF16, SNIP_E4M3 } };
+    layer_data *l = t.l[1];
+    const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    for (const snip_format *format : formats) {
+        device_session d(&t, session_desc(-1), 0, stream);
+        buffer w(l->w.size), out(l->out.size / MICROS), dx(l->dx.size / MICROS);
+        cudaGraph_t graph;
+        auto forward = [&](int micro) { CHECK(snip_cuda_linear_forward(d.c, 1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK); };
+        auto backward = [&](int micro) { CHECK(snip_cuda_linear_backward(d.c, 1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(), l->x.floats(), w.floats(), ROWS, stream) == SNIP_OK); };
+        auto expect = [&]() {           // of w, not held
+            finish();
+            memset(dx.at, 0, dx.size);
+            snip_recipe rdy;
+            snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+            CHECK(snipi_cuda_fwd(d.c, &d.s->layers[1], SNIPI_ALONE, format[0], out.floats(), l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK);
+            CHECK(snipi_cuda_dgrad(d.c, &d.s->layers[1], SNIPI_ALONE, format[1], dx.floats(), 1, l->dy.floats(), w.floats(), ROWS, &rdy, &dy_t, stream) == SNIP_OK);
+            finish();
+        };
+        snip_set_format(d.s, 1, SNIP_FWD, format[0]);
+        snip_set_format(d.s, 1, SNIP_DGRAD, format[1]);
+        for (int64_t step = 1; step <= 3; step++) {
+            snip_adamw o = adamw_of(step);
+            const int held[2] = { format[0] != SNIP_BF16, 1 };
+            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]), snip_format_name(format[1]), (int)step);
+            fill(w, nw, SNIP_F32, GAUSS);
+            l->clear();
+            if (step == 3) {            // captured and never run: must not count as quantized
+                CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+                forward(0);
+                backward(0);
+                CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+            }
+            expect();
+            forward(0);
+            backward(0);
+            finish();
+            CHECK(memcmp(l->out.at, out.at, out.size) == 0);
+            if (format[1] != SNIP_E2M1) CHECK(memcmp(l->dx.at, dx.at, dx.size) == 0);       // else stochastic, by micro-batch
+            memset(w.at, 0, w.size);    // the second micro-batch does not look at it
+            forward(1);
+            backward(1);
+            finish();
+            for (int g = 0; g < 2; g++) {
+                const float *y = g ? l->dx.floats() + nx : l->out.floats() + ny;
+                double sum = 0;
+                for (int64_t i = 0; i < (g ? nx : ny); i++) sum += fabs((double)y[i]);
+                CHECK((sum > 0) == held[g]);
+            }
+            if (held[0]) CHECK(memcmp(l->out.at + out.size, out.at, out.size) == 0);
+            CHECK(snip_cuda_end_step(d.c, &o, NULL, stream) == SNIP_OK);
+            finish();
+        }
+    }
+    cudaStreamDestroy(stream);
+}
+// Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held.
+static void test_session_counts() {
+    for (int format = 0; format < 3; format++)
+        for (int micros = 1; micros <= MICROS; micros++) {
+            model ours, theirs;
+            snip_desc desc = session_desc(-1);
+            desc.fp8.activation = desc.fp8.gradient = { format == 2 ? SNIP_E5M2 : SNIP_E4M3, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp8.weight = { SNIP_E4M3, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp4.activation = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp4.gradient = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, SNIP_ROUND_STOCHASTIC };
+            desc.fp4.weight = { SNIP_E2M1, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
+            device_session d(&ours, desc, 0, 0);
+            snip *cpu = session_of(&theirs, desc);
+            for (int64_t step = 1; step <= 3; step++) {
+                snip_adamw o = adamw_of(step);
+                snip_layer_info info;
+                for (snip *s : { d.s, cpu }) {
+                    snip_set_format(s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
+                    snip_set_format(s, 1, SNIP_FWD, SNIP_E2M1);
+                }
+                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros, (int)step);
+                shim_order = (int)step % SHIM_ORDERS;
+                for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+                if (step == 3)
+                    for (model *t : { &ours, &theirs }) {
+                        t->l[0]->x.floats()[7] = t->l[0]->w.floats()[3] = t->l[1]->dy.floats()[9] = snipi_float(0x7FC00000u);
+                        t->l[1]->w.floats()[4] = snipi_float(0xFF800000u);
+                    }
+                for (int i = 0; i < LAYERS; i++)
+                    for (int a = 0; a < micros; a++) {
+                        layer_data *l = ours.l[i], *m = theirs.l[i];
+                        snip_cuda_linear_forward(d.c, i, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0);
+                        snip_cuda_linear_backward(d.c, i, l->dx.floats(), l->dw.floats(), NULL, l->dy.floats(), l->x.floats(), l->w.floats(), ROWS, 0);
+                        snip_linear_forward(cpu, i, m->out.floats(), m->x.floats(), m->w.floats(), NULL, ROWS);
+                        snip_linear_backward(cpu, i, m->dx.floats(), m->dw.floats(), NULL, m->dy.floats(), m->x.floats(), m->w.floats(), ROWS);
+                    }
+                int64_t counts[LAYERS][2];
+                for (int i = 0; i < LAYERS; i++) {
+                    snip_layer(cpu, i, &info);
+                    counts[i][0] = info.nonfinite;
+                    counts[i][1] = info.saturated;
+                }
+                CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == snip_end_step(cpu, &o));
+                finish();
+                for (int i = 0; i < LAYERS; i++) {
+                    snip_layer(d.s, i, &info);
+                    CHECK(info.nonfinite == counts[i][0] && info.saturated == counts[i][1] && info.saturated > 0 && (info.nonfinite > 0) == (step == 3));
+                }
+            }
+            snip_destroy(cpu);
+        }
+}
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
 static void test_session_watch() {
     model t;
@@ -738,6 +881,8 @@ static void test_session() {
     desc.update_weight = -1;
     test_session_one(desc, 1, 1, 5);
     test_session_graph();
+    test_session_weights();
+    test_session_counts();
     test_session_watch();
     test_session_errors();
 }
@@ -761,7 +906,7 @@ int main(int argc, char **argv) {
     }
 #endif
     test_refusals();
-    if (quantize) { test_quantize(); test_in_place(); test_stats_deterministic(); test_dequantize(); }
+    if (quantize) { test_quantize(); test_in_place(); test_counts(); test_stats_deterministic(); test_dequantize(); }
     if (noise) test_noise();
     if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
     if (session) test_session();
