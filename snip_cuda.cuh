@@ -1541,10 +1541,13 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
     if (status || m == 0 || n == 0) return status;
     return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
 }
-// Whether the kernel was compiled for this GPU with its body, which has shared memory.
+// Whether the kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that from 9.0
+// on the system adds to every kernel beside one that has some.
+enum { SNIPI_EMPTY_SHARED = 4096 };
+static_assert(sizeof(snipi_wgmma_shared) > SNIPI_EMPTY_SHARED && sizeof(snipi_mma_shared) > SNIPI_EMPTY_SHARED, "a body is told by its shared memory");
 template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.sharedSizeBytes > 0;
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.sharedSizeBytes > SNIPI_EMPTY_SHARED;
     cudaGetLastError();                 // it has none: no error of the caller's
     return 0;
 }
