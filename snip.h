@@ -4779,44 +4779,46 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     return snipi_finish_call(s, l, nonfinite, status);
 }
 
-// X's rounding errors in a candidate, beside dX.
-static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, snipi_measured *to) {
+// X's rounding errors e in a candidate, beside dX, row by row.
+typedef struct { const float *x, *rounded, *dx; int64_t rows, k; double dot[SNIPI_CHUNKS], along[SNIPI_CHUNKS], white[SNIPI_CHUNKS]; } snipi_input_errors;
+static void snipi_input_errors_chunk(void *arg, int64_t c) {
     enum { LANES = 16 };
-    int64_t k = l->k;
+    snipi_input_errors *q = (snipi_input_errors *)arg;
+    int64_t r, k = q->k, end = q->rows * (c + 1) / SNIPI_CHUNKS;
+    double dot = 0, along = 0, white = 0;
+    for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++) {
+        const float *a = q->x + r * k, *b = q->rounded + r * k, *d = q->dx + r * k;
+        float lanes[3][LANES] = { { 0 } };
+        double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, |e|^2
+        int64_t i;
+        int j;
+        for (i = 0; i + LANES <= k; i += LANES)
+            for (j = 0; j < LANES; j++) {
+                float e = b[i + j] - a[i + j];
+                lanes[0][j] += d[i + j] * e; lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += e * e;
+            }
+        for (j = 0; i < k; i++, j++) {
+            float e = b[i] - a[i];
+            lanes[0][j] += d[i] * e; lanes[1][j] += d[i] * d[i]; lanes[2][j] += e * e;
+        }
+        for (i = 0; i < 3; i++) for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
+        dot += row[0];
+        along += row[0] * row[0];
+        white += row[1] * row[2] / (double)k;
+    }
+    q->dot[c] = dot; q->along[c] = along; q->white[c] = white;
+}
+static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, snipi_measured *to) {
     snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
-    float *rounded = snipi_reserve_floats(s, SNIPI_SLOT_X, rows * k);
-    double part[SNIPI_CHUNKS][3];
+    float *rounded = snipi_reserve_floats(s, SNIPI_SLOT_X, rows * l->k);
+    snipi_input_errors q;
     snip_quant_stats stats;
     int c;
     if (!rounded) return SNIP_OUT_OF_MEMORY;
-    snip_fake_quantize(&recipe, x, rows, k, k, rounded, k, snipi_key(s, l, micro, SNIPI_ROLE_X), NULL, &stats);
-    SNIPI_OMP(omp parallel for schedule(static))
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        int64_t r, end = rows * (c + 1) / SNIPI_CHUNKS;
-        double dot = 0, along = 0, white = 0;
-        for (r = rows * c / SNIPI_CHUNKS; r < end; r++) {
-            const float *a = x + r * k, *q = rounded + r * k, *d = dx + r * k;
-            float lanes[3][LANES] = { { 0 } };
-            double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, |e|^2
-            int64_t i;
-            int j;
-            for (i = 0; i + LANES <= k; i += LANES)
-                for (j = 0; j < LANES; j++) {
-                    float e = q[i + j] - a[i + j];
-                    lanes[0][j] += d[i + j] * e; lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += e * e;
-                }
-            for (j = 0; i < k; i++, j++) {
-                float e = q[i] - a[i];
-                lanes[0][j] += d[i] * e; lanes[1][j] += d[i] * d[i]; lanes[2][j] += e * e;
-            }
-            for (i = 0; i < 3; i++) for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
-            dot += row[0];
-            along += row[0] * row[0];
-            white += row[1] * row[2] / (double)k;
-        }
-        part[c][0] = dot; part[c][1] = along; part[c][2] = white;
-    }
-    for (c = 0; c < SNIPI_CHUNKS; c++) { to->dot_x += part[c][0]; to->along_x += part[c][1]; to->white_x += part[c][2]; }
+    snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), NULL, &stats);
+    q.x = x; q.rounded = rounded; q.dx = dx; q.rows = rows; q.k = l->k;
+    SNIP_PARALLEL_FOR(snipi_input_errors_chunk, &q, SNIPI_CHUNKS);
+    for (c = 0; c < SNIPI_CHUNKS; c++) { to->dot_x += q.dot[c]; to->along_x += q.along[c]; to->white_x += q.white[c]; }
     to->err_x += stats.err_sq;
     if (f == 0) l->input_sq += stats.sum_sq;
     return SNIP_OK;

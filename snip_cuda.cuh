@@ -72,9 +72,9 @@ SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, 
 SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
-// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or A of E4M3 or E5M2 and B of
-// E4M3, with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
-// or two of F32 or BF16, each as it lies or transposed.
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
+// tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
+// BF16, each as it lies or transposed.
 //   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
@@ -106,7 +106,8 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
 // Random numbers move on, because kernels read the step from device memory.
 // All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
 typedef struct snip_cuda snip_cuda;
-// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument.
+// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as it lies and
+// transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all micro-batches.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
 // After the last snip_add_linear and snip_state_load. memory stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
 SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
@@ -118,8 +119,8 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *di
 // loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
 SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 // Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
-// is about that step, except for refused arguments. Counts NaN and infinity in what was quantized, and in products in high
-// precision. grad_scale: device memory, instead of adamw's; or NULL.
+// is about that step, except for refused arguments. Counts NaN, infinity and saturated elements in what was quantized, and NaN
+// and infinity in products in high precision; snip_layer has that step's counts. grad_scale: device memory, instead of adamw's; or NULL.
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
 // snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most snip_cuda_create's.
 SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
@@ -193,14 +194,17 @@ SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_bf16, "m16n8k16", "f32.bf16.bf16.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
-SNIPI_PTX_MMA(snipi_ptx_mma_e5m2, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")    // A is E5M2
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e4m3, "m16n8k32", "f32.e4m3.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e5m2, "m16n8k32", "f32.e4m3.e5m2.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e4m3, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")
+SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "+f")
 
 // Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
 SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 SNIPI_DEVICE char *snipi_ptx_dynamic_shared() { extern __shared__ char snipi_dynamic_shared[]; return snipi_dynamic_shared; }
 SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory"); }
-SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory"); }
+// Initialized barriers become visible to other threads, and to TMA, which is of another proxy.
+SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" : : : "memory"); }
 SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory"); }
 SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(bytes) : "memory");
@@ -214,7 +218,8 @@ SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t 
 }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
-// Rows of 128 bytes in groups of eight, 128-byte swizzle.
+// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, mode.
+// 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must lie at multiples of 1024.
 SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 SNIPI_DEVICE void snipi_ptx_wgmma_begin(float d[64]) {
 #pragma unroll
@@ -237,20 +242,40 @@ SNIPI_DEVICE void snipi_ptx_wgmma_end(float d[64]) {
                      : SNIPI_PTX_8(d, 0), SNIPI_PTX_8(d, 8), SNIPI_PTX_8(d, 16), SNIPI_PTX_8(d, 24), SNIPI_PTX_8(d, 32), SNIPI_PTX_8(d, 40), SNIPI_PTX_8(d, 48), SNIPI_PTX_8(d, 56) \
                      : "l"(a), "l"(b), "r"(add)); \
     }
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3, "e4m3.e4m3")
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2, "e5m2.e4m3")  // A is E5M2
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "e4m3.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "e4m3.e5m2")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "e5m2.e4m3")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "e5m2.e5m2")
 
 // A map of bytes [rows][k] in boxes of 128 x 128, zeros beyond the edges. 1: done.
 static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
-    static void *encode;
     cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)k };
     cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
     cudaDriverEntryPointQueryResult found;
-    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found) != cudaSuccess || found != cudaDriverEntryPointSuccess)) return 0;
+    void *encode = NULL;
+#if CUDART_VERSION >= 12050
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !encode) return 0;
     return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                                                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 #endif
+
+template <int A, int B> SNIPI_DEVICE void snipi_ptx_mma_fp8(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_mma_e4m3_e4m3(d, a, b);
+    else if constexpr (A == SNIP_E4M3) snipi_ptx_mma_e4m3_e5m2(d, a, b);
+    else if constexpr (B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d, a, b);
+    else snipi_ptx_mma_e5m2_e5m2(d, a, b);
+}
+template <int A, int B> SNIPI_DEVICE void snipi_ptx_wgmma(float d[64], uint64_t a, uint64_t b, int add) {
+    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
+    else if constexpr (A == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
+    else if constexpr (B == SNIP_E4M3) snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
+    else snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+}
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
 // A thread block takes 128 x 128 elements of x, as it lies (straight), transposed (turned), or both. For each: the
@@ -269,6 +294,7 @@ typedef struct {                        // one orientation
     uint8_t *codes;                     // may be NULL
     void *scales;                       // may be NULL
     snip_quant_stats *part;             // [blocks], or NULL
+    unsigned long long *counts;         // NaN and infinity, saturated; or NULL
 } snipi_cuda_side;
 typedef struct {
     const void *x;
@@ -281,7 +307,7 @@ typedef struct {
     int out_bf16;
     snip_rng_key key, key_t;            // of straight and turned
     const uint32_t *step;               // instead of theirs, or NULL
-    unsigned long long *nonfinite;      // counts x's, or NULL
+    const unsigned long long *more;     // two, for straight.counts (or turned's, if alone), or NULL
     const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
 } snipi_cuda_quantizer;
 typedef struct {
@@ -391,6 +417,7 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
         int over, finite = !snipi_nonfinite(x[i]);
         float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
         code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
+        tally->saturated += finite & over;
         if (MODE == SNIPI_MEASURE) {    // the error in units of the scale: there nothing overflows
             float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
             double v = finite ? (double)x[i] : 0, d = !finite ? 0 : low ? (double)(value - x[i]) : (double)(element - y) * (double)scale;
@@ -400,7 +427,6 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
             tally->dot += (double)extra->weight[i] * d;
             tally->amax = snipi_cuda_amax(tally->amax, x[i]);
             tally->nonfinite += !finite;
-            tally->saturated += finite & over;
         }
     }
     return snipi_cuda_pack<FORMAT>(code);
@@ -480,7 +506,7 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_
         amax = snipi_cuda_lanes_max(amax, lanes);
         if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
     }
-    if (bad && q.nonfinite) atomicAdd(q.nonfinite, (unsigned long long)bad);
+    if (bad && q.straight.counts) atomicAdd(q.straight.counts, (unsigned long long)bad);
 }
 template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
@@ -497,7 +523,7 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_qu
         }
         atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
     }
-    if (bad && q.nonfinite && !q.straight.recipe.format) atomicAdd(q.nonfinite, (unsigned long long)bad);
+    if (bad && q.turned.counts) atomicAdd(q.turned.counts, (unsigned long long)bad);
 }
 template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
@@ -545,6 +571,7 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
                 else ((float *)q.out)[at] = extra.value[j];
             }
     }
+    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
     if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
 }
 
@@ -593,6 +620,7 @@ SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cud
         if (FORMAT == SNIP_E2M1) ((uint16_t *)to)[k % 4] = (uint16_t)word;
         else ((uint32_t *)to)[k % 4] = word;
     }
+    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
     if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
 }
 // Out of shared memory, 16 codes a thread.
@@ -619,6 +647,7 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
     const int straight = q.straight.recipe.format != 0, turned = q.turned.recipe.format != 0;
     const int hold = MODE == SNIPI_NEAREST && q.held && r0 + SNIPI_BLOCK <= q.rows && c0 + SNIPI_BLOCK <= q.cols;
     float x[SNIPI_ROWS][4];
+    if (q.more && blockIdx.x == 0 && threadIdx.x < 2) atomicAdd((straight ? q.straight.counts : q.turned.counts) + threadIdx.x, q.more[threadIdx.x]);
     if (hold) {
         const int64_t at = (r0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * q.ld + c0 + threadIdx.x % SNIPI_WARP * 4;
         if (q.bf16) {
@@ -699,6 +728,8 @@ static int snipi_cuda_recipe_ok(const snip_recipe *r) {
     if (r->tile_rows == SNIPI_BLOCK) return r->tile_cols == SNIPI_BLOCK;
     return r->tile_rows == 1 && (r->tile_cols == 16 || r->tile_cols == 32 || r->tile_cols == 64 || r->tile_cols == 128);
 }
+// Whether rounding to nearest may put an element beyond the largest: not where the scale follows from the tile's largest and is not rounded down.
+static int snipi_cuda_may_saturate(const snip_recipe *r) { return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP; }
 static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
 
 // word: of codes stored at once.
@@ -719,7 +750,13 @@ SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
     return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
-typedef struct { uint32_t tensor_t; const uint32_t *step; unsigned long long *nonfinite; int add_stats; } snipi_cuda_options;      // tensor_t: of the transposed one's random numbers
+typedef struct {
+    uint32_t tensor_t;                  // of the transposed one's random numbers
+    const uint32_t *step;
+    unsigned long long *counts, *counts_t;      // added to, by orientation: NaN and infinity, saturated; or NULL
+    const unsigned long long *more;     // two more for the first of these, or NULL
+    int add_stats;
+} snipi_cuda_options;
 static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
                                        void *scratch, const snipi_cuda_options &options, cudaStream_t stream) {
     snipi_cuda_quantizer q = {};
@@ -740,7 +777,7 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
     if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) {       // one after the other; turned first, because out may be x
         snipi_cuda_options uncounted = options;
-        uncounted.nonfinite = NULL;
+        uncounted.more = NULL;
         any.recipe = NULL;
         any.codes = any.scales = any.out = NULL;
         status = snipi_cuda_quantize(&any, codes, NULL, stats_t, scratch, uncounted, stream);
@@ -766,11 +803,13 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     q.key = q.key_t = job->key;
     q.key_t.tensor = options.tensor_t;
     q.step = options.step;
-    q.nonfinite = options.nonfinite;
+    q.more = options.more;
     q.amax = (const uint32_t *)scratch;
     if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
     if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
-    q.held = q.vectors && (!r || q.straight.aligned);
+    if (r) q.straight.counts = options.counts;
+    if (r_t) q.turned.counts = options.counts_t;
+    q.held = q.vectors && (!r || q.straight.aligned) && !(q.straight.counts && snipi_cuda_may_saturate(r)) && !(q.turned.counts && snipi_cuda_may_saturate(r_t));
     if (stats) q.straight.part = (snip_quant_stats *)((char *)scratch + 256);
     if (stats_t) q.turned.part = (snip_quant_stats *)((char *)scratch + 256) + blocks;
     if (nvfp4) {
@@ -790,7 +829,7 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
 }
 SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
                                         void *scratch, cudaStream_t stream) {
-    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, 0 };
+    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, NULL, NULL, 0 };
     return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
 }
 
@@ -986,7 +1025,7 @@ typedef struct {
     int64_t m, n, k, ldc, block;        // block: of exact sums along k, 0: float sums
     float *c;
     const float *bias;
-    int accumulate;
+    int accumulate, pairs;              // pairs: two floats of a row of C may be read or written at once
     unsigned long long *nonfinite;      // counts C's, where the operands are plain; or NULL
 } snipi_cuda_gemm_job;
 
@@ -1070,19 +1109,19 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
     uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
     return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
 }
-template <int FORMAT_A> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
         uint32_t a16[4], b16[2];
 #pragma unroll
         for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
 #pragma unroll
-        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<SNIP_E4M3>(b[i] >> 8 * odd);
+        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<FORMAT_B>(b[i] >> 8 * odd);
         snipi_ptx_mma_f16(d, a16, b16);
     }
 }
 
-template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
+template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
     typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
     __shared__ snipi_mma_shared shared;
     const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
@@ -1091,8 +1130,8 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
     const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
     // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
     const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
-    const float post_b = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;     // of the elements multiplied
-    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post_b;
+    const float post = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;       // of the elements multiplied
+    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post, post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E5M2 ? 1.0f : post;
     accumulator d[4][4][4];
     float c[4][4][4];
     uint4 next[2][2];
@@ -1138,9 +1177,8 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
                     for (int j = 0; j < 4; j++) {
                         const uint32_t *bj = b[j / 2] + j % 2 * 2;
                         if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
-                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A>(d[i][j], a[i], bj);
-                        else if constexpr (FORMAT_A == SNIP_E4M3) snipi_ptx_mma_e4m3(d[i][j], a[i], bj);
-                        else snipi_ptx_mma_e5m2(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
+                        else snipi_ptx_mma_fp8<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
                     }
             }
             if ((t & 1) || t == tiles - 1) {
@@ -1185,12 +1223,12 @@ template <int KIND, int FORMAT_A> SNIPI_DEVICE void snipi_mma_kernel_body(const 
             }
 }
 // Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
-template <int KIND, int FORMAT_A>
+template <int KIND, int FORMAT_A, int FORMAT_B>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
 #if defined(__CUDA_ARCH__)
     if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
-    snipi_mma_kernel_body<KIND, FORMAT_A>(g);
+    snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
 }
 
 // F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
@@ -1334,10 +1372,15 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 // and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
 // Barriers: full, when both have come; empty, when every consuming warp has read the stage.
 enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
+enum { SNIPI_PRODUCER_REGISTERS = 40, SNIPI_CONSUMER_REGISTERS = 232 };
 typedef struct {
     uint64_t full[SNIPI_STAGES], empty[SNIPI_STAGES];
     float scale[SNIPI_STAGES][2][SNIPI_BLOCK];
 } snipi_wgmma_shared;
+static_assert(SNIPI_BLOCK == 128 && SNIPI_STAGE_BYTES % 2048 == 0, "a tile is one TMA box, at a multiple of 1024 bytes");
+static_assert(SNIPI_WGMMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
+static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_CONSUMER_REGISTERS <= SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8), "registers of the launch");
+static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_CONSUMER_REGISTERS % 8 == 0, "setmaxnreg");
 
 // The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
 SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
@@ -1374,19 +1417,40 @@ SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtens
         }
     }
 }
-template <int FORMAT_A>
+// Two neighbours in a row of C, at once where g.pairs says that they may be.
+SNIPI_DEVICE void snipi_wgmma_begin_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, float c[2]) {
+    c[0] = c[1] = 0;
+    if (r >= g.m || j >= g.n) return;
+    if (g.accumulate && g.pairs) {
+        float2 v = *(const float2 *)(g.c + r * g.ldc + j);
+        c[0] = v.x; c[1] = v.y;
+    } else {
+        c[0] = snipi_cuda_begin_c(g, r, j);
+        if (j + 1 < g.n) c[1] = snipi_cuda_begin_c(g, r, j + 1);
+    }
+}
+SNIPI_DEVICE void snipi_wgmma_end_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, const float c[2]) {
+    if (r >= g.m || j >= g.n) return;
+    if (g.pairs && !(g.accumulate && g.bias)) *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[0], c[1]);
+    else {
+        snipi_cuda_end_c(g, r, j, c[0]);
+        if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[1]);
+    }
+}
+template <int FORMAT_A, int FORMAT_B>
 SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
     const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
+    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;      // for all of a tile's columns
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
-        float c[64], d[64];
+        float c[64], d[64];             // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
         snipi_wgmma_tile(g, t, &m0, &n0);
 #pragma unroll
-        for (int i = 0; i < 64; i++) {          // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
-            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
-            c[i] = r < g.m && j < g.n ? snipi_cuda_begin_c(g, r, j) : 0.0f;
-            d[i] = 0;
+        for (int i = 0; i < 64; i += 2) {
+            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col;
+            snipi_wgmma_begin_c(g, r, j, c + i);
+            d[i] = d[i + 1] = 0;
         }
         for (int kb = 0; kb < blocks; kb++) {
             const char *a = stages + stage * SNIPI_STAGE_BYTES + group * 64 * 128, *b = stages + stage * SNIPI_STAGE_BYTES + SNIPI_STAGE_BYTES / 2;
@@ -1396,25 +1460,28 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
                 uint64_t at_a = snipi_ptx_wgmma_operand(a + 32 * kk), at_b = snipi_ptx_wgmma_operand(b + 32 * kk);
-                if (FORMAT_A == SNIP_E4M3) snipi_ptx_wgmma_e4m3(d, at_a, at_b, kk > 0);
-                else snipi_ptx_wgmma_e5m2(d, at_a, at_b, kk > 0);
+                snipi_ptx_wgmma<FORMAT_A, FORMAT_B>(d, at_a, at_b, kk > 0);
             }
             snipi_ptx_wgmma_end(d);
             float above = shared->scale[stage][0][row], below = shared->scale[stage][0][row + 8];
+            if (one_scale) {            // the same products of scales, two instead of 64
+                above = __fmul_rn(above, scale_b[0]);
+                below = __fmul_rn(below, scale_b[0]);
 #pragma unroll
-            for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+                for (int i = 0; i < 64; i++) c[i] = fmaf(i & 2 ? below : above, d[i], c[i]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+            }
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
             if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
         }
 #pragma unroll
-        for (int i = 0; i < 64; i++) {
-            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col + (i & 1);
-            if (r < g.m && j < g.n) snipi_cuda_end_c(g, r, j, c[i]);
-        }
+        for (int i = 0; i < 64; i += 2) snipi_wgmma_end_c(g, m0 + row + (i & 2) * 4, n0 + i / 4 * 8 + col, c + i);
     }
 }
-template <int FORMAT_A>
+template <int FORMAT_A, int FORMAT_B>
 static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ snipi_wgmma_shared shared;
@@ -1430,11 +1497,11 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        snipi_ptx_registers_fewer<40>();
+        snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
         snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks);
     } else {
-        snipi_ptx_registers_more<232>();
-        snipi_wgmma_consume<FORMAT_A>(g, stages, &shared, tiles, blocks);
+        snipi_ptx_registers_more<SNIPI_CONSUMER_REGISTERS>();
+        snipi_wgmma_consume<FORMAT_A, FORMAT_B>(g, stages, &shared, tiles, blocks);
     }
 #endif
 }
@@ -1460,6 +1527,7 @@ static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int6
     g->c = c; g->ldc = ldc;
     g->bias = bias;
     g->accumulate = accumulate != 0;
+    g->pairs = n % 2 == 0 && ldc % 2 == 0 && (uintptr_t)c % sizeof(float2) == 0;
     if (k == 0) return SNIP_OK;
     g->a = snipi_cuda_operand_of(a, m, k);
     g->b = snipi_cuda_operand_of(b, n, k);
@@ -1473,25 +1541,31 @@ SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, c
     if (status || m == 0 || n == 0) return status;
     return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
 }
-// Whether the kernel was compiled for this GPU with its body, which has shared memory.
+// Whether the kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that from 9.0
+// on the system adds to every kernel beside one that has some.
+enum { SNIPI_EMPTY_SHARED = 4096 };
+static_assert(sizeof(snipi_wgmma_shared) > SNIPI_EMPTY_SHARED && sizeof(snipi_mma_shared) > SNIPI_EMPTY_SHARED, "a body is told by its shared memory");
 template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.sharedSizeBytes > 0;
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.sharedSizeBytes > SNIPI_EMPTY_SHARED;
+    cudaGetLastError();                 // it has none: no error of the caller's
+    return 0;
 }
-template <int FORMAT_A> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
     int64_t blocks = snipi_cuda_blocks(g.m, g.n);
-    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A>)) {
+    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>)) {
         CUtensorMap map_a, map_b;
         int device, processors;
         if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
             !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k)) return SNIP_DEVICE;
-        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
     }
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
 }
+static int snipi_cuda_is_fp8(snip_format f) { return f == SNIP_E4M3 || f == SNIP_E5M2; }
 static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
 static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                    float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
@@ -1499,16 +1573,17 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     snip_format format_a = a->recipe->format, format_b = b->recipe->format;
-    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = (format_a == SNIP_E4M3 || format_a == SNIP_E5M2) && format_b == SNIP_E4M3;
+    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
     int plain = snipi_plain(format_a) && snipi_plain(format_b);
     if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
     g.nonfinite = nonfinite;
     if (plain) return snipi_cuda_launch(snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel : snipi_f32_kernel,
                                         snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
-    if (fp8) return format_a == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3>(g, stream);
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
-    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+    if (fp8 && format_a == SNIP_E5M2) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
+    if (fp8) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
 }
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
@@ -1524,7 +1599,12 @@ typedef struct {                        // a layer's measurement
     double along[SNIPI_CANDIDATES][2];  // along_x, white_x
 } snipi_cuda_record;
 typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
-typedef struct { double seen_sq[2], seen[2]; unsigned long long nonfinite; } snipi_cuda_watched;        // of a layer in every step, as in snipi_layer
+typedef struct {                        // of a layer in every step, as in snipi_layer
+    double seen_sq[2], seen[2];
+    unsigned long long counts[2], held[2][2];   // NaN and infinity, saturated; held: of the weight that micro-batches share, and its transpose
+} snipi_cuda_watched;
+// A layer's weight as quantized, as it lies and transposed: for a step's ordinary pass, within or without a CUDA graph.
+typedef struct { void *codes[2], *scales[2]; const float *of[2]; snip_format format[2]; int64_t step[2]; unsigned long long capture[2]; } snipi_cuda_held;
 typedef struct {                        // a step on its way to the host
     cudaEvent_t done;
     snipi_cuda_globals *globals;        // pinned
@@ -1546,10 +1626,22 @@ struct snip_cuda {
     snipi_cuda_watched *watched;        // [layers], of the step under way
     float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
     snipi_cuda_ended *ended;            // [lag + 1]
+    const snipi_cuda_watched *last;     // of the last step read
+    snipi_cuda_held *held;              // [layers]
     int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
     void *pinned;
 };
 
+// Bytes of a tensor's codes or scales in the wider candidate.
+static size_t snipi_cuda_widest(const snip *s, snipi_kind kind, int64_t rows, int64_t cols, int scales) {
+    size_t most = 0;
+    for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+        const snip_recipe r = snipi_recipe_of(s, snipi_candidates[f], kind);
+        const size_t size = scales ? snip_scales_bound(&r, rows, cols) : snip_codes_bound(&r, rows, cols);
+        if (size > most) most = size;
+    }
+    return most;
+}
 static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     const snip *s = c->s;
     const int64_t rows = c->rows, floats = (int64_t)sizeof(float);
@@ -1565,12 +1657,12 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     for (int l = 0; l < s->n_layers; l++) {
         const int64_t n = s->layers[l].n, k = s->layers[l].k, samples = snipi_samples(s, &s->layers[l]);
         for (int scales = 0; scales < 2; scales++) {
-            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_ACTIVATION, rows, k, scales));
-            want(SNIPI_CUDA_A + scales, snipi_widest(s, SNIPI_GRADIENT, rows, n, scales));
-            want(SNIPI_CUDA_TURNED + scales, snipi_widest(s, SNIPI_GRADIENT, n, rows, scales));
-            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, n, k, scales));
-            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_WEIGHT, k, n, scales));
-            want(SNIPI_CUDA_B + scales, snipi_widest(s, SNIPI_ACTIVATION, k, rows, scales));
+            want(SNIPI_CUDA_A + scales, snipi_cuda_widest(s, SNIPI_ACTIVATION, rows, k, scales));
+            want(SNIPI_CUDA_A + scales, snipi_cuda_widest(s, SNIPI_GRADIENT, rows, n, scales));
+            want(SNIPI_CUDA_TURNED + scales, snipi_cuda_widest(s, SNIPI_GRADIENT, n, rows, scales));
+            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_WEIGHT, n, k, scales));
+            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_WEIGHT, k, n, scales));
+            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_ACTIVATION, k, rows, scales));
         }
         want(SNIPI_CUDA_STATS, snip_cuda_quantize_scratch(snipi_max(rows, n), snipi_max(n, k)));
         if (!measures) continue;
@@ -1587,6 +1679,14 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         c->slot[i] = base ? base + used : NULL;
         used += (need[i] + 255) / 256 * 256;
     }
+    for (int l = 0; l < s->n_layers; l++)
+        for (int t = 0; t < 2; t++) {
+            const int64_t n = t ? s->layers[l].k : s->layers[l].n, k = t ? s->layers[l].n : s->layers[l].k;
+            for (int scales = 0; scales < 2; scales++) {
+                if (base) (scales ? c->held[l].scales : c->held[l].codes)[t] = base + used;
+                used += (snipi_cuda_widest(s, SNIPI_WEIGHT, n, k, scales) + 255) / 256 * 256;
+            }
+        }
     c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
     c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
     c->watched = (snipi_cuda_watched *)c->slot[SNIPI_CUDA_WATCHED];
@@ -1737,13 +1837,14 @@ static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int
 }
 
 // ---- one GEMM of a layer
-static unsigned long long *snipi_cuda_counter(const snip_cuda *c, const snipi_layer *l, int count) { return count ? &c->watched[l - c->s->layers].nonfinite : NULL; }
+static unsigned long long *snipi_cuda_counts(const snip_cuda *c, const snipi_layer *l, int count) { return count ? c->watched[l - c->s->layers].counts : NULL; }
 typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
-// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN and infinity.
+// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN, infinity and
+// saturated elements; with those of the other operand, a held weight, where there are some: `more`.
 static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
-                                       int count, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
+                                       int count, const unsigned long long *more, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counter(c, l, count), 0 };
+    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counts(c, l, count), snipi_cuda_counts(c, l, count), more, 0 };
     *recipe = snipi_recipe_of(c->s, format, kind);
     job.x = x;
     job.rows = rows; job.cols = job.ld = cols;
@@ -1763,29 +1864,72 @@ static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64
     if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
     return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
-// cc[m][n] (+)= a * b^T, b quantized here from x, [b_rows][b_cols] as it lies; transposed: b is its transpose.
-static snip_status snipi_cuda_product(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int64_t m, const snip_operand &a, snipi_kind kind, int role,
-                                      const float *x, int64_t x_rows, int64_t x_cols, int transposed, int count, float *cc, int accumulate, const float *bias, cudaStream_t stream) {
-    snipi_cuda_wanted b = { SNIPI_CUDA_B, role, {} };
-    snip_recipe recipe;
-    int64_t n = transposed ? x_cols : x_rows, k = transposed ? x_rows : x_cols;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, kind, x, x_rows, x_cols, count, &recipe, transposed ? NULL : &b, transposed ? &b : NULL, stream);
-    return status ? status : snipi_cuda_gemm(m, n, k, &a, &b.operand, cc, n, accumulate, bias, snipi_cuda_counter(c, l, count), stream);
+enum { SNIPI_ALONE = -1 };              // as a micro-batch: its weight is not held
+// The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read where
+// both have the same format; *counts: what to count for each use, or NULL where that is done.
+static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int transposed, const float *w, snip_recipe *recipe, snip_operand *b,
+                                     const unsigned long long **counts, cudaStream_t stream) {
+    snipi_cuda_held *h = &c->held[l - c->s->layers];
+    cudaStreamCaptureStatus capturing;
+    unsigned long long capture = 0;
+    *counts = NULL;
+    *recipe = snipi_recipe_of(c->s, format, SNIPI_WEIGHT);
+    if (snipi_plain(format) || c->s->pass != SNIP_PASS_ORDINARY || c->s->mode != SNIP_TRAIN || micro == SNIPI_ALONE || recipe->rounding != SNIP_ROUND_NEAREST_EVEN) {
+        snipi_cuda_wanted wanted = { SNIPI_CUDA_B, transposed ? SNIPI_ROLE_W_T : SNIPI_ROLE_W, {} };
+        snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_WEIGHT, w, l->n, l->k, 1, NULL, recipe, transposed ? NULL : &wanted, transposed ? &wanted : NULL, stream);
+        *b = wanted.operand;
+        return status;
+    }
+    if (cudaStreamGetCaptureInfo(stream, &capturing, &capture) != cudaSuccess) return SNIP_DEVICE;
+    if (capturing == cudaStreamCaptureStatusNone) capture = 0;
+    *b = {};
+    b->recipe = recipe;
+    b->codes = h->codes[transposed];
+    b->scales = h->scales[transposed];
+    *counts = c->watched[l - c->s->layers].held[transposed];
+    if ((!transposed && micro == 0) || h->of[transposed] != w || h->format[transposed] != format || h->step[transposed] != c->step || h->capture[transposed] != capture) {
+        const int both = !transposed && l->format[SNIP_DGRAD] == format;
+        unsigned long long(*held)[2] = c->watched[l - c->s->layers].held;
+        snip_quantize_job job = {};
+        snipi_cuda_options options = { 0, &c->globals->step, held[0], held[1], NULL, 0 };
+        job.x = w;
+        job.rows = l->n; job.cols = job.ld = l->k;
+        if (!transposed) { job.recipe = recipe; job.codes = h->codes[0]; job.scales = h->scales[0]; }
+        if (transposed || both) { job.recipe_t = recipe; job.codes_t = h->codes[1]; job.scales_t = h->scales[1]; }
+        if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess) return SNIP_DEVICE;
+        snip_status status = snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+        if (status) return status;
+        for (int t = transposed; t <= (transposed || both); t++) { h->of[t] = w; h->format[t] = format; h->step[t] = c->step; h->capture[t] = capture; }
+    }
+    return SNIP_OK;
 }
 static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
                                   cudaStream_t stream) {
     snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
-    snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, &recipe, &a, NULL, stream);
-    return status ? status : snipi_cuda_product(c, l, micro, format, rows, a.operand, SNIPI_WEIGHT, SNIPI_ROLE_W, w, l->n, l->k, 0, 1, out, 0, bias, stream);
+    snip_recipe recipe, recipe_w;
+    snip_operand b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
+    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL, stream);
+    return status ? status : snipi_cuda_gemm(rows, l->n, l->k, &a.operand, &b, out, l->n, 0, bias, snipi_cuda_counts(c, l, 1), stream);
 }
-static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const snip_operand &dy, const float *w, int64_t rows,
-                                    cudaStream_t stream) {
-    return snipi_cuda_product(c, l, micro, format, rows, dy, SNIPI_WEIGHT, SNIPI_ROLE_W_T, w, l->n, l->k, 1, 1, dx, accumulate, NULL, stream);
+// dY, as it lies and, if wanted, transposed; dX (+)= dY W.
+static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows,
+                                    snip_recipe *recipe, snipi_cuda_wanted *dy_t, cudaStream_t stream) {
+    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} };
+    snip_recipe recipe_w;
+    snip_operand b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
+    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t, stream);
+    return status ? status : snipi_cuda_gemm(rows, l->k, l->n, &a.operand, &b, dx, l->k, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
 }
 static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
                                     int64_t rows, int count, cudaStream_t stream) {
-    return snipi_cuda_product(c, l, micro, format, features, dy, SNIPI_ACTIVATION, SNIPI_ROLE_X_T, x, rows, l->k, 1, count, dw, accumulate, NULL, stream);
+    snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
+    snip_recipe recipe;
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe, NULL, &b, stream);
+    return status ? status : snipi_cuda_gemm(features, l->k, rows, &dy, &b.operand, dw, l->k, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
 }
 
 // ---- measuring
@@ -1846,7 +1990,7 @@ static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, i
                                      void *codes, void *scales, snip_quant_stats *stats, cudaStream_t stream) {
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, NULL, NULL, 1 };
+    snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 1 };
     job.x = x;
     job.rows = rows; job.cols = job.ld = cols;
     job.recipe = &recipe;
@@ -1893,7 +2037,7 @@ static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, 
     for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
         snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe;
-        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, &recipe, NULL, &a, stream);
+        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, NULL, &recipe, NULL, &a, stream);
         if (!status) status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0, stream);
         if (!status) status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f], (double)l->n / (double)samples, 1, stream);
     }
@@ -1928,10 +2072,10 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp, *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
     float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
-    snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+    snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
     snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, &dy_t, stream);
-    if (loss_probe && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
+    snip_status status = SNIP_OK;
+    if (loss_probe) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
     if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
     if (sketched && !status) {
         status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y, stream);
@@ -1939,7 +2083,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     }
     l->elements_y += rows * l->n;
 
-    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dy.operand, w, rows, stream);
+    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, &dy_t, stream);
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
@@ -1990,12 +2134,11 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *d
     if (c->s->pass == SNIP_PASS_ORDINARY) {
         const snip_format format = l->format[SNIP_DGRAD], format_w = l->format[SNIP_WGRAD];
         const int both = dinp && dweight && format == format_w;
-        snipi_cuda_wanted dy = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} }, dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+        snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe, recipe_w;
         status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
-        if (dinp && !status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe, &dy, both ? &dy_t : NULL, stream);
-        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dy.operand, weight, rows, stream);
-        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, &recipe_w, NULL, &dy_t, stream);
+        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dout, weight, rows, &recipe, both ? &dy_t : NULL, stream);
+        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, NULL, &recipe_w, NULL, &dy_t, stream);
         if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
     } else
         status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
@@ -2095,6 +2238,7 @@ static snip_status snipi_cuda_read(snip_cuda *c) {
     char message[200];
     if (c->measuring == c->read++) c->measuring = -1;
     if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    c->last = e->watched;
     s->loss = (double)e->globals->loss;
     spikes = e->told && snipi_loss_spikes(s);
     for (int l = 0; l < s->n_layers; l++) {
@@ -2103,11 +2247,18 @@ static snip_status snipi_cuda_read(snip_cuda *c) {
     }
     if (e->ordinary) snipi_watch(s, spikes);
     for (int l = 0; l < s->n_layers; l++) {
-        if (!e->watched[l].nonfinite) continue;
+        if (!e->watched[l].counts[0]) continue;
         snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
         return snipi_fail(s, SNIP_NONFINITE, message);
     }
     return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
+}
+// For snip_layer: the counts of the last step read.
+static void snipi_cuda_show_counts(const snip_cuda *c) {
+    for (int l = 0; c->last && l < c->s->n_layers; l++) {
+        c->s->layers[l].nonfinite = (int64_t)c->last[l].counts[0];
+        c->s->layers[l].saturated = (int64_t)c->last[l].counts[1];
+    }
 }
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale, cudaStream_t stream) {
     snip_status status, late = SNIP_OK;
@@ -2139,6 +2290,7 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
     if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
     snipi_begin_step(s);
+    snipi_cuda_show_counts(c);
     if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0) snipi_begin_pass(s, SNIP_PASS_ORDINARY);     // one measurement at a time
     if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
                                             cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
@@ -2152,6 +2304,7 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
         status = snipi_cuda_read(c);
         if (!first) first = status;
     }
+    snipi_cuda_show_counts(c);
     return first;
 }
 
@@ -2179,12 +2332,12 @@ static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t r
         for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
             const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
             status = snipi_cuda_time(begin, end, stream, &l->seconds[f][g], [&]() -> snip_status {
-                snipi_cuda_wanted a = { g == SNIP_DGRAD ? SNIPI_CUDA_A : SNIPI_CUDA_TURNED, g == SNIP_DGRAD ? SNIPI_ROLE_DY : SNIPI_ROLE_DY_T, {} };
+                snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
                 snip_recipe recipe;
-                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, 0, format, out, x, w, NULL, rows, stream);
-                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, &recipe, g == SNIP_DGRAD ? &a : NULL, g == SNIP_DGRAD ? NULL : &a, stream);
-                if (made) return made;
-                return g == SNIP_DGRAD ? snipi_cuda_dgrad(c, l, 0, format, out, 0, a.operand, w, rows, stream) : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
+                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, SNIPI_ALONE, format, out, x, w, NULL, rows, stream);
+                if (g == SNIP_DGRAD) return snipi_cuda_dgrad(c, l, SNIPI_ALONE, format, out, 0, dy, w, rows, &recipe, NULL, stream);
+                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, NULL, &recipe, NULL, &a, stream);
+                return made ? made : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
             });
         }
     return status;
@@ -2216,7 +2369,7 @@ SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStr
 }
 
 static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
-    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = (a.format == SNIP_E4M3 || a.format == SNIP_E5M2) && b.format == SNIP_E4M3;
+    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
     return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) && snipi_cuda_recipe_ok(&b);
 }
 SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
@@ -2236,6 +2389,7 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
         }
     if (c->pinned) cudaFreeHost(c->pinned);
     snipi_free(s, c->ended);
+    snipi_free(s, c->held);
     snipi_free(s, c->seen);
     snipi_free(s, c);
 }
@@ -2246,7 +2400,7 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
         return NULL;
     }
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>)) {
+    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) {
         snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
         return NULL;
     }
@@ -2265,10 +2419,11 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         c->lag = lag;
         c->step = c->read = s->step;
         c->measuring = -1;
-        snipi_cuda_layout(c, (char *)memory);
         c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
+        c->held = (snipi_cuda_held *)snipi_alloc(s, (size_t)s->n_layers * sizeof *c->held);
         c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
-        ok = c->ended && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
+        if (c->held) snipi_cuda_layout(c, (char *)memory);
+        ok = c->ended && c->held && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
     }
     if (ok) {
         c->host_record = (snipi_cuda_record *)c->pinned;

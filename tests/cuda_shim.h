@@ -42,7 +42,8 @@ extern char __start_shim_shared[] __attribute__((weak)), __stop_shim_shared[] __
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
+static inline float2 make_float2(float x, float y) { return { x, y }; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return { x, y }; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return { x, y, z, w }; }
 struct dim3 {
@@ -243,12 +244,14 @@ static inline uint32_t snipi_ptx_bf16x2(float low, float high) {
 static inline void snipi_ptx_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 2, "mma bf16", [](float &s, uint32_t x, uint32_t y) { s += shim_bf16(x) * shim_bf16(y); });
 }
-static inline void snipi_ptx_mma_e4m3(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 1, "mma e4m3", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e4m3[x] * shim_fp8.e4m3[y]; });
-}
-static inline void snipi_ptx_mma_e5m2(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 1, "mma e5m2", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.e5m2[x] * shim_fp8.e4m3[y]; });
-}
+#define SHIM_FP8(a_format, b_format) \
+    static inline void snipi_ptx_mma_##a_format##_##b_format(float d[4], const uint32_t a[4], const uint32_t b[2]) { \
+        shim_mma(d, a, b, 1, "mma fp8", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.a_format[x] * shim_fp8.b_format[y]; }); \
+    }
+SHIM_FP8(e4m3, e4m3)
+SHIM_FP8(e4m3, e5m2)
+SHIM_FP8(e5m2, e4m3)
+SHIM_FP8(e5m2, e5m2)
 
 // ---- Hopper: barriers, TMA, wgmma ----
 struct shim_mbarrier { uint16_t count, pending; int32_t bytes : 31; uint32_t phase : 1; };
@@ -304,11 +307,17 @@ static inline uint64_t snipi_ptx_wgmma_operand(const void *p) {
     return (uintptr_t)p;
 }
 // Products are put off to the wait, as late as hardware may make them, and the other threads run before.
-struct shim_product { uint64_t a, b; int add; const float *table; };
+struct shim_product { uint64_t a, b; int add; const float *table_a, *table_b; };
 static std::vector<shim_product> shim_products[SHIM_MOST];
 static inline void snipi_ptx_wgmma_begin(float *) {}
-static inline void snipi_ptx_wgmma_e4m3(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e4m3 }); }
-static inline void snipi_ptx_wgmma_e5m2(float *, uint64_t a, uint64_t b, int add) { shim_products[shim.current].push_back({ a, b, add, shim_fp8.e5m2 }); }
+#define SHIM_WGMMA(a_format, b_format) \
+    static inline void snipi_ptx_wgmma_##a_format##_##b_format(float *, uint64_t a, uint64_t b, int add) { \
+        shim_products[shim.current].push_back({ a, b, add, shim_fp8.a_format, shim_fp8.b_format }); \
+    }
+SHIM_WGMMA(e4m3, e4m3)
+SHIM_WGMMA(e4m3, e5m2)
+SHIM_WGMMA(e5m2, e4m3)
+SHIM_WGMMA(e5m2, e5m2)
 static inline void snipi_ptx_wgmma_end(float d[64]) {
     shim.progress = true;
     shim_yield();
@@ -316,7 +325,7 @@ static inline void snipi_ptx_wgmma_end(float d[64]) {
         for (unsigned i = 0; i < 64; i++) {
             unsigned row = shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + (i & 2) * 4, col = i / 4 * 8 + shim.current % 4 * 2 + (i & 1);
             float sum = p.add ? d[i] : 0.0f;
-            for (unsigned k = 0; k < 32; k++) sum += p.table[*shim_swizzled(p.a, row, k)] * shim_fp8.e4m3[*shim_swizzled(p.b, col, k)];
+            for (unsigned k = 0; k < 32; k++) sum += p.table_a[*shim_swizzled(p.a, row, k)] * p.table_b[*shim_swizzled(p.b, col, k)];
             d[i] = sum;
         }
     shim_products[shim.current].clear();
@@ -329,13 +338,14 @@ enum { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum { cudaDevAttrMultiProcessorCount, cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes { size_t sharedSizeBytes; };
 static std::vector<const void *> shim_absent;          // kernels without a body on the GPU played
+static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 static inline cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
 static inline cudaError_t cudaDeviceGetAttribute(int *value, int, int) { *value = 2; return cudaSuccess; }
 template <class F> static cudaError_t cudaFuncSetAttribute(F *, int, int) { return cudaSuccess; }
 template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *kernel) {
-    attributes->sharedSizeBytes = 1;
+    attributes->sharedSizeBytes = 6240;
     for (const void *absent : shim_absent)
-        if (absent == (const void *)kernel) attributes->sharedSizeBytes = 0;
+        if (absent == (const void *)kernel) attributes->sharedSizeBytes = 1024;     // the system's own
     return cudaSuccess;
 }
 // Between cudaStreamBeginCapture and EndCapture work is noted down; a graph's launch does it.
@@ -343,6 +353,12 @@ typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
 enum { cudaStreamCaptureModeGlobal };
 static cudaGraph_t shim_capture;
 static inline cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = NULL; return cudaSuccess; }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+static inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus *status, unsigned long long *id) {
+    *status = shim_capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    *id = (unsigned long long)(uintptr_t)shim_capture;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { shim_capture = new std::vector<std::function<void()>>; return cudaSuccess; }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) { *graph = shim_capture; shim_capture = NULL; return cudaSuccess; }

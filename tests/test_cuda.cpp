@@ -1,6 +1,8 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
 // under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [session]      --stop: at the first failure
+//     test_cuda [--stop] [quantize] [noise] [gemm] [session] [codec] [oracle]     --stop: at the first failure
+// codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
+// SNIP_TEST_FEW=n in the environment: one case in n, for compute-sanitizer.
 #ifndef __CUDACC__
 #  include "cuda_shim.h"
 #endif
@@ -8,6 +10,14 @@
 #include "../snip_cuda.cuh"
 #include <math.h>
 #include <string.h>
+#include <vector>
+#include "codec_tables.h"
+#ifdef __CUDACC__
+#  include <thread>
+#  ifdef SNIP_CUBLASLT
+#    include "cublaslt.h"
+#  endif
+#endif
 
 static long passed, failed, skipped;
 static int stop_at_failure;
@@ -18,6 +28,11 @@ static void check(int ok, const char *text, int line) {
     if (stop_at_failure) exit(1);
 }
 #define CHECK(x) check((x) != 0, #x, __LINE__)
+#ifdef __CUDACC__
+static void skip(const char *why) { skipped++; printf("skipped: %s\n", why); }
+#endif
+static long cases, few = 1;
+static bool wanted() { return cases++ % few == 0; }
 
 static uint64_t rng_state = 0x9E3779B97F4A7C15u;
 static uint32_t rng() { rng_state ^= rng_state << 13; rng_state ^= rng_state >> 7; rng_state ^= rng_state << 17; return (uint32_t)(rng_state >> 32); }
@@ -174,13 +189,45 @@ static void test_quantize() {
                 int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + (pick & 1) * 4 + (pick >> 1 & 1);
                 if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
                 shim_order = (int)(pick >> 8) % SHIM_ORDERS;
-                test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 3) << 2);
+                if (wanted()) test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 3) << 2);
             }
     // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
     for (int k = 0; k < RECIPES; k++)
         for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
             for (int bf16 = 0; bf16 < 2; bf16++)
-                test_quantize_one(&recipes[k], 128, 256, 256, bf16 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | (shim_order == 1) << 3);
+                if (wanted()) test_quantize_one(&recipes[k], 128, 256, 256, bf16 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | (shim_order == 1) << 3);
+}
+// The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for saturation.
+static void test_counts() {
+    static const int64_t sizes[][2] = { { 256, 128 }, { 131, 200 } };
+    for (int k = 0; k < RECIPES + 2; k++)
+        for (int kind = 0; kind < KINDS; kind++)
+            for (int side = 1; side <= 3; side++) {
+                if (!wanted()) continue;
+                const int64_t rows = sizes[(k + side) % 2][0], cols = sizes[(k + side) % 2][1];
+                snip_recipe recipe = k < RECIPES ? recipes[k] : recipes[2 + (k - RECIPES) * 2];
+                snip_quantize_job job = {};
+                if (k >= RECIPES) { recipe.rounding = SNIP_ROUND_STOCHASTIC; recipe.scale = SNIP_SCALE_UE8M0; }
+                buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(&recipe, rows, cols)), codes_t(snip_codes_bound(&recipe, cols, rows));
+                buffer scales(snip_scales_bound(&recipe, rows, cols)), scales_t(snip_scales_bound(&recipe, cols, rows)), scratch(snip_cuda_quantize_scratch(rows, cols)), counts(6 * 8);
+                unsigned long long *n = (unsigned long long *)counts.operator void *();
+                snip_quant_stats stats[2] = {};
+                fill(x, rows * cols, SNIP_F32, kind);
+                memset(n, 0, 32);
+                n[4] = 5; n[5] = 7;
+                job.x = x; job.rows = rows; job.cols = job.ld = cols;
+                if (side & 1) { job.recipe = &recipe; job.codes = codes; job.scales = scales; }
+                if (side & 2) { job.recipe_t = &recipe; job.codes_t = codes_t; job.scales_t = scales_t; }
+                snipi_cuda_options options = { job.key.tensor, NULL, n, n + 2, n + 4, 0 };
+                snprintf(what, sizeof what, "counts, recipe %d, kind %d, sides %d", k, kind, side);
+                shim_order = (k + kind) % SHIM_ORDERS;
+                CHECK(snip_quantize_with(&job, side & 1 ? &stats[0] : NULL, side & 2 ? &stats[1] : NULL) == SNIP_OK);
+                CHECK(snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, scratch, options, 0) == SNIP_OK);
+                finish();
+                n[side & 1 ? 0 : 2] -= 5;
+                n[side & 1 ? 1 : 3] -= 7;
+                for (int i = 0; i < 2; i++) CHECK((int64_t)n[2 * i] == stats[i].nonfinite && (int64_t)n[2 * i + 1] == stats[i].saturated);
+            }
 }
 // Statistics are the same bits in every order of the threads.
 static void test_stats_deterministic() {
@@ -249,6 +296,7 @@ static void test_dequantize() {
     static const snip_recipe more[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, { SNIP_E2M3, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST }, { SNIP_E2M1, 1, 5, SNIP_SCALE_F32, NEAREST } };
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES + 5; k++) {
+            if (!wanted()) continue;
             const snip_recipe *r = k < RECIPES ? &recipes[k] : &more[k - RECIPES];
             int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + k % 3;
             snip_format format = (i + k) % 2 ? SNIP_BF16 : SNIP_F32;
@@ -336,7 +384,7 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
 #endif
     CHECK(alike && error <= most * norm);
 }
-static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 200, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
+static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 199, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
 enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
 static void test_gemm_reference() {
     static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_MXFP8, { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
@@ -344,6 +392,7 @@ static void test_gemm_reference() {
     for (int i = 0; i < GEMM_SHAPES - 1; i++)
         for (int ka = 0; ka < 12; ka++)
             for (int kb = ka % 3; kb < 12; kb += 3) {
+                if (!wanted()) continue;
                 int64_t m = gemms[i][0] / 6 + 1, n = gemms[i][1] / 6 + 1, k = gemms[i][2];
                 matrix a(&kinds[ka], m, k, GAUSS, ka < 2 && i % 2), b(&kinds[kb], n, k, GAUSS, kb < 2 && i % 3 == 0);
                 if (ka == 0) a.operand.round_bf16 = kb & 1;
@@ -358,11 +407,15 @@ enum { GPUS = 1 };
 static void play_gpu(int) {}
 #else
 enum { GPUS = 3 };
+template <int A, int B> static void absent(int gpu) {
+    shim_absent.push_back((const void *)snipi_wgmma_kernel<A, B>);
+    if (gpu > 1) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, A, B>);
+    if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, A, B>);
+}
 static void play_gpu(int gpu) {
     shim_absent.clear();
-    if (gpu > 0) { shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E4M3>); shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E5M2>); }
-    if (gpu > 1) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, SNIP_E5M2>); }
-    if (gpu > 2) { shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, SNIP_E4M3>); shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1>); }
+    if (gpu > 0) { absent<SNIP_E4M3, SNIP_E4M3>(gpu); absent<SNIP_E4M3, SNIP_E5M2>(gpu); absent<SNIP_E5M2, SNIP_E4M3>(gpu); absent<SNIP_E5M2, SNIP_E5M2>(gpu); }
+    if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
 }
 #endif
 // F32 and BF16 operands, either way round.
@@ -370,6 +423,7 @@ static void test_gemm_plain() {
     static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16 };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int way = 0; way < 4; way++) {
+            if (!wanted()) continue;
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
             matrix a(&kinds[i % 3 == 1], m, k, GAUSS, way & 1), b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
             if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
@@ -383,8 +437,9 @@ static void test_gemm_tensor_cores() {
     static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 7; which++) {
+            if (!wanted()) continue;
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i) % 2];
+            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i / 2 * 3) % 4];
             matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
             for (int gpu = 0; gpu < (which < 3 ? 1 : GPUS); gpu++) {
                 play_gpu(gpu);
@@ -395,11 +450,10 @@ static void test_gemm_tensor_cores() {
             play_gpu(0);
         }
     snip_recipe mx = SNIP_RECIPE_MXFP8;
-    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&fp8[2], 8, 128, GAUSS);
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
     snprintf(what, sizeof what, "gemm refusals");
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
-    CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &e.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
@@ -410,6 +464,160 @@ static void test_gemm_tensor_cores() {
     play_gpu(0);
 #endif
 }
+
+// ---- the encoders, on every float: hardware's where the kernels use it ----
+#ifdef __CUDACC__
+static const uint32_t CODEC_STRIDE = 1;
+template <class F> static void codec_workers(int n, F f) {
+    std::vector<std::thread> pool;
+    for (int w = 0; w < n; w++) pool.emplace_back(f, w);
+    for (std::thread &t : pool) t.join();
+}
+static int codec_cores() { return (int)snipi_max(1, snipi_min(64, (int64_t)std::thread::hardware_concurrency())); }
+#else
+static const uint32_t CODEC_STRIDE = 65521;
+template <class F> static void codec_workers(int n, F f) { for (int w = 0; w < n; w++) f(w); }
+static int codec_cores() { return 1; }
+#endif
+SNIPI_HD static uint32_t codec_random(uint32_t u) { return (u ^ u >> 15) * 0x2C1B3C6Du; }
+template <int FORMAT> static __global__ void codec_kernel(uint8_t *code, uint64_t first, int64_t n, uint32_t stride, int stochastic) {
+    for (int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x); i < n; i += 4 * (int64_t)gridDim.x * blockDim.x) {
+        float x[4];
+        uint32_t c[4], word;
+        int over;
+        for (int j = 0; j < 4; j++) {
+            uint32_t u = (uint32_t)(first + (uint64_t)(i + j)) * stride;
+            x[j] = snipi_float(u);
+            c[j] = snipi_cuda_encode<FORMAT>(x[j], stochastic, codec_random(u), &over);
+        }
+        word = stochastic ? snipi_cuda_pack<FORMAT>(c) : snipi_cuda_nearest4<FORMAT>(x, 1.0f);
+        if (FORMAT == SNIP_E2M1) *(uint16_t *)(code + i / 2) = (uint16_t)word;
+        else *(uint32_t *)(code + i) = word;
+    }
+}
+// Nearest: NVIDIA's tables. Stochastic: snip.h's function.
+static uint8_t codec_expected(int format, uint32_t u, int stochastic, const codec_run *runs, int n_runs, int *run) {
+    while (*run + 1 < n_runs && runs[*run + 1].first <= u) ++*run;
+    while (runs[*run].first > u) --*run;
+    if (!stochastic) return runs[*run].code;
+    snipi_element e = snipi_element_of((snip_format)format);
+    uint32_t a = u & 0x7FFFFFFFu, c = snipi_encode_stochastic(a, codec_random(u), e.mantissa, e.bias);
+    return (uint8_t)(a > 0x7F800000u ? e.nan : (c < e.largest ? c : e.largest) | (u >> 31) << e.sign);
+}
+template <int FORMAT> static void test_codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
+    const int64_t all = (int64_t)(4294967296 / CODEC_STRIDE), chunk = snipi_min(all / 4 * 4, (int64_t)1 << 28);
+    const int workers = codec_cores();
+    uint8_t *code, *host;
+    int64_t wrong = 0;
+    snprintf(what, sizeof what, "codec %s, %s", name, stochastic ? "stochastic" : "nearest");
+    if (cudaMalloc(&code, (size_t)chunk) != cudaSuccess || cudaMallocHost((void **)&host, (size_t)chunk) != cudaSuccess) { CHECK(!"memory"); return; }
+    for (int64_t first = 0; first < all / 4 * 4; first += chunk) {
+        const int64_t n = snipi_min(chunk, all / 4 * 4 - first);
+        std::vector<int64_t> bad((size_t)workers, 0), example((size_t)workers, -1);
+        CHECK(snipi_cuda_launch(codec_kernel<FORMAT>, snipi_min(4096, snipi_ceil_div(n, 4 * 256)), 256, 0, 0, code, (uint64_t)first, n, CODEC_STRIDE, stochastic) == SNIP_OK);
+        CHECK(cudaMemcpy(host, code, (size_t)(FORMAT == SNIP_E2M1 ? n / 2 : n), cudaMemcpyDeviceToHost) == cudaSuccess);
+        codec_workers(workers, [&](int w) {
+            int run = 0;
+            for (int64_t i = n * w / workers; i < n * (w + 1) / workers; i++) {
+                uint32_t u = (uint32_t)(first + i) * CODEC_STRIDE, got = FORMAT == SNIP_E2M1 ? host[i / 2] >> i % 2 * 4 & 15u : host[i];
+                uint32_t expected = codec_expected(FORMAT == SNIPI_E2M1_WIDE ? (int)SNIP_E2M1 : FORMAT, u, stochastic, runs, n_runs, &run);
+                if (FORMAT == SNIPI_E2M1_WIDE) expected = expected == 8 ? 0x80u : snip_e4m3_from_f32(snip_e2m1_to_f32((uint8_t)expected));
+                if (got != expected && !bad[(size_t)w]++) example[(size_t)w] = first + i;
+            }
+        });
+        for (int w = 0; w < workers; w++) {
+            if (bad[(size_t)w] && !wrong) printf("%s: input 0x%08X\n", what, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
+            wrong += bad[(size_t)w];
+        }
+    }
+    CHECK(wrong == 0);
+    cudaFree(code);
+    cudaFreeHost(host);
+}
+static void test_codec() {
+    for (int stochastic = 0; stochastic < 2; stochastic++) {
+#define CODEC(format, table) test_codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
+        CODEC(SNIP_E4M3, runs_e4m3);
+        CODEC(SNIP_E5M2, runs_e5m2);
+        CODEC(SNIP_E2M1, runs_e2m1);
+        CODEC(SNIPI_E2M1_WIDE, runs_e2m1);
+    }
+}
+
+// ---- cuBLASLt as the oracle, on plain device memory ----
+#if defined(__CUDACC__) && defined(SNIP_CUBLASLT)
+struct device_matrix {
+    void *codes = NULL, *scales = NULL;
+    snip_operand operand = {};
+    device_matrix(const snip_recipe *r, int64_t rows, int64_t k) {
+        std::vector<float> x((size_t)(rows * k));
+        std::vector<uint8_t> c(snip_codes_bound(r, rows, k)), s(snip_scales_bound(r, rows, k));
+        fill(x.data(), rows * k, SNIP_F32, GAUSS);
+        CHECK(snip_quantize(r, x.data(), rows, k, k, c.data(), s.data(), {}, NULL, NULL) == SNIP_OK);
+        put(&codes, c.data(), c.size());
+        put(&scales, s.data(), s.size());
+        operand.recipe = r; operand.codes = codes; operand.scales = scales;
+    }
+    static void put(void **to, const void *from, size_t size) {
+        CHECK(cudaMalloc(to, size + 1) == cudaSuccess && cudaMemcpy(*to, from, size, cudaMemcpyHostToDevice) == cudaSuccess);
+    }
+    ~device_matrix() { cudaFree(codes); cudaFree(scales); }
+    device_matrix(const device_matrix &) = delete;
+};
+static __global__ void twice_kernel(int8_t *to, const uint8_t *packed, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
+        to[i] = (int8_t)(2.0f * snipi_decode(packed[i / 2] >> i % 2 * 4 & 15u, SNIP_E2M1));
+}
+static void test_oracle() {
+    static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK, e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, bf16 = SNIP_RECIPE_BF16;
+    static const snip_recipe fp4 = { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, NEAREST };
+    static const snip_recipe *const pairs[][2] = { { &fp8, &fp8_block }, { &fp8, &fp8 }, { &fp8_block, &fp8 }, { &e5m2, &fp8_block }, { &e5m2, &fp8 }, { &fp8, &e5m2 }, { &bf16, &bf16 }, { &fp4, &fp4 } };
+    static const int64_t sizes[][3] = { { 256, 384, 512 }, { 1024, 512, 2048 }, { 144, 272, 400 }, { 128, 7168, 4096 } };
+    for (auto &pair : pairs)
+        for (const int64_t *size : sizes) {
+            const int64_t m = size[0], n = size[1], k = size[2];
+            const snip_recipe *ra = pair[0], *rb = pair[1];
+            const bool integers = ra->format == SNIP_E2M1;
+            lt_gemm lt({ ra->format, m, ra->tile_rows }, { rb->format, n, rb->tile_rows }, k);
+            snprintf(what, sizeof what, "cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d", snip_format_name(ra->format), ra->tile_rows, ra->tile_cols, snip_format_name(rb->format),
+                     rb->tile_rows, rb->tile_cols, (int)m, (int)n, (int)k);
+            if (!lt.exists()) { skip(what); continue; }
+            device_matrix a(ra, m, k), b(rb, n, k);
+            std::vector<float> ours((size_t)(m * n)), theirs((size_t)(m * n));
+            float *c, *c2;
+            int8_t *ia = NULL, *ib = NULL;
+            double error = 0, norm = 0;
+            CHECK(cudaMalloc(&c, ours.size() * 4) == cudaSuccess && cudaMalloc(&c2, ours.size() * 4) == cudaSuccess);
+            CHECK(cudaMemset(c, 0xC5, ours.size() * 4) == cudaSuccess && cudaMemset(c2, 0xC5, ours.size() * 4) == cudaSuccess);
+            if (integers) {             // with scales of 1
+                std::vector<float> ones((size_t)((m > n ? m : n) * ((k + 127) / 128)), 1.0f);
+                CHECK(cudaMalloc(&ia, (size_t)(m * k)) == cudaSuccess && cudaMalloc(&ib, (size_t)(n * k)) == cudaSuccess);
+                twice_kernel<<<256, 256>>>(ia, (const uint8_t *)a.codes, m * k);
+                twice_kernel<<<256, 256>>>(ib, (const uint8_t *)b.codes, n * k);
+                CHECK(cudaMemcpy(a.scales, ones.data(), (size_t)(m * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
+                CHECK(cudaMemcpy(b.scales, ones.data(), (size_t)(n * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
+            } else if (ra->format != SNIP_BF16)
+                lt.set(a.scales, b.scales, 0);
+            CHECK(snip_cuda_gemm(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0) == SNIP_OK);
+            CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
+            CHECK(cudaMemcpy(ours.data(), c, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess && cudaMemcpy(theirs.data(), c2, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
+            for (size_t i = 0; i < ours.size(); i++) {
+                double x = ours[i], y = theirs[i];
+                if (integers) y = (double)(int32_t)snipi_bits(theirs[i]) * 0.25;
+                error += (x - y) * (x - y);
+                norm += y * y;
+            }
+            const double most = integers ? 0 : ra->format == SNIP_BF16 ? 1e-5 : 1e-3;
+            if (!(error <= most * most * norm && norm > 0)) printf("%s: relative difference %.2e\n", what, sqrt(error / norm));
+            CHECK(error <= most * most * norm && norm > 0);
+            for (void *p : { (void *)c, (void *)c2, (void *)ia, (void *)ib }) cudaFree(p);
+        }
+}
+#elif defined(__CUDACC__)
+static void test_oracle() { skip("cuBLASLt is not linked: FP8, INT8 and BF16 products have no oracle but snip.h's"); }
+#else
+static void test_oracle() {}
+#endif
 
 // ---- the session ----
 // Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
@@ -612,6 +820,118 @@ static void test_session_graph() {
     }
     cudaStreamDestroy(stream);
 }
+// A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a capture.
+static void test_session_weights() {
+    model t;
+    const snip_format formats[][2] = { { SNIP_E4M3, SNIP_E4M3 }, { SNIP_E4M3, SNIP_E2M1 }, { SNIP_E2M1, SNIP_E2M1 }, { SNIP_BF16, SNIP_E4M3 } };
+    layer_data *l = t.l[1];
+    const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
+    cudaStream_t stream;
+    cudaStreamCreate(&stream);
+    for (const snip_format *format : formats) {
+        device_session d(&t, session_desc(-1), 0, stream);
+        buffer w(l->w.size), out(l->out.size / MICROS), dx(l->dx.size / MICROS);
+        cudaGraph_t graph;
+        auto forward = [&](int micro) { CHECK(snip_cuda_linear_forward(d.c, 1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK); };
+        auto backward = [&](int micro) { CHECK(snip_cuda_linear_backward(d.c, 1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(), l->x.floats(), w.floats(), ROWS, stream) == SNIP_OK); };
+        auto expect = [&]() {           // of w, not held
+            finish();
+            memset(dx.at, 0, dx.size);
+            snip_recipe rdy;
+            snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+            CHECK(snipi_cuda_fwd(d.c, &d.s->layers[1], SNIPI_ALONE, format[0], out.floats(), l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK);
+            CHECK(snipi_cuda_dgrad(d.c, &d.s->layers[1], SNIPI_ALONE, format[1], dx.floats(), 1, l->dy.floats(), w.floats(), ROWS, &rdy, &dy_t, stream) == SNIP_OK);
+            finish();
+        };
+        snip_set_format(d.s, 1, SNIP_FWD, format[0]);
+        snip_set_format(d.s, 1, SNIP_DGRAD, format[1]);
+        for (int64_t step = 1; step <= 3; step++) {
+            snip_adamw o = adamw_of(step);
+            const int held[2] = { format[0] != SNIP_BF16, 1 };
+            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]), snip_format_name(format[1]), (int)step);
+            fill(w, nw, SNIP_F32, GAUSS);
+            l->clear();
+            if (step == 3) {            // captured and never run: must not count as quantized
+                CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+                forward(0);
+                backward(0);
+                CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+            }
+            expect();
+            forward(0);
+            backward(0);
+            finish();
+            CHECK(memcmp(l->out.at, out.at, out.size) == 0);
+            if (format[1] != SNIP_E2M1) CHECK(memcmp(l->dx.at, dx.at, dx.size) == 0);       // else stochastic, by micro-batch
+            memset(w.at, 0, w.size);    // the second micro-batch does not look at it
+            forward(1);
+            backward(1);
+            finish();
+            for (int g = 0; g < 2; g++) {
+                const float *y = g ? l->dx.floats() + nx : l->out.floats() + ny;
+                double sum = 0;
+                for (int64_t i = 0; i < (g ? nx : ny); i++) sum += fabs((double)y[i]);
+                CHECK((sum > 0) == held[g]);
+            }
+            if (held[0]) CHECK(memcmp(l->out.at + out.size, out.at, out.size) == 0);
+            CHECK(snip_cuda_end_step(d.c, &o, NULL, stream) == SNIP_OK);
+            finish();
+        }
+    }
+    cudaStreamDestroy(stream);
+}
+// Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held.
+static void test_session_counts() {
+    for (int format = 0; format < 3; format++)
+        for (int micros = 1; micros <= MICROS; micros++) {
+            model ours, theirs;
+            snip_desc desc = session_desc(-1);
+            desc.fp8.activation = desc.fp8.gradient = { format == 2 ? SNIP_E5M2 : SNIP_E4M3, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp8.weight = { SNIP_E4M3, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp4.activation = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp4.gradient = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, SNIP_ROUND_STOCHASTIC };
+            desc.fp4.weight = { SNIP_E2M1, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
+            device_session d(&ours, desc, 0, 0);
+            snip *cpu = session_of(&theirs, desc);
+            for (int64_t step = 1; step <= 3; step++) {
+                snip_adamw o = adamw_of(step);
+                snip_layer_info info;
+                for (snip *s : { d.s, cpu }) {
+                    snip_set_format(s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
+                    snip_set_format(s, 1, SNIP_FWD, SNIP_E2M1);
+                }
+                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros, (int)step);
+                shim_order = (int)step % SHIM_ORDERS;
+                for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+                if (step == 3)
+                    for (model *t : { &ours, &theirs }) {
+                        t->l[0]->x.floats()[7] = t->l[0]->w.floats()[3] = t->l[1]->dy.floats()[9] = snipi_float(0x7FC00000u);
+                        t->l[1]->w.floats()[4] = snipi_float(0xFF800000u);
+                    }
+                for (int i = 0; i < LAYERS; i++)
+                    for (int a = 0; a < micros; a++) {
+                        layer_data *l = ours.l[i], *m = theirs.l[i];
+                        snip_cuda_linear_forward(d.c, i, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0);
+                        snip_cuda_linear_backward(d.c, i, l->dx.floats(), l->dw.floats(), NULL, l->dy.floats(), l->x.floats(), l->w.floats(), ROWS, 0);
+                        snip_linear_forward(cpu, i, m->out.floats(), m->x.floats(), m->w.floats(), NULL, ROWS);
+                        snip_linear_backward(cpu, i, m->dx.floats(), m->dw.floats(), NULL, m->dy.floats(), m->x.floats(), m->w.floats(), ROWS);
+                    }
+                int64_t counts[LAYERS][2];
+                for (int i = 0; i < LAYERS; i++) {
+                    snip_layer(cpu, i, &info);
+                    counts[i][0] = info.nonfinite;
+                    counts[i][1] = info.saturated;
+                }
+                CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == snip_end_step(cpu, &o));
+                finish();
+                for (int i = 0; i < LAYERS; i++) {
+                    snip_layer(d.s, i, &info);
+                    CHECK(info.nonfinite == counts[i][0] && info.saturated == counts[i][1] && info.saturated > 0 && (info.nonfinite > 0) == (step == 3));
+                }
+            }
+            snip_destroy(cpu);
+        }
+}
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
 static void test_session_watch() {
     model t;
@@ -739,20 +1059,25 @@ static void test_session() {
     desc.update_weight = -1;
     test_session_one(desc, 1, 1, 5);
     test_session_graph();
+    test_session_weights();
+    test_session_counts();
     test_session_watch();
     test_session_errors();
 }
 
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0, session = 0;
+    int quantize = 0, noise = 0, gemm = 0, session = 0, codec = 0, oracle = 0;
+    if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
     for (int i = 1; i < argc; i++) {
         stop_at_failure |= !strcmp(argv[i], "--stop");
         quantize |= !strcmp(argv[i], "quantize");
         noise |= !strcmp(argv[i], "noise");
         gemm |= !strcmp(argv[i], "gemm");
         session |= !strcmp(argv[i], "session");
+        codec |= !strcmp(argv[i], "codec");
+        oracle |= !strcmp(argv[i], "oracle");
     }
-    if (!quantize && !noise && !gemm && !session) quantize = noise = gemm = session = 1;
+    if (!quantize && !noise && !gemm && !session && !codec && !oracle) quantize = noise = gemm = session = codec = oracle = 1;
 #ifdef __CUDACC__
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -760,12 +1085,25 @@ int main(int argc, char **argv) {
         printf("skipped: no GPU (%s)\n0 passed, 0 failed, 1 skipped\n", cudaGetErrorString(error));
         return 0;
     }
+    int managed = 0;
+    if (cudaDeviceGetAttribute(&managed, cudaDevAttrConcurrentManagedAccess, 0) != cudaSuccess || !managed) {
+        skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
+        quantize = noise = gemm = session = 0;
+    }
 #endif
-    test_refusals();
-    if (quantize) { test_quantize(); test_in_place(); test_stats_deterministic(); test_dequantize(); }
+    if (quantize) {
+        test_refusals();
+        test_quantize();
+        test_in_place();
+        test_counts();
+        test_stats_deterministic();
+        test_dequantize();
+    }
     if (noise) test_noise();
     if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
     if (session) test_session();
+    if (codec) test_codec();
+    if (oracle) test_oracle();
     printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
     return failed != 0;
 }

@@ -35,7 +35,7 @@ PY
 archs=${ARCHS:-75 80 89 90a 100a 120a}
 for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
     while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
-    nvcc -std=c++17 -I. -cubin -arch=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
+    nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
 done
 wait
 for arch in $archs; do
@@ -62,7 +62,7 @@ if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
 for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
     peers=
-    case $source in bench/*) if [ -f "$cuda/include/cublasLt.h" ]; then peers="-DSNIP_CUBLASLT -lcublas -lcublasLt"; fi ;; esac
+    case $source in bench/* | tests/*) if [ -f "$cuda/include/cublasLt.h" ]; then peers="-DSNIP_CUBLASLT -lcublasLt"; fi ;; esac
     if nvcc $fast -x cu "$source" $peers -o "$dir/program" > "$dir/log" 2>&1 &&
        { "$dir/program" > "$dir/log" 2>&1 || grep -qx 'minimal: no GPU was found' "$dir/log"; }; then ok; else fail "$source"; head -5 "$dir/log"; fi
 done

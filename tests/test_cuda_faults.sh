@@ -9,7 +9,7 @@ passed=0 failed=0 count=0
 mkdir "$dir/tests"
 cp snip.h snip_ilp.h "$dir"
 cp snip_cuda.cuh "$dir/whole.cuh"
-cp tests/test_cuda.cpp tests/cuda_shim.h "$dir/tests"
+cp tests/test_cuda.cpp tests/cuda_shim.h tests/codec_tables.h "$dir/tests"
 try() {                 # what, sed command, part of the tests
     count=$((count + 1))
     [ $((count % ${EVERY:-4})) = 0 ] || return
@@ -56,5 +56,14 @@ try "statistics of the last micro-batch alone" 's/snipi_cuda_options options = \
 try "two measurements at a time" 's/if \(s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0\)/if (0)/' session
 try "a sketch's signs of the next word" 's/at = \(begin \/ 32 \+ w\)/at = (begin \/ 32 + 1 - w)/' session
 try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % samples]/' session
+try "B is taken for A's format" 's/b16\[i\] = snipi_mma_half2<FORMAT_B>/b16[i] = snipi_mma_half2<FORMAT_A>/' gemm
+try "one scale where columns have their own" 's/const int one_scale = [^;]*;/const int one_scale = 1;/' gemm
+try "an empty kernel is taken for one with a body" 's/sharedSizeBytes > SNIPI_EMPTY_SHARED/sharedSizeBytes > 0/' gemm
+try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
+try "saturation is not looked for" 's/ && !\(q\.straight\.counts && snipi_cuda_may_saturate\(r\)\)//' quantize
+try "a held weight's counts once" 's/^( *)\*counts = c->watched.*/\1*counts = NULL;/' session
+try "a weight of the last step" 's/ \|\| h->step\[transposed\] != c->step//' session
+try "a weight that was only captured" 's/ \|\| h->capture\[transposed\] != capture//' session
+try "a weight for each micro-batch" 's/ \|\| h->of\[transposed\] != w / || 1 /' session
 echo "$passed passed, $failed failed, 0 skipped"
 [ $failed -eq 0 ]
