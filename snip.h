@@ -430,6 +430,14 @@ static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n
     for (i = 0; i < n; i++) fn(arg, i);
 }
 #endif
+#ifndef SNIPI_WORTH
+#  define SNIPI_WORTH 32768            // elements, some 20 us: less would not pay for waking other threads
+#endif
+static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
+    int64_t i;
+    if (elements >= SNIPI_WORTH) SNIP_PARALLEL_FOR(fn, arg, n);
+    else for (i = 0; i < n; i++) fn(arg, i);
+}
 #if defined(__GNUC__) || defined(__clang__)
 #  define SNIPI_INLINE static inline __attribute__((always_inline))
 #else
@@ -491,7 +499,7 @@ typedef struct { const void *of; const float *x; int64_t n; double part[SNIPI_CH
 static double snipi_sum_up(snipi_sum *sum, void (*part)(void *, int64_t)) {
     double total = 0;
     int c;
-    SNIP_PARALLEL_FOR(part, sum, SNIPI_CHUNKS);
+    snipi_share(part, sum, SNIPI_CHUNKS, sum->n);
     for (c = 0; c < SNIPI_CHUNKS; c++) total += sum->part[c];
     return total;
 }
@@ -714,7 +722,7 @@ static snipi_noise snipi_noise_of(float *out, const float *x, int64_t n, float s
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
     snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    SNIP_PARALLEL_FOR(snipi_noise_add_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_noise_add_chunk, &q, SNIPI_CHUNKS, n);
     return SNIP_OK;
 }
 
@@ -742,7 +750,7 @@ SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key,
     snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
     snipi_sum sum;
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    sum.of = &q;
+    sum.of = &q; sum.n = n;
     *dot = snipi_sum_up(&sum, snipi_noise_dot_chunk);
     return SNIP_OK;
 }
@@ -823,7 +831,7 @@ static void snipi_gauss_add_chunk(void *arg, int64_t c) {
 SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
     snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    SNIP_PARALLEL_FOR(snipi_gauss_add_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_gauss_add_chunk, &q, SNIPI_CHUNKS, n);
     return SNIP_OK;
 }
 static void snipi_gauss_dot_chunk(void *arg, int64_t c) {
@@ -843,7 +851,7 @@ SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key,
     snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
     snipi_sum sum;
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    sum.of = &q;
+    sum.of = &q; sum.n = n;
     *dot = snipi_sum_up(&sum, snipi_gauss_dot_chunk);
     return SNIP_OK;
 }
@@ -878,7 +886,7 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
     if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
     q.x = x; q.rows = rows; q.cols = cols; q.ld = ld; q.block = block; q.key = key;
     q.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
-    SNIP_PARALLEL_FOR(snipi_hadamard_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_hadamard_chunk, &q, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
 
@@ -1539,7 +1547,7 @@ static void snipi_tensor_scale(snipi_quantizer *q) {
     uint32_t amax = 0;
     int c;
     peak.q = q;
-    SNIP_PARALLEL_FOR(snipi_peak_chunk, &peak, SNIPI_CHUNKS);
+    snipi_share(snipi_peak_chunk, &peak, SNIPI_CHUNKS, q->rows * q->cols);
     for (c = 0; c < SNIPI_CHUNKS; c++) amax = peak.part[c] > amax ? peak.part[c] : amax;
     q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
     q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
@@ -1625,7 +1633,7 @@ static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
 static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *stats) {
     snipi_quantize_task task;
     task.q = q;
-    SNIP_PARALLEL_FOR(snipi_quantize_bands_chunk, &task, SNIPI_CHUNKS);
+    snipi_share(snipi_quantize_bands_chunk, &task, SNIPI_CHUNKS, q->rows * q->cols);
     if (stats) snipi_tally_end(task.part, stats);
 }
 
@@ -1732,7 +1740,7 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
 static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
     snipi_quantize_task task;
     task.q = q; task.q2 = q2; task.rows = rows; task.cols = cols;
-    SNIP_PARALLEL_FOR(snipi_quantize_blocks_chunk, &task, SNIPI_CHUNKS);
+    snipi_share(snipi_quantize_blocks_chunk, &task, SNIPI_CHUNKS, rows * cols);
     if (stats) snipi_tally_end(task.part, stats);
     if (stats2) snipi_tally_end(task.part2, stats2);
 }
@@ -1942,7 +1950,7 @@ static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *co
     snipi_reader_init(&q.reader, recipe, codes, scales, rows, cols);
     q.reader.stream = x && rows * cols >= SNIPI_STREAM;
     q.rows = rows; q.cols = cols; q.ld = ld; q.x = x; q.x16 = x16;
-    SNIP_PARALLEL_FOR(snipi_dequantize_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_dequantize_chunk, &q, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
 SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
@@ -4041,6 +4049,7 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
                                    float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa, void *held, int pack) {
     snipi_gemm_job g;
     uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64, at_b = ((uintptr_t)held + 63) / 64 * 64;
+    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;
     snipi_gemm_begin(&g, m, n, k, a, b, isa);
     g.c = c; g.ldc = ldc;
     g.bias = bias; g.accumulate = accumulate;
@@ -4053,14 +4062,14 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
         g.scales_a = (float *)at;
         at += (uintptr_t)snipi_gemm_scale_bytes(&g, g.mp * g.mr);
     } else if (!accumulate)
-        SNIP_PARALLEL_FOR(snipi_gemm_bias, &g, m);
+        snipi_share(snipi_gemm_bias, &g, m, work);
     for (; g.k0 < k; g.k0 += g.step) {
         g.kc = snipi_min(g.step, k - g.k0);
         snipi_gemm_place_b(&g, held ? (char *)at_b + g.k0 / g.step * snipi_gemm_b_bytes(&g) : (char *)at);
-        SNIP_PARALLEL_FOR(snipi_gemm_pack, &g, g.packed);
-        SNIP_PARALLEL_FOR(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS));
+        snipi_share(snipi_gemm_pack, &g, g.packed, work);
+        snipi_share(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS), work);
     }
-    if (accumulate && bias) SNIP_PARALLEL_FOR(snipi_gemm_bias, &g, m);
+    if (accumulate && bias) snipi_share(snipi_gemm_bias, &g, m, work);
     return SNIP_OK;
 }
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -4539,7 +4548,7 @@ static void snipi_add_chunk(void *arg, int64_t c) {
 static void snipi_add_to(float *to, const float *from, int64_t n) {
     snipi_addition q;
     q.to = to; q.from = from; q.n = n;
-    SNIP_PARALLEL_FOR(snipi_add_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_add_chunk, &q, SNIPI_CHUNKS, n);
 }
 
 // Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
@@ -4584,7 +4593,7 @@ static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const fl
     q.key = snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + which);
     q.flip = snipi_flip_of(SNIP_ISA_BEST);
     if (!q.own) return SNIP_OUT_OF_MEMORY;
-    SNIP_PARALLEL_FOR(snipi_sketch_part, &q, q.parts);
+    snipi_share(snipi_sketch_part, &q, q.parts, n);
     for (p = 0; p < q.parts; p++)
         for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += q.own[p * SNIPI_SKETCH + j];
     return SNIP_OK;
@@ -4660,7 +4669,7 @@ static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out)
     q.out = out;
     q.n = l->n * l->k;
     if (q.d.kind == SNIP_CUSTOM) s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
-    else SNIP_PARALLEL_FOR(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS);
+    else snipi_share(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS, q.n);
 }
 
 // The weights a probe pass runs on: the caller's plus noise.
@@ -4817,7 +4826,7 @@ static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, i
     if (!rounded) return SNIP_OUT_OF_MEMORY;
     snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), NULL, &stats);
     q.x = x; q.rounded = rounded; q.dx = dx; q.rows = rows; q.k = l->k;
-    SNIP_PARALLEL_FOR(snipi_input_errors_chunk, &q, SNIPI_CHUNKS);
+    snipi_share(snipi_input_errors_chunk, &q, SNIPI_CHUNKS, q.rows * q.k);
     for (c = 0; c < SNIPI_CHUNKS; c++) { to->dot_x += q.dot[c]; to->along_x += q.along[c]; to->white_x += q.white[c]; }
     to->err_x += stats.err_sq;
     if (f == 0) l->input_sq += stats.sum_sq;
@@ -5005,7 +5014,7 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
         double u_sq;
-        q.m = layer->m; q.v = layer->v; q.n = layer->n * layer->k;
+        q.m = layer->m; q.v = layer->v; q.n = sum.n = layer->n * layer->k;
         u_sq = q.kind == SNIP_CUSTOM ? s->desc.sensitivity(s->desc.sensitivity_user, l, NULL) : snipi_sum_up(&sum, snipi_update_sq_chunk);
         if (layer->weight_sq > 0) total += u_sq / layer->weight_sq;
     }

@@ -10,6 +10,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#define SNIPI_WORTH 0              // threads for however little
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 

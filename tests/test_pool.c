@@ -50,6 +50,7 @@ static void pool_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     pthread_mutex_unlock(&pool.lock);
 }
 #define SNIP_PARALLEL_FOR(fn, arg, n) pool_for(fn, arg, n)
+#define SNIPI_WORTH 0              // threads for however little
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 

@@ -3,6 +3,7 @@
 // and statistics. With "--hash" prints a digest of many outputs instead, for test_compilers.sh to compare.
 // SNIP_TEST_FEW=n in the environment: one case in n, for emulators.
 #define _DEFAULT_SOURCE
+#define SNIPI_WORTH 0              // threads for however little
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #if defined(__unix__)
