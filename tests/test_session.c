@@ -1900,6 +1900,51 @@ static void test_calls(void) {
 #undef SESSION
     free(x); free(w); free(m); free(v);
 }
+// Two ranks with data of their own, as the header has it: they pass, measure and plan alike, also when the loss spikes.
+static void test_ranks(void) {
+    enum { STEPS = 48 };
+    model n[2];
+    snip *s[2];
+    snip_desc d = defaults();
+    void *state;
+    int r, step, spikes = 0, apart = 0;
+    note("ranks");
+    d.every = 12;
+    d.budget = 0.5;
+    d.drift = -1;
+    for (r = 0; r < 2; r++) {
+        n[r] = model_new(31, 12, 20, 24, 12);
+        s[r] = snip_create(&d);
+        model_add(&n[r], s[r], 1);
+    }
+    for (r = 0; r < n[1].rows * n[1].in; r++) n[1].x[r] = (r % 3 ? 0.3f : 5.0f) * normal();
+    state = get(snip_state_size(s[0]));
+    for (step = 1; step <= STEPS; step++) {
+        snip_adamw o = optimizer(step);
+        int measuring = snip_current_pass(s[0]) != SNIP_PASS_ORDINARY, again[2];
+        do {
+            for (r = 0; r < 2; r++) model_pass(&n[r], s[r]);
+            for (r = 0; r < 2; r++) again[r] = snip_next_pass(s[r], (n[0].loss + n[1].loss) / 2 * (step == 40 ? 100 : 1));
+            CHECK(again[0] == again[1]);
+        } while (again[0]);
+        for (r = 0; r < 2; r++) CHECK(snip_end_step(s[r], &o) == SNIP_OK);
+        if (measuring) {
+            snip_format formats[2][6];
+            for (r = 0; r < 2; r++) formats_of(s[r], formats[r]);
+            apart += memcmp(formats[0], formats[1], sizeof formats[0]) != 0 || s[0]->layers[0].estimate[1].loss_second != s[1]->layers[0].estimate[1].loss_second;
+            CHECK(snip_state_save(s[0], state) == SNIP_OK && snip_state_load(s[1], state, snip_state_size(s[0])) == SNIP_OK);
+        }
+        for (r = 0; r < 2; r++) {
+            snip_format formats[2][6];
+            formats_of(s[0], formats[0]); formats_of(s[1], formats[1]);
+            CHECK(!memcmp(formats[0], formats[1], sizeof formats[0]) && snip_current_pass(s[0]) == snip_current_pass(s[1]) && !strcmp(snip_reason(s[0]), snip_reason(s[1])));
+        }
+        spikes += strstr(snip_reason(s[0]), "spikes") != NULL;
+    }
+    CHECK(apart > 0 && spikes > 0 && snip_plans(s[0]) >= 3);       // the test tests something
+    for (r = 0; r < 2; r++) { snip_destroy(s[r]); model_free(&n[r]); }
+    free(state);
+}
 // A state whose checksum is right and whose values are not.
 static void test_forged_state(void) {
     snip_desc d = defaults();
@@ -2262,6 +2307,7 @@ int main(int argc, char **argv) {
     test_state();
     CHECK(state_digest() == 0x081a4365acb9baa5u);
     test_calls();
+    test_ranks();
     test_forged_state();
     test_nonfinite();
     test_step_ended_in_a_probe();
