@@ -3916,7 +3916,8 @@ typedef struct {
     int64_t m, n, k, ldc;
     int64_t block, piece;               // of scaled panels: elements; bytes
     int64_t mp, np, chunks_m;           // panels; chunks of panels of A
-    int64_t step, k0, kc, packed;       // of k at a time; the step under way; panels to be packed
+    int64_t step, k0, kc;               // of k at a time; the step under way
+    int late_b;                         // B's panels are packed by the chunk that alone uses them, while they are in its cache
     float *c;
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
@@ -3974,11 +3975,13 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
 }
 // A chunk of panels of A with a chunk of panels of B.
 static void snipi_gemm_chunk(void *arg, int64_t t) {
-    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
+    snipi_gemm_job *g = (snipi_gemm_job *)arg;
     int64_t i0 = t % g->chunks_m * SNIPI_CHUNK_PANELS, j0 = t / g->chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
     if (g->element && g->kernels.begin) g->kernels.begin(g->piece);
-    for (jp = j0; jp < snipi_min(g->np, j0 + SNIPI_CHUNK_PANELS); jp++)
+    for (jp = j0; jp < snipi_min(g->np, j0 + SNIPI_CHUNK_PANELS); jp++) {
+        if (g->late_b) snipi_gemm_pack(g, g->mp + jp);
         for (ip = i0; ip < snipi_min(g->mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(g, ip, jp);
+    }
     if (g->element && g->kernels.end) g->kernels.end();
 }
 static void snipi_gemm_bias(void *arg, int64_t i) {
@@ -4056,7 +4059,7 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     if (k > 0) {
         snipi_side_init(&g.a, a, m, k);
         if (!held || pack) snipi_side_init(&g.b, b, n, k);
-        g.packed = g.mp + (!held || pack ? g.np : 0);
+        g.late_b = g.chunks_m == 1 && (!held || pack);
         g.panel_a = (char *)at;
         at += (uintptr_t)snipi_round_up(g.mp * g.mr * snipi_gemm_row_bytes(&g, g.step), 64);
         g.scales_a = (float *)at;
@@ -4066,7 +4069,7 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     for (; g.k0 < k; g.k0 += g.step) {
         g.kc = snipi_min(g.step, k - g.k0);
         snipi_gemm_place_b(&g, held ? (char *)at_b + g.k0 / g.step * snipi_gemm_b_bytes(&g) : (char *)at);
-        snipi_share(snipi_gemm_pack, &g, g.packed, work);
+        snipi_share(snipi_gemm_pack, &g, g.mp + (g.late_b || (held && !pack) ? 0 : g.np), work);
         snipi_share(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS), work);
     }
     if (accumulate && bias) snipi_share(snipi_gemm_bias, &g, m, work);
