@@ -151,7 +151,7 @@ elif [ -x "$build/test_cuda_gpu" ] && [ -x "$build/minimal_cuda" ]; then
     timeout -k 5 60 "$sanitizer" --tool memcheck --error-exitcode 9 "$build/minimal_cuda" > "$tmp/probe" 2>&1
     status=$?
     if [ $status = 0 ]; then
-        sanitize() { MAY_STOP='ERROR SUMMARY: [1-9]|========= (Invalid|Error|Program hit|Barrier|Uninit|Race)|hazard' step "$1" 75 env SNIP_TEST_FEW=$2 "$sanitizer" --tool $1 --error-exitcode 9 "${@:4}" "$build/test_cuda_gpu" $3; }
+        sanitize() { MAY_STOP='ERROR SUMMARY: [1-9]|========= (Invalid|Error|Program hit|Barrier|Uninit|Race)|hazard' step "$1" 90 env SNIP_TEST_FEW=$2 "$sanitizer" --tool $1 --error-exitcode 9 "${@:4}" "$build/test_cuda_gpu" $3; }
         sanitize memcheck 24 "quantize noise gemm session" &
         sanitize racecheck 60 "quantize noise gemm" --kernel-name-exclude kns=wgmma &
         sanitize synccheck 60 "quantize noise gemm" &

@@ -52,7 +52,7 @@ try "both orientations with one key" 's/q\.key_t\.tensor = options\.tensor_t;//'
 try "counts of NaN are kept" 's/ \|\| cudaMemsetAsync\(c->watched, 0, watched, stream\) != cudaSuccess//' session
 try "measurements add up" 's/cudaMemsetAsync\(c->record, 0, \(size_t\)s->n_layers \* sizeof \*c->record, stream\) != cudaSuccess/0/' session
 try "sketches add up" 's/cudaMemsetAsync\(c->sketch, 0, .*stream\) != cudaSuccess\)/0)/' session
-try "statistics of the last micro-batch alone" 's/snipi_cuda_options options = \{ 0, NULL, NULL, 1 \};/snipi_cuda_options options = { 0, NULL, NULL, 0 };/' session
+try "statistics of the last micro-batch alone" 's/snipi_cuda_options options = \{ 0, NULL, NULL, NULL, NULL, 1 \};/snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 0 };/' session
 try "two measurements at a time" 's/if \(s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0\)/if (0)/' session
 try "a sketch's signs of the next word" 's/at = \(begin \/ 32 \+ w\)/at = (begin \/ 32 + 1 - w)/' session
 try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % samples]/' session
