@@ -52,8 +52,8 @@
 //
 // ERRORS
 //   Functions that can fail return snip_status, in every build. A refused argument leaves the outputs
-//   untouched. NaN and infinity in a tensor are counted and reported as SNIP_NONFINITE, after the work
-//   has been done; nothing is flattened in silence.
+//   untouched. NaN and infinity in a tensor are counted: by quantizers in snip_quant_stats.nonfinite, with
+//   status SNIP_OK; by a session in snip_layer_info.nonfinite, with status SNIP_NONFINITE after the work.
 //
 // DETERMINISM
 //   Codes, scales and stochastic rounding depend on the input and the key alone: not on threads,
@@ -391,7 +391,7 @@ SNIP_API const char *snip_reason(const snip *);         // "step N: ..." on the 
 SNIP_API snip_status snip_plan_print(const snip *, FILE *);     // table: blocks x kinds, one mark per GEMM
 SNIP_API snip_status snip_plan_save(snip *, const char *path);  // the formats in force, a fall back's too; text, written aside, then renamed
 SNIP_API snip_status snip_plan_load(snip *, const char *path);  // refused whole unless every layer matches
-// Plan, counters and averages: with the same batches a restored session goes on bit for bit. Between steps only. Load after all layers
+// Plan, counters and averages: with the same batches a restored session goes on bit for bit. Refused within a step. Load after all layers
 // have been added; desc, bindings, mode and snip_allow are not in it.
 SNIP_API size_t      snip_state_size(const snip *);
 SNIP_API snip_status snip_state_save(const snip *, void *state);
@@ -406,6 +406,7 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_IMPLEMENTATION_DONE)
 #define SNIP_IMPLEMENTATION_DONE
 
+#include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -4157,7 +4158,8 @@ typedef struct {
     int64_t calls_forward, calls_backward;      // of this pass: tells micro-batches apart
     double weight_sq, sensitivity_sq, sigma_x, sigma_w;
     double noisy_x, noisy_w, clean_x, clean_w;  // <xi, dA> of the two passes
-    int64_t elements_x, elements_y;             // seen by this pass
+    int64_t elements_x, elements_y;             // seen by this pass; rows by the one before
+    int64_t rows;
     double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
     float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
     double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
@@ -4249,6 +4251,7 @@ static void snipi_begin_pass(snip *s, snip_pass pass) {
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         layer->micros = layer->calls_forward;
+        layer->rows = layer->elements_x / layer->k;
         layer->weight[0].held = layer->weight[1].held = NULL;
         layer->calls_forward = layer->calls_backward = layer->elements_x = layer->elements_y = 0;
     }
@@ -4730,7 +4733,7 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
 static snip_status snipi_hold(snip *s, snip_status status, const char *where, const char *why) {
     if (s && !s->pending) {
         s->pending = status;
-        snprintf(s->message, sizeof s->message, "%.100s: %.150s", where, why);
+        snprintf(s->message, sizeof s->message, "%.100s: %.152s", where, why);
     }
     return status;
 }
@@ -4740,6 +4743,12 @@ static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonf
     if (l) snprintf(where, sizeof where, "layer %.100s", l->name);
     if (status && s && s->mode == SNIP_TRAIN) snipi_hold(s, status, where, snip_status_text(status));
     return status;
+}
+static snip_status snipi_refuse(snip *s, const char *function, int layer) {
+    char where[64];
+    snprintf(where, sizeof where, "%s, layer %d", function, layer);
+    if (s && s->mode == SNIP_TRAIN) snipi_hold(s, SNIP_BAD_ARGUMENT, where, snip_status_text(SNIP_BAD_ARGUMENT));
+    return SNIP_BAD_ARGUMENT;
 }
 static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
     return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
@@ -4760,7 +4769,7 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     const float *x = inp, *w = weight;
     snip_status status;
     int64_t micro, nonfinite;
-    if (!snipi_linear_args(l, out, inp, weight, rows)) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (!snipi_linear_args(l, out, inp, weight, rows)) return snipi_refuse(s, "snip_linear_forward", layer);
     if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     if (s->mode != SNIP_TRAIN)
@@ -4899,7 +4908,7 @@ SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float
     snipi_layer *l = snipi_layer_at(s, layer);
     snip_status status = SNIP_OK;
     int64_t micro, nonfinite, i, j;
-    if (!snipi_linear_args(l, dout, inp, weight, rows)) return snipi_finish_call(s, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (!snipi_linear_args(l, dout, inp, weight, rows)) return snipi_refuse(s, "snip_linear_backward", layer);
     if (s->mode != SNIP_TRAIN) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
     if (rows == 0) return SNIP_OK;
     if (s->told) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
@@ -4950,15 +4959,17 @@ static snip_status snipi_prepare_update_probe(snip *s) {
     s->tau = sum > 0 ? 0.01 / sqrt(sum / s->n_layers) : 0;
     return SNIP_OK;
 }
-// A measurement compares its passes: in each a layer has as many backward as forward calls, and as many as in the pass before.
+// A measurement compares its passes: in each a layer has as many backward as forward calls and rows, and as many as in the pass before.
 static void snipi_check_calls(snip *s) {
     int l;
     for (l = 0; l < s->n_layers && s->pass != SNIP_PASS_ORDINARY; l++) {
         const snipi_layer *layer = &s->layers[l];
-        char why[128];
-        if (layer->calls_forward == layer->calls_backward && (s->pass == SNIP_PASS_LOSS_PROBE || layer->calls_forward == layer->micros)) continue;
-        snprintf(why, sizeof why, "%lld forward and %lld backward calls in a pass of a measurement, %lld in the pass before", (long long)layer->calls_forward,
-                 (long long)layer->calls_backward, (long long)layer->micros);
+        int64_t rows = layer->elements_x / layer->k, rows_back = layer->elements_y / layer->n;
+        char why[160];
+        if (layer->calls_forward == layer->calls_backward && rows == rows_back &&
+            (s->pass == SNIP_PASS_LOSS_PROBE || (layer->calls_forward == layer->micros && rows == layer->rows))) continue;
+        snprintf(why, sizeof why, "%lld forward and %lld backward calls, of %lld and %lld rows, in a pass of a measurement; %lld of %lld rows in the pass before",
+                 (long long)layer->calls_forward, (long long)layer->calls_backward, (long long)rows, (long long)rows_back, (long long)layer->micros, (long long)layer->rows);
         snipi_hold(s, SNIP_BAD_ARGUMENT, layer->name, why);
     }
 }
@@ -5095,15 +5106,21 @@ static void snipi_costs(snip *s) {
         }
     }
 }
+static int snipi_has_averages(const snipi_layer *l) {
+    int t, any = 0;
+    for (t = 0; t < SNIPI_TERMS; t++) any |= l->average[0].mean[t] != 0 || l->average[1].mean[t] != 0;
+    return any;
+}
 // What was not called in a measurement keeps its averages.
 static void snipi_average_measurement(snip *s) {
-    double rate;
+    double rate, session_rate;
     int l, f, g;
     s->measurements += 1;
-    rate = s->measurements < 3 ? 1 / s->measurements : 1.0 / 3;
-    s->squared_weights = (1 - rate) * (1 - rate) * s->squared_weights + rate * rate;
+    session_rate = s->measurements < 3 ? 1 / s->measurements : 1.0 / 3;
+    s->squared_weights = (1 - session_rate) * (1 - session_rate) * s->squared_weights + session_rate * session_rate;
     for (l = 0; l < s->n_layers; l++) {
         if (!s->layers[l].elements_x) continue;
+        rate = snipi_has_averages(&s->layers[l]) ? session_rate : 1;
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             const snip_estimate *e = &s->layers[l].estimate[f];
             snipi_average *a = &s->layers[l].average[f];
@@ -5247,6 +5264,8 @@ static void snipi_explain(snip *s, int changed, double before, double after, dou
     else snprintf(text, sizeof text, "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", changed, before, after);
     snprintf(s->reason, sizeof s->reason, "step %lld: %s", (long long)s->step, text);
 }
+// A layer that no measurement has met yet, as it was not called: it stays as it is, and out of the targets.
+static int snipi_measured_once(const snipi_layer *l) { return l->elements_x > 0 || snipi_has_averages(l); }
 // Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved against the
 // slowest candidate.
 static snip_status snipi_solve(snip *s) {
@@ -5273,6 +5292,10 @@ static snip_status snipi_solve(snip *s) {
         snip_ilp_option *list = options + 8 * l;
         double least = 0;
         int count = 0, i;
+        groups[l].options = list;
+        groups[l].n_options = 1;        // no gain at no cost
+        groups[l].stage = layer->stage;
+        if (!snipi_measured_once(layer)) continue;
         for (o = 0; o < 8; o++) {
             int allowed = 1;
             snip_ilp_option option = { 0, 0 };
@@ -5297,9 +5320,7 @@ static snip_status snipi_solve(snip *s) {
         }
         for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
         for (i = 0; i < count; i++) list[i].cost -= least;      // a constant per layer changes no choice; costs may not be negative
-        groups[l].options = list;
         groups[l].n_options = count;
-        groups[l].stage = layer->stage;
         if (!snipi_by_seconds(s)) target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
         for (g = 0; g < SNIP_GEMMS && snipi_by_seconds(s); g++) {
             target[layer->stage] += layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g];
@@ -5322,7 +5343,7 @@ static snip_status snipi_solve(snip *s) {
     solved = snip_ilp_solve(&problem, NULL, choice, &result);
     if (solved == SNIP_ILP_OPTIMAL || solved == SNIP_ILP_FEASIBLE) {
         for (l = 0; l < n; l++)
-            for (g = 0; g < SNIP_GEMMS; g++) {
+            for (g = 0; g < SNIP_GEMMS && snipi_measured_once(&s->layers[l]); g++) {
                 snipi_layer *layer = &s->layers[l];
                 int fp4 = snipi_candidate_of((unsigned)ids[8 * l + choice[l]], g), was = layer->format[g] == SNIP_E2M1;
                 before += layer->estimate[was].cost[g];
@@ -5353,17 +5374,11 @@ static snip_status snipi_solve(snip *s) {
 // Costs from the measurement that the layers hold, and a plan from the costs.
 static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
     char message[200];
-    int l, f, t;
+    int l, f;
     if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
     if (s->desc.loss_weight > 0 && s->loss == 0) return snipi_fail(s, SNIP_BAD_ARGUMENT, "the loss of a measuring step is 0, and harm is relative to it: measurement discarded");
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
-        int known = layer->elements_x > 0;
-        for (t = 0; t < SNIPI_TERMS; t++) known |= layer->average[1].mean[t] != 0;
-        if (!known) {
-            snprintf(message, sizeof message, "layer %.100s has been in no measurement yet: there is nothing to plan it by", layer->name);
-            return snipi_fail(s, SNIP_BAD_ARGUMENT, message);
-        }
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             snip_estimate e = snipi_estimate_of(s, layer, f, update_sq, grad_scale);
             if (snipi_estimate_finite(&e)) continue;
@@ -5520,7 +5535,7 @@ SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     uint64_t hash = SNIPI_HASH_START;
     FILE *file;
     size_t length;
-    int line, ok;
+    int line, ok, reason;
     if (!s || !path) return SNIP_BAD_ARGUMENT;
     length = strlen(path) + 5;
     aside = (char *)snipi_alloc(s, length);
@@ -5534,14 +5549,15 @@ SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
         ok = fwrite(text, 1, (size_t)n, file) == (size_t)n;
     }
     if (ok) ok = fprintf(file, "end %016llx\n", (unsigned long long)hash) > 0;
+    reason = errno;
     if (file) {
-        ok = fclose(file) == 0 && ok;
-        if (ok) ok = rename(aside, path) == 0;
+        if (fclose(file) && ok) { ok = 0; reason = errno; }
+        if (ok && rename(aside, path)) { ok = 0; reason = errno; }
         if (!ok) remove(aside);
     }
     snipi_free(s, aside);
     if (!ok) {
-        snprintf(s->message, sizeof s->message, "%.200s: cannot be written", path);
+        snprintf(s->message, sizeof s->message, "%.150s: cannot be written: %.80s", path, strerror(reason));
         return SNIP_IO;
     }
     return SNIP_OK;
@@ -5564,9 +5580,12 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
     formats = (unsigned char *)snipi_alloc(s, (size_t)s->n_layers * SNIP_GEMMS);
     if (!formats) return SNIP_OUT_OF_MEMORY;
     file = fopen(path, "rb");
-    if (!file) return snipi_plan_fail(s, NULL, formats, SNIP_IO, path, "cannot be opened");
+    if (!file) return snipi_plan_fail(s, NULL, formats, SNIP_IO, path, strerror(errno));
     for (line = 0; line <= s->n_layers; line++) {
-        if (!fgets(text, sizeof text, file)) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
+        if (!fgets(text, sizeof text, file)) {
+            const char *reason = ferror(file) ? strerror(errno) : "ends too early";
+            return snipi_plan_fail(s, file, formats, ferror(file) ? SNIP_IO : SNIP_CORRUPT, path, reason);
+        }
         hash = snipi_hash(hash, text, strlen(text));
         if (line == 0) {
             if (sscanf(text, "snip-plan 1 layers %d", &layers) != 1) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "is not a snip plan");
@@ -5637,12 +5656,17 @@ static uint64_t snipi_model_hash(const snip *s) {
 SNIP_API size_t snip_state_size(const snip *s) {
     return s ? SNIPI_STATE_TEXT + sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) + sizeof(uint64_t) : 0;
 }
+static int snipi_within_step(const snip *s) {
+    int l, calls = 0;
+    for (l = 0; l < s->n_layers; l++) calls |= s->layers[l].calls_forward || s->layers[l].calls_backward;
+    return calls || s->told || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE);
+}
 SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     snipi_state_header header;
     unsigned char *at = (unsigned char *)state;
     uint64_t hash;
     int l, g;
-    if (!s || !state || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE)) return SNIP_BAD_ARGUMENT;
+    if (!s || !state || snipi_within_step(s)) return SNIP_BAD_ARGUMENT;
     memcpy(at, "SNIPST2", 8);
     memcpy(at + 8, s->reason, sizeof s->reason);
     at += SNIPI_STATE_TEXT;
@@ -5705,6 +5729,7 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     uint64_t hash;
     int l, g;
     if (!s || !state) return SNIP_BAD_ARGUMENT;
+    if (snipi_within_step(s)) return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is loaded between steps: snip_end_step is missing");
     if (size < 8 + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
     if (memcmp(at, "SNIPST", 6)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
     memcpy(&hash, at + size - sizeof hash, sizeof hash);
