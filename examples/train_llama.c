@@ -48,6 +48,24 @@ static void describe(const tr_options *o, const tr_data *d, const char *precisio
 // >>checkpoint -------------------------------------------------------------------------------------
 static int optimizer_tensors(const tr_options *o) { return tr_optimizer_named(o->optimizer)->kind == SNIP_ADAMW ? 2 : 1; }      // of a parameter: m and v, or m
 
+// An earlier run's checkpoint, which holds all of it, is not overwritten by one that was started without --resume.
+static void keep_checkpoint(const run *r, const tr_options *o) {
+    char path[TR_PATH], old[TR_PATH];
+    tr_tensors s;
+    size_t size;
+    struct stat info;
+    tr_path(path, r->dir, "model.safetensors");
+    if (stat(path, &info)) return;
+    unsigned char *bytes = tr_read(path, &size);
+    int begun = tr_parse_tensors(&s, bytes, size) || strcmp(tr_meta_value(&s, "step"), "0");
+    tr_free_tensors(&s);
+    if (!begun) return;
+    tr_path(old, r->dir, "model.safetensors.old");
+    unlink(old);
+    if (link(path, old) && rename(path, old)) tr_die("cannot rename %s: %s", path, strerror(errno));       // a link keeps both names until the first write
+    if (!o->quiet) fprintf(stderr, "%s: an earlier run's, kept as model.safetensors.old\n", path);
+}
+
 static void save_checkpoint(const run *r, const tr_options *o) {
     const llama *g = r->model;
     int n = 0, max = COLUMNS + 2 + 3 * g->n_tensors;
@@ -82,6 +100,7 @@ static void save_checkpoint(const run *r, const tr_options *o) {
     tr_path(path, r->dir, "model.safetensors");
     FILE *f = tr_begin(path);
     tr_write_tensors(f, t, n, meta, 4);
+    if (!r->step && !fflush(f) && !ferror(f)) keep_checkpoint(r, o);
     tr_commit(f, path, 0);
     free(state);
     free(t);
@@ -106,7 +125,10 @@ static void load_checkpoint(run *r, const tr_options *o) {
     tr_tensors s;
     struct stat info;
     tr_path(path, r->dir, "model.safetensors");
-    if (stat(path, &info) && errno == ENOENT) return;          // killed before its first checkpoint: from the start
+    if (stat(path, &info) && errno == ENOENT) {                 // killed before its first checkpoint
+        if (!o->quiet) fprintf(stderr, "%s: no checkpoint: from the start\n", path);
+        return;
+    }
     unsigned char *bytes = tr_read(path, &size);
     const char *why = tr_parse_tensors(&s, bytes, size);
     if (why) tr_die("%s: %s", path, why);
@@ -149,6 +171,21 @@ static const char *session_error(const snip *s, snip_status st) {
     return snip_message(s)[0] ? snip_message(s) : snip_status_text(st);
 }
 
+// Told before the training, not at the first measurement.
+static void check_speedup(const snip *s, int stages, double wanted) {
+    for (int stage = 0; stage < stages; stage++) {
+        double slow = 0, fast = 0;
+        for (int l = 0; l < snip_layers(s); l++) {
+            snip_layer_info info;
+            snip_layer(s, l, &info);
+            for (int g = 0; g < SNIP_GEMMS && info.stage == stage; g++) {
+                slow += info.seconds[0][g];
+                fast += fmin(info.seconds[1][g], info.seconds[2][g]);
+            }
+        }
+        if (slow < wanted * fast) tr_die("--speedup %g: with this model the linear layers can be at most %.2f times as fast here", wanted, slow / fast);
+    }
+}
 // Session, model, checkpoint and plan; writes nothing.
 static void open_run(run *r, const tr_options *o, const tr_data *d, const char *precision, const char *dir) {
     static const struct { const char *name; snip_format format, high; } fixed[] = {
@@ -191,6 +228,7 @@ static void open_run(run *r, const tr_options *o, const tr_data *d, const char *
     if (o->resume) load_checkpoint(r, o);
     if (desc.speedup > 0 && snip_plan_seconds(r->session) <= 0 && (st = snip_measure_gains(r->session, o->batch * o->seq)) != SNIP_OK)
         tr_die("timing the layers: %s", session_error(r->session, st));
+    if (desc.speedup > 0) check_speedup(r->session, desc.n_stages, desc.speedup);
     if (o->plan && !format) {
         if ((st = snip_plan_load(r->session, o->plan)) != SNIP_OK) {
             const char *why = session_error(r->session, st);
@@ -265,6 +303,9 @@ static void save_plan(run *r) {
     snip_status st = snip_plan_save(r->session, path);
     if (st) tr_die("cannot write %s: %s", path, session_error(r->session, st));
 }
+
+static volatile sig_atomic_t stop_asked;        // by the signal of this number
+static void ask_stop(int signal_number) { stop_asked = signal_number; }
 
 static void train(run *r, const tr_options *o, const tr_data *d) {
     llama *g = r->model;
@@ -342,8 +383,13 @@ static void train(run *r, const tr_options *o, const tr_data *d) {
         write_row(csv, r, step);
         errno = 0;
         if (fflush(csv)) tr_die("cannot write %s: %s", csv_path, strerror(errno));
-        if (step == o->steps || (o->save_every && step % o->save_every == 0)) save_checkpoint(r, o);
+        if (stop_asked || step == o->steps || (o->save_every && step % o->save_every == 0)) save_checkpoint(r, o);
         tr_show(&progress, step, o->steps, loss, speed, (double)((o->steps - step) * tokens_per_step) / speed, snip_share(s, SNIP_E2M1));
+        if (stop_asked) {
+            tr_note(&progress, "%s: stopped after step %lld; --resume goes on", r->precision, (long long)step);
+            signal(stop_asked, SIG_DFL);
+            raise(stop_asked);
+        }
     }
     if (fclose(csv)) tr_die("cannot write %s: %s", csv_path, strerror(errno));
     if (strcmp(r->precision, "f32") && strcmp(r->precision, "bf16")) r->val_high = validate(r, o, d, o->steps, SNIP_EVAL_HIGH, tokens, targets);
@@ -416,6 +462,14 @@ int main(int argc, char **argv) {
 #ifdef SIGXFSZ
     signal(SIGXFSZ, SIG_IGN);           // a file-size limit then shows as a failed write, which says what failed
 #endif
+    static const int stops[] = { SIGINT, SIGTERM };
+    for (int i = 0; i < 2; i++) {       // the step is finished and saved; a second one kills
+        struct sigaction stop;
+        memset(&stop, 0, sizeof stop);
+        stop.sa_handler = ask_stop;
+        stop.sa_flags = (int)SA_RESETHAND;
+        sigaction(stops[i], &stop, NULL);
+    }
     tr_parse(&o, argc, argv);
 #ifdef _OPENMP
     if (o.threads) omp_set_num_threads((int)o.threads);
@@ -436,6 +490,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n; i++) {
         if (compare) tr_path(dir, o.out, o.runs[i]);
         tr_mkdir(dir);
+        tr_lock(dir);
         tr_path(path, dir, "loss.csv");
         fclose(tr_begin(path));         // can files be made here?
         unlink(tr_unfinished);

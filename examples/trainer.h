@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -187,7 +188,7 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
         const char *arg = argv[i], *eq = strchr(arg, '=');
         size_t len = eq ? (size_t)(eq - arg) : strlen(arg);
         const tr_option *t = NULL;
-        if (!strcmp(arg, "--help")) { tr_usage(); exit(fflush(stdout) ? 2 : 0); }
+        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) { tr_usage(); exit(fflush(stdout) ? 2 : 0); }
         for (int j = 0; j < TR_N_OPTIONS && !t; j++)
             if (strlen(tr_option_table[j].name) == len && !strncmp(arg, tr_option_table[j].name, len)) t = &tr_option_table[j];
         if (!t) tr_die("unknown option '%s' (--help lists them)", arg);
@@ -344,17 +345,22 @@ static inline void tr_mkdir(const char *dir) {          // with its parents
             *p = '/';
         }
 }
+// One run at a time writes to a folder. Held until the program ends.
+static inline void tr_lock(const char *dir) {
+    int fd = open(dir, O_RDONLY);
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) tr_die("%s: another run is writing here", dir);
+}
 // Opens path.tmp; tr_commit syncs it and renames it to path. Until then path is untouched.
 static inline FILE *tr_begin(const char *path) {
     if (snprintf(tr_unfinished, TR_PATH, "%s.tmp", path) >= TR_PATH) { tr_unfinished[0] = 0; tr_die("%s: the path is too long", path); }
     FILE *f = fopen(tr_unfinished, "wb");
     if (!f) { int e = errno; tr_unfinished[0] = 0; tr_die("cannot write %s: %s", path, strerror(e)); }
+    errno = 0;                                          // tr_commit tells what the first failed write said
     return f;
 }
 // keep_open: the file goes on being appended to under its new name.
 static inline void tr_commit(FILE *f, const char *path, int keep_open) {
-    errno = 0;
-    int bad = fflush(f) || ferror(f) || fsync(fileno(f));
+    int bad = ferror(f) || fflush(f) || fsync(fileno(f));
     if (!keep_open && fclose(f)) bad = 1;
     if (bad || rename(tr_unfinished, path)) tr_die("cannot write %s: %s", path, strerror(errno ? errno : EIO));
     tr_unfinished[0] = 0;
@@ -591,10 +597,11 @@ static inline void tr_show(tr_progress *p, int64_t step, int64_t steps, double l
     int last = step == steps;
     if (p->quiet || (!last && now - p->last < (p->terminal ? 0.1 : 10.0))) return;
     p->last = now;
-    char bar[25];
-    int full = (int)(24 * step / steps), minutes = (int)(eta / 60);
-    for (int i = 0; i < 24; i++) bar[i] = i < full ? '#' : '.';
-    bar[24] = 0;
+    enum { WIDTH = 8 };                                 // the line must fit in 80 columns
+    char bar[WIDTH + 1];
+    int full = (int)(WIDTH * step / steps), minutes = (int)(eta / 60);
+    for (int i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
+    bar[WIDTH] = 0;
     if (p->terminal) fprintf(stderr, "\r%-4s [%s] ", p->label, bar);
     else fprintf(stderr, "%s: ", p->label);
     fprintf(stderr, "step %" PRId64 "/%" PRId64 "  loss %.4f  %.0f tok/s  ETA %d:%02d  FP4 %.0f%%%s", step, steps, loss, tokens_per_s,

@@ -276,5 +276,28 @@ if [ -w /dev/full ]; then
     run $base --steps 2 --out new_full > /dev/full 2> err
     check "full standard output: exit status 2" test $? = 2
 fi
+# ---- a folder in use, an earlier run in it, a polite end ----
+run $base --steps 6 --out used > /dev/null 2>&1
+cp used/model.safetensors earlier
+run ${base/--quiet/} --steps 4 --out used > /dev/null 2> err
+check "without --resume an earlier run's checkpoint is kept" cmp earlier used/model.safetensors.old
+check "and that is said" grep -q "^used/model.safetensors: an earlier run's, kept as model.safetensors.old" err
+"$trainer" ${base/--quiet/} --steps 100000 --save-every 0 --out used > /dev/null 2> polite & pid=$!
+for i in $(seq 400); do [ "$(wc -l < used/loss.csv)" -gt 8 ] && break; sleep 0.01; done
+run $base --steps 4 --out used > /dev/null 2> err
+check "a second run in one folder: exit status 2" test $? = 2
+check "and one line that says so" sh -c 'test "$(wc -l < err)" = 1 && grep -q "^train_llama: used: another run is writing here" err'
+kill -TERM $pid; wait $pid
+check "SIGTERM ends it" test $? = 143
+last=$(sed -n 's/^snip: stopped after step \([0-9]*\); --resume goes on$/\1/p' polite)
+check "after a whole step" test "${last:-0}" = $(($(wc -l < used/loss.csv) - 1))
+run ${base/--quiet/} --steps 100000 --save-every 0 --out used --resume > /dev/null 2> again & pid=$!
+for i in $(seq 400); do grep -q resumed again && break; sleep 0.01; done
+kill -9 $pid; wait $pid 2> /dev/null
+check "which is saved" grep -q "snip: resumed after step $last\$" again
+run ${base/--quiet/} --steps 2 --out nothing_yet > /dev/null 2>&1; rm nothing_yet/model.safetensors
+run ${base/--quiet/} --steps 2 --out nothing_yet --resume > /dev/null 2> err
+check "--resume says that there is no checkpoint" grep -q "^nothing_yet/model.safetensors: no checkpoint: from the start" err
+bad "--speedup out of reach" "--speedup 99: with this model the linear layers can be at most" $base --speedup 99 --out new_speedup
 echo "$passed passed, $failed failed"
 [ $failed = 0 ]
