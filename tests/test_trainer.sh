@@ -291,7 +291,7 @@ kill -TERM $pid; wait $pid
 check "SIGTERM ends it" test $? = 143
 last=$(sed -n 's/^snip: stopped after step \([0-9]*\); --resume goes on$/\1/p' polite)
 check "after a whole step" test "${last:-0}" = $(($(wc -l < used/loss.csv) - 1))
-run ${base/--quiet/} --steps 100000 --save-every 0 --out used --resume > /dev/null 2> again & pid=$!
+"$trainer" ${base/--quiet/} --steps 100000 --save-every 0 --out used --resume > /dev/null 2> again & pid=$!
 for i in $(seq 400); do grep -q resumed again && break; sleep 0.01; done
 kill -9 $pid; wait $pid 2> /dev/null
 check "which is saved" grep -q "snip: resumed after step $last\$" again
