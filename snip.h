@@ -4127,14 +4127,14 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until the measurement;
 // the plan is then made afresh, without a margin for the old one.
 //
-// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.5 (width 512) to 4.1 (width 128)
+// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.6 to 4.0
 // ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
-enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
+enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
 enum { SNIPI_SKETCH_X, SNIPI_SKETCH_DY, SNIPI_SKETCH_XW, SNIPI_SKETCH_DYW, SNIPI_SKETCH_DW, SNIPI_SKETCHES };     // of X, dY, X W^T, dY W, dW
 enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNIPI_SLOT_GEMM, SNIPI_SLOT_X, SNIPI_SLOT_W, SNIPI_SLOT_OUT,
-       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_PROJECT, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
+       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_PROJECT, SNIPI_SLOT_MIXED, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
 enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
@@ -4536,9 +4536,12 @@ static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_form
 static void snipi_sum_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS;
-    double local = 0;
-    for (i = sum->n * c / SNIPI_CHUNKS; i < end; i++) local += (double)sum->x[i] * (double)sum->x[i];
-    sum->part[c] = local;
+    double lane[8] = { 0 };
+    int j;
+    for (i = sum->n * c / SNIPI_CHUNKS; i + 8 <= end; i += 8)
+        for (j = 0; j < 8; j++) lane[j] += (double)sum->x[i + j] * (double)sum->x[i + j];
+    for (j = 0; i < end; i++, j++) lane[j] += (double)sum->x[i] * (double)sum->x[i];
+    sum->part[c] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 static double snipi_sum_sq(const float *x, int64_t n) {
     snipi_sum sum;
@@ -4617,19 +4620,50 @@ static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, cons
     ob.codes = b; ob.transposed = b_transposed;
     return snip_gemm(m, n, k, &oa, &ob, c, n, 0, NULL, scratch, s->desc.isa);
 }
-// Sketches X W^T (x = X) or dY W (x = dY), projected: x (A R), A the weights as x meets them, R random signs / sqrt(32), so
-// that |x A R|^2 is |x A|^2 in expectation for 32 columns of work. weight: the caller's, without the probe's noise.
-static snip_status snipi_sketch_projected(snip *s, snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset) {
-    int64_t in = which == SNIPI_SKETCH_XW ? l->k : l->n, out = which == SNIPI_SKETCH_XW ? l->n : l->k;
+// The sum over rows of x [rows][cols] into SNIPI_MIXED rows, each with a random sign: row r of chunk c = r / 128 goes to row (r + h(c)) % 128,
+// so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset: rows before x.
+enum { SNIPI_MIX_WIDTH = 64 };
+typedef struct { snip_rng_key key; const float *x; int64_t rows, cols, offset; float *mixed; } snipi_mixing;
+static void snipi_mix_slice(void *arg, int64_t slice) {         // of the columns
+    const snipi_mixing *q = (const snipi_mixing *)arg;
+    int64_t r, i, begin = slice * SNIPI_MIX_WIDTH, end = snipi_min(begin + SNIPI_MIX_WIDTH, q->cols);
+    uint32_t signs[4] = { 0 }, hash[4] = { 0 };
+    for (r = 0; r < SNIPI_MIXED; r++) memset(q->mixed + r * q->cols + begin, 0, (size_t)(end - begin) * sizeof(float));
+    for (r = 0; r < q->rows; r++) {
+        uint32_t at = (uint32_t)((q->offset + r) % SNIPI_MIXED);
+        float *to, sign;
+        if (r == 0 || at == 0) {
+            snip_philox(q->key, (uint64_t)(q->offset + r) / SNIPI_MIXED, signs);
+            snip_philox(q->key, (uint64_t)(q->offset + r) / SNIPI_MIXED | (uint64_t)1 << 63, hash);
+        }
+        to = q->mixed + (at + hash[0]) % SNIPI_MIXED * q->cols;
+        sign = signs[at / 32] >> at % 32 & 1u ? 1.0f : -1.0f;
+        for (i = begin; i < end; i++) to[i] += sign * q->x[r * q->cols + i];
+    }
+}
+static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, float *mixed) {
+    snipi_mixing q;
+    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = offset; q.mixed = mixed;
+    snipi_share(snipi_mix_slice, &q, snipi_ceil_div(cols, SNIPI_MIX_WIDTH), rows * cols);
+}
+// Sketches X (which SNIPI_SKETCH_X) and X W^T, or dY and dY W, of x's mixed rows; the products projected: x (A R), A the weights as x meets
+// them, R random signs / sqrt(32), so that |x A R|^2 is |x A|^2 in expectation. weight: the caller's, without the probe's noise.
+static snip_status snipi_sketch_tensor(snip *s, snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset) {
+    int behind = which == SNIPI_SKETCH_X ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
+    int64_t in = which == SNIPI_SKETCH_X ? l->k : l->n, out = which == SNIPI_SKETCH_X ? l->n : l->k, i;
     float *signs = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, SNIPI_PROJECTED * out), *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
-    float *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, rows * SNIPI_PROJECTED);
+    float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_MIXED * in), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
+    float *sketch = l->sketch + behind * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
     snip_status status;
-    if (!signs || !seen || !result) return SNIP_OUT_OF_MEMORY;
+    if (!signs || !seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
+    snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, mixed);
+    status = snipi_sketch_add(s, l, which, mixed, SNIPI_MIXED * in, 0);
     memset(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float));
     snip_noise_add(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, snipi_key(s, l, 0, SNIPI_ROLE_PROJECT));
-    status = snipi_f32_gemm(s, in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_XW, signs, 0, seen);
-    if (!status) status = snipi_f32_gemm(s, rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result);
-    return status ? status : snipi_sketch_add(s, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED);
+    if (!status) status = snipi_f32_gemm(s, in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_X, signs, 0, seen);
+    if (!status) status = snipi_f32_gemm(s, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, 1, result);
+    for (i = 0; i < SNIPI_SKETCH && !status; i++) sketch[i] += factor * result[i];
+    return status;
 }
 
 // D = du/dg at learning rate 1, from the optimizer's state alone.
@@ -4792,8 +4826,7 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
     status = x && w ? SNIP_OK : SNIP_OUT_OF_MEMORY;
     if (!status && s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
-        status = snipi_sketch_add(s, l, SNIPI_SKETCH_X, inp, rows * l->k, l->elements_x);
-        if (!status) status = snipi_sketch_projected(s, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k);
+        status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_X, inp, rows, weight, l->elements_x / l->k);
     }
     l->elements_x += rows * l->k;
     if (!status) status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
@@ -4857,15 +4890,16 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, nw));
     if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
     if (sketched) {
-        status = snipi_sketch_add(s, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y);
-        if (!status) status = snipi_sketch_projected(s, l, SNIPI_SKETCH_DYW, dout, rows, weight, l->elements_y / l->n);
+        status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n);
         if (status) return status;
     }
     l->elements_y += rows * l->n;
-    status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
-    if (status) return status;
-    if (dinp) snipi_add_to(dinp, own, nx);
-    if (s->pass != SNIP_PASS_UPDATE_PROBE) {
+    if (s->pass == SNIP_PASS_UPDATE_PROBE) {
+        if (dinp && (status = snipi_dgrad(s, l, micro, s->desc.measure, dinp, 1, dout, w, rows)) != SNIP_OK) return status;
+    } else {
+        status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
+        if (status) return status;
+        if (dinp) snipi_add_to(dinp, own, nx);
         snip_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), &dot);
         *(clean ? &l->clean_x : &l->noisy_x) += dot;
     }

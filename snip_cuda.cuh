@@ -1614,7 +1614,7 @@ typedef struct {                        // a step on its way to the host
 } snipi_cuda_ended;
 enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_WATCHED, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
        SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
-       SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
+       SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_MIXED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
 struct snip_cuda {
     snip *s;
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
@@ -1673,7 +1673,8 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
         want(SNIPI_CUDA_SIGNS, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
         want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
-        want(SNIPI_CUDA_PROJECTED, (size_t)(rows * SNIPI_PROJECTED * floats));
+        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 4 * rows) * floats));        // also pairs of doubles, one a row
+        want(SNIPI_CUDA_MIXED, (size_t)(SNIPI_MIXED * snipi_max(n, k) * floats));
     }
     for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
         c->slot[i] = base ? base + used : NULL;
@@ -1975,15 +1976,39 @@ static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *
     ob.codes = b; ob.transposed = b_transposed;
     return snip_cuda_gemm(m, n, k, &oa, &ob, cc, n, 0, NULL, stream);
 }
-static snip_status snipi_cuda_sketch_projected(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
-    const int64_t in = which == SNIPI_SKETCH_XW ? l->k : l->n, out = which == SNIPI_SKETCH_XW ? l->n : l->k;
+struct snipi_cuda_mix {                 // snipi_mix_rows, element by element
+    snip_rng_key key;
+    const float *x;
+    int64_t rows, cols, offset;
+    float *mixed;
+    __device__ void operator()(int64_t i) const {
+        const uint32_t to = (uint32_t)(i / cols);
+        uint32_t signs[4], hash[4];
+        float sum = 0;
+        for (int64_t chunk = offset / SNIPI_MIXED; chunk * SNIPI_MIXED < offset + rows; chunk++) {
+            snipi_philox(key, (uint64_t)chunk, signs);
+            snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
+            const uint32_t at = (to - hash[0]) % SNIPI_MIXED;       // 2^32 is a multiple of SNIPI_MIXED
+            const int64_t row = chunk * SNIPI_MIXED + at - offset;
+            if (row >= 0 && row < rows) sum += (signs[at / 32] >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
+        }
+        mixed[i] = sum;
+    }
+};
+struct snipi_cuda_add_scaled { float *to; const float *from; float factor; __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; } };
+static snip_status snipi_cuda_sketch_tensor(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
+    const int behind = which == SNIPI_SKETCH_X ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
+    const int64_t in = which == SNIPI_SKETCH_X ? l->k : l->n, out = which == SNIPI_SKETCH_X ? l->n : l->k;
     float *signs = snipi_cuda_floats(c, SNIPI_CUDA_SIGNS), *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
-    snip_status status;
+    float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + behind) * SNIPI_SKETCH;
+    snipi_cuda_mix mix = { snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, mixed };
+    snip_status status = snipi_cuda_each(mix, SNIPI_MIXED * in, stream);
+    if (!status) status = snipi_cuda_sketch_add(c, l, which, mixed, SNIPI_MIXED * in, 0, stream);
     if (cudaMemsetAsync(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float), stream) != cudaSuccess) return SNIP_DEVICE;
-    status = snipi_cuda_add_noise(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT), stream);
-    if (!status) status = snipi_cuda_f32(in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_XW, signs, 0, seen, stream);
-    if (!status) status = snipi_cuda_f32(rows, SNIPI_PROJECTED, in, x, 0, seen, 1, result, stream);
-    return status ? status : snipi_cuda_sketch_add(c, l, which, result, rows * SNIPI_PROJECTED, offset * SNIPI_PROJECTED, stream);
+    if (!status) status = snipi_cuda_add_noise(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT), stream);
+    if (!status) status = snipi_cuda_f32(in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_X, signs, 0, seen, stream);
+    if (!status) status = snipi_cuda_f32(SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, 1, result, stream);
+    return status ? status : snipi_cuda_each(snipi_cuda_add_scaled{ sketch, result, c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f }, SNIPI_SKETCH, stream);
 }
 // Adds a candidate's rounding errors of x to *stats. codes and scales may be NULL.
 static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind, int role, const float *x, int64_t rows, int64_t cols, const float *weight,
@@ -2056,8 +2081,7 @@ static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int6
     if (pass == SNIP_PASS_LOSS_PROBE && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
     if (pass != SNIP_PASS_CLEAN && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
     if (pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(c->s) && !status) {
-        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_X, inp, nx, l->elements_x, stream);
-        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_XW, inp, rows, weight, l->elements_x / l->k, stream);
+        status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_X, inp, rows, weight, l->elements_x / l->k, stream);
     }
     l->elements_x += nx;
     if (status) return status;
@@ -2078,8 +2102,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     if (loss_probe) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
     if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
     if (sketched && !status) {
-        status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DY, dout, rows * l->n, l->elements_y, stream);
-        if (!status) status = snipi_cuda_sketch_projected(c, l, SNIPI_SKETCH_DYW, dout, rows, weight, l->elements_y / l->n, stream);
+        status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n, stream);
     }
     l->elements_y += rows * l->n;
 

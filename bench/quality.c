@@ -78,6 +78,23 @@ static int numbers(const char *list, double *out, int most, double low, double h
     }
     return n;
 }
+static int whole(const char *text, int low, int high, const char *what) {
+    char *end;
+    long n = strtol(text, &end, 10);
+    if (end == text || *end || n < low || n > high) tr_die("%s needs a whole number between %d and %d, not '%s'", what, low, high, text);
+    return (int)n;
+}
+// Every item of the list must be one of the n names, `stride` bytes apart.
+static void check_names(const char *list, const char *const *names, size_t stride, int n, const char *what) {
+    for (const char *at = list; at; at = strchr(at, ',') ? strchr(at, ',') + 1 : NULL) {
+        int length = (int)strcspn(at, ","), i = 0;
+        for (; i < n; i++) {
+            const char *name = *(const char *const *)(const void *)((const char *)names + (size_t)i * stride);
+            if ((int)strlen(name) == length && !strncmp(name, at, (size_t)length)) break;
+        }
+        if (i == n) tr_die("%s does not know '%.*s' (--help lists them)", what, length, at);
+    }
+}
 static double uniform(uint64_t seed, uint32_t stream, int i) {
     snip_rng_key key = { seed, stream, 0x706C616Eu };
     uint32_t random[4];
@@ -444,6 +461,24 @@ int main(int argc, char **argv) {
         int k = 0;
         while (k < OWN && (strlen(own[k]) != length || strncmp(own[k], argv[i], length))) k++;
         if (!strcmp(argv[i], "--from-scratch")) { scratch = 1; continue; }
+        if (!strcmp(argv[i], "--help")) {
+            printf("Plans of several makers trained beside each other and a bfloat16 twin. About 6 minutes on one core by default; each further\n"
+                   "setting as long, each further budget 4, in proportion to --steps and --seeds. Of the trainer's options those of the model and\n"
+                   "the data count; --steps is 80, --dim and --seq 64, --lr 0.002 here.\n"
+                   "  --seeds N          runs of each plan, on other batches; the interval needs 2, and is 0 with 1 (3)\n"
+                   "  --budgets LIST     shares of the FLOPs in FP4 (0.75)\n"
+                   "  --makers LIST      (all)");
+            for (int j = 0; j < MAKERS; j++) printf(" %s", maker_name[j]);
+            printf("\n  --settings LIST    (default)");
+            for (int j = 0; j < SETTINGS; j++) printf(" %s", all_settings[j].name);
+            printf("\n  --warm N           bfloat16 steps before (1000; from scratch 50)\n"
+                   "  --from-scratch     plans from step --warm on, made anew every --every steps (100)\n"
+                   "  --plans N          instead: N random plans; do the costs order them?\n"
+                   "  --ages LIST        instead: how good are costs measured so many steps before?\n"
+                   "  --svg FILE         draw gap against share and time\n");
+            tr_usage();
+            return fflush(stdout) ? 2 : 0;
+        }
         if (k == OWN) {
             if (n_args > 70) tr_die("too many options");
             args[n_args++] = argv[i];
@@ -451,20 +486,20 @@ int main(int argc, char **argv) {
         }
         if (!eq && i + 1 == argc) tr_die("%s needs a value", own[k]);
         value = eq ? eq + 1 : argv[++i];
-        if (k == 0) seeds = atoi(value);
+        if (k == 0) seeds = whole(value, 1, MAX_SEEDS, own[k]);
         if (k == 1) budget_list = value;
         if (k == 2) settings = value;
         if (k == 3) makers = value;
-        if (k == 4) warm = atoi(value);
+        if (k == 4) warm = whole(value, 1, 1000000000, own[k]);
         if (k == 5) svg = value;
-        if (k == 6) plans = atoi(value);
+        if (k == 6) plans = whole(value, 2, 100000, own[k]);
         if (k == 7) age_list = value;
     }
     tr_parse(&o, n_args, args);
-    if (seeds < 1 || seeds > MAX_SEEDS) tr_die("--seeds must be between 1 and %d", MAX_SEEDS);
+    check_names(settings, &all_settings[0].name, sizeof *all_settings, SETTINGS, "--settings");
+    check_names(makers, maker_name, sizeof *maker_name, MAKERS, "--makers");
     if (scratch && !o.every) o.every = 100;
     if (warm == -1) warm = scratch ? 50 : 1000;
-    if (warm < 1) tr_die("--warm must be at least 1");
     int n_budgets = numbers(budget_list, budgets, MAX_BUDGETS, 0, 1, "--budgets");
     qsort(budgets, (size_t)n_budgets, sizeof *budgets, by_value);
     if (age_list) n_ages = numbers(age_list, ages, MAX_AGES, 0, (double)warm - 1, "--ages");
@@ -505,7 +540,7 @@ int main(int argc, char **argv) {
             for (int64_t step = 1; step <= warm; step++) {
                 train_step(&b.r, (uint64_t)o.seed, step, b.lr * (step < 50 ? (double)step / 50 : 1), step);
                 for (int i = 0; i < n_ages; i++) if (step == warm - (int64_t)ages[i]) measure(&b.m, &here, b.lr, step + 1, aged + (size_t)i * n);
-                if (step % 100 == 0) fprintf(stderr, "\r%s: step %lld of %lld  %.0f s ", how->name, (long long)step, (long long)warm, tr_now() - start);
+                if (step % 20 == 0 && !o.quiet) fprintf(stderr, "\r%s: step %lld of %lld  %.0f s ", how->name, (long long)step, (long long)warm, tr_now() - start);
             }
             memcpy(from.params, b.r.g->params, bytes); memcpy(from.m, b.r.g->m, bytes); memcpy(from.v, b.r.g->v, bytes);
             trained = how;
@@ -517,7 +552,7 @@ int main(int argc, char **argv) {
             begin_run(&b, &from);
             twin[seed] = train_on(&b, MAKER_BF16, 0, seed);
         }
-        fprintf(stderr, "\r%s: bf16 %.4f after %lld steps, %.0f s\n", how->name, twin[0].own, (long long)(warm + o.steps), tr_now() - start);
+        if (!o.quiet) fprintf(stderr, "\r%s: bf16 %.4f after %lld steps, %.0f s\n", how->name, twin[0].own, (long long)(warm + o.steps), tr_now() - start);
         if (plans) compare_objectives(&b, &from, twin, seeds, plans);
         for (int i = 0; i < n_ages; i++) {
             double own[MAX_SEEDS], high = 0, mean = 0, share = 0, *now = (double *)tr_alloc(n * 6 * sizeof *now), *then = now + 3 * n;
@@ -542,7 +577,7 @@ int main(int argc, char **argv) {
             for (int turn = 0; turn < MAKERS; turn++) {
                 int who = (turn + MAKER_GEMM) % MAKERS;                 // adjoint-gemm first: the others are held against it
                 double mean[3] = { 0, 0, 0 }, share = 0, seconds = 0, shown = budgets[budget];
-                int draws = who == MAKER_RANDOM ? DRAWS : 1, ours = listed(makers, maker_name[MAKER_GEMM]);
+                int draws = who == MAKER_RANDOM ? DRAWS : 1, done = 0, ours = listed(makers, maker_name[MAKER_GEMM]);
                 if (!listed(makers, maker_name[who]) || (budget && who <= MAKER_FP4)) continue;     // uniform: once
                 for (int seed = 0; seed < seeds; seed++) {
                     own[who][seed] = high[seed] = training[seed] = 0;
@@ -558,11 +593,13 @@ int main(int argc, char **argv) {
                         training[seed] += (out.training - twin[seed].training) / draws;
                         share += out.share / draws / seeds;
                         seconds += out.seconds / twin[seed].seconds / draws / seeds;
+                        if (!o.quiet) fprintf(stderr, "\r%s %g %s: run %d of %d  %.0f s        ", how->name, budgets[budget], maker_name[who], ++done, seeds * draws, tr_now() - start);
                     }
                     against[seed] = own[who][seed] - own[MAKER_GEMM][seed];
                     mean[0] += own[who][seed] / seeds; mean[1] += high[seed] / seeds; mean[2] += training[seed] / seeds;
                 }
                 if (who <= MAKER_FP4) shown = floor(share * 1000 + 0.5) / 1000;
+                if (!o.quiet) fprintf(stderr, "\r%60s\r", "");
                 row q = { how->name, who, shown, mean[0], mean[1], stats_half_width(own[who], seeds), share, seconds };
                 rows[n_rows++] = q;
                 printf("quality\t%s\t%g\t%s\t%.5f\t%.5f\t%.5f\t%.3f\n", q.setting, q.budget, maker_name[who], q.own, q.high, q.half_width, q.share);

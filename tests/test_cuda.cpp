@@ -1049,6 +1049,17 @@ static void test_sketch() {
             finish();
             CHECK(memcmp(device, l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH * sizeof(float)) == 0);
         }
+    for (const int64_t *size : { sizes[0], sizes[2], sizes[4] }) {
+        const int64_t cols = 70, rows = size[0] / cols + 1;
+        buffer x((size_t)(rows * cols) * 4), ours((size_t)(SNIPI_MIXED * cols) * 4), theirs((size_t)(SNIPI_MIXED * cols) * 4);
+        fill(x, rows * cols, SNIP_F32, GAUSS);
+        snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)size[1]);
+        snip_rng_key key = { 3, 4, 5 };
+        snipi_mix_rows(key, x.floats(), rows, cols, size[1], theirs.floats());
+        CHECK(snipi_cuda_each(snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], ours.floats() }, SNIPI_MIXED * cols, 0) == SNIP_OK);
+        finish();
+        CHECK(memcmp(ours.floats(), theirs.floats(), ours.size) == 0);
+    }
     d.s->pass = SNIP_PASS_ORDINARY;
 }
 static void test_session() {
