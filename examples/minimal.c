@@ -28,6 +28,7 @@ int main(void) {
     desc.budget = 0.75;                                                                         // (snip)
     desc.every = 100;                                                                           // (snip)
     snip *s = snip_create(&desc);                                                               // (snip)
+    if (!s) { fprintf(stderr, "%s\n", snip_status_text(snip_desc_check(&desc))); return 2; }     // (snip)
     for (int l = 0; l < LAYERS; l++) {
         linear *f = &fc[l];
         f->n = width[l + 1] * width[l];
