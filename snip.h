@@ -896,7 +896,7 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
 enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
-enum { SNIPI_AHEAD_STRIP = 8192, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
+enum { SNIPI_BAND = 2 * SNIPI_RUN, SNIPI_AHEAD_STRIP = 8192, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
 
 // Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
 // modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
@@ -1373,7 +1373,8 @@ static int snipi_may_pass(const snipi_quantizer *q) {
 }
 // Where the source lies that is read after rows [r, r + rows) of a block's columns from c; after a strip, where rows is 1.
 static const char *snipi_ahead(const snipi_quantizer *q, int64_t r, int64_t c, int64_t rows) {
-    int64_t top = r - r % SNIPI_RUN, at = rows == 1 ? r * q->ld + c : r + rows < top + SNIPI_RUN ? (r + rows) * q->ld + c : top * q->ld + c + SNIPI_RUN;
+    int64_t next = (r + rows) % SNIPI_BAND ? r + rows : r - r % SNIPI_BAND;
+    int64_t at = rows == 1 ? r * q->ld + c : next * q->ld + c + (next > r ? 0 : SNIPI_RUN);
     return (const char *)q->x + (rows == 1 ? SNIPI_AHEAD_STRIP : 0) + at * (q->x_bf16 ? 2 : 4);
 }
 // Tiles of one row side by side, from (r, c): `pieces` rows of x of `length` elements. 0: not such as strips are for.
@@ -1706,7 +1707,8 @@ static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels,
                           lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
 }
 // One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied first: its rows may
-// share few sets of the caches. Rows are coded as soon as they are there, while the next ones are fetched; columns at the end.
+// share few sets of the caches. Rows are coded as soon as they are there, while the next ones are fetched; columns at the end. Two blocks
+// are taken one below the other, so that pages of the transposed codes are met half as often.
 static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
     snipi_quantize_task *task = (snipi_quantize_task *)arg;
     const snipi_quantizer *q = task->q, *q2 = task->q2;
@@ -1721,7 +1723,8 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
     memset(&local, 0, sizeof local);
     memset(&local2, 0, sizeof local2);
     for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
-        int64_t r0 = b / across * SNIPI_RUN, c0 = b % across * SNIPI_RUN;
+        int64_t band = b / (2 * across), in_band = b % (2 * across), high = snipi_min(2, blocks / across - 2 * band);
+        int64_t r0 = (2 * band + in_band % high) * SNIPI_RUN, c0 = in_band / high * SNIPI_RUN;
         int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
         if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
             for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {

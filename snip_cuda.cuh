@@ -1990,7 +1990,8 @@ struct snipi_cuda_mix {                 // snipi_mix_rows, element by element
             snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
             const uint32_t at = (to - hash[0]) % SNIPI_MIXED;       // 2^32 is a multiple of SNIPI_MIXED
             const int64_t row = chunk * SNIPI_MIXED + at - offset;
-            if (row >= 0 && row < rows) sum += (signs[at / 32] >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
+            const uint32_t word = at < 64 ? (at < 32 ? signs[0] : signs[1]) : at < 96 ? signs[2] : signs[3];         // an index would put them in local memory
+            if (row >= 0 && row < rows) sum += (word >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
         }
         mixed[i] = sum;
     }
