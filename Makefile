@@ -49,7 +49,7 @@ SHELL_TESTS ?= trainer headers compilers targets instructions reference cuda_tra
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:
-	SNIP_TEST_FEW=4 $(MAKE) B=build/sanitize CFLAGS="$(SANITIZE)" OPENMP= SHELL_TESTS=trainer test
+	SNIP_TEST_FEW=$(or $(SNIP_TEST_FEW),4) $(MAKE) B=build/sanitize CFLAGS="$(SANITIZE)" OPENMP= SHELL_TESTS=trainer test
 
 # Every one of the 2^32 float inputs against NVIDIA's own host conversions: needs the CUDA toolkit's headers, not a GPU.
 CUDA_HOME ?= /usr/local/cuda

@@ -51,7 +51,7 @@ for cc in gcc clang; do
         if [ -z "$short" ]; then ok; else fail "$cc $flags: fewer than $short"; fi
         if objdump -dr --no-show-raw-insn "$dir/snip.o" | grep -E "(call|jmp) .*<($late)[a-z0-9_]*>" | grep -v '+0x' > "$dir/calls"; then fail "$cc $flags: called directly: $(head -1 "$dir/calls")"; else ok; fi
     done
-    build $cc -O2 -DSNIP_NO_AMX && { list; if [ "$(cut -d' ' -f2 "$dir/list" | sort -u)" = snipi_kernel_s8_vnni ]; then ok; else fail "$cc -DSNIP_NO_AMX: $(head -1 "$dir/list")"; fi; }
+    [ $cc = gcc ] && build $cc -O2 -DSNIP_NO_AMX && { list; if [ "$(cut -d' ' -f2 "$dir/list" | sort -u)" = snipi_kernel_s8_vnni ]; then ok; else fail "$cc -DSNIP_NO_AMX: $(head -1 "$dir/list")"; fi; }
     case $cc in gcc) old="-U__GNUC__ -D__GNUC__=11" ;; *) old="-U__clang_major__ -D__clang_major__=12" ;; esac
     build $cc -O2 $old && { list; if [ "$(cut -d' ' -f2 "$dir/list" | sort -u)" = snipi_kernel_s8_vnni ]; then ok; else fail "$cc $old: $(head -1 "$dir/list")"; fi; }
     cat > "$dir/isa.c" << 'END'

@@ -24,11 +24,11 @@ digest() { # emulator, name: of the quantizer built last
     if [ "$got" = "$expected" ]; then passed=$((passed + 1))
     else echo "FAILED: digest of $2 under $1: $got, expected $expected"; failed=$((failed + 1)); fi
 }
-whole() { # one case in how many, emulator, compiler and flags: all four programs
-    few=$1 emulator=$2
-    shift 2
+whole() { # programs, one case in how many, emulator, compiler and flags
+    programs=$1 few=$2 emulator=$3
+    shift 3
     there "$emulator" "$1" || return
-    for t in codec gemm ilp quant; do
+    for t in $programs; do
         build $t "$@" || continue
         arguments=
         [ $t = ilp ] && arguments="--instances 2000 --lattices 5 --slow 100"
@@ -60,10 +60,10 @@ crossing() { # emulator, compiler and flags: three steps here, two there, two he
 }
 there "$cc" && build session "$cc" -O1 && expected_state=$("$dir/session" --state) || exit 1
 there "$cc" && build quant "$cc" -O1 -DSNIP_NO_SIMD && expected=$(SNIP_TEST_FEW=4 "$dir/quant" --hash) || exit 1
-whole 32 qemu-arm-static arm-linux-gnueabihf-gcc -O1 -static
-whole 32 qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
+whole "codec quant" 32 qemu-arm-static arm-linux-gnueabihf-gcc -O1 -static
+whole "codec gemm ilp quant" 32 qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
 crossing qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
-if whole 16 qemu-aarch64-static aarch64-linux-gnu-gcc -O2 -static; then
+if whole "codec gemm ilp quant" 16 qemu-aarch64-static aarch64-linux-gnu-gcc -O2 -static; then
     digest "qemu-aarch64-static -cpu cortex-a53" "the same"                             # no dot products
     build quant aarch64-linux-gnu-gcc -Ofast -mcpu=neoverse-v1 -static && digest qemu-aarch64-static "gcc -Ofast"
     there clang && build quant clang --target=aarch64-linux-gnu -Ofast -static && digest qemu-aarch64-static "clang -Ofast"
