@@ -2686,6 +2686,7 @@ SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_
                 SNIPI_UNROLL for (v = 0; v < 8; v += 2) {
                     most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
                     other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
+                    if (v % 4 == 0) _mm_prefetch(s->ahead + ((first + i) * 2 + v / 4) * 64, _MM_HINT_T0);
                 }
                 most[i] = _mm512_max_epu32(most[i], other);
             } else
@@ -2786,7 +2787,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
         const char *ahead = s->ahead + piece * s->ahead_stride;
         const int64_t length = s->length, line = 16 * s->ahead_size;
         int64_t i;
-        for (i = 0; i < length; i += 64, ahead += 4 * line) {
+        if (!blocks) ahead += length * s->ahead_size / 4;
+        for (i = 0; i < length; i += 64, ahead += (blocks ? 4 : 3) * line) {
             __m512i word[4];
             if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
             if (stochastic && !s->random && i % 128 == 0) snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
@@ -2794,7 +2796,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
                 const int64_t at = i + 16 * g;
                 __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
                 if (blocks) _mm_prefetch(ahead + g * line, _MM_HINT_T1);        // rows of a block may share sets of the nearest cache
-                else _mm_prefetch(ahead + g * line, _MM_HINT_T0);
+                else if (g) _mm_prefetch(ahead + (g - 1) * line, _MM_HINT_T0);
                 SNIPI_KEPT512(y);
                 if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
                 else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
