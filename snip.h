@@ -925,7 +925,7 @@ typedef struct {
 } snipi_run;
 
 // Runs side by side: `pieces` times `length` elements (a multiple of 64), a fold of the sums every `width` of them (16, 32, 64
-// or 128), all of one scale or each of its own.
+// or 128; a piece's last may be 64), all of one scale or each of its own.
 enum { SNIPI_STRIP = 2048, SNIPI_STRIP_TILES = SNIPI_STRIP / 16 };
 typedef struct {
     const float *x, *weight;                    // and the rest as in snipi_run, which has what all have in common
@@ -1371,18 +1371,17 @@ static int snipi_may_pass(const snipi_quantizer *q) {
     }
     return 1;
 }
-// Where the source lies that is read after rows [r, r + rows) of a block's columns from c; after a strip, where rows is 1.
+// Where the source lies that is read after rows [r, r + rows) of a block's columns from c.
 static const char *snipi_ahead(const snipi_quantizer *q, int64_t r, int64_t c, int64_t rows) {
     int64_t next = (r + rows) % SNIPI_BAND ? r + rows : r - r % SNIPI_BAND;
-    int64_t at = rows == 1 ? r * q->ld + c : next * q->ld + c + (next > r ? 0 : SNIPI_RUN);
-    return (const char *)q->x + (rows == 1 ? SNIPI_AHEAD_STRIP : 0) + at * (q->x_bf16 ? 2 : 4);
+    return (const char *)q->x + (next * q->ld + c + (next > r ? 0 : SNIPI_RUN)) * (q->x_bf16 ? 2 : 4);
 }
-// Tiles of one row side by side, from (r, c): `pieces` rows of x of `length` elements. 0: not such as strips are for.
-static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c, int pieces, int64_t length, snipi_tally *tally) {
+// Tiles side by side, from (r, c): `pieces` rows of x of `length` elements; `ahead` is read next. 0: not such as strips are for.
+static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c, int pieces, int64_t length, const char *ahead, snipi_tally *tally) {
     uint32_t amax[SNIPI_STRIP_TILES], random[SNIPI_STRIP + 64 * SNIPI_BATCH], most = 0;
     float scale[SNIPI_STRIP_TILES], inverse[SNIPI_STRIP_TILES];
     uint8_t byte[SNIPI_STRIP_TILES];
-    int across = (int)(length >> q->tile_shift), tiles = pieces * across, i;
+    int across = (int)snipi_ceil_div(length, q->tile_cols), tiles = pieces * across, i;
     snipi_strip strip;
     if (q->run.stochastic && pieces > 1 && (q->cols & 3)) return 0;        // the pieces' first words lie differently
     memset(&strip, 0, sizeof strip);
@@ -1396,7 +1395,7 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     strip.inverse = inverse;
     strip.ahead_size = q->x_bf16 ? 2 : 4;
     strip.ahead_stride = q->ld * strip.ahead_size;
-    strip.ahead = snipi_ahead(q, r, c, pieces);
+    strip.ahead = ahead;
     strip.x = x;
     q->vector->peaks(&strip, amax);
     for (i = 0; i < tiles; i++) most = amax[i] > most ? amax[i] : most;
@@ -1438,15 +1437,21 @@ static int snipi_takes_strips(const snipi_quantizer *q) {
 }
 // Tiles [tr0, tr1) x [tc0, tc1), in batches that stay in the nearest cache: along rows, or down a transposed panel.
 static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0, int64_t tc1, snipi_tally *tally) {
-    int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g;
+    int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g, down;
     int64_t panel = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
     if (!q->transposed) {
         int strips = snipi_takes_strips(q);
-        for (tr = tr0; tr < tr1; tr++)
-            for (tc = tc0; tc < tc1; tc += fit) {
-                int64_t c = tc * q->tile_cols, n = snipi_min(SNIPI_STRIP, snipi_min(tc1 * q->tile_cols, q->cols) - c) & -snipi_max(64, q->tile_cols);
-                if (strips && n > 0 && snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n, tally))
-                    tc += (n >> q->tile_shift) - fit;
+        for (tr = tr0; tr < tr1; tr += down)
+            for (tc = tc0, down = 1; tc < tc1; tc += fit) {
+                int64_t c = tc * q->tile_cols, left = snipi_min(tc1 * q->tile_cols, q->cols) - c, n = snipi_min(SNIPI_STRIP, left) & -(left <= SNIPI_STRIP && left % 64 == 0 ? 64 : snipi_max(64, q->tile_cols));
+                int64_t pieces = strips && n == left && tc == tc0 && !q->x_bf16 ? snipi_min(snipi_min(SNIPI_STRIP / n, SNIPI_BATCH), tr1 - tr) : 1;
+                const char *x = (const char *)q->x + (tr * q->ld + c) * (q->x_bf16 ? 2 : 4);
+                if (pieces > 1 && snipi_quantize_strip(q, (const float *)(const void *)x, q->ld, tr, c, (int)pieces, n, x + pieces * q->ld * 4, tally)) {
+                    down = pieces;              // short rows
+                    break;
+                }
+                if (strips && n > 0 && snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n, x + SNIPI_AHEAD_STRIP, tally))
+                    tc += snipi_ceil_div(n, q->tile_cols) - fit;
                 else
                     snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
             }
@@ -1590,7 +1595,10 @@ static void snipi_quantizer_begin(snipi_quantizer *q) {
     q->run.lut = q->lut;
     q->run.want_sums = q->want_sums;
     q->run.stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM;
-    for (c = 0; c < 2 << q->run.e.sign && !plain; c++) q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+    for (c = 0; c < 1 << q->run.e.sign && !plain; c++) {
+        q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
+        q->lut[c | 1 << q->run.e.sign] = snipi_float(snipi_bits(q->lut[c]) | 0x80000000u);
+    }
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
 }
 static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
@@ -1626,10 +1634,14 @@ static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
         int64_t first = g * group, last = snipi_min(q->tiles_down, first + group);
         if (snipi_plain(q->recipe.format))
             for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
-        else
+        else if (q->transposed)
             snipi_quantize_region(q, &panels, first, last, 0, q->tiles_across, &local);
+        else {
+            snipi_quantize_region(q, &panels, g, end, 0, q->tiles_across, &local);
+            break;
+        }
     }
-    snipi_stream_end();
+    if (q->run.stream) snipi_stream_end();
     task->part[c] = local;
 }
 static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *stats) {
@@ -1729,7 +1741,8 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
         if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
             for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
                 q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, r + SNIPI_BATCH, width, (int)by_columns->tile_cols, copy[0], amax);
-                strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN, by_rows == q ? &local : &local2);
+                strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN,
+                                                        snipi_ahead(q, r0 + r, c0, SNIPI_BATCH), by_rows == q ? &local : &local2);
                 if (strips) rows_done += SNIPI_BATCH;
             }
             columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width, by_columns == q ? &local : &local2);
@@ -1737,7 +1750,7 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
         if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
         if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
     }
-    snipi_stream_end();
+    if (q->run.stream) snipi_stream_end();
     task->part[c] = local;
     task->part2[c] = local2;
 }
@@ -2672,27 +2685,29 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lan
 
 SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_t *amax) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const int vectors = s->width / 16, tiles = (int)(s->pieces * s->length / s->width);
+    const int whole = s->width / 16, tiles = (int)(s->pieces * snipi_ceil_div(s->length, s->width));
     const float *x = s->x, *p = x;
     int64_t along = 0;
-    int first, i, v;
+    int first, vectors, i, v;
     for (first = 0; first < tiles; first += 16) {
         __m512i most[16];
         for (i = 0; i < 16; i++) {
             most[i] = _mm512_setzero_si512();
             if (first + i >= tiles) continue;
+            vectors = s->length - along < s->width ? 4 : whole;
+            if (s->pieces == 1 && along % 64 == 0) _mm_prefetch(s->ahead + along * s->ahead_size / 4, _MM_HINT_T0);
             if (vectors == 8) {
                 __m512i other = most[i];
+                if (s->pieces == 1) _mm_prefetch(s->ahead + along * s->ahead_size / 4 + 64, _MM_HINT_T0);
                 SNIPI_UNROLL for (v = 0; v < 8; v += 2) {
                     most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
                     other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
-                    if (v % 4 == 0) _mm_prefetch(s->ahead + ((first + i) * 2 + v / 4) * 64, _MM_HINT_T0);
                 }
                 most[i] = _mm512_max_epu32(most[i], other);
             } else
                 for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-            p += s->width;
-            along += s->width;
+            p += 16 * vectors;
+            along += 16 * vectors;
             if (along == s->length) { x += s->x_stride; p = x; along = 0; }
         }
         // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
@@ -2767,11 +2782,11 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
     const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
-    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, blocks = s->pieces > 1;
+    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, rows = s->pieces > 1, fetched = rows || s->one_scale ? 4 : 3;
     const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
     const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0 && s->length % 128 == 0;
-    const snipi_rounds rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
     const float *scale = s->scale, *inverse = s->inverse;
+    snipi_rounds rounds;
     snipi_tally *t = s->tally;
     __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq), total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
     __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
@@ -2779,6 +2794,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
     __m256i half = _mm256_setzero_si256();                          // of a line of packed codes
     uint32_t words[128];
     int piece, g, in_tile = 0;
+    if (stochastic) rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
     for (piece = 0; piece < s->pieces; piece++) {
         const float *x = s->x + piece * s->x_stride, *weight = !plain && s->weight ? s->weight + piece * s->x_stride : NULL;
         const uint32_t *random = words, first = (uint32_t)(s->first + (uint64_t)piece * s->step);
@@ -2787,16 +2803,16 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
         const char *ahead = s->ahead + piece * s->ahead_stride;
         const int64_t length = s->length, line = 16 * s->ahead_size;
         int64_t i;
-        if (!blocks) ahead += length * s->ahead_size / 4;
-        for (i = 0; i < length; i += 64, ahead += (blocks ? 4 : 3) * line) {
+        if (fetched == 3) ahead += length * s->ahead_size / 4;          // the first quarter was fetched with the maxima
+        for (i = 0; i < length; i += 64, ahead += fetched * line) {
             __m512i word[4];
             if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
             if (stochastic && !s->random && i % 128 == 0) snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
             SNIPI_UNROLL for (g = 0; g < 4; g++) {
                 const int64_t at = i + 16 * g;
                 __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                if (blocks) _mm_prefetch(ahead + g * line, _MM_HINT_T1);        // rows of a block may share sets of the nearest cache
-                else if (g) _mm_prefetch(ahead + (g - 1) * line, _MM_HINT_T0);
+                if (rows) _mm_prefetch(ahead + g * line, _MM_HINT_T1);        // they may share sets of the nearest cache
+                else if (g < fetched) _mm_prefetch(ahead + g * line, _MM_HINT_T0);
                 SNIPI_KEPT512(y);
                 if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
                 else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
@@ -2828,7 +2844,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
                     word[g] = g == 0 ? _mm512_rol_epi32(word[g], 1) : g == 1 ? _mm512_rol_epi32(word[g], 9) : g == 2 ? _mm512_rol_epi32(word[g], 17) : _mm512_rol_epi32(word[g], 25);
                 if (narrow || g == 3) {
                     in_tile += narrow ? 16 : 64;
-                    if (in_tile == s->width) {
+                    if (in_tile == s->width || (g == 3 && i + 64 == length)) {
                         if (sums) {
                             const __m512d one = _mm512_set1_pd((double)*scale), square = _mm512_mul_pd(one, one);
                             total_sq = snipi_fold512(total_sq, sum_sq, square);
