@@ -2780,7 +2780,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
     const snipi_codec512 k = snipi_codec512_of(q);
     const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
     const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
     const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, rows = s->pieces > 1, fetched = rows || s->one_scale ? 4 : 3;
     const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
@@ -2836,12 +2836,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
                     if (stream) _mm512_stream_ps(values + at, value);
                     else _mm512_storeu_ps(values + at, value);
                 }
-                if (stochastic) {
-                    const int place = 8 * g + q->e.sign;
-                    word[g] = _mm512_rolv_epi32(word[g], _mm512_set1_epi32(32 - q->k.shift + 8 * g));
-                    word[g] = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)(1u << place)), _mm512_rolv_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(place + 1)), word[g], 0xCA);
-                } else
-                    word[g] = g == 0 ? _mm512_rol_epi32(word[g], 1) : g == 1 ? _mm512_rol_epi32(word[g], 9) : g == 2 ? _mm512_rol_epi32(word[g], 17) : _mm512_rol_epi32(word[g], 25);
+                if (stochastic) word[g] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word[g], shift), _mm512_castps_si512(y), k.sign_bit, 0xF8);
+                word[g] = g == 0 ? _mm512_rol_epi32(word[g], 1) : g == 1 ? _mm512_rol_epi32(word[g], 9) : g == 2 ? _mm512_rol_epi32(word[g], 17) : _mm512_rol_epi32(word[g], 25);
                 if (narrow || g == 3) {
                     in_tile += narrow ? 16 : 64;
                     if (in_tile == s->width || (g == 3 && i + 64 == length)) {
@@ -2867,7 +2863,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
                 __m512i bytes = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA),
                                                           _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA), 0xCA);
                 bytes = _mm512_permutexvar_epi32(turn, _mm512_shuffle_epi8(bytes, spread));
-                if (!stochastic) bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift), _mm512_srli_epi16(bytes, 1), 0xCA);
+                bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift), _mm512_srli_epi16(bytes, 1), 0xCA);
                 bytes = _mm512_and_si512(bytes, bytes_kept);
                 if (packed) {                                       // low + 16 * high
                     __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
@@ -2888,7 +2884,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, 
 SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
     const int narrow = s->width < 64, plain = s->codes && !s->values && !s->weight && !s->capped;       // constants below: a loop each
     if (q->stochastic) {
-        if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
+        if (q->want_sums && plain && !narrow) snipi_strip_avx512_as(q, s, 1, 1, 0, 1);
+        else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
         else if (q->want_sums) snipi_strip_avx512_as(q, s, 1, 1, 0, 0);
         else snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
     } else if (plain && !narrow && q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
@@ -2963,7 +2960,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_random512(snip_rng_key key, __m512i 
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q, const snipi_columns *s, const int stochastic, const int sums, const int packed) {
     const snipi_codec512 k = snipi_codec512_of(q);
     const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each, capped = s->capped;         // rows to a dword, to a register of them
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift);
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift);
     const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
     const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)), kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
     const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
@@ -2992,19 +2989,16 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
                     __m512i word;
                     SNIPI_KEPT512(y);
                     if (stochastic) {
-                        const int sign = bits * j + q->e.sign;
                         if (j % 4 == 0) {
                             const __m512i block = _mm512_set1_epi64((r + j) / 4);
                             snipi_random512(s->key, _mm512_add_epi64(even, block), _mm512_add_epi64(odd, block), random);
                         }
                         value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(random[j % 4], random_shift), capped, &over, &word);
-                        word = _mm512_rolv_epi32(word, _mm512_set1_epi32(32 - q->k.shift + bits * j));
-                        word = _mm512_ternarylogic_epi32(_mm512_set1_epi32((int)(1u << sign)), _mm512_rolv_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((sign + 1) & 31)), word, 0xCA);
+                        word = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word, shift), _mm512_castps_si512(y), k.sign_bit, 0xF8);
                         if (sums) to = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude));
-                    } else {
+                    } else
                         value = snipi_nearest512(&k, y, capped, &over, &word);
-                        word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
-                    }
+                    word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
                     all = j == 0 ? word : _mm512_ternarylogic_epi32(place, word, all, 0xCA);
                     if (sums) {
                         __m512 dv = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(dv, dv);
@@ -3015,7 +3009,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q
                         err_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(err_sq[i]), d2));
                     }
                 }
-                if (!stochastic) all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1), 0xCA);
+                all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1), 0xCA);
                 out[d] = _mm512_and_si512(all, kept);
             }
             if (!s->codes) continue;
