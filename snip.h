@@ -969,8 +969,8 @@ typedef struct {
     void (*peaks)(const snipi_strip *, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
     int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes);
     void (*strip)(const snipi_run *, const snipi_strip *);
-    // Rows [r0, r1) of a block, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
-    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int r1, int cols, int height, float *block, uint32_t *amax);
+    // SNIPI_BATCH rows of a block from r0, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
+    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block, uint32_t *amax);
     void (*columns)(const snipi_run *, const snipi_columns *);
 } snipi_vector;
 static const snipi_vector *snipi_vector_of(snip_isa isa);
@@ -1740,7 +1740,7 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
         int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
         if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
             for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
-                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, r + SNIPI_BATCH, width, (int)by_columns->tile_cols, copy[0], amax);
+                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, width, (int)by_columns->tile_cols, copy[0], amax);
                 strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN,
                                                         snipi_ahead(q, r0 + r, c0, SNIPI_BATCH), by_rows == q ? &local : &local2);
                 if (strips) rows_done += SNIPI_BATCH;
@@ -2916,22 +2916,22 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
         v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88); v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
     }
 }
-SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int r1, int cols, int height, float *block, uint32_t *amax) {
+SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block, uint32_t *amax) {
     const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const int vectors = cols / 16;
+    const int64_t size = bf16 ? 2 : 4;
     int r, v;
     at += r0 * ld;
     block += r0 * SNIPI_PANEL_LD;
-    for (r = r0; r < r1; r++, at += ld, block += SNIPI_PANEL_LD) {
-        uint32_t *most = amax + r / height * SNIPI_RUN;
-        for (v = 0; v < vectors; v++) {
-            const char *p = (const char *)x + (at + 16 * v) * (bf16 ? 2 : 4);
+    amax += r0 / height * SNIPI_RUN;
+    for (v = 0; v < cols; v += 16) {
+        const char *p = (const char *)x + (at + v) * size;
+        __m512i most = r0 % height ? _mm512_loadu_si512(amax + v) : _mm512_setzero_si512();
+        for (r = 0; r < SNIPI_BATCH; r++, p += ld * size) {
             __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)), 16) : _mm512_loadu_si512(p);
-            _mm512_storeu_si512(block + 16 * v, u);
-            u = _mm512_and_si512(u, magnitude);
-            if (r % height) u = _mm512_max_epu32(u, _mm512_loadu_si512(most + 16 * v));
-            _mm512_storeu_si512(most + 16 * v, u);
+            _mm512_storeu_si512(block + r * SNIPI_PANEL_LD + v, u);
+            most = _mm512_max_epu32(most, _mm512_and_si512(u, magnitude));
         }
+        _mm512_storeu_si512(amax + v, most);
     }
 }
 // 4 words each for the counters `index` (8, in 64-bit lanes) of 16 columns, even ones and odd ones.
