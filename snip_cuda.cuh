@@ -48,7 +48,8 @@ extern "C" {
 // >>cuda-quantize ----------------------------------------------------------------------------------
 typedef enum {
     SNIP_CUDA_PACKED,           // E2M1 two to a byte, as in snip.h
-    SNIP_CUDA_E4M3_BYTES        // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
+    SNIP_CUDA_E4M3_BYTES,       // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
+    SNIP_CUDA_S8_BYTES          // E2M1 values times 2 as INT8, each row of them padded to a multiple of 16 bytes: for snip_cuda_gemm_s8
 } snip_cuda_codes;
 
 // Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may be NULL.
@@ -75,13 +76,17 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
 // tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
 // BF16, each as it lies or transposed.
-//   E2M1 from compute capability 8.0 on: INT8 products, bit for bit snip_gemm's.
+//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. On 9.0 snip_cuda_gemm_s8 is faster.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
 //   every 128 of k it is added in float32.
 //   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma, bit for bit snip_gemm's too.
+// On 9.0 (code for sm_90a), where mma has not the tensor cores' full speed; elsewhere SNIP_UNSUPPORTED.
+SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                       float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
@@ -221,35 +226,38 @@ template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm vola
 // Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, mode.
 // 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must lie at multiples of 1024.
 SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
-SNIPI_DEVICE void snipi_ptx_wgmma_begin(float d[64]) {
+SNIPI_DEVICE void snipi_ptx_settled(float &x) { asm volatile("" : "+f"(x) : : "memory"); }
+SNIPI_DEVICE void snipi_ptx_settled(int32_t &x) { asm volatile("" : "+r"(x) : : "memory"); }
+template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_begin(D d[64]) {
 #pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+    for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
     asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 }
-SNIPI_DEVICE void snipi_ptx_wgmma_end(float d[64]) {
+template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_end(D d[64]) {
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : : : "memory");
 #pragma unroll
-    for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i]) : : "memory");
+    for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
 }
-#define SNIPI_PTX_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SNIPI_PTX_8(x, d, i) x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3]), x(d[i + 4]), x(d[i + 5]), x(d[i + 6]), x(d[i + 7])
 // d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup.
-#define SNIPI_PTX_WGMMA(name, types) \
-    SNIPI_DEVICE void name(float d[64], uint64_t a, uint64_t b, int add) { \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32.f32." types \
+#define SNIPI_PTX_WGMMA(name, types, acc, x, signs) \
+    SNIPI_DEVICE void name(acc d[64], uint64_t a, uint64_t b, int add) { \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32." types \
                      " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
                      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
-                     " %64, %65, add, 1, 1;\n}" \
-                     : SNIPI_PTX_8(d, 0), SNIPI_PTX_8(d, 8), SNIPI_PTX_8(d, 16), SNIPI_PTX_8(d, 24), SNIPI_PTX_8(d, 32), SNIPI_PTX_8(d, 40), SNIPI_PTX_8(d, 48), SNIPI_PTX_8(d, 56) \
+                     " %64, %65, add" signs ";\n}" \
+                     : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24), SNIPI_PTX_8(x, d, 32), SNIPI_PTX_8(x, d, 40), SNIPI_PTX_8(x, d, 48), SNIPI_PTX_8(x, d, 56) \
                      : "l"(a), "l"(b), "r"(add)); \
     }
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "e4m3.e4m3")
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "e4m3.e5m2")
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "e5m2.e4m3")
-SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "e5m2.e5m2")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "f32.e4m3.e4m3", float, "+f", ", 1, 1")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "f32.e4m3.e5m2", float, "+f", ", 1, 1")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "f32.e5m2.e4m3", float, "+f", ", 1, 1")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "f32.e5m2.e5m2", float, "+f", ", 1, 1")
+SNIPI_PTX_WGMMA(snipi_ptx_wgmma_s8, "s32.s8.s8", int32_t, "+r", "")
 
-// A map of bytes [rows][k] in boxes of 128 x 128, zeros beyond the edges. 1: done.
-static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
-    cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)k };
+// A map of bytes [rows][k], row_bytes from row to row, in boxes of 128 x 128, zeros beyond the edges. 1: done.
+static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k, int64_t row_bytes) {
+    cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)row_bytes };
     cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
     cudaDriverEntryPointQueryResult found;
     void *encode = NULL;
@@ -270,11 +278,19 @@ template <int A, int B> SNIPI_DEVICE void snipi_ptx_mma_fp8(float d[4], const ui
     else if constexpr (B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d, a, b);
     else snipi_ptx_mma_e5m2_e5m2(d, a, b);
 }
-template <int A, int B> SNIPI_DEVICE void snipi_ptx_wgmma(float d[64], uint64_t a, uint64_t b, int add) {
-    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
+template <int A, int B, class D> SNIPI_DEVICE void snipi_ptx_wgmma(D d[64], uint64_t a, uint64_t b, int add) {
+    if constexpr (A == SNIP_E2M1) snipi_ptx_wgmma_s8(d, a, b, add);
+    else if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
     else if constexpr (A == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
     else if constexpr (B == SNIP_E4M3) snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
     else snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+}
+
+// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
+// negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
+SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
+    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes), negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
+    return (positive + 0x80808080u - negative) ^ 0x80808080u;
 }
 
 // >>cuda-quantize-impl -----------------------------------------------------------------------------
@@ -284,7 +300,7 @@ template <int A, int B> SNIPI_DEVICE void snipi_ptx_wgmma(float d[64], uint64_t 
 // 4 columns 32 apart, so that its warp reads whole lines. Blocks in the interior that only want codes to nearest hold
 // their elements in registers (straight's columns); the others read them again, from caches.
 enum { SNIPI_BLOCK = 128, SNIPI_THREADS = 256, SNIPI_ROWS = 16, SNIPI_TILES = SNIPI_BLOCK * (SNIPI_BLOCK / 16) };
-enum { SNIPI_E2M1_WIDE = 64 };          // as a kernel's FORMAT: E2M1 values stored as E4M3
+enum { SNIPI_E2M1_WIDE = 64, SNIPI_E2M1_S8 };       // as a kernel's FORMAT: E2M1 values stored as E4M3; twice them as INT8
 enum { SNIPI_NEAREST, SNIPI_STOCHASTIC, SNIPI_MEASURE };    // a kernel's MODE: codes alone, or with either rounding statistics and values
 
 typedef struct {                        // one orientation
@@ -359,7 +375,7 @@ SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_
     for (int i = 0; i < 4; i++) out[i] = skip == 0 ? w[i] : skip == 1 ? w[i + 1] : skip == 2 ? w[i + 2] : w[i + 3];
 }
 
-template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() { return FORMAT == SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT; }
+template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() { return FORMAT >= SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT; }
 
 template <int MODE> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side &side) {
     return MODE == SNIPI_STOCHASTIC || (MODE == SNIPI_MEASURE && side.recipe.rounding == SNIP_ROUND_STOCHASTIC);
@@ -381,9 +397,9 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_pack(const uint32_t c[4])
         uint32_t code = c[i], magnitude = code & 7;
         if (FORMAT == SNIPI_E2M1_WIDE)          // 0, .5 and the normal numbers 1 .. 6, whose mantissa bit is E4M3's highest
             code = (code & 8) << 4 | (magnitude > 1 ? 0x30 + 4 * magnitude : 0x30 * magnitude);
-        word |= code << (FORMAT == SNIP_E2M1 ? 4 : 8) * i;
+        word |= code << (FORMAT == SNIP_E2M1 || FORMAT == SNIPI_E2M1_S8 ? 4 : 8) * i;
     }
-    return word;
+    return FORMAT == SNIPI_E2M1_S8 ? snipi_mma_twice(word) : word;
 }
 // Four codes to nearest, where the tile is not low.
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4], float inverse) {
@@ -719,6 +735,7 @@ template <int FORMAT> static snipi_cuda_quantize_fn snipi_cuda_quantize_of(int m
 static snipi_cuda_quantize_fn snipi_cuda_quantize_of(snip_format format, snip_cuda_codes codes, int mode) {
     if (format == SNIP_E4M3) return snipi_cuda_quantize_of<SNIP_E4M3>(mode);
     if (format == SNIP_E5M2) return snipi_cuda_quantize_of<SNIP_E5M2>(mode);
+    if (codes == SNIP_CUDA_S8_BYTES) return snipi_cuda_quantize_of<SNIPI_E2M1_S8>(mode);
     return codes == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode) : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
 }
 
@@ -732,6 +749,7 @@ static int snipi_cuda_recipe_ok(const snip_recipe *r) {
 static int snipi_cuda_may_saturate(const snip_recipe *r) { return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP; }
 static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
 
+static int64_t snipi_cuda_s8_row(int64_t cols) { return (cols + 15) / 16 * 16; }     // TMA wants it so
 // word: of codes stored at once.
 static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows, int64_t cols, void *codes, void *scales, int word) {
     int packed = recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_PACKED;
@@ -739,7 +757,7 @@ static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, 
     if (recipe->scale == SNIP_SCALE_NONE) { s->recipe.tile_rows = 1; s->recipe.tile_cols = SNIPI_BLOCK; }
     while (1 << s->log2_tile_cols < s->recipe.tile_cols) s->log2_tile_cols++;
     s->rows = rows; s->cols = cols;
-    s->row_bytes = packed ? (cols + 1) / 2 : cols;
+    s->row_bytes = packed ? (cols + 1) / 2 : recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_S8_BYTES ? snipi_cuda_s8_row(cols) : cols;
     s->codes = (uint8_t *)codes;
     s->scales = scales;
     if (packed) word /= 2;
@@ -765,7 +783,7 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     int64_t blocks;
     int nvfp4, mode;
     snip_status status;
-    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES)) return SNIP_BAD_ARGUMENT;
+    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES && codes != SNIP_CUDA_S8_BYTES)) return SNIP_BAD_ARGUMENT;
     any = *job;
     any.isa = SNIP_ISA_BEST;
     status = snipi_job_check(&any);
@@ -1097,12 +1115,6 @@ SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64
     }
     return make_uint4(w[0], w[1], w[2], w[3]);
 }
-// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
-// negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
-SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
-    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes), negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
-    return (positive + 0x80808080u - negative) ^ 0x80808080u;
-}
 // Two of four FP8 bytes, the even ones, as FP16: E4M3 times 2^-8, E5M2 as it is.
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
     if (FORMAT == SNIP_E5M2) return (x & 0x00FF00FFu) << 8;
@@ -1369,7 +1381,9 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 
 // Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
 // TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
-// and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's.
+// and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's. While
+// one adds, the other multiplies: 64 conversions of integer sums (on the integer pipe, at half the rate of multiply-adds)
+// and 64 multiply-adds a thread take less than the 256 clocks that the tensor cores need for its 64 x 128 x 128 products.
 // Barriers: full, when both have come; empty, when every consuming warp has read the stage.
 enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
 enum { SNIPI_PRODUCER_REGISTERS = 40, SNIPI_CONSUMER_REGISTERS = 232 };
@@ -1389,7 +1403,7 @@ SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int6
     *m0 = in / width * SNIPI_BLOCK;
     *n0 = (column * SNIPI_RASTER + in % width) * SNIPI_BLOCK;
 }
-SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
+SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks, float post) {
     int stage = 0, parity = 1;          // of the empty barriers: the first wait is for a phase before the first
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
@@ -1410,8 +1424,8 @@ SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtens
                 snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
                 snipi_ptx_tma_load(to + SNIPI_STAGE_BYTES / 2, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0);
             }
-            shared->scale[stage][0][threadIdx.x] = scale_a;
-            shared->scale[stage][1][threadIdx.x] = scale_b;
+            shared->scale[stage][0][threadIdx.x] = post * scale_a;
+            shared->scale[stage][1][threadIdx.x] = post * scale_b;
             snipi_ptx_barrier_arrive(&shared->full[stage]);
             if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
         }
@@ -1437,6 +1451,7 @@ SNIPI_DEVICE void snipi_wgmma_end_c(const snipi_cuda_gemm_job &g, int64_t r, int
         if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[1]);
     }
 }
+// Formats E2M1: their values times 2, as INT8.
 template <int FORMAT_A, int FORMAT_B>
 SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
     const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
@@ -1444,7 +1459,8 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
-        float c[64], d[64];             // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
+        float c[64];                    // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
+        typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[64];
         snipi_wgmma_tile(g, t, &m0, &n0);
 #pragma unroll
         for (int i = 0; i < 64; i += 2) {
@@ -1468,10 +1484,10 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
                 above = __fmul_rn(above, scale_b[0]);
                 below = __fmul_rn(below, scale_b[0]);
 #pragma unroll
-                for (int i = 0; i < 64; i++) c[i] = fmaf(i & 2 ? below : above, d[i], c[i]);
+                for (int i = 0; i < 64; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
             } else {
 #pragma unroll
-                for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], d[i], c[i]);
+                for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
             }
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
@@ -1498,7 +1514,7 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
     __syncthreads();
     if (threadIdx.x < 128) {
         snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
-        snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks);
+        snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
     } else {
         snipi_ptx_registers_more<SNIPI_CONSUMER_REGISTERS>();
         snipi_wgmma_consume<FORMAT_A, FORMAT_B>(g, stages, &shared, tiles, blocks);
@@ -1551,23 +1567,28 @@ template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaGetLastError();                 // it has none: no error of the caller's
     return 0;
 }
+template <int FORMAT_A, int FORMAT_B> static int snipi_cuda_has_wgmma(const snipi_cuda_gemm_job &g) {
+    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>);
+}
+template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_wgmma(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+    CUtensorMap map_a, map_b;
+    int device, processors;
+    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+        !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k, g.a.reader.row_bytes) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k, g.b.reader.row_bytes)) return SNIP_DEVICE;
+    return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, snipi_min(snipi_cuda_blocks(g.m, g.n), processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+}
 template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
     int64_t blocks = snipi_cuda_blocks(g.m, g.n);
-    if (g.k > 0 && g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>)) {
-        CUtensorMap map_a, map_b;
-        int device, processors;
-        if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-            cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
-            !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k)) return SNIP_DEVICE;
-        return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, snipi_min(blocks, processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
-    }
+    if (g.k > 0 && snipi_cuda_has_wgmma<FORMAT_A, FORMAT_B>(g)) return snipi_cuda_wgmma<FORMAT_A, FORMAT_B>(g, stream);
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
 }
 static int snipi_cuda_is_fp8(snip_format f) { return f == SNIP_E4M3 || f == SNIP_E5M2; }
 static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
-static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+// codes: of E2M1 operands, packed or S8_BYTES.
+static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_cuda_codes codes,
                                    float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
@@ -1582,12 +1603,25 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
                                         snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
     if (fp8 && format_a == SNIP_E5M2) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
     if (fp8) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
+    if (codes == SNIP_CUDA_S8_BYTES) {
+        for (snipi_cuda_operand *o : { &g.a, &g.b }) {
+            o->reader.row_bytes = snipi_cuda_s8_row(k);
+            o->aligned = (uintptr_t)o->reader.codes % 16 == 0;
+        }
+        if (!snipi_cuda_has_wgmma<SNIP_E2M1, SNIP_E2M1>(g)) return SNIP_UNSUPPORTED;
+        if (k > 0) return snipi_cuda_wgmma<SNIP_E2M1, SNIP_E2M1>(g, stream);
+    }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
     return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
 }
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
-    return snipi_cuda_gemm(m, n, k, a, b, c, ldc, accumulate, bias, NULL, stream);
+    return snipi_cuda_gemm(m, n, k, a, b, SNIP_CUDA_PACKED, c, ldc, accumulate, bias, NULL, stream);
+}
+SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                       float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+    if (a && b && a->recipe && b->recipe && (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_gemm(m, n, k, a, b, SNIP_CUDA_S8_BYTES, c, ldc, accumulate, bias, NULL, stream);
 }
 
 // >>cuda-session-impl ------------------------------------------------------------------------------
@@ -1620,6 +1654,7 @@ struct snip_cuda {
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
     int64_t measuring;                  // the last measuring step, until it has been read; then -1
     int lag;
+    snip_cuda_codes codes;              // of E2M1 operands: what this GPU multiplies fastest
     void *slot[SNIPI_CUDA_SLOTS];       // device memory
     snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
     snipi_cuda_globals *globals;
@@ -1634,10 +1669,10 @@ struct snip_cuda {
 
 // Bytes of a tensor's codes or scales in the wider candidate.
 static size_t snipi_cuda_widest(const snip *s, snipi_kind kind, int64_t rows, int64_t cols, int scales) {
-    size_t most = 0;
-    for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+    size_t most = scales ? 0 : (size_t)(rows * snipi_cuda_s8_row(cols));
+    for (int f = 0; f < SNIPI_CANDIDATES && scales; f++) {
         const snip_recipe r = snipi_recipe_of(s, snipi_candidates[f], kind);
-        const size_t size = scales ? snip_scales_bound(&r, rows, cols) : snip_codes_bound(&r, rows, cols);
+        const size_t size = snip_scales_bound(&r, rows, cols);
         if (size > most) most = size;
     }
     return most;
@@ -1863,7 +1898,7 @@ static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64
     if (turned) { job.recipe_t = recipe; job.codes_t = c->slot[turned->slot]; job.scales_t = c->slot[turned->slot + 1]; }
     job.key = snipi_key(c->s, l, micro, straight ? straight->role : 0);
     if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
-    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+    return snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
 enum { SNIPI_ALONE = -1 };              // as a micro-batch: its weight is not held
 // The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read where
@@ -1898,7 +1933,7 @@ static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t
         if (!transposed) { job.recipe = recipe; job.codes = h->codes[0]; job.scales = h->scales[0]; }
         if (transposed || both) { job.recipe_t = recipe; job.codes_t = h->codes[1]; job.scales_t = h->scales[1]; }
         if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess) return SNIP_DEVICE;
-        snip_status status = snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+        snip_status status = snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
         if (status) return status;
         for (int t = transposed; t <= (transposed || both); t++) { h->of[t] = w; h->format[t] = format; h->step[t] = c->step; h->capture[t] = capture; }
     }
@@ -1912,7 +1947,7 @@ static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t mi
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
     if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL, stream);
-    return status ? status : snipi_cuda_gemm(rows, l->n, l->k, &a.operand, &b, out, l->n, 0, bias, snipi_cuda_counts(c, l, 1), stream);
+    return status ? status : snipi_cuda_gemm(rows, l->n, l->k, &a.operand, &b, c->codes, out, l->n, 0, bias, snipi_cuda_counts(c, l, 1), stream);
 }
 // dY, as it lies and, if wanted, transposed; dX (+)= dY W.
 static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows,
@@ -1923,14 +1958,14 @@ static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t 
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
     if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t, stream);
-    return status ? status : snipi_cuda_gemm(rows, l->k, l->n, &a.operand, &b, dx, l->k, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
+    return status ? status : snipi_cuda_gemm(rows, l->k, l->n, &a.operand, &b, c->codes, dx, l->k, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
 }
 static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
                                     int64_t rows, int count, cudaStream_t stream) {
     snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
     snip_recipe recipe;
     snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe, NULL, &b, stream);
-    return status ? status : snipi_cuda_gemm(features, l->k, rows, &dy, &b.operand, dw, l->k, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
+    return status ? status : snipi_cuda_gemm(features, l->k, rows, &dy, &b.operand, c->codes, dw, l->k, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
 }
 
 // ---- measuring
@@ -2441,6 +2476,7 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         c->s = s;
         c->rows = rows;
         c->lag = lag;
+        c->codes = snipi_cuda_has_body(snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>) ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_PACKED;
         c->step = c->read = s->step;
         c->measuring = -1;
         c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);

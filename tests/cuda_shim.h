@@ -219,9 +219,9 @@ static float shim_e4m3_value(uint32_t code) {
     return code & 128 ? -v : v;
 }
 static struct shim_tables {
-    float e4m3[256], e5m2[256];
-    shim_tables() { for (uint32_t c = 0; c < 256; c++) { e4m3[c] = shim_e4m3_value(c); e5m2[c] = shim_e5m2_value(c); } }
-} shim_fp8;
+    float e4m3[256], e5m2[256], s8[256];
+    shim_tables() { for (uint32_t c = 0; c < 256; c++) { e4m3[c] = shim_e4m3_value(c); e5m2[c] = shim_e5m2_value(c); s8[c] = (float)(int8_t)c; } }
+} shim_of;
 static inline float shim_f16(uint32_t code) {
     uint32_t e = code >> 10 & 31, m = code & 1023;
     float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
@@ -246,7 +246,7 @@ static inline void snipi_ptx_mma_bf16(float d[4], const uint32_t a[4], const uin
 }
 #define SHIM_FP8(a_format, b_format) \
     static inline void snipi_ptx_mma_##a_format##_##b_format(float d[4], const uint32_t a[4], const uint32_t b[2]) { \
-        shim_mma(d, a, b, 1, "mma fp8", [](float &s, uint32_t x, uint32_t y) { s += shim_fp8.a_format[x] * shim_fp8.b_format[y]; }); \
+        shim_mma(d, a, b, 1, "mma fp8", [](float &s, uint32_t x, uint32_t y) { s += shim_of.a_format[x] * shim_of.b_format[y]; }); \
     }
 SHIM_FP8(e4m3, e4m3)
 SHIM_FP8(e4m3, e5m2)
@@ -283,10 +283,10 @@ static inline void snipi_ptx_barrier_wait(uint64_t *at, int parity) {
     while (shim_barrier_at(at)->phase == (uint32_t)parity) shim_yield();
     shim.progress = true;
 }
-struct CUtensorMap { const uint8_t *codes; int64_t rows, k; };
-static inline int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k) {
-    map->codes = (const uint8_t *)codes; map->rows = rows; map->k = k;
-    return (uintptr_t)codes % 16 == 0 && k % 16 == 0;
+struct CUtensorMap { const uint8_t *codes; int64_t rows, k, row_bytes; };
+static inline int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k, int64_t row_bytes) {
+    map->codes = (const uint8_t *)codes; map->rows = rows; map->k = k; map->row_bytes = row_bytes;
+    return (uintptr_t)codes % 16 == 0 && row_bytes % 16 == 0 && row_bytes >= k && rows > 0 && k > 0;
 }
 // A byte of a tile in 128-byte swizzle: address bits 4 to 6 are permuted by bits 7 to 9.
 static uint8_t *shim_swizzled(uintptr_t tile, unsigned row, unsigned k) {
@@ -296,7 +296,7 @@ static uint8_t *shim_swizzled(uintptr_t tile, unsigned row, unsigned k) {
 static inline void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
     if ((uintptr_t)to % 1024) shim_die("TMA: the destination is not aligned", "TMA");
     for (unsigned r = 0; r < 128; r++)
-        for (unsigned k = 0; k < 128; k++) *shim_swizzled((uintptr_t)to, r, k) = y + r < map->rows && x + k < map->k ? map->codes[(y + r) * map->k + x + k] : 0;
+        for (unsigned k = 0; k < 128; k++) *shim_swizzled((uintptr_t)to, r, k) = y + r < map->rows && x + k < map->k ? map->codes[(y + r) * map->row_bytes + x + k] : 0;
     shim_barrier_at(b)->bytes -= 128 * 128;
     shim_barrier_step(shim_barrier_at(b));
 }
@@ -309,23 +309,24 @@ static inline uint64_t snipi_ptx_wgmma_operand(const void *p) {
 // Products are put off to the wait, as late as hardware may make them, and the other threads run before.
 struct shim_product { uint64_t a, b; int add; const float *table_a, *table_b; };
 static std::vector<shim_product> shim_products[SHIM_MOST];
-static inline void snipi_ptx_wgmma_begin(float *) {}
-#define SHIM_WGMMA(a_format, b_format) \
-    static inline void snipi_ptx_wgmma_##a_format##_##b_format(float *, uint64_t a, uint64_t b, int add) { \
-        shim_products[shim.current].push_back({ a, b, add, shim_fp8.a_format, shim_fp8.b_format }); \
+template <class D> static inline void snipi_ptx_wgmma_begin(D *) {}
+#define SHIM_WGMMA(name, sum, a_format, b_format) \
+    static inline void snipi_ptx_wgmma_##name(sum *, uint64_t a, uint64_t b, int add) { \
+        shim_products[shim.current].push_back({ a, b, add, shim_of.a_format, shim_of.b_format }); \
     }
-SHIM_WGMMA(e4m3, e4m3)
-SHIM_WGMMA(e4m3, e5m2)
-SHIM_WGMMA(e5m2, e4m3)
-SHIM_WGMMA(e5m2, e5m2)
-static inline void snipi_ptx_wgmma_end(float d[64]) {
+SHIM_WGMMA(e4m3_e4m3, float, e4m3, e4m3)
+SHIM_WGMMA(e4m3_e5m2, float, e4m3, e5m2)
+SHIM_WGMMA(e5m2_e4m3, float, e5m2, e4m3)
+SHIM_WGMMA(e5m2_e5m2, float, e5m2, e5m2)
+SHIM_WGMMA(s8, int32_t, s8, s8)
+template <class D> static inline void snipi_ptx_wgmma_end(D d[64]) {
     shim.progress = true;
     shim_yield();
     for (const shim_product &p : shim_products[shim.current])
         for (unsigned i = 0; i < 64; i++) {
             unsigned row = shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + (i & 2) * 4, col = i / 4 * 8 + shim.current % 4 * 2 + (i & 1);
-            float sum = p.add ? d[i] : 0.0f;
-            for (unsigned k = 0; k < 32; k++) sum += p.table_a[*shim_swizzled(p.a, row, k)] * p.table_b[*shim_swizzled(p.b, col, k)];
+            D sum = p.add ? d[i] : 0;
+            for (unsigned k = 0; k < 32; k++) sum += (D)(p.table_a[*shim_swizzled(p.a, row, k)] * p.table_b[*shim_swizzled(p.b, col, k)]);
             d[i] = sum;
         }
     shim_products[shim.current].clear();

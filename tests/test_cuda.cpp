@@ -111,13 +111,22 @@ enum { RECIPES = sizeof recipes / sizeof recipes[0] };
 static const int64_t shapes[][2] = { { 1, 1 }, { 1, 127 }, { 3, 5 }, { 128, 128 }, { 129, 130 }, { 127, 257 }, { 256, 256 }, { 132, 16 }, { 17, 300 }, { 144, 160 }, { 0, 7 }, { 7, 0 } };
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
-// E4M3 codes of packed E2M1 codes, through the values.
-static void widen_codes(const uint8_t *packed, int64_t rows, int64_t cols, uint8_t *wide) {
+// An E2M1 code as a byte, through its value.
+static uint8_t byte_of(uint8_t code, snip_cuda_codes as) {
+    if (as == SNIP_CUDA_S8_BYTES) return (uint8_t)(int8_t)(2 * snip_e2m1_to_f32(code));
+    return code == 8 ? 0x80 : snip_e4m3_from_f32(snip_e2m1_to_f32(code));
+}
+static int64_t row_of_bytes(int64_t cols, snip_cuda_codes as) { return as == SNIP_CUDA_S8_BYTES ? (cols + 15) / 16 * 16 : cols; }
+// Bytes of packed E2M1 codes; what pads the rows is left.
+static void widen_codes(const uint8_t *packed, int64_t rows, int64_t cols, snip_cuda_codes as, uint8_t *wide) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) {
-            uint8_t code = packed[r * ((cols + 1) / 2) + c / 2] >> c % 2 * 4 & 15;
-            wide[r * cols + c] = code == 8 ? 0x80 : snip_e4m3_from_f32(snip_e2m1_to_f32(code));
-        }
+        for (int64_t c = 0; c < cols; c++) wide[r * row_of_bytes(cols, as) + c] = byte_of(packed[r * ((cols + 1) / 2) + c / 2] >> c % 2 * 4 & 15, as);
+}
+static bool same_bytes(const buffer &wide, const buffer &packed, int64_t rows, int64_t cols, snip_cuda_codes as) {
+    buffer expected(wide.size);
+    memcpy(expected.at, wide.at, wide.size);
+    widen_codes(packed.at, rows, cols, as, expected.at);
+    return same(wide, expected);
 }
 static bool near_to(double a, double b, double size) { return fabs(a - b) <= 1e-6 * size; }
 static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &theirs) {
@@ -130,20 +139,21 @@ static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &th
     CHECK(snipi_bits(ours.amax) == snipi_bits(theirs.amax) && ours.nonfinite == theirs.nonfinite && ours.saturated == theirs.saturated);
 }
 
-// One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values, 8 E2M1 as E4M3 bytes.
+// One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values; E2M1 as 8 E4M3 bytes, 16 INT8 bytes.
 static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format, int kind, int flags) {
     snip_quantize_job job = {}, cpu;
     snip_recipe turned = *recipe;
-    const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1, wide = recipe->format == SNIP_E2M1 && flags & 8;
+    const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1, wide = recipe->format == SNIP_E2M1 && flags & 24;
+    const snip_cuda_codes as = !wide ? SNIP_CUDA_PACKED : flags & 8 ? SNIP_CUDA_E4M3_BYTES : SNIP_CUDA_S8_BYTES;
     const size_t unit = x_format == SNIP_BF16 ? 2 : 4, weights = measure ? 4 : 0;
     const int64_t ld_out = cols + 3;
     if (straight && transposed && recipe->tile_rows == 1) turned.tile_cols = 16 << rng() % 4;
     if (straight && transposed && !wide && rng() % 8 == 0) turned = recipes[rng() % RECIPES];
     size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
-    size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * cols);
+    size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * row_of_bytes(cols, as)), wide_size_t = (size_t)(cols * row_of_bytes(rows, as));
     snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols,
              recipe->scale, recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format), kind, flags, shim_order);
-    buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size), codes_t(wide ? wide_size : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
+    buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size), codes_t(wide ? wide_size_t : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
     buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)), scales2(scales.size), scales2_t(scales_t.size);
     buffer out((size_t)(rows * ld_out) * unit), out2(out.size), scratch(snip_cuda_quantize_scratch(rows, cols));
     buffer stats(2 * sizeof(snip_quant_stats));
@@ -163,13 +173,12 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     if (transposed) { cpu.codes_t = codes2_t; cpu.scales_t = scales2_t; }
     CHECK(snip_quantize_with(&cpu, &stats2[0], &stats2[1]) == SNIP_OK);
     int needs_scratch = measure || recipe->scale == SNIP_SCALE_UE4M3 || turned.scale == SNIP_SCALE_UE4M3;
-    CHECK(snip_cuda_quantize(&job, wide ? SNIP_CUDA_E4M3_BYTES : SNIP_CUDA_PACKED, measure && straight ? device_stats : NULL, measure && transposed ? device_stats + 1 : NULL,
+    CHECK(snip_cuda_quantize(&job, as, measure && straight ? device_stats : NULL, measure && transposed ? device_stats + 1 : NULL,
                              needs_scratch ? scratch.operator void *() : NULL, 0) == SNIP_OK);
     finish();
     if (wide) {
-        buffer expected(wide_size), expected_t(wide_size);
-        if (straight) { widen_codes(codes2.at, rows, cols, expected.at); CHECK(same(codes, expected)); }
-        if (transposed) { widen_codes(codes2_t.at, cols, rows, expected_t.at); CHECK(same(codes_t, expected_t)); }
+        if (straight) CHECK(same_bytes(codes, codes2, rows, cols, as));
+        if (transposed) CHECK(same_bytes(codes_t, codes2_t, cols, rows, as));
     } else {
         if (straight) CHECK(same(codes, codes2));
         if (transposed) CHECK(same(codes_t, codes2_t));
@@ -189,13 +198,13 @@ static void test_quantize() {
                 int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + (pick & 1) * 4 + (pick >> 1 & 1);
                 if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
                 shim_order = (int)(pick >> 8) % SHIM_ORDERS;
-                if (wanted()) test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 3) << 2);
+                if (wanted()) test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
             }
     // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
     for (int k = 0; k < RECIPES; k++)
         for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
-            for (int bf16 = 0; bf16 < 2; bf16++)
-                if (wanted()) test_quantize_one(&recipes[k], 128, 256, 256, bf16 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | (shim_order == 1) << 3);
+            for (int flags = 0; flags < 6; flags++)
+                if ((flags < 2 || recipes[k].format == SNIP_E2M1) && wanted()) test_quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | flags / 2 << 3);
 }
 // The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for saturation.
 static void test_counts() {
@@ -346,18 +355,23 @@ static void test_noise() {
 
 // ---- GEMMs ----
 struct matrix {             // quantized on the CPU
-    buffer codes, scales;
-    snip_operand operand;
-    matrix(const snip_recipe *r, int64_t rows, int64_t k, int kind, int transposed = 0) : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)), operand() {
+    buffer codes, scales, bytes;
+    snip_operand operand, s8;       // s8: E2M1 as INT8 bytes
+    matrix(const snip_recipe *r, int64_t rows, int64_t k, int kind, int transposed = 0)
+        : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)), bytes(r->format == SNIP_E2M1 ? (size_t)(rows * row_of_bytes(k, SNIP_CUDA_S8_BYTES)) : 0), operand(), s8() {
         buffer x((size_t)(rows * k) * 4);
         fill(x, rows * k, SNIP_F32, kind);
         if (transposed) CHECK(snip_quantize(r, x.floats(), k, rows, rows, codes, scales, {}, NULL, NULL) == SNIP_OK);
         else CHECK(snip_quantize(r, x.floats(), rows, k, k, codes, scales, {}, NULL, NULL) == SNIP_OK);
         operand.recipe = r; operand.codes = codes; operand.scales = scales; operand.transposed = transposed;
+        if (bytes.size) widen_codes(codes.at, rows, k, SNIP_CUDA_S8_BYTES, bytes.at);
+        s8 = operand;
+        s8.codes = bytes;
     }
 };
+enum { GEMM, GEMM_REFERENCE, GEMM_S8 };
 // flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
-static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int reference, int exact) {
+static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call, int exact) {
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
@@ -367,7 +381,8 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     memcpy(c2.at, c.at, c.size);
     const float *bias_or_not = flags & 2 ? bias.floats() : NULL;
     CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, flags & 1, bias_or_not, scratch, SNIP_ISA_BEST) == SNIP_OK);
-    CHECK((reference ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    if (call == GEMM_S8) CHECK(snip_cuda_gemm_s8(m, n, k, &a.s8, &b.s8, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    else CHECK((call ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
     finish();
     if (exact) { CHECK(same(c, c2)); return; }
     for (int64_t i = 0; i < m; i++)
@@ -398,7 +413,7 @@ static void test_gemm_reference() {
                 if (ka == 0) a.operand.round_bf16 = kb & 1;
                 snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
                 shim_order = (i + ka + kb) % SHIM_ORDERS;
-                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, 1, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
             }
 }
 // Which kernels the GPU has: all; no wgmma; nor FP8; none.
@@ -414,6 +429,7 @@ template <int A, int B> static void absent(int gpu) {
 }
 static void play_gpu(int gpu) {
     shim_absent.clear();
+    if (gpu > 0) shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
     if (gpu > 0) { absent<SNIP_E4M3, SNIP_E4M3>(gpu); absent<SNIP_E4M3, SNIP_E5M2>(gpu); absent<SNIP_E5M2, SNIP_E4M3>(gpu); absent<SNIP_E5M2, SNIP_E5M2>(gpu); }
     if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
 }
@@ -429,11 +445,11 @@ static void test_gemm_plain() {
             if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
             shim_order = (i + way) % SHIM_ORDERS;
             snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
-            test_gemm_one(m, n, k, a, b, (i + way) & 3, 0, 0);
+            test_gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
         }
 }
+static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
 static void test_gemm_tensor_cores() {
-    static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
     static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 7; which++) {
@@ -445,7 +461,7 @@ static void test_gemm_tensor_cores() {
                 play_gpu(gpu);
                 shim_order = (i + 2 * which + gpu) % SHIM_ORDERS;
                 snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu, shim_order);
-                test_gemm_one(m, n, k, a, b, (i + which) & 3, 0, which < 3);
+                test_gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, which < 3);
             }
             play_gpu(0);
         }
@@ -463,6 +479,38 @@ static void test_gemm_tensor_cores() {
     CHECK(snip_cuda_gemm(8, 8, 128, &d.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
 #endif
+}
+
+// E2M1 as INT8 bytes, on every shape in every order; SUBNORMAL: scales are too.
+static void test_gemm_s8() {
+    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
+    matrix small(&fp4[0], 8, 128, GAUSS), other(&fp8, 8, 128, GAUSS);
+    buffer c(8 * 8 * 4);
+    snip_operand odd = small.s8;
+    snprintf(what, sizeof what, "gemm of INT8 bytes, refusals");
+    odd.codes = (const uint8_t *)odd.codes + 8;
+    CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &other.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm_s8(8, 8, 112, &small.s8, &odd, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, NULL, c.floats(), 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
+#ifdef __CUDACC__
+    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) { skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0, or no code for sm_90a"); return; }
+    finish();
+#else
+    play_gpu(1);
+    CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
+    play_gpu(0);
+#endif
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int which = 0; which < 3; which++) {
+            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            if (!wanted()) continue;
+            matrix a(&fp4[which], m, k, (i + which) % 5 ? GAUSS : SUBNORMAL), b(&fp4[(which + i) % 3], n, k, GAUSS);
+            for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
+                snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, order %d", (int)m, (int)n, (int)k, which, shim_order);
+                test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
+            }
+        }
 }
 
 // ---- the encoders, on every float: hardware's where the kernels use it ----
@@ -520,8 +568,8 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
             int run = 0;
             for (int64_t i = n * w / workers; i < n * (w + 1) / workers; i++) {
                 uint32_t u = (uint32_t)(first + i) * CODEC_STRIDE, got = FORMAT == SNIP_E2M1 ? host[i / 2] >> i % 2 * 4 & 15u : host[i];
-                uint32_t expected = codec_expected(FORMAT == SNIPI_E2M1_WIDE ? (int)SNIP_E2M1 : FORMAT, u, stochastic, runs, n_runs, &run);
-                if (FORMAT == SNIPI_E2M1_WIDE) expected = expected == 8 ? 0x80u : snip_e4m3_from_f32(snip_e2m1_to_f32((uint8_t)expected));
+                uint32_t expected = codec_expected(snipi_cuda_format<FORMAT>(), u, stochastic, runs, n_runs, &run);
+                if (FORMAT >= SNIPI_E2M1_WIDE) expected = byte_of((uint8_t)expected, FORMAT == SNIPI_E2M1_S8 ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_E4M3_BYTES);
                 if (got != expected && !bad[(size_t)w]++) example[(size_t)w] = first + i;
             }
         });
@@ -541,6 +589,7 @@ static void test_codec() {
         CODEC(SNIP_E5M2, runs_e5m2);
         CODEC(SNIP_E2M1, runs_e2m1);
         CODEC(SNIPI_E2M1_WIDE, runs_e2m1);
+        CODEC(SNIPI_E2M1_S8, runs_e2m1);
     }
 }
 
@@ -599,6 +648,15 @@ static void test_oracle() {
             } else if (ra->format != SNIP_BF16)
                 lt.set(a.scales, b.scales, 0);
             CHECK(snip_cuda_gemm(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0) == SNIP_OK);
+            if (integers) {             // the same bits from INT8 bytes, where there is such a kernel
+                std::vector<float> packed((size_t)(m * n)), bytes((size_t)(m * n));
+                CHECK(cudaMemcpy(packed.data(), c, packed.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
+                a.operand.codes = ia;
+                b.operand.codes = ib;
+                const snip_status status = snip_cuda_gemm_s8(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0);
+                CHECK(cudaMemcpy(bytes.data(), c, bytes.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
+                CHECK(status == SNIP_UNSUPPORTED || (status == SNIP_OK && !memcmp(packed.data(), bytes.data(), packed.size() * 4)));
+            }
             CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
             CHECK(cudaMemcpy(ours.data(), c, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess && cudaMemcpy(theirs.data(), c2, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
             for (size_t i = 0; i < ours.size(); i++) {
@@ -1068,6 +1126,9 @@ static void test_session() {
     test_session_one(desc, MICROS, 0, 5);
     desc.every = 3;
     test_session_one(desc, 1, 2, 7);
+    play_gpu(1);                        // E2M1 operands are packed
+    test_session_one(desc, 1, 2, 7);
+    play_gpu(0);
     desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_LION;
     test_session_one(desc, 1, 0, 4);
@@ -1116,7 +1177,7 @@ int main(int argc, char **argv) {
         test_dequantize();
     }
     if (noise) test_noise();
-    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_s8(); test_gemm_reference(); }
     if (session) test_session();
     if (codec) test_codec();
     if (oracle) test_oracle();

@@ -18,7 +18,7 @@ fail() { echo "FAILED: $*"; failed=$((failed + 1)); }
 # Instructions by kernel: the low 12 bits of each 16 bytes of code.
 cat > "$dir/opcodes.py" <<'PY'
 import struct, sys
-names = { 0x27a: 'QMMA', 0x23c: 'HMMA', 0x237: 'IMMA', 0x9f3: 'QGMMA', 0x83b: 'LDSM' }
+names = { 0x27a: 'QMMA', 0x23c: 'HMMA', 0x237: 'IMMA', 0x9f3: 'QGMMA', 0x9f1: 'IGMMA', 0x83b: 'LDSM' }
 b = open(sys.argv[1], 'rb').read()
 table, = struct.unpack_from('<Q', b, 0x28)
 size, count, strings = struct.unpack_from('<HHH', b, 0x3A)
@@ -42,7 +42,7 @@ for arch in $archs; do
     case $arch in
         75) want= ;;
         89 | 120a) want="HMMA IMMA LDSM QMMA" ;;
-        90a) want="HMMA IMMA LDSM QGMMA" ;;
+        90a) want="HMMA IGMMA IMMA LDSM QGMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
     if [ -f "$dir/$arch.cubin" ]; then ok; else fail "sm_$arch"; grep -E 'error|warning' "$dir/$arch.log" | head -5; continue; fi
