@@ -1,6 +1,6 @@
 // bench_cuda.cu - speed of snip_cuda.cuh on the GPU at hand: quantization beside a copy of as many bytes; GEMMs in TFLOPS
-// beside cuBLASLt's (-DSNIP_CUBLASLT -lcublasLt): BF16, and of FP8 with the same scaling, of FP4 INT8; the twelve GEMMs of a
-// layer with all quantization beside BF16's. Ours and the peer's call take turns, over cold caches; medians.
+// beside cuBLASLt's (-DSNIP_CUBLASLT -lcublasLt): BF16, and of FP8 with the same scaling, of FP4 INT8; FP4 as INT8 bytes beside
+// our FP8; the twelve GEMMs of a layer with all quantization beside BF16's. Both calls take turns, over cold caches; medians.
 // Tab-separated, see make bench-gpu.
 #include <stdlib.h>
 #include <algorithm>
@@ -68,8 +68,11 @@ static void fill_floats(void *x, int64_t n) { fill<<<1024, 256>>>((uint32_t *)x,
 static void fill_bf16(void *x, int64_t n) { fill<<<1024, 256>>>((uint32_t *)x, (n + 1) / 2, 0x80FF80FFu, 0x3F003F00u); }
 static void none() {}
 
-static void bench_quantize(const char *name, snip_recipe recipe, int bf16, int both, int64_t rows, int64_t cols) {
-    size_t unit = bf16 ? 2 : 4, codes = snip_codes_bound(&recipe, rows, cols), scales = snip_scales_bound(&recipe, rows, cols), scales_t = snip_scales_bound(&recipe, cols, rows);
+static size_t codes_bytes(const snip_recipe &r, int64_t rows, int64_t cols, snip_cuda_codes as) {
+    return as == SNIP_CUDA_S8_BYTES ? (size_t)(rows * ((cols + 15) / 16 * 16)) : snip_codes_bound(&r, rows, cols);
+}
+static void bench_quantize(const char *name, snip_recipe recipe, int bf16, int both, int64_t rows, int64_t cols, snip_cuda_codes as = SNIP_CUDA_PACKED) {
+    size_t unit = bf16 ? 2 : 4, codes = codes_bytes(recipe, rows, cols, as), scales = snip_scales_bound(&recipe, rows, cols), scales_t = snip_scales_bound(&recipe, cols, rows);
     size_t bytes = (size_t)(rows * cols) * unit + (both ? 2 * codes + scales + scales_t : codes + scales);
     char *x = memory((size_t)(rows * cols) * unit), *from = memory(bytes / 2), *to = memory(bytes / 2);
     snip_quantize_job job = {};
@@ -81,32 +84,42 @@ static void bench_quantize(const char *name, snip_recipe recipe, int bf16, int b
     if (bf16) fill_bf16(x, rows * cols);
     else fill_floats(x, rows * cols);
     fill_floats(from, (int64_t)(bytes / 8));
-    seconds([&] { check(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0), name); }, [&] { cudaMemcpyAsync(to, from, bytes / 2, cudaMemcpyDeviceToDevice); }, s);
+    seconds([&] { check(snip_cuda_quantize(&job, as, NULL, NULL, NULL, 0), name); }, [&] { cudaMemcpyAsync(to, from, bytes / 2, cudaMemcpyDeviceToDevice); }, s);
     print(name, (double)bytes * 1e-9, "GB/s", s, "copy");
     for (void *p : { (void *)x, (void *)from, (void *)to, job.codes, job.scales, job.codes_t, job.scales_t }) cudaFree(p);
 }
 // A matrix as codes made from made-up numbers.
-static snip_operand operand_of(const snip_recipe *r, int64_t rows, int64_t k) {
+static snip_operand operand_of(const snip_recipe *r, int64_t rows, int64_t k, snip_cuda_codes as) {
     snip_operand o = {};
     snip_quantize_job job = {};
     float *x = memory<float>((size_t)(rows * k) * 4);
     job.x = x; job.rows = rows; job.cols = job.ld = k;
-    job.recipe = r; job.codes = memory(snip_codes_bound(r, rows, k)); job.scales = memory(snip_scales_bound(r, rows, k));
+    job.recipe = r; job.codes = memory(codes_bytes(*r, rows, k, as)); job.scales = memory(snip_scales_bound(r, rows, k));
     fill_floats(x, rows * k);
-    check(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0), "quantize");
+    check(snip_cuda_quantize(&job, as, NULL, NULL, NULL, 0), "quantize");
     check(cudaDeviceSynchronize() == cudaSuccess, "quantize");
     cudaFree(x);
     o.recipe = r; o.codes = job.codes; o.scales = job.scales;
     return o;
 }
-static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_recipe &rb, int64_t m, int64_t n, int64_t k) {
+static snip_status gemm(snip_cuda_codes as, int64_t m, int64_t n, int64_t k, const snip_operand &a, const snip_operand &b, float *c) {
+    return (as == SNIP_CUDA_S8_BYTES ? snip_cuda_gemm_s8 : snip_cuda_gemm)(m, n, k, &a, &b, c, n, 0, NULL, 0);
+}
+// fp8_peer: recipes of an FP8 product to set it beside, or NULL.
+static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_recipe &rb, int64_t m, int64_t n, int64_t k, snip_cuda_codes as = SNIP_CUDA_PACKED, const snip_recipe *const *fp8_peer = NULL) {
     char name[96];
     const double work = 2e-12 * (double)m * (double)n * (double)k;
     double s[2];
-    snip_operand a = operand_of(&ra, m, k), b = operand_of(&rb, n, k);
+    snip_operand a = operand_of(&ra, m, k, as), b = operand_of(&rb, n, k, as);
     float *c = memory<float>((size_t)(m * n) * 4);
-    auto ours = [&] { check(snip_cuda_gemm(m, n, k, &a, &b, c, n, 0, NULL, 0), kinds); };
+    auto ours = [&] { check(gemm(as, m, n, k, a, b, c), kinds); };
     snprintf(name, sizeof name, "%s %dx%dx%d", kinds, (int)m, (int)n, (int)k);
+    if (fp8_peer) {
+        snip_operand a8 = operand_of(fp8_peer[0], m, k, SNIP_CUDA_PACKED), b8 = operand_of(fp8_peer[1], n, k, SNIP_CUDA_PACKED);
+        seconds(ours, [&] { check(gemm(SNIP_CUDA_PACKED, m, n, k, a8, b8, c), "fp8"); }, s);
+        print(name, work, "TFLOPS", s, "our FP8");
+        for (const void *p : { a8.codes, a8.scales, b8.codes, b8.scales }) cudaFree((void *)p);
+    }
 #ifdef SNIP_CUBLASLT
     const bool fp4 = ra.format == SNIP_E2M1;
     const struct { const char *name; lt_matrix a, b; } peers[] = { { fp4 ? "cuBLASLt INT8" : "cuBLASLt", { ra.format, m, ra.tile_rows }, { rb.format, n, rb.tile_rows } },
@@ -132,7 +145,7 @@ static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_reci
 }
 
 // The linear layers of a block of a Llama, forward and backward: X, W and dY from BF16, both ways from one read, and three GEMMs each.
-static void bench_layer(const char *name, const snip_recipe &tile, const snip_recipe &block, int64_t rows) {
+static void bench_layer(const char *name, const snip_recipe &tile, const snip_recipe &block, int64_t rows, snip_cuda_codes as = SNIP_CUDA_PACKED) {
     static const int64_t dims[][2] = { { 6144, 4096 }, { 4096, 4096 }, { 28672, 4096 }, { 4096, 14336 } };      // out, in: q k v, o, gate up, down
     struct tensor { char *x; snip_quantize_job job; snip_operand o, t; };
     auto make = [&](const snip_recipe &r, int64_t n, int64_t k) {
@@ -141,8 +154,8 @@ static void bench_layer(const char *name, const snip_recipe &tile, const snip_re
         fill_bf16(v.x, n * k);
         v.job.x = v.x; v.job.x_format = SNIP_BF16; v.job.rows = n; v.job.cols = v.job.ld = k;
         v.job.recipe = v.job.recipe_t = &r;
-        v.job.codes = memory(snip_codes_bound(&r, n, k)); v.job.scales = memory(snip_scales_bound(&r, n, k));
-        v.job.codes_t = memory(snip_codes_bound(&r, k, n)); v.job.scales_t = memory(snip_scales_bound(&r, k, n));
+        v.job.codes = memory(codes_bytes(r, n, k, as)); v.job.scales = memory(snip_scales_bound(&r, n, k));
+        v.job.codes_t = memory(codes_bytes(r, k, n, as)); v.job.scales_t = memory(snip_scales_bound(&r, k, n));
         v.o.recipe = v.t.recipe = &r;
         v.o.codes = v.job.codes; v.o.scales = v.job.scales; v.t.codes = v.job.codes_t; v.t.scales = v.job.scales_t;
         return v;
@@ -156,10 +169,10 @@ static void bench_layer(const char *name, const snip_recipe &tile, const snip_re
         double s[2];
         work += 6e-12 * (double)rows * (double)n * (double)k;
         auto ours = [&] {
-            for (tensor *v : { &x, &w, &dy }) check(snip_cuda_quantize(&v->job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0), name);
-            check(snip_cuda_gemm(rows, n, k, &x.o, &w.o, out, n, 0, NULL, 0), name);
-            check(snip_cuda_gemm(rows, k, n, &dy.o, &w.t, out, k, 0, NULL, 0), name);
-            check(snip_cuda_gemm(n, k, rows, &dy.t, &x.t, out, k, 0, NULL, 0), name);
+            for (tensor *v : { &x, &w, &dy }) check(snip_cuda_quantize(&v->job, as, NULL, NULL, NULL, 0), name);
+            check(gemm(as, rows, n, k, x.o, w.o, out), name);
+            check(gemm(as, rows, k, n, dy.o, w.t, out), name);
+            check(gemm(as, n, k, rows, dy.t, x.t, out), name);
         };
 #ifdef SNIP_CUBLASLT
         lt_gemm fwd({ SNIP_BF16, rows, 0 }, { SNIP_BF16, n, 0 }, k), dgrad({ SNIP_BF16, rows, 0 }, { SNIP_BF16, k, 0 }, n), wgrad({ SNIP_BF16, n, 0 }, { SNIP_BF16, k, 0 }, rows);
@@ -189,6 +202,8 @@ int main() {
 #ifndef SNIP_CUBLASLT
     printf("skipped: cuBLASLt is not linked, GEMMs have no peer\n");
 #endif
+    const bool s8 = snipi_cuda_has_body(snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
+    if (!s8) printf("skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0, or no code for sm_90a\n");
     flush = memory(FLUSH);
     check(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess, "event");
     for (int bf16 = 0; bf16 < 2; bf16++) {
@@ -197,16 +212,21 @@ int main() {
         bench_quantize(bf16 ? "quantize bf16 fp8 128x128 both" : "quantize f32 fp8 128x128 both", fp8_block, bf16, 1, 8192, 8192);
         bench_quantize(bf16 ? "quantize bf16 fp4 1x128" : "quantize f32 fp4 1x128", fp4, bf16, 0, 8192, 8192);
         bench_quantize(bf16 ? "quantize bf16 fp4 1x128 stochastic both" : "quantize f32 fp4 1x128 stochastic both", fp4_sr, bf16, 1, 8192, 8192);
+        if (s8) bench_quantize(bf16 ? "quantize bf16 fp4 1x128 both, INT8 bytes" : "quantize f32 fp4 1x128 both, INT8 bytes", fp4, bf16, 1, 8192, 8192, SNIP_CUDA_S8_BYTES);
     }
+    const snip_recipe *const fp8_forward[] = { &fp8, &fp8_block }, *const fp8_wgrad[] = { &fp8, &fp8 };
     for (const int64_t *s : shapes) {
         bench_gemm("fp8 1x128 128x128", fp8, fp8_block, s[0], s[1], s[2]);
         bench_gemm("fp4 1x128 128x128", fp4, fp4_block, s[0], s[1], s[2]);
+        if (s8) bench_gemm("fp4 INT8 bytes 1x128 128x128", fp4, fp4_block, s[0], s[1], s[2], SNIP_CUDA_S8_BYTES, fp8_forward);
     }
     bench_gemm("fp8 1x128 1x128", fp8, fp8, 4096, 4096, 16384);
     bench_gemm("fp8 e5m2 1x128 1x128", e5m2, fp8, 4096, 4096, 16384);
     bench_gemm("fp4 1x128 1x128", fp4, fp4, 4096, 4096, 16384);
+    if (s8) bench_gemm("fp4 INT8 bytes 1x128 1x128", fp4, fp4, 4096, 4096, 16384, SNIP_CUDA_S8_BYTES, fp8_wgrad);
     bench_layer("layer fp8, 12 GEMMs and quantization, 8192 rows", fp8, fp8_block, 8192);
     bench_layer("layer fp4, 12 GEMMs and quantization, 8192 rows", fp4, fp4_block, 8192);
+    if (s8) bench_layer("layer fp4 INT8 bytes, 12 GEMMs and quantization, 8192 rows", fp4, fp4_block, 8192, SNIP_CUDA_S8_BYTES);
     check(cudaDeviceSynchronize() == cudaSuccess, "end");
     return 0;
 }

@@ -1,7 +1,7 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
 // under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [session] [codec] [oracle]     --stop: at the first failure
-// codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
+//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [session] [codec] [oracle]     --stop: at the first failure
+// s8: of gemm, those of INT8 bytes alone; codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
 // SNIP_TEST_FEW=n in the environment: one case in n, for compute-sanitizer.
 #ifndef __CUDACC__
 #  include "cuda_shim.h"
@@ -1143,18 +1143,19 @@ static void test_session() {
 }
 
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0, session = 0, codec = 0, oracle = 0;
+    int quantize = 0, noise = 0, gemm = 0, s8 = 0, session = 0, codec = 0, oracle = 0;
     if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
     for (int i = 1; i < argc; i++) {
         stop_at_failure |= !strcmp(argv[i], "--stop");
         quantize |= !strcmp(argv[i], "quantize");
         noise |= !strcmp(argv[i], "noise");
         gemm |= !strcmp(argv[i], "gemm");
+        s8 |= !strcmp(argv[i], "s8");
         session |= !strcmp(argv[i], "session");
         codec |= !strcmp(argv[i], "codec");
         oracle |= !strcmp(argv[i], "oracle");
     }
-    if (!quantize && !noise && !gemm && !session && !codec && !oracle) quantize = noise = gemm = session = codec = oracle = 1;
+    if (!quantize && !noise && !gemm && !s8 && !session && !codec && !oracle) quantize = noise = gemm = s8 = session = codec = oracle = 1;
 #ifdef __CUDACC__
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -1165,7 +1166,7 @@ int main(int argc, char **argv) {
     int managed = 0;
     if (cudaDeviceGetAttribute(&managed, cudaDevAttrConcurrentManagedAccess, 0) != cudaSuccess || !managed) {
         skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
-        quantize = noise = gemm = session = 0;
+        quantize = noise = gemm = s8 = session = 0;
     }
 #endif
     if (quantize) {
@@ -1177,7 +1178,8 @@ int main(int argc, char **argv) {
         test_dequantize();
     }
     if (noise) test_noise();
-    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_s8(); test_gemm_reference(); }
+    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (gemm || s8) test_gemm_s8();
     if (session) test_session();
     if (codec) test_codec();
     if (oracle) test_oracle();

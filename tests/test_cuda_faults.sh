@@ -59,11 +59,11 @@ try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % sample
 try "B is taken for A's format" 's/b16\[i\] = snipi_mma_half2<FORMAT_B>/b16[i] = snipi_mma_half2<FORMAT_A>/' gemm
 try "one scale where columns have their own" 's/const int one_scale = [^;]*;/const int one_scale = 1;/' gemm
 try "an empty kernel is taken for one with a body" 's/sharedSizeBytes > SNIPI_EMPTY_SHARED/sharedSizeBytes > 0/' gemm
-try "sums are kept from block to block" 's/at_b, kk > 0\)/at_b, 1)/' gemm
-try "INT8 products with whole scales" 's/FORMAT_A == SNIP_E2M1 \? 0\.5f : 1\.0f/1.0f/' gemm
-try "INT8 bytes without padding" 's/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.k, snipi_max(16, g.k \/ 16 * 16))/' gemm
-try "zeros beyond k are not asked for" 's/g\.n, g\.k, g\.b\.reader\.row_bytes\)/g.n, g.b.reader.row_bytes, g.b.reader.row_bytes)/; s/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.a.reader.row_bytes, g.a.reader.row_bytes)/' gemm
-try "INT8 bytes that TMA cannot read" 's/o->aligned = \(uintptr_t\)o->reader\.codes % 16 == 0;/o->aligned = 1;/' gemm
+try "sums are kept from block to block" 's/at_b, kk > 0\)/at_b, 1)/' s8
+try "INT8 products with whole scales" 's/FORMAT_A == SNIP_E2M1 \? 0\.5f : 1\.0f/1.0f/' s8
+try "INT8 bytes without padding" 's/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.k, snipi_max(16, g.k \/ 16 * 16))/' s8
+try "zeros beyond k are not asked for" 's/g\.n, g\.k, g\.b\.reader\.row_bytes\)/g.n, g.b.reader.row_bytes, g.b.reader.row_bytes)/; s/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.a.reader.row_bytes, g.a.reader.row_bytes)/' s8
+try "INT8 bytes that TMA cannot read" 's/o->aligned = \(uintptr_t\)o->reader\.codes % 16 == 0;/o->aligned = 1;/' s8
 try "INT8 bytes of magnitudes" 's/positive \+ 0x80808080u - negative/positive + 0x80808080u + negative/' quantize
 try "INT8 bytes where there is no wgmma" 's/c->codes = snipi_cuda_has_body\(.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
 try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
