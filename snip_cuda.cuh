@@ -76,7 +76,7 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
 // tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
 // BF16, each as it lies or transposed.
-//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. On 9.0 snip_cuda_gemm_s8 is faster.
+//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma: snip_cuda_gemm_s8.
 //   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
 //   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
 //   every 128 of k it is added in float32.
@@ -84,7 +84,7 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma, bit for bit snip_gemm's too.
-// On 9.0 (code for sm_90a), where mma has not the tensor cores' full speed; elsewhere SNIP_UNSUPPORTED.
+// On 9.0 (code for sm_90a), whose tensor cores mma cannot keep busy; elsewhere SNIP_UNSUPPORTED.
 SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                        float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
@@ -114,7 +114,7 @@ typedef struct snip_cuda snip_cuda;
 // Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as it lies and
 // transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all micro-batches.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
-// After the last snip_add_linear and snip_state_load. memory stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
+// After the last snip_add_linear and snip_state_load. memory: 16-byte aligned, stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
 SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
 SNIP_API void snip_cuda_destroy(snip_cuda *);           // before snip_destroy; waits for the device
 // As snip_linear_forward and _backward, all pointers to device memory, contiguous.
@@ -749,7 +749,7 @@ static int snipi_cuda_recipe_ok(const snip_recipe *r) {
 static int snipi_cuda_may_saturate(const snip_recipe *r) { return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP; }
 static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
 
-static int64_t snipi_cuda_s8_row(int64_t cols) { return (cols + 15) / 16 * 16; }     // TMA wants it so
+static int64_t snipi_cuda_s8_row(int64_t cols) { return (cols + 15) / 16 * 16; }     // bytes: TMA's rows begin at multiples of 16
 // word: of codes stored at once.
 static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows, int64_t cols, void *codes, void *scales, int word) {
     int packed = recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_PACKED;
@@ -1382,8 +1382,8 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 // Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
 // TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
 // and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's. While
-// one adds, the other multiplies: 64 conversions of integer sums (on the integer pipe, at half the rate of multiply-adds)
-// and 64 multiply-adds a thread take less than the 256 clocks that the tensor cores need for its 64 x 128 x 128 products.
+// one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor cores 256 clocks, conversions of
+// integer sums 128, on the integer pipe, and multiply-adds 64.
 // Barriers: full, when both have come; empty, when every consuming warp has read the stage.
 enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
 enum { SNIPI_PRODUCER_REGISTERS = 40, SNIPI_CONSUMER_REGISTERS = 232 };
@@ -1654,7 +1654,7 @@ struct snip_cuda {
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
     int64_t measuring;                  // the last measuring step, until it has been read; then -1
     int lag;
-    snip_cuda_codes codes;              // of E2M1 operands: what this GPU multiplies fastest
+    snip_cuda_codes codes;              // of E2M1 operands: S8_BYTES where there is wgmma
     void *slot[SNIPI_CUDA_SLOTS];       // device memory
     snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
     snipi_cuda_globals *globals;
@@ -2455,7 +2455,7 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
 SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
     const size_t size = snip_cuda_memory(s, rows);
     if (!s) return NULL;
-    if (!size || !memory || lag < 0 || s->desc.optimizer == SNIP_CUSTOM || (s->desc.every > 0 && lag >= s->desc.every)) {
+    if (!size || !memory || (uintptr_t)memory % 16 || lag < 0 || s->desc.optimizer == SNIP_CUSTOM || (s->desc.every > 0 && lag >= s->desc.every)) {
         snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
         return NULL;
     }

@@ -1048,6 +1048,7 @@ static void test_session_errors() {
     snprintf(what, sizeof what, "session, refusals");
     CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
     CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) && !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0));
     CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
