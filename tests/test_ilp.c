@@ -489,10 +489,12 @@ static void test_anytime(void) {
         if (!subset) CHECK(snip_ilp_solve(&x.p, NULL, exact, &best) == SNIP_ILP_OPTIMAL);
         for (i = 0; i < 4; i++) {
             snip_ilp_status status;
+            clock_t began = clock(), used;
             params.time_limit = limits[i];
             status = snip_ilp_solve(&x.p, &params, choice, &r);
+            used = clock() - began;                     // the processor's: neighbours do not count
             check_answer(&x.p, status, choice, &r);
-            CHECK(r.seconds < limits[i] + slow * (0.01 + 8e-6 * n));          // the linear part is always done
+            CHECK((double)used / CLOCKS_PER_SEC < limits[i] + slow * (0.01 + 8e-6 * n));      // the linear part is always done
             if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
             CHECK(r.cost - r.bound < 0.05 * r.cost);
         }
