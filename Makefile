@@ -25,14 +25,18 @@ help:
 
 $(B):
 	mkdir -p $(B)
-$(B)/train_llama: examples/train_llama.c $(TRAINER) $(HEADERS) | $(B)
-	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
-$(B)/minimal: examples/minimal.c $(HEADERS) | $(B)
-	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
+# The implementation, compiled once for the programs that take its interface alone
+$(B)/snip.o: $(HEADERS) | $(B)
+	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 -D_POSIX_C_SOURCE=200809L -DSNIP_IMPLEMENTATION -x c -c $< -o $@
+LINKED = $(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 -DSNIP_IMPLEMENTATION_DONE $< $(B)/snip.o -o $@ -lm
+$(B)/train_llama $(B)/minimal: $(B)/%: examples/%.c $(TRAINER) $(HEADERS) $(B)/snip.o
+	$(LINKED)
+$(B)/test_train: tests/test_train.c $(TRAINER) $(HEADERS) $(B)/snip.o
+	$(LINKED)
 $(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_gemm_emulated: tests/test_gemm.c tests/emulate_x86.h
-$(B)/test_pool: CFLAGS += -pthread
+$(B)/test_pool: CFLAGS += -O1 -pthread
 $(B)/test_%: tests/test_%.c $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) $(WARN) -std=c99 $< -o $@ -lm
 
@@ -44,8 +48,9 @@ demo: $(B)/train_llama
 $(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) | $(B)
 	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
 
-TESTS = test_ilp test_codec test_quant test_gemm test_gemm_emulated test_pool test_session test_train test_report test_cuda
-SHELL_TESTS ?= trainer headers compilers targets instructions reference cuda_trainer cuda_faults cuda_compile
+# The longest first: two run at a time
+TESTS = test_session test_cuda test_quant test_gemm test_gemm_emulated test_ilp test_train test_pool test_report test_codec
+SHELL_TESTS ?= targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer reference
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:

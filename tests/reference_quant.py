@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """MXFP4, MXFP8 and NVFP4 code for code against an independent implementation: ml_dtypes casts the elements, numpy
 follows the published scale rules (OCP MX as in microxcaling and torchao's FLOOR and RCEIL; NVFP4 as in
-TransformerEngine). Also times ml_dtypes' and torch's casts. Skips loudly where a package is missing.
+TransformerEngine). Skips loudly where a package is missing.
 Run from the project's folder; CC names the compiler."""
 import ctypes
 import os
 import subprocess
 import sys
 import tempfile
-import time
 
 try:
     import numpy as np
@@ -36,7 +35,7 @@ def build(folder):
     source, library = os.path.join(folder, "snip.c"), os.path.join(folder, "snip.so")
     with open(source, "w") as f:
         f.write('#define SNIP_IMPLEMENTATION\n#define SNIP_ILP_IMPLEMENTATION\n#include "snip.h"\n')
-    subprocess.check_call([os.environ.get("CC", "cc"), "-O2", "-shared", "-fPIC", "-I.", source, "-o", library, "-lm"])
+    subprocess.check_call([os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-I.", source, "-o", library, "-lm"])
     lib = ctypes.CDLL(library)
     for name in ("snip_codes_bound", "snip_scales_bound"):
         getattr(lib, name).restype = ctypes.c_size_t
@@ -94,7 +93,7 @@ def nvfp4(x, block):
 
 
 def main():
-    passed = failed = skipped = 0
+    passed = failed = 0
 
     def check(ok, what):
         nonlocal passed, failed
@@ -122,31 +121,7 @@ def main():
             n = scales_ref.size
             check((codes == codes_ref).all() and (scales[:n] == scales_ref).all() and scales[-4:].view(np.float32)[0] == tensor,
                   f"NVFP4 on {name}: {(codes != codes_ref).sum()} codes, {(scales[:n] != scales_ref).sum()} scales differ")
-        # the same array through the peers' casts, one thread; ours scales too
-        big = np.ascontiguousarray(rng.standard_normal((4096, 4096), np.float32))
-        recipe, codes, scales = Recipe(E4M3, 1, 128, 2, 0), np.zeros(1 << 24, np.uint8), np.zeros(1 << 20, np.uint8)
-
-        def best(f):
-            times = []
-            for _ in range(5):
-                t = time.process_time()
-                f()
-                times.append(time.process_time() - t)
-            return min(times)
-
-        mine = best(lambda: lib.snip_quantize(recipe, big.ctypes.data, 4096, 4096, 4096, codes.ctypes.data, scales.ctypes.data, Key(0, 0, 0), None, None))
-        theirs = best(lambda: big.astype(ml_dtypes.float8_e4m3fn))
-        print(f"bench\tquantize fp8 1x128, 64 MiB\t{big.nbytes / mine * 1e-9:.2f}\tGB/s read\tml_dtypes cast\t{big.nbytes / theirs * 1e-9:.2f}\t{theirs / mine:.1f}")
-        try:
-            import torch
-            torch.set_num_threads(1)
-            tensor = torch.from_numpy(big)
-            theirs = best(lambda: tensor.to(torch.float8_e4m3fn))
-            print(f"bench\tquantize fp8 1x128, 64 MiB\t{big.nbytes / mine * 1e-9:.2f}\tGB/s read\ttorch float8 cast\t{big.nbytes / theirs * 1e-9:.2f}\t{theirs / mine:.1f}")
-        except ImportError:
-            skipped += 1
-            print("skipped\ttorch is not installed")
-    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    print(f"{passed} passed, {failed} failed, 0 skipped")
     return failed != 0
 
 

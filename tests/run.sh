@@ -30,10 +30,11 @@ run() {
     printf '%-20s %s  (%d s)\n' "$name" "$line" $((SECONDS - start))
 }
 for t in "$@"; do one "$t" "$build/$t"; done
-for t in ${SHELL_TESTS-trainer headers compilers targets instructions reference cuda_trainer cuda_faults cuda_compile}; do
+for t in ${SHELL_TESTS-targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer reference}; do
     case $t in
         cuda_trainer) one test_cuda_trainer "$here/test_cuda_trainer.sh" "$build/train_llama" ;;
         trainer) one test_trainer "$here/test_trainer.sh" "$build/train_llama" ;;
+        targets) one test_targets "$here/test_targets.sh" "$build" ;;
         reference) if command -v python3 > /dev/null; then one reference_quant python3 "$here/reference_quant.py"; else echo "skipped: reference_quant.py, no python3"; fi ;;
         *) one "test_$t" "$here/test_$t.sh" ;;
     esac

@@ -1,6 +1,7 @@
 // Element codecs against tables made from NVIDIA's host conversions (codec_oracle.cpp, which also compares all
 // 2^32 inputs): every run of equal codes at both its ends and inside, a dense sample, every code decoded; BF16
 // and UE4M3 against their definitions. SNIP_TEST_FEW=n in the environment: a sample n times as sparse, for emulators.
+#define SNIP_STATIC                // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #include "codec_tables.h"

@@ -30,8 +30,7 @@ try() { # compiler, flags
 try gcc -O2 -DSNIP_NO_SIMD
 try gcc -O0
 try gcc -Ofast -march=native
-try gcc -O2 -std=c99 -fopenmp
-try g++ -O2 -std=c++11
+try g++ -O2 -std=c++11 -fopenmp
 try clang -Ofast -march=native
 try clang++ -O2 -std=c++17
 for cc in gcc clang; do                 # the session under flags that fold isfinite() and reorder sums

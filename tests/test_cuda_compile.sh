@@ -54,16 +54,19 @@ for arch in $archs; do
     got=$(python3 "$dir/opcodes.py" "$dir/$arch.cubin")
     if [ "$got" = "$want" ]; then ok; else fail "sm_$arch: opcodes '$got', expected '$want'"; fi
 done
-# Programs: two files, the implementation by nvcc and a caller by the host compiler; and those that want a GPU.
+# Programs: the implementation by nvcc and a caller by the host compiler; examples and benchmark with that implementation, and
+# those that take what is private, whole. They want a GPU.
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
 fast="-std=c++17 -I. -arch=sm_75 -Xcicc -O0 -Xptxas -O0 -Werror all-warnings"
 if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
+once="-DSNIP_IMPLEMENTATION_DONE -DSNIP_CUDA_IMPLEMENTATION_DONE $dir/a.o"
 for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
     peers=
+    case $source in tests/*) how="-x cu" ;; *) how=$once ;; esac
     case $source in bench/* | tests/*) if [ -f "$cuda/include/cublasLt.h" ]; then peers="-DSNIP_CUBLASLT -lcublasLt"; fi ;; esac
-    if nvcc $fast -x cu "$source" $peers -o "$dir/program" > "$dir/log" 2>&1 &&
+    if nvcc $fast $how "$source" $peers -o "$dir/program" > "$dir/log" 2>&1 &&
        { "$dir/program" > "$dir/log" 2>&1 || grep -qx 'minimal: no GPU was found' "$dir/log"; }; then ok; else fail "$source"; head -5 "$dir/log"; fi
 done
 # With a GPU the examples run, without one they say so.

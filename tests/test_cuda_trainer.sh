@@ -13,7 +13,7 @@ done_now() { echo "$passed passed, $failed failed, 0 skipped"; [ $failed -eq 0 ]
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 cpu=${1:-$dir/cpu} gpu=$dir/gpu
 [ $# -gt 0 ] || ${CC:-cc} -O2 -Wno-unknown-pragmas "$here/../examples/train_llama.c" -o "$cpu" -lm || { fail "building the CPU's trainer"; done_now; }
-${CXX:-g++} -O1 -w -std=c++17 -include "$here/cuda_shim.h" -x c++ "$here/../examples/train_llama.cu" -o "$gpu" -lm || { fail "building the GPU's trainer"; done_now; }
+${CXX:-g++} -O1 -w -std=c++17 -DSNIP_STATIC -DSNIP_NO_SIMD -include "$here/cuda_shim.h" -x c++ "$here/../examples/train_llama.cu" -o "$gpu" -lm || { fail "building the GPU's trainer"; done_now; }
 head -c 600 "$here/../examples/minimal.c" > "$dir/text"          # few sequences to validate on
 model="--data $dir/text --dim 16 --blocks 1 --heads 4 --kv-heads 2 --ffn 20 --seq 7 --batch 2 --val-every 2 --quiet"
 both() {                # name, most difference of a loss, steps compared, options

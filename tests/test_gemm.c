@@ -11,6 +11,7 @@
 #include <omp.h>
 #endif
 #define SNIPI_WORTH 0              // threads for however little
+#define SNIP_STATIC                // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 

@@ -232,8 +232,8 @@ for cc in gcc clang; do
     try "$cc: user compiles" $cc -std=c99 $warn -O1 -I"$here" -c main_unit.c -o main_$cc.o
     try "$cc: two units link" $cc main_$cc.o impl_$cc.o -lm -o two_$cc
     try "$cc: two units run" ./two_$cc
-    try "$cc: static compiles" $cc -std=c99 $warn -Wno-unused-function -O1 -I"$here" -c static_unit.c -o static1_$cc.o
-    try "$cc: static compiles again" $cc -std=c99 $warn -Wno-unused-function -O1 -DSECOND -I"$here" -c static_unit.c -o static2_$cc.o
+    try "$cc: static compiles" $cc -std=c99 $warn -Wno-unused-function -I"$here" -c static_unit.c -o static1_$cc.o
+    try "$cc: static compiles again" $cc -std=c99 $warn -Wno-unused-function -DSECOND -I"$here" -c static_unit.c -o static2_$cc.o
     try "$cc: two static units link" $cc static1_$cc.o static2_$cc.o -lm -o static_$cc
     try "$cc: two static units run" ./static_$cc
     if command -v $cxx > /dev/null 2>&1; then           # the implementation in C, the user in C++

@@ -4,6 +4,7 @@
 // SNIP_TEST_FEW=n in the environment: one case in n, for emulators.
 #define _DEFAULT_SOURCE
 #define SNIPI_WORTH 0              // threads for however little
+#define SNIP_STATIC                // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #if defined(__unix__)

@@ -2,12 +2,12 @@
 # Other machines under qemu-user: NEON with and without dot products, a 32-bit target and a big-endian one. Codecs,
 # quantizer, GEMM and solver against their references, a share of the cases each; and digests of many quantized
 # matrices and of a session's state, which are this machine's. Checkpoints cross from little- to big-endian and back.
-# Run from the project's folder.
+#     tests/test_targets.sh [BUILD]      from the project's folder; BUILD (build) has this machine's programs, by make
 set -u
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0 skipped=0
-cc=${CC:-cc}
+here=${1:-build}
 there() { for tool; do command -v "$tool" > /dev/null 2>&1 || { echo "skipped: no $tool"; skipped=$((skipped + 1)); return 1; }; done; }
 build() { # program, compiler and flags
     name=$1
@@ -52,18 +52,17 @@ crossing() { # emulator, compiler and flags: three steps here, two there, two he
     there "$emulator" "$1" || return
     head -c 2000 snip.h > "$dir/text"
     options="--data $dir/text --dim 32 --blocks 1 --heads 2 --ffn 48 --seq 16 --batch 1 --every 2 --val-every 0 --warmup 1000 --quiet"
-    "$@" -w examples/train_llama.c -o "$dir/trainer_there" -lm && "$cc" -O1 -w examples/train_llama.c -o "$dir/trainer_here" -lm || { failed=$((failed + 1)); return; }
-    { "$dir/trainer_here" $options --out "$dir/straight" --steps 7 && "$dir/trainer_here" $options --out "$dir/crossed" --steps 3 &&
-      $emulator "$dir/trainer_there" $options --out "$dir/crossed" --steps 5 --resume && "$dir/trainer_here" $options --out "$dir/crossed" --steps 7 --resume; } > "$dir/log" 2>&1
+    "$@" -w examples/train_llama.c -o "$dir/trainer" -lm || { failed=$((failed + 1)); return; }
+    { "$here/train_llama" $options --out "$dir/straight" --steps 7 && "$here/train_llama" $options --out "$dir/crossed" --steps 3 &&
+      $emulator "$dir/trainer" $options --out "$dir/crossed" --steps 5 --resume && "$here/train_llama" $options --out "$dir/crossed" --steps 7 --resume; } > "$dir/log" 2>&1
     if [ $? = 0 ] && paste -d, "$dir/straight/loss.csv" "$dir/crossed/loss.csv" | awk -F, 'NR > 1 { d = $2 - $7; if (!(d < 1e-4 && d > -1e-4)) bad = 1 } END { exit bad || NR != 8 }'; then passed=$((passed + 1))
     else echo "FAILED: a checkpoint crossing byte orders, $emulator: $(tail -n 1 "$dir/log")"; failed=$((failed + 1)); fi
 }
-there "$cc" && build session "$cc" -O1 && expected_state=$("$dir/session" --state) || exit 1
-there "$cc" && build quant "$cc" -O1 -DSNIP_NO_SIMD && expected=$(SNIP_TEST_FEW=4 "$dir/quant" --hash) || exit 1
+expected_state=$("$here/test_session" --state) && expected=$(SNIP_TEST_FEW=4 "$here/test_quant" --hash) || exit 1
 whole "codec quant" 32 qemu-arm-static arm-linux-gnueabihf-gcc -O1 -static
 whole "codec gemm ilp quant" 32 qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
 crossing qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
-if whole "codec gemm ilp quant" 16 qemu-aarch64-static aarch64-linux-gnu-gcc -O2 -static; then
+if whole "codec gemm ilp quant" 16 qemu-aarch64-static aarch64-linux-gnu-gcc -O1 -static; then
     digest "qemu-aarch64-static -cpu cortex-a53" "the same"                             # no dot products
     build quant aarch64-linux-gnu-gcc -Ofast -mcpu=neoverse-v1 -static && digest qemu-aarch64-static "gcc -Ofast"
     there clang && build quant clang --target=aarch64-linux-gnu -Ofast -static && digest qemu-aarch64-static "clang -Ofast"
