@@ -645,13 +645,13 @@ static void test_mixed_rows(void) {
             snip_rng_key key = { 1, 2, 0 };
             key.tensor = (uint32_t)i;
             set_threads(1 + i % 3);
-            snipi_mix_rows(key, x[which], ROWS, COLS, 0, mixed);
+            snipi_mix_rows(key, x[which], ROWS, COLS, 0, SNIPI_MIXED, mixed);
             mean += snipi_sum_sq(mixed, SNIPI_MIXED * COLS) / KEYS;
             set_threads(1);
-            snipi_mix_rows(key, x[which], ROWS, COLS, 0, parts);
+            snipi_mix_rows(key, x[which], ROWS, COLS, 0, SNIPI_MIXED, parts);
             CHECK(!memcmp(mixed, parts, SNIPI_MIXED * COLS * sizeof(float)));
-            snipi_mix_rows(key, x[which], 131, COLS, 0, parts);
-            snipi_mix_rows(key, x[which] + 131 * COLS, ROWS - 131, COLS, 131, more);
+            snipi_mix_rows(key, x[which], 131, COLS, 0, SNIPI_MIXED, parts);
+            snipi_mix_rows(key, x[which] + 131 * COLS, ROWS - 131, COLS, 131, SNIPI_MIXED, more);
             for (j = 0; j < SNIPI_MIXED * COLS; j++) parts[j] += more[j] - mixed[j];
             CHECK(snipi_sum_sq(parts, SNIPI_MIXED * COLS) < 1e-10 * size);
         }
