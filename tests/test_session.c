@@ -630,7 +630,7 @@ static double rounding_error(const snip_recipe *r, const float *x, int rows, int
     CHECK(snip_fake_quantize(r, x, rows, cols, cols, NULL, 0, key, NULL, &stats) == SNIP_OK);
     return stats.err_sq / (rows * cols);
 }
-// Mixed rows: |mixed|^2 is |x|^2 on average, for equal rows as well; linear in the rows; the same for any number of threads.
+// Mixed rows: |mixed|^2 is |x|^2 on average, for equal rows as well; linear in the rows; the same for any number of threads. Columns likewise.
 static void test_mixed_rows(void) {
     enum { ROWS = 300, COLS = 70, KEYS = 300 };
     float *x[2], *mixed = floats(SNIPI_MIXED * COLS), *parts = floats(SNIPI_MIXED * COLS), *more = floats(SNIPI_MIXED * COLS);
@@ -656,6 +656,16 @@ static void test_mixed_rows(void) {
             CHECK(snipi_sum_sq(parts, SNIPI_MIXED * COLS) < 1e-10 * size);
         }
         CHECK(near(mean, size, 0.03));
+    }
+    for (which = 0; which < 2; which++) {       // columns as rows of the transpose are, in 42 chunks or in 3, the last of them short
+        int rows = which ? COLS : 9, cols = which ? 70 : 1325;
+        float *turned = floats(rows * cols);
+        snip_rng_key key = { 1, 2, 0 };
+        for (i = 0; i < rows; i++) for (j = 0; j < cols; j++) turned[j * rows + i] = x[0][i * cols + j];
+        snipi_mix_rows(key, turned, cols, rows, 0, SNIPI_PROJECTED, more);
+        snipi_mix_columns(key, x[0], rows, cols, mixed);
+        for (i = 0; i < rows; i++) for (j = 0; j < SNIPI_PROJECTED; j++) CHECK(fabsf(mixed[i * SNIPI_PROJECTED + j] - more[j * rows + i]) < 1e-4f);
+        free(turned);
     }
     free(x[0]); free(x[1]); free(mixed); free(parts); free(more);
 }
