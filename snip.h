@@ -366,8 +366,7 @@ SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 // weight's codes, both ways round) and in the first measuring step.
 SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows);
 // dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. The update probe, whose gradients are of no use, leaves
-// dweight as it is. Micro-batches: a layer's n-th
-// backward call of a pass belongs to its n-th forward call.
+// dweight as it is. Micro-batches: a layer's n-th backward call of a pass belongs to its n-th forward call.
 SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                           const float *inp, const float *weight, int64_t rows);
 // After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed
@@ -4187,7 +4186,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until the measurement;
 // the plan is then made afresh, without a margin for the old one.
 //
-// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.6 to 4.0
+// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.2 to 3.5
 // ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
 enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,

@@ -669,6 +669,22 @@ static void test_mixed_rows(void) {
     }
     free(x[0]); free(x[1]); free(mixed); free(parts); free(more);
 }
+// Adam's step: the scalar bytes on every path; 0 where v is 0.
+static void test_adam(void) {
+    enum { N = 101 };
+    float *m = randoms(N, 1), *v = randoms(N, 1), *a = floats(N), *b = floats(N);
+    int i, isa;
+    note("Adam's step");
+    for (i = 0; i < N; i++) v[i] = i % 10 ? v[i] * v[i] : 0;
+    for (i = 0; i < 2; i++)
+        for (isa = SNIP_ISA_BEST; isa < SNIP_ISA_COUNT; isa++) {
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            snipi_adam_scalar(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, a);
+            snipi_adam_of((snip_isa)isa)(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, b);
+            CHECK(!memcmp(a, b, N * sizeof *a) && a[10] == 0 && near(a[11], 0.3 * (i ? (double)m[11] : 1) / (sqrt(1.7 * (double)v[11]) + 1e-3), 1e-5));
+        }
+    free(m); free(v); free(a); free(b);
+}
 // The update estimates of both layers against white noise put on the operands of the GEMM in question.
 static void test_update_estimates(void) {
     enum { ROWS = 24, IN = 32, HID = 40, OUT = 28, STEPS = 40, DRAWS = 60 };
@@ -2337,6 +2353,7 @@ int main(int argc, char **argv) {
     test_trajectory();
     test_loss_estimates();
     test_mixed_rows();
+    test_adam();
     test_update_estimates();
     test_other_optimizers();
     test_custom_optimizer();
