@@ -365,8 +365,8 @@ SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 // out [rows][out] is overwritten. bias [out] or NULL. Memory is allocated when rows grows, for the first micro-batches of a format (the
 // weight's codes, both ways round) and in the first measuring step.
 SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows);
-// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. Micro-batches: a layer's n-th
-// backward call of a pass belongs to its n-th forward call.
+// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. The update probe, whose gradients are of no use, leaves
+// dweight as it is. Micro-batches: a layer's n-th backward call of a pass belongs to its n-th forward call.
 SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
                                           const float *inp, const float *weight, int64_t rows);
 // After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed
@@ -685,6 +685,14 @@ static void snipi_flip_scalar(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
 }
 typedef void (*snipi_flip)(const uint32_t signs[4], float x[SNIPI_SIGNS]);
 static snipi_flip snipi_flip_of(snip_isa isa);
+// Adam's step: a m / (sqrt(b v) + eps) where v > 0, else 0; m may be NULL: 1.
+typedef void (*snipi_adam)(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out);
+SNIPI_HD SNIPI_INLINE float snipi_adam_at(float top, float v, float b, float eps) { return v > 0 ? top / (sqrtf(v * b) + eps) : 0.0f; }
+static void snipi_adam_scalar(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
+    int64_t i;
+    for (i = 0; i < n; i++) out[i] = snipi_adam_at(m ? m[i] * a : a, v[i], b, eps);
+}
+static snipi_adam snipi_adam_of(snip_isa isa);
 enum { SNIPI_GROUP = 16, SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS };       // blocks whose signs are made at once: what snipi_vector.philox fills
 static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]);
 
@@ -738,7 +746,9 @@ static void snipi_noise_dot_chunk(void *arg, int64_t c) {
         int b, i, j;
         snipi_group_signs(q->key, (uint64_t)g * SNIPI_GROUP, words);
         for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < q->n; b++, i0 += SNIPI_SIGNS) {
-            snipi_sign_block(q->flip, words + 4 * b, q->x + i0, 1.0f, 0, (int)snipi_min(SNIPI_SIGNS, q->n - i0), terms);
+            int m = (int)snipi_min(SNIPI_SIGNS, q->n - i0);
+            snipi_sign_block(q->flip, words + 4 * b, q->x + i0, 1.0f, 0, m, terms);
+            for (j = 0; q->out && j < m; j++) q->out[i0 + j] += q->x[i0 + j];
             memcpy(lanes, terms, sizeof lanes);
             for (i = 1; i < SNIPI_SIGNS / 16; i++)
                 for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
@@ -747,12 +757,16 @@ static void snipi_noise_dot_chunk(void *arg, int64_t c) {
     }
     sum->part[c] = part;
 }
-SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
-    snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
+// <xi, x>; x is added to `to` as well, which may be NULL.
+static double snipi_noise_dot(const float *x, int64_t n, snip_rng_key key, float *to) {
+    snipi_noise q = snipi_noise_of(to, x, n, 1, NULL, key);
     snipi_sum sum;
-    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
     sum.of = &q; sum.n = n;
-    *dot = snipi_sum_up(&sum, snipi_noise_dot_chunk);
+    return snipi_sum_up(&sum, snipi_noise_dot_chunk);
+}
+SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
+    if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    *dot = snipi_noise_dot(x, n, key, NULL);
     return SNIP_OK;
 }
 
@@ -3197,6 +3211,25 @@ SNIPI_TARGET_AVX2 static void snipi_sums_avx2(const float *x, const float *value
     }
     snipi_sums_exact(x + i, values + i, weight ? weight + i : NULL, n - i, t);
 }
+// a m / (sqrt(b v) + eps) where v > 0
+SNIPI_TARGET_AVX2 static void snipi_adam_avx2(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
+    int64_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(v + i), top = m ? _mm256_mul_ps(_mm256_loadu_ps(m + i), _mm256_set1_ps(a)) : _mm256_set1_ps(a);
+        __m256 u = _mm256_div_ps(top, _mm256_add_ps(_mm256_sqrt_ps(_mm256_mul_ps(x, _mm256_set1_ps(b))), _mm256_set1_ps(eps)));
+        _mm256_storeu_ps(out + i, _mm256_and_ps(u, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ)));
+    }
+    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
+}
+SNIPI_TARGET_AVX512 static void snipi_adam_avx512(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
+    int64_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m512 x = _mm512_loadu_ps(v + i), top = m ? _mm512_mul_ps(_mm512_loadu_ps(m + i), _mm512_set1_ps(a)) : _mm512_set1_ps(a);
+        __m512 bottom = _mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(x, _mm512_set1_ps(b))), _mm512_set1_ps(eps));
+        _mm512_storeu_ps(out + i, _mm512_maskz_div_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), top, bottom));
+    }
+    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
+}
 SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     int j;
@@ -3676,6 +3709,16 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
 #endif
     return &scalar;
 }
+static snipi_adam snipi_adam_of(snip_isa isa) {
+#ifdef SNIPI_X86
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa >= SNIP_ISA_AVX512) return snipi_adam_avx512;
+    if (isa >= SNIP_ISA_AVX2) return snipi_adam_avx2;
+#else
+    (void)isa;
+#endif
+    return snipi_adam_scalar;
+}
 static snipi_flip snipi_flip_of(snip_isa isa) {
 #ifdef SNIPI_X86
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
@@ -4124,8 +4167,9 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is sensitive. That is seen in the
 // clean pass: a = in sum over rows r <dX_r, e_r>^2 / sum (|dX_r|^2 |e_r|^2), 1 for white errors, 0.5 to 6 in fact; curvature (Fisher's, sum
 // dX_r^T dX_r) and answer are taken to have dX's directions.
-// dY' W and X' W^T are sketched behind a random projection of W to 32 columns. dY'^T X + dY^T X' is the change of dW; its two
-// parts are uncorrelated and share its square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
+// dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of dW, sketched with its
+// rows mixed into 32: the update probe forms no more of its dW than that. The two parts are uncorrelated and share the square as
+// |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
 // The learning rate cancels in the ratio, so D and u are taken at rate 1.
 //
 // Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
@@ -4142,7 +4186,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until the measurement;
 // the plan is then made afresh, without a margin for the old one.
 //
-// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.6 to 4.0
+// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.2 to 3.5
 // ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
 enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
@@ -4548,33 +4592,27 @@ static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_form
 }
 
 // ---- measuring
+static double snipi_run_sq(const float *x, int64_t n) {
+    enum { LANES = 32 };
+    double lane[LANES] = { 0 };
+    int64_t i;
+    int j, half;
+    for (i = 0; i + LANES <= n; i += LANES)
+        for (j = 0; j < LANES; j++) lane[j] += (double)x[i + j] * (double)x[i + j];
+    for (j = 0; i < n; i++, j++) lane[j] += (double)x[i] * (double)x[i];
+    for (half = LANES / 2; half; half /= 2)
+        for (j = 0; j < half; j++) lane[j] += lane[j + half];
+    return lane[0];
+}
 static void snipi_sum_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
-    int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS;
-    double lane[8] = { 0 };
-    int j;
-    for (i = sum->n * c / SNIPI_CHUNKS; i + 8 <= end; i += 8)
-        for (j = 0; j < 8; j++) lane[j] += (double)sum->x[i + j] * (double)sum->x[i + j];
-    for (j = 0; i < end; i++, j++) lane[j] += (double)sum->x[i] * (double)sum->x[i];
-    sum->part[c] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+    sum->part[c] = snipi_run_sq(sum->x + sum->n * c / SNIPI_CHUNKS, sum->n * (c + 1) / SNIPI_CHUNKS - sum->n * c / SNIPI_CHUNKS);
 }
 static double snipi_sum_sq(const float *x, int64_t n) {
     snipi_sum sum;
     sum.x = x; sum.n = n;
     return snipi_sum_up(&sum, snipi_sum_sq_chunk);
 }
-typedef struct { float *to; const float *from; int64_t n; } snipi_addition;
-static void snipi_add_chunk(void *arg, int64_t c) {
-    const snipi_addition *q = (const snipi_addition *)arg;
-    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
-    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) q->to[i] += q->from[i];
-}
-static void snipi_add_to(float *to, const float *from, int64_t n) {
-    snipi_addition q;
-    q.to = to; q.from = from; q.n = n;
-    snipi_share(snipi_add_chunk, &q, SNIPI_CHUNKS, n);
-}
-
 // Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
 // bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096), and
 // the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on n
@@ -4635,48 +4673,96 @@ static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, cons
     ob.codes = b; ob.transposed = b_transposed;
     return snip_gemm(m, n, k, &oa, &ob, c, n, 0, NULL, scratch, s->desc.isa);
 }
-// The sum over rows of x [rows][cols] into SNIPI_MIXED rows, each with a random sign: row r of chunk c = r / 128 goes to row (r + h(c)) % 128,
-// so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset: rows before x.
-enum { SNIPI_MIX_WIDTH = 64 };
-typedef struct { snip_rng_key key; const float *x; int64_t rows, cols, offset; float *mixed; } snipi_mixing;
-static void snipi_mix_slice(void *arg, int64_t slice) {         // of the columns
+// The sum over rows of x [rows][cols] into `targets` rows, 128 or 32, each with a random sign: row r of chunk c = r / targets goes to row
+// (r + h(c)) % targets, so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset: rows before x.
+// Targets are shared out; the chunks' rows are added in order.
+enum { SNIPI_MIX_PARTS = 16, SNIPI_MIX_CHUNKS = 32, SNIPI_MIX_WIDTH = 64 };
+typedef struct { snip_rng_key key; const float *x; int64_t rows, cols, offset; int targets; float *mixed; } snipi_mixing;
+SNIPI_HD SNIPI_INLINE void snipi_mix_hash(snip_rng_key key, int64_t chunk, uint32_t signs[4], uint32_t hash[4]) {
+    snipi_philox(key, (uint64_t)chunk, signs);
+    snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
+}
+static void snipi_mix_part(void *arg, int64_t part) {
     const snipi_mixing *q = (const snipi_mixing *)arg;
-    int64_t r, i, begin = slice * SNIPI_MIX_WIDTH, end = snipi_min(begin + SNIPI_MIX_WIDTH, q->cols);
-    uint32_t signs[4] = { 0 }, hash[4] = { 0 };
-    for (r = 0; r < SNIPI_MIXED; r++) memset(q->mixed + r * q->cols + begin, 0, (size_t)(end - begin) * sizeof(float));
-    for (r = 0; r < q->rows; r++) {
-        uint32_t at = (uint32_t)((q->offset + r) % SNIPI_MIXED);
-        float *to, sign;
-        if (r == 0 || at == 0) {
-            snip_philox(q->key, (uint64_t)(q->offset + r) / SNIPI_MIXED, signs);
-            snip_philox(q->key, (uint64_t)(q->offset + r) / SNIPI_MIXED | (uint64_t)1 << 63, hash);
-        }
-        to = q->mixed + (at + hash[0]) % SNIPI_MIXED * q->cols;
-        sign = signs[at / 32] >> at % 32 & 1u ? 1.0f : -1.0f;
-        for (i = begin; i < end; i++) to[i] += sign * q->x[r * q->cols + i];
+    const int64_t cols = q->cols, first = q->offset / q->targets, chunks = snipi_ceil_div(q->offset + q->rows, q->targets) - first;
+    const uint32_t targets = (uint32_t)q->targets, share = targets / SNIPI_MIX_PARTS, begin = (uint32_t)part * share;
+    uint32_t to, signs[SNIPI_MIX_CHUNKS][4], hash[SNIPI_MIX_CHUNKS][4];
+    int64_t group, c, i;
+    int j;
+    memset(q->mixed + begin * cols, 0, (size_t)(share * cols) * sizeof(float));
+    for (group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
+        const int64_t n = snipi_min(SNIPI_MIX_CHUNKS, chunks - group);
+        for (c = 0; c < n; c++) snipi_mix_hash(q->key, first + group + c, signs[c], hash[c]);
+        for (to = begin; to < begin + share; to++)
+            for (c = 0; c < n; c++) {
+                const uint32_t at = (to - hash[c][0]) % targets;                // 2^32 is a multiple of it
+                const int64_t row = (first + group + c) * targets + at - q->offset;
+                const float sign = signs[c][at / 32] >> at % 32 & 1u ? 1.0f : -1.0f, *x = q->x + row * cols;
+                float *sum = q->mixed + to * cols;
+                if (row < 0 || row >= q->rows) continue;
+                for (i = 0; i + SNIPI_MIX_WIDTH <= cols; i += SNIPI_MIX_WIDTH)
+                    for (j = 0; j < SNIPI_MIX_WIDTH; j++) sum[i + j] += sign * x[i + j];
+                for (; i < cols; i++) sum[i] += sign * x[i];
+            }
     }
 }
-static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, float *mixed) {
+static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, int targets, float *mixed) {
     snipi_mixing q;
-    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = offset; q.mixed = mixed;
-    snipi_share(snipi_mix_slice, &q, snipi_ceil_div(cols, SNIPI_MIX_WIDTH), rows * cols);
+    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = offset; q.targets = targets; q.mixed = mixed;
+    snipi_share(snipi_mix_part, &q, SNIPI_MIX_PARTS, rows * cols);
+}
+// The same of the columns, into SNIPI_PROJECTED: x R [rows][32], R^T the matrix that snipi_mix_rows multiplies by.
+static void snipi_mix_columns_part(void *arg, int64_t part) {
+    enum { TO = SNIPI_PROJECTED };
+    const snipi_mixing *q = (const snipi_mixing *)arg;
+    const int64_t begin = q->rows * part / SNIPI_MIX_PARTS, end = q->rows * (part + 1) / SNIPI_MIX_PARTS, chunks = snipi_ceil_div(q->cols, TO);
+    float sign[SNIPI_MIX_CHUNKS][TO];
+    uint32_t shift[SNIPI_MIX_CHUNKS];
+    int64_t group, c, r;
+    int j;
+    memset(q->mixed + begin * TO, 0, (size_t)((end - begin) * TO) * sizeof(float));
+    for (group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
+        const int64_t n = snipi_min(SNIPI_MIX_CHUNKS, chunks - group);
+        for (c = 0; c < n; c++) {
+            uint32_t signs[4], hash[4];
+            snipi_mix_hash(q->key, group + c, signs, hash);
+            shift[c] = hash[0] % TO;
+            for (j = 0; j < TO; j++) sign[c][j] = signs[0] >> j & 1u ? 1.0f : -1.0f;
+        }
+        for (r = begin; r < end; r++) {
+            float sum[2 * TO] = { 0 }, *out = q->mixed + r * TO;        // what goes round the end stays apart till the last
+            for (c = 0; c < n; c++) {
+                const int width = (int)snipi_min(TO, q->cols - (group + c) * TO);
+                const float *x = q->x + r * q->cols + (group + c) * TO;
+                float *to = sum + shift[c];
+                if (width == TO) for (j = 0; j < TO; j++) to[j] += sign[c][j] * x[j];
+                else for (j = 0; j < width; j++) to[j] += sign[c][j] * x[j];
+            }
+            for (j = 0; j < TO; j++) out[j] += sum[j] + sum[j + TO];
+        }
+    }
+}
+static void snipi_mix_columns(snip_rng_key key, const float *x, int64_t rows, int64_t cols, float *mixed) {
+    snipi_mixing q;
+    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = 0; q.targets = SNIPI_PROJECTED; q.mixed = mixed;
+    snipi_share(snipi_mix_columns_part, &q, SNIPI_MIX_PARTS, rows * cols);
 }
 // Sketches X (which SNIPI_SKETCH_X) and X W^T, or dY and dY W, of x's mixed rows; the products projected: x (A R), A the weights as x meets
-// them, R random signs / sqrt(32), so that |x A R|^2 is |x A|^2 in expectation. weight: the caller's, without the probe's noise.
+// them, R mixing A's columns into 32, so that |x A R|^2 is |x A|^2 in expectation. weight: the caller's, without the probe's noise.
 static snip_status snipi_sketch_tensor(snip *s, snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset) {
-    int behind = which == SNIPI_SKETCH_X ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
-    int64_t in = which == SNIPI_SKETCH_X ? l->k : l->n, out = which == SNIPI_SKETCH_X ? l->n : l->k, i;
-    float *signs = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, SNIPI_PROJECTED * out), *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
+    int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
+    int64_t in = by_x ? l->k : l->n, i;
+    float *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
     float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_MIXED * in), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
     float *sketch = l->sketch + behind * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
+    snip_rng_key project = snipi_key(s, l, 0, SNIPI_ROLE_PROJECT);
     snip_status status;
-    if (!signs || !seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
-    snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, mixed);
+    if (!seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
+    snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed);
     status = snipi_sketch_add(s, l, which, mixed, SNIPI_MIXED * in, 0);
-    memset(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float));
-    snip_noise_add(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, snipi_key(s, l, 0, SNIPI_ROLE_PROJECT));
-    if (!status) status = snipi_f32_gemm(s, in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_X, signs, 0, seen);
-    if (!status) status = snipi_f32_gemm(s, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, 1, result);
+    if (by_x) snipi_mix_rows(project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen);
+    else snipi_mix_columns(project, weight, l->n, l->k, seen);
+    if (!status) status = snipi_f32_gemm(s, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result);
     for (i = 0; i < SNIPI_SKETCH && !status; i++) sketch[i] += factor * result[i];
     return status;
 }
@@ -4708,15 +4794,20 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
 }
 SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
     float x = d->state[i];
-    if (d->kind == SNIP_ADAMW) return x > 0 ? d->numerator / (sqrtf(x * d->scale) + d->eps) : 0.0f;
+    if (d->kind == SNIP_ADAMW) return snipi_adam_at(d->numerator, x, d->scale, d->eps);
     if (d->kind == SNIP_CUSTOM) return x;
     return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
+}
+static void snipi_sensitivity_run(const snipi_sensitivity *d, int64_t i, int64_t n, float *out) {
+    int64_t j;
+    if (d->kind == SNIP_ADAMW) snipi_adam_of(SNIP_ISA_BEST)(NULL, d->state + i, d->numerator, d->scale, d->eps, n, out);
+    else for (j = 0; j < n; j++) out[j] = snipi_sensitivity_at(d, i + j);
 }
 typedef struct { snipi_sensitivity d; float *out; int64_t n; } snipi_sensitivity_task;
 static void snipi_sensitivity_chunk(void *arg, int64_t c) {
     const snipi_sensitivity_task *q = (const snipi_sensitivity_task *)arg;
-    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
-    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) q->out[i] = snipi_sensitivity_at(&q->d, i);
+    int64_t i = q->n * c / SNIPI_CHUNKS;
+    snipi_sensitivity_run(&q->d, i, q->n * (c + 1) / SNIPI_CHUNKS - i, q->out + i);
 }
 static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
     snipi_sensitivity_task q;
@@ -4757,19 +4848,27 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     int f;
     if (!picked || !result || (s->desc.optimizer == SNIP_CUSTOM && !custom)) return SNIP_OUT_OF_MEMORY;
     if (custom) snipi_sensitivities(s, l, custom);
-    for (r = 0; r < rows; r++)
-        for (i = 0; i < samples; i++) picked[r * samples + i] = dy[r * l->n + i * l->n / samples];
+    for (r = 0; r < rows; r++) {
+        const float *from = dy + r * l->n;
+        int64_t rest = 0;               // feature i * n / samples, without a division an element
+        for (i = 0; i < samples; i++) {
+            picked[r * samples + i] = *from;
+            from += l->n / samples;
+            rest += l->n % samples;
+            if (rest >= samples) { rest -= samples; from++; }
+        }
+    }
     for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
         double sum = 0;
         status = snipi_wgrad(s, l, micro, snipi_candidates[f], result, 0, picked, samples, x, rows);
         for (i = 0; i < samples && !status; i++) {
             int64_t at = i * l->n / samples * l->k;
-            double row = 0;
+            float *e = result + i * l->k, slope[512];
             for (j = 0; j < l->k; j++) {
-                float e = (result[i * l->k + j] - exact[at + j]) * snipi_sensitivity_at(&d, at + j);
-                row += (double)e * (double)e;
+                if (j % 512 == 0) snipi_sensitivity_run(&d, at + j, snipi_min(512, l->k - j), slope);
+                e[j] = (e[j] - exact[at + j]) * slope[j % 512];
             }
-            sum += row;
+            sum += snipi_run_sq(e, l->k);
         }
         l->measured[f].wgrad_err += sum * ((double)l->n / (double)samples);
     }
@@ -4897,12 +4996,11 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     int64_t nx = rows * l->k, nw = l->n * l->k;
     const float *x = inp, *w = weight;
     float *own;
-    double dot = 0;
     snip_status status;
     int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(s), f;
     if (loss_probe) x = snipi_probe_input(s, l, micro, inp, nx);
     if (!clean) w = snipi_probe_weight(s, l, weight);
-    own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, nw));
+    own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, snipi_max(l->n, SNIPI_PROJECTED) * l->k));
     if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
     if (sketched) {
         status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n);
@@ -4914,9 +5012,7 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     } else {
         status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
         if (status) return status;
-        if (dinp) snipi_add_to(dinp, own, nx);
-        snip_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), &dot);
-        *(clean ? &l->clean_x : &l->noisy_x) += dot;
+        *(clean ? &l->clean_x : &l->noisy_x) += snipi_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), dinp);
     }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
@@ -4931,13 +5027,21 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
         }
     }
 
+    if (s->pass == SNIP_PASS_UPDATE_PROBE) {
+        float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * SNIPI_PROJECTED);
+        if (!mixed) return SNIP_OUT_OF_MEMORY;
+        snipi_mix_columns(snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), dout, rows, l->n, mixed);
+        status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, mixed, SNIPI_PROJECTED, x, rows);
+        return status ? status : snipi_sketch_add(s, l, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 0);
+    }
     status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, dout, l->n, x, rows);
     if (status) return status;
-    if (dweight) snipi_add_to(dweight, own, nw);
-    if (sketched && (status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, own, nw, 0)) != SNIP_OK) return status;
-    if (s->pass != SNIP_PASS_UPDATE_PROBE) {
-        snip_noise_dot(own, nw, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W), &dot);
-        *(clean ? &l->clean_w : &l->noisy_w) += dot;
+    *(clean ? &l->clean_w : &l->noisy_w) += snipi_noise_dot(own, nw, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W), dweight);
+    if (sketched) {
+        float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_PROJECTED * l->k);
+        if (!mixed) return SNIP_OUT_OF_MEMORY;
+        snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), own, l->n, l->k, 0, SNIPI_PROJECTED, mixed);
+        if ((status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0)) != SNIP_OK) return status;
     }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
@@ -5054,14 +5158,15 @@ typedef struct { snip_optimizer kind; const float *m, *v; int64_t n; float m_sca
 static void snipi_update_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     const snipi_update *q = (const snipi_update *)sum->of;
-    int64_t i, end = q->n * (c + 1) / SNIPI_CHUNKS;
-    double local = 0;
-    for (i = q->n * c / SNIPI_CHUNKS; i < end; i++) {
-        float u = q->kind == SNIP_SGD_MOMENTUM ? q->m[i] : 1.0f;           // Lion's are all -1 or 1
-        if (q->kind == SNIP_ADAMW) u = q->v[i] > 0 ? q->m[i] * q->m_scale / (sqrtf(q->v[i] * q->v_scale) + q->eps) : 0.0f;
-        local += (double)u * (double)u;
+    int64_t i = q->n * c / SNIPI_CHUNKS, end = q->n * (c + 1) / SNIPI_CHUNKS;
+    float u[512];
+    sum->part[c] = q->kind == SNIP_SGD_MOMENTUM ? snipi_run_sq(q->m + i, end - i) : (double)(end - i);      // Lion's are all -1 or 1
+    if (q->kind != SNIP_ADAMW) return;
+    for (sum->part[c] = 0; i < end; i += 512) {
+        const int64_t n = snipi_min(512, end - i);
+        snipi_adam_of(SNIP_ISA_BEST)(q->m + i, q->v + i, q->m_scale, q->v_scale, q->eps, n, u);
+        sum->part[c] += snipi_run_sq(u, n);
     }
-    sum->part[c] = local;
 }
 // sum_j |u_j|^2 / |W_j|^2 of the update just made, at learning rate 1.
 static double snipi_update_sq(const snip *s, const snip_adamw *o) {

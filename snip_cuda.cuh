@@ -1648,7 +1648,7 @@ typedef struct {                        // a step on its way to the host
 } snipi_cuda_ended;
 enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_WATCHED, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
        SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
-       SNIPI_CUDA_SIGNS, SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_MIXED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
+       SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_MIXED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
 struct snip_cuda {
     snip *s;
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
@@ -1703,10 +1703,9 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         if (!measures) continue;
         want(SNIPI_CUDA_X, (size_t)(rows * k * floats));
         want(SNIPI_CUDA_W, (size_t)(n * k * floats));
-        want(SNIPI_CUDA_OWN, (size_t)(snipi_max(rows, n) * k * floats));
-        want(SNIPI_CUDA_SAMPLE, (size_t)(rows * samples * floats));
+        want(SNIPI_CUDA_OWN, (size_t)(snipi_max(snipi_max(rows, n), SNIPI_PROJECTED) * k * floats));
+        want(SNIPI_CUDA_SAMPLE, (size_t)(rows * snipi_max(samples, SNIPI_PROJECTED) * floats));
         want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
-        want(SNIPI_CUDA_SIGNS, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
         want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
         want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 4 * rows) * floats));        // also pairs of doubles, one a row
         want(SNIPI_CUDA_MIXED, (size_t)(SNIPI_MIXED * snipi_max(n, k) * floats));
@@ -2015,35 +2014,59 @@ struct snipi_cuda_mix {                 // snipi_mix_rows, element by element
     snip_rng_key key;
     const float *x;
     int64_t rows, cols, offset;
+    uint32_t targets;
     float *mixed;
     __device__ void operator()(int64_t i) const {
         const uint32_t to = (uint32_t)(i / cols);
         uint32_t signs[4], hash[4];
         float sum = 0;
-        for (int64_t chunk = offset / SNIPI_MIXED; chunk * SNIPI_MIXED < offset + rows; chunk++) {
-            snipi_philox(key, (uint64_t)chunk, signs);
-            snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-            const uint32_t at = (to - hash[0]) % SNIPI_MIXED;       // 2^32 is a multiple of SNIPI_MIXED
-            const int64_t row = chunk * SNIPI_MIXED + at - offset;
+        for (int64_t chunk = offset / targets; chunk * targets < offset + rows; chunk++) {
+            snipi_mix_hash(key, chunk, signs, hash);
+            const uint32_t at = (to - hash[0]) % targets;           // 2^32 is a multiple of it
+            const int64_t row = chunk * targets + at - offset;
             const uint32_t word = at < 64 ? (at < 32 ? signs[0] : signs[1]) : at < 96 ? signs[2] : signs[3];         // an index would put them in local memory
             if (row >= 0 && row < rows) sum += (word >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
         }
         mixed[i] = sum;
     }
 };
+struct snipi_cuda_mix_columns {         // snipi_mix_columns, element by element
+    snip_rng_key key;
+    const float *x;
+    int64_t cols;
+    float *mixed;
+    __device__ void operator()(int64_t i) const {
+        const uint32_t to = (uint32_t)(i % SNIPI_PROJECTED);
+        const float *row = x + i / SNIPI_PROJECTED * cols;
+        uint32_t signs[4], hash[4];
+        float sum = 0, straight = 0, round = 0;         // round: what has gone round the end
+        for (int64_t chunk = 0; chunk * SNIPI_PROJECTED < cols; chunk++) {
+            snipi_mix_hash(key, chunk, signs, hash);
+            const uint32_t at = (to - hash[0]) % SNIPI_PROJECTED;
+            const int64_t col = chunk * SNIPI_PROJECTED + at;
+            const float term = col < cols ? (signs[0] >> at & 1u ? 1.0f : -1.0f) * row[col] : 0.0f;
+            if (at + hash[0] % SNIPI_PROJECTED < SNIPI_PROJECTED) straight += term;
+            else round += term;
+            if (chunk % SNIPI_MIX_CHUNKS < SNIPI_MIX_CHUNKS - 1 && (chunk + 1) * SNIPI_PROJECTED < cols) continue;
+            sum += straight + round;
+            straight = round = 0;
+        }
+        mixed[i] = sum;
+    }
+};
 struct snipi_cuda_add_scaled { float *to; const float *from; float factor; __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; } };
 static snip_status snipi_cuda_sketch_tensor(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
-    const int behind = which == SNIPI_SKETCH_X ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
-    const int64_t in = which == SNIPI_SKETCH_X ? l->k : l->n, out = which == SNIPI_SKETCH_X ? l->n : l->k;
-    float *signs = snipi_cuda_floats(c, SNIPI_CUDA_SIGNS), *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
+    const int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
+    const int64_t in = by_x ? l->k : l->n;
+    float *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
     float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + behind) * SNIPI_SKETCH;
-    snipi_cuda_mix mix = { snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, mixed };
+    const snip_rng_key project = snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT);
+    snipi_cuda_mix mix = { snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed };
     snip_status status = snipi_cuda_each(mix, SNIPI_MIXED * in, stream);
     if (!status) status = snipi_cuda_sketch_add(c, l, which, mixed, SNIPI_MIXED * in, 0, stream);
-    if (cudaMemsetAsync(signs, 0, (size_t)(SNIPI_PROJECTED * out) * sizeof(float), stream) != cudaSuccess) return SNIP_DEVICE;
-    if (!status) status = snipi_cuda_add_noise(signs, signs, SNIPI_PROJECTED * out, 1 / sqrtf((float)SNIPI_PROJECTED), NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT), stream);
-    if (!status) status = snipi_cuda_f32(in, SNIPI_PROJECTED, out, weight, which == SNIPI_SKETCH_X, signs, 0, seen, stream);
-    if (!status) status = snipi_cuda_f32(SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, 1, result, stream);
+    if (!status) status = by_x ? snipi_cuda_each(snipi_cuda_mix{ project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen }, SNIPI_PROJECTED * in, stream)
+                               : snipi_cuda_each(snipi_cuda_mix_columns{ project, weight, l->k, seen }, SNIPI_PROJECTED * in, stream);
+    if (!status) status = snipi_cuda_f32(SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result, stream);
     return status ? status : snipi_cuda_each(snipi_cuda_add_scaled{ sketch, result, c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f }, SNIPI_SKETCH, stream);
 }
 // Adds a candidate's rounding errors of x to *stats. codes and scales may be NULL.
@@ -2133,6 +2156,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
     snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
+    const snip_rng_key project = snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT);
     snip_recipe recipe;
     snip_status status = SNIP_OK;
     if (loss_probe) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
@@ -2142,7 +2166,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     }
     l->elements_y += rows * l->n;
 
-    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, &dy_t, stream);
+    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, clean || loss_probe ? &dy_t : NULL, stream);
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
@@ -2151,10 +2175,21 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
         if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, NULL, NULL, &r->dy[f], stream);
     }
 
+    if (!clean && !loss_probe) {        // of dY's columns mixed, and no more
+        float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE);
+        if (!status) status = snipi_cuda_each(snipi_cuda_mix_columns{ project, dout, l->n, mixed }, rows * SNIPI_PROJECTED, stream);
+        if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, mixed, rows, SNIPI_PROJECTED, 0, NULL, &recipe, NULL, &dy_t, stream);
+        if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, SNIPI_PROJECTED, dy_t.operand, x, rows, 1, stream);
+        return status ? status : snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 0, stream);
+    }
     if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
     if (dweight && !status) status = snipi_cuda_each(snipi_cuda_add{ dweight, own }, nw, stream);
-    if (sketched && !status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, nw, 0, stream);
-    if ((clean || loss_probe) && !status)
+    if (sketched && !status) {
+        float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED);
+        status = snipi_cuda_each(snipi_cuda_mix{ project, own, l->n, l->k, 0, SNIPI_PROJECTED, mixed }, SNIPI_PROJECTED * l->k, stream);
+        if (!status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0, stream);
+    }
+    if (!status)
         status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
         status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, NULL, NULL, &r->w[f], stream);

@@ -1114,8 +1114,21 @@ static void test_sketch() {
         fill(x, rows * cols, SNIP_F32, GAUSS);
         snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)size[1]);
         snip_rng_key key = { 3, 4, 5 };
-        snipi_mix_rows(key, x.floats(), rows, cols, size[1], theirs.floats());
-        CHECK(snipi_cuda_each(snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], ours.floats() }, SNIPI_MIXED * cols, 0) == SNIP_OK);
+        for (int targets : { (int)SNIPI_MIXED, (int)SNIPI_PROJECTED }) {
+            snipi_mix_rows(key, x.floats(), rows, cols, size[1], targets, theirs.floats());
+            CHECK(snipi_cuda_each(snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], (uint32_t)targets, ours.floats() }, targets * cols, 0) == SNIP_OK);
+            finish();
+            CHECK(memcmp(ours.floats(), theirs.floats(), (size_t)(targets * cols) * sizeof(float)) == 0);
+        }
+    }
+    for (int64_t cols : { 5, 70, 1100, 2500 }) {
+        const int64_t rows = 40;
+        buffer x((size_t)(rows * cols) * 4), ours((size_t)(rows * SNIPI_PROJECTED) * 4), theirs((size_t)(rows * SNIPI_PROJECTED) * 4);
+        fill(x, rows * cols, SNIP_F32, GAUSS);
+        snprintf(what, sizeof what, "%d mixed columns", (int)cols);
+        snip_rng_key key = { 3, 4, 6 };
+        snipi_mix_columns(key, x.floats(), rows, cols, theirs.floats());
+        CHECK(snipi_cuda_each(snipi_cuda_mix_columns{ key, x.floats(), cols, ours.floats() }, rows * SNIPI_PROJECTED, 0) == SNIP_OK);
         finish();
         CHECK(memcmp(ours.floats(), theirs.floats(), ours.size) == 0);
     }

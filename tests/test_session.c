@@ -630,7 +630,7 @@ static double rounding_error(const snip_recipe *r, const float *x, int rows, int
     CHECK(snip_fake_quantize(r, x, rows, cols, cols, NULL, 0, key, NULL, &stats) == SNIP_OK);
     return stats.err_sq / (rows * cols);
 }
-// Mixed rows: |mixed|^2 is |x|^2 on average, for equal rows as well; linear in the rows; the same for any number of threads.
+// Mixed rows: |mixed|^2 is |x|^2 on average, for equal rows as well; linear in the rows; the same for any number of threads. Columns likewise.
 static void test_mixed_rows(void) {
     enum { ROWS = 300, COLS = 70, KEYS = 300 };
     float *x[2], *mixed = floats(SNIPI_MIXED * COLS), *parts = floats(SNIPI_MIXED * COLS), *more = floats(SNIPI_MIXED * COLS);
@@ -645,19 +645,45 @@ static void test_mixed_rows(void) {
             snip_rng_key key = { 1, 2, 0 };
             key.tensor = (uint32_t)i;
             set_threads(1 + i % 3);
-            snipi_mix_rows(key, x[which], ROWS, COLS, 0, mixed);
+            snipi_mix_rows(key, x[which], ROWS, COLS, 0, SNIPI_MIXED, mixed);
             mean += snipi_sum_sq(mixed, SNIPI_MIXED * COLS) / KEYS;
             set_threads(1);
-            snipi_mix_rows(key, x[which], ROWS, COLS, 0, parts);
+            snipi_mix_rows(key, x[which], ROWS, COLS, 0, SNIPI_MIXED, parts);
             CHECK(!memcmp(mixed, parts, SNIPI_MIXED * COLS * sizeof(float)));
-            snipi_mix_rows(key, x[which], 131, COLS, 0, parts);
-            snipi_mix_rows(key, x[which] + 131 * COLS, ROWS - 131, COLS, 131, more);
+            snipi_mix_rows(key, x[which], 131, COLS, 0, SNIPI_MIXED, parts);
+            snipi_mix_rows(key, x[which] + 131 * COLS, ROWS - 131, COLS, 131, SNIPI_MIXED, more);
             for (j = 0; j < SNIPI_MIXED * COLS; j++) parts[j] += more[j] - mixed[j];
             CHECK(snipi_sum_sq(parts, SNIPI_MIXED * COLS) < 1e-10 * size);
         }
         CHECK(near(mean, size, 0.03));
     }
+    for (which = 0; which < 2; which++) {       // columns as rows of the transpose are, in 42 chunks or in 3, the last of them short
+        int rows = which ? COLS : 9, cols = which ? 70 : 1325;
+        float *turned = floats(rows * cols);
+        snip_rng_key key = { 1, 2, 0 };
+        for (i = 0; i < rows; i++) for (j = 0; j < cols; j++) turned[j * rows + i] = x[0][i * cols + j];
+        snipi_mix_rows(key, turned, cols, rows, 0, SNIPI_PROJECTED, more);
+        snipi_mix_columns(key, x[0], rows, cols, mixed);
+        for (i = 0; i < rows; i++) for (j = 0; j < SNIPI_PROJECTED; j++) CHECK(fabsf(mixed[i * SNIPI_PROJECTED + j] - more[j * rows + i]) < 1e-4f);
+        free(turned);
+    }
     free(x[0]); free(x[1]); free(mixed); free(parts); free(more);
+}
+// Adam's step: the scalar bytes on every path; 0 where v is 0.
+static void test_adam(void) {
+    enum { N = 101 };
+    float *m = randoms(N, 1), *v = randoms(N, 1), *a = floats(N), *b = floats(N);
+    int i, isa;
+    note("Adam's step");
+    for (i = 0; i < N; i++) v[i] = i % 10 ? v[i] * v[i] : 0;
+    for (i = 0; i < 2; i++)
+        for (isa = SNIP_ISA_BEST; isa < SNIP_ISA_COUNT; isa++) {
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            snipi_adam_scalar(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, a);
+            snipi_adam_of((snip_isa)isa)(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, b);
+            CHECK(!memcmp(a, b, N * sizeof *a) && a[10] == 0 && near(a[11], 0.3 * (i ? (double)m[11] : 1) / (sqrt(1.7 * (double)v[11]) + 1e-3), 1e-5));
+        }
+    free(m); free(v); free(a); free(b);
 }
 // The update estimates of both layers against white noise put on the operands of the GEMM in question.
 static void test_update_estimates(void) {
@@ -2327,6 +2353,7 @@ int main(int argc, char **argv) {
     test_trajectory();
     test_loss_estimates();
     test_mixed_rows();
+    test_adam();
     test_update_estimates();
     test_other_optimizers();
     test_custom_optimizer();
