@@ -24,7 +24,7 @@ except ImportError:
     print("skipped: peers of quantization (numpy is not installed)")
     sys.exit(0)
 
-BF16, E4M3, E2M1 = 2, 3, 5                      # snip_format
+BF16, E4M3, E5M2, E2M1 = 2, 3, 4, 5                     # snip_format
 NONE, F32, POW2, UE8M0, UE4M3 = range(5)        # snip_scale
 COLS, PAIRS = 4096, 7
 
@@ -37,7 +37,7 @@ class Key(ctypes.Structure):
     _fields_ = [("seed", ctypes.c_uint64), ("step", ctypes.c_uint32), ("tensor", ctypes.c_uint32)]
 
 
-OURS = {"bf16": Recipe(BF16, 0, 0, NONE, 0), "e4m3 cast": Recipe(E4M3, 0, 0, NONE, 0), "e2m1 cast": Recipe(E2M1, 0, 0, NONE, 0),
+OURS = {"bf16": Recipe(BF16, 0, 0, NONE, 0), "e4m3 cast": Recipe(E4M3, 0, 0, NONE, 0), "e5m2 cast": Recipe(E5M2, 0, 0, NONE, 0), "e2m1 cast": Recipe(E2M1, 0, 0, NONE, 0),
         "fp8 1x128": Recipe(E4M3, 1, 128, POW2, 0), "fp4 1x128": Recipe(E2M1, 1, 128, F32, 0),
         "mxfp8": Recipe(E4M3, 1, 32, UE8M0, 0), "mxfp4": Recipe(E2M1, 1, 32, UE8M0, 0), "nvfp4": Recipe(E2M1, 1, 16, UE4M3, 0)}
 
@@ -83,7 +83,20 @@ def peer_torch(x):
     def cast(kind, cases):
         out = torch.from_numpy(touched(x.size * kind.itemsize)).view(kind)
         return f"torch {str(kind)[6:]}", lambda: out.copy_(source), cases, out.view(torch.uint8).numpy()
-    return [cast(torch.float8_e4m3fn, ["e4m3 cast", "fp8 1x128"]), cast(torch.bfloat16, ["bf16"])]
+
+    def scaled(v):                              # as users write it: amax, divide, clamp, cast
+        v = v.view(-1, 128)
+        scales = v.abs().amax(1, keepdim=True) / 448
+        return (v / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales
+    found = [cast(torch.float8_e4m3fn, ["e4m3 cast", "fp8 1x128"]), cast(torch.float8_e5m2, ["e5m2 cast"]), cast(torch.bfloat16, ["bf16"]),
+             ("torch 1x128", lambda: scaled(source), ["fp8 1x128"], None)]
+    try:
+        compiled = torch.compile(scaled)
+        compiled(source)
+        found.append(("torch 1x128, compiled", lambda: compiled(source), ["fp8 1x128"], None))
+    except Exception as e:                      # no C++ compiler
+        print(f"skipped: torch.compile ({type(e).__name__})", flush=True)
+    return found
 
 
 def peer_ggml(x):
@@ -186,7 +199,7 @@ def main():
         for name, theirs, cases, result in found:
             for case in cases:
                 ours[case](), theirs()
-                if result is not None and case in ("bf16", "e4m3 cast") and not np.array_equal(result, codes[:result.size]):
+                if result is not None and case in ("bf16", "e4m3 cast", "e5m2 cast") and not np.array_equal(result, codes[:result.size]):
                     raise SystemExit(f"{name} and {case} give different codes")
                 pairs = [(seconds(ours[case]), seconds(theirs)) for _ in range(PAIRS)]
                 mine, its = (x.nbytes * 1e-9 / statistics.median(times) for times in zip(*pairs))
