@@ -1490,12 +1490,16 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
         tally->nonfinite += bad;
         if (amax > tally->amax) tally->amax = amax;
         if (bf16) {
-            q->vector->narrow(x, n, code);
-            q->vector->widen(code, n, buffer);
-            values = buffer;
-            if (q->codes) memcpy((uint16_t *)q->codes + r * q->cols + c, code, (size_t)n * sizeof(uint16_t));
+            int direct = q->codes && ((uintptr_t)q->codes & 1) == 0;
+            uint16_t *to = direct ? (uint16_t *)q->codes + r * q->cols + c : code;
+            q->vector->narrow(x, n, to);
+            if (q->want_sums || q->out) {
+                q->vector->widen(to, n, buffer);
+                values = buffer;
+            }
+            if (q->codes && !direct) memcpy((uint8_t *)q->codes + 2 * (r * q->cols + c), code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
-            memcpy((float *)q->codes + r * q->cols + c, x, (size_t)n * sizeof(float));
+            memcpy((uint8_t *)q->codes + 4 * (r * q->cols + c), x, (size_t)n * sizeof(float));
         if (q->want_sums) (bad ? snipi_sums_exact : q->vector->sums)(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
         if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
         else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
