@@ -202,7 +202,10 @@ int main() {
 #ifndef SNIP_CUBLASLT
     printf("skipped: cuBLASLt is not linked, GEMMs have no peer\n");
 #endif
-    const bool s8 = snipi_cuda_has_body(snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
+    snip_operand none = {};
+    none.recipe = &fp4;
+    none.codes = none.scales = memory(16);
+    const bool s8 = snip_cuda_gemm_s8(1, 1, 0, &none, &none, memory<float>(4), 1, 0, NULL, 0) != SNIP_UNSUPPORTED;
     if (!s8) printf("skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0, or no code for sm_90a\n");
     flush = memory(FLUSH);
     check(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess, "event");

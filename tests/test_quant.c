@@ -220,7 +220,8 @@ static uint8_t codes_ref[CELLS], codes[CELLS + 64], scales[4 * CELLS + 64];
 static unsigned char scales_ref[4 * CELLS + 64];
 static float values_ref[CELLS];
 
-static const int shapes[][2] = { { 1, 1 }, { 0, 5 }, { 5, 0 }, { 1, 130 }, { 3, 31 }, { 17, 33 }, { 33, 129 }, { 128, 128 }, { 129, 255 }, { 200, 300 }, { 16, 300 }, { 260, 17 } };
+static const int shapes[][2] = { { 1, 1 }, { 0, 5 }, { 5, 0 }, { 1, 130 }, { 3, 31 }, { 17, 33 }, { 33, 129 }, { 128, 128 }, { 129, 255 }, { 200, 300 }, { 16, 300 }, { 260, 17 },
+                                 { 40, 64 }, { 19, 192 }, { 37, 256 }, { 21, 64 } };         // short rows, some ending in half a tile
 static const int tiles[][2] = { { 0, 0 }, { 1, 0 }, { 1, 128 }, { 128, 128 }, { 1, 32 }, { 1, 16 }, { 16, 16 }, { 3, 7 }, { 1, 5 }, { 128, 1 }, { 2, 200 }, { 32, 64 } };
 enum { N_SHAPES = sizeof shapes / sizeof shapes[0], N_TILES = sizeof tiles / sizeof tiles[0] };
 

@@ -669,11 +669,11 @@ static void test_mixed_rows(void) {
     }
     free(x[0]); free(x[1]); free(mixed); free(parts); free(more);
 }
-// Adam's step: the scalar bytes on every path; 0 where v is 0.
+// Adam's step: the scalar values on every path; 0 where v is 0.
 static void test_adam(void) {
     enum { N = 101 };
     float *m = randoms(N, 1), *v = randoms(N, 1), *a = floats(N), *b = floats(N);
-    int i, isa;
+    int i, j, isa;
     note("Adam's step");
     for (i = 0; i < N; i++) v[i] = i % 10 ? v[i] * v[i] : 0;
     for (i = 0; i < 2; i++)
@@ -681,7 +681,12 @@ static void test_adam(void) {
             if (!snip_isa_available((snip_isa)isa)) continue;
             snipi_adam_scalar(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, a);
             snipi_adam_of((snip_isa)isa)(i ? m : NULL, v, 0.3f, 1.7f, 1e-3f, N, b);
-            CHECK(!memcmp(a, b, N * sizeof *a) && a[10] == 0 && near(a[11], 0.3 * (i ? (double)m[11] : 1) / (sqrt(1.7 * (double)v[11]) + 1e-3), 1e-5));
+            CHECK(a[10] == 0 && near(a[11], 0.3 * (i ? (double)m[11] : 1) / (sqrt(1.7 * (double)v[11]) + 1e-3), 1e-5));
+#ifdef __FAST_MATH__            // roots and quotients by approximations
+            for (j = 0; j < N; j++) CHECK(near(a[j], b[j], 1e-5));
+#else
+            for (j = 0; j < N; j++) CHECK(a[j] == b[j]);
+#endif
         }
     free(m); free(v); free(a); free(b);
 }
