@@ -19,9 +19,9 @@ static struct {
     int threads, stop;
 } pool = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, 0, { 0 }, 1, 0 };
 
-// Calls as long as there are any; the lock is held on entry and on return.
+// Calls as long as there are any; the lock is held on entry and on return. The last is left to the other threads, so that they get one.
 static void pool_take(int thread) {
-    while (pool.next < pool.n) {
+    while (pool.next < pool.n - (thread == 0 && pool.threads > 1 && pool.n > 1)) {
         int64_t i = pool.next++;
         pool.calls[thread]++;
         pthread_mutex_unlock(&pool.lock);
