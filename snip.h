@@ -295,7 +295,7 @@ typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, 
 typedef struct {                // zero means the default
     double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]; GEMMs that dinp or dweight NULL leaves out count too
     double speedup;             // positive: instead of budget, each stage's linear GEMMs this many times as fast as in `high`,
-    double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times
+    double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times, with GEMMs in `high` too
     int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never, and the plan is frozen
     uint64_t seed;
     int n_stages;               // pipeline stages; 0: 1
@@ -354,7 +354,8 @@ SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);     
 // What must stay in `high` is left out of the session.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
 // Time each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up operands;
-// layers of one shape are timed once. Plans are solved by these seconds where desc.speedup or desc.seconds asks for it.
+// layers of one shape are timed once. Plans are solved by these seconds where desc.speedup or desc.seconds asks for it; they may leave GEMMs in
+// `high`.
 SNIP_API snip_status snip_measure_gains(snip *, int64_t rows);
 SNIP_API snip_status snip_set_seconds(snip *, int layer, snip_gemm_kind, const double seconds[3]);     // the same by hand
 SNIP_API double      snip_plan_seconds(const snip *);   // of all layers' GEMMs under the plan; 0 if not measured
@@ -5414,12 +5415,32 @@ SNIP_API double snip_plan_seconds(const snip *s) {
     return sum;
 }
 
-static int snipi_candidate_of(unsigned option, int g) { return (int)(option >> g & 1u); }       // bit g: gemm g in FP4
+// States of a GEMM: 0 in desc.high, which plans by seconds alone choose, 1 FP8, 2 FP4. A layer's option: three digits to the base 3.
+enum { SNIPI_OPTIONS = 27 };
+static int snipi_option_state(int option, int g) { return option / (g == 0 ? 1 : g == 1 ? 3 : 9) % 3; }
+// FP4 and no FP8 allows `high` no more. Per layer: one state wherever it is allowed.
+static int snipi_option_allowed(const snip *s, const snipi_layer *l, int option) {
+    const int least = snipi_by_seconds(s) ? 0 : 1;
+    int g, same = SNIP_GEMMS, state;
+    for (g = 0; g < SNIP_GEMMS; g++) {
+        state = snipi_option_state(option, g);
+        if (state < least || !(l->allow[g] & (state == 2 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) return 0;
+    }
+    for (state = least; s->desc.per_layer && state <= 2; state++) {
+        for (same = 0, g = 0; g < SNIP_GEMMS; g++)
+            same += snipi_option_state(option, g) == (state == 2 ? (l->allow[g] & SNIPI_ALLOW_FP4 ? 2 : 1) : l->allow[g] & SNIPI_ALLOW_FP8 ? state : 2);
+        if (same == SNIP_GEMMS) break;
+    }
+    return same == SNIP_GEMMS;
+}
+static snip_format snipi_format_of(const snip *s, int state) { return state ? snipi_candidates[state - 1] : s->desc.high; }
+static double snipi_harm(const snipi_layer *l, int state, int g) { return state ? l->estimate[state - 1].cost[g] : 0; }
 
 // What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin` times.
-static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, snip_format to) {
-    double fp8 = l->estimate[0].error[g], fp4 = l->estimate[1].error[g];
-    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && snipi_is_candidate(l->format[g]) && l->format[g] != to ? s->desc.margin * sqrt(fp8 * fp8 + fp4 * fp4) : 0;
+static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, int to) {
+    const int from = snipi_state_of(s, l->format[g]), planned = snipi_is_candidate(l->format[g]) || snipi_by_seconds(s);
+    double a = from ? l->estimate[from - 1].error[g] : 0, b = to ? l->estimate[to - 1].error[g] : 0;
+    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && planned && from != to ? s->desc.margin * sqrt(a * a + b * b) : 0;
 }
 static void snipi_explain(snip *s, int changed, double before, double after, double margin) {
     char text[128];
@@ -5432,14 +5453,19 @@ static void snipi_explain(snip *s, int changed, double before, double after, dou
 }
 // A layer that no measurement has met yet, as it was not called: it stays as it is, and out of the targets.
 static int snipi_measured_once(const snipi_layer *l) { return l->elements_x > 0 || snipi_has_averages(l); }
+static double snipi_slowest(const snipi_layer *l, int g) {
+    double slowest = 0;
+    int f;
+    for (f = 0; f < 1 + SNIPI_CANDIDATES; f++) slowest = l->seconds[f][g] > slowest ? l->seconds[f][g] : slowest;
+    return slowest;
+}
 // Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved against the
-// slowest candidate.
+// slowest state.
 static snip_status snipi_solve(snip *s) {
-    int n = s->n_layers, l, g, changed = 0;
+    int n = s->n_layers, l, g, o, changed = 0;
     double before = 0, after = 0, margin = 0;
-    unsigned o;
-    size_t options_size = (size_t)n * 8 * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
-    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * 9;
+    size_t options_size = (size_t)n * SNIPI_OPTIONS * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
+    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * (1 + SNIPI_OPTIONS);
     char *memory = (char *)snipi_alloc(s, size);
     snip_ilp_option *options = (snip_ilp_option *)(void *)memory;
     snip_ilp_group *groups;
@@ -5455,33 +5481,23 @@ static snip_status snipi_solve(snip *s) {
     ids = choice + n;
     for (l = 0; l < n; l++) {
         snipi_layer *layer = &s->layers[l];
-        snip_ilp_option *list = options + 8 * l;
+        snip_ilp_option *list = options + SNIPI_OPTIONS * l;
         double least = 0;
         int count = 0, i;
         groups[l].options = list;
         groups[l].n_options = 1;        // no gain at no cost
         groups[l].stage = layer->stage;
         if (!snipi_measured_once(layer)) continue;
-        for (o = 0; o < 8; o++) {
-            int allowed = 1;
+        for (o = 0; o < SNIPI_OPTIONS; o++) {
             snip_ilp_option option = { 0, 0 };
+            if (!snipi_option_allowed(s, layer, o)) continue;
             for (g = 0; g < SNIP_GEMMS; g++) {
-                int fp4 = snipi_candidate_of(o, g);
-                if (!(layer->allow[g] & (fp4 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) allowed = 0;
-                option.cost += layer->estimate[fp4].cost[g] + snipi_switch_cost(s, layer, g, snipi_candidates[fp4]);
-                if (snipi_by_seconds(s)) option.gain += (layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g]) - layer->seconds[1 + fp4][g];
-                else option.gain += fp4 ? (double)layer->n * (double)layer->k : 0;
+                const int state = snipi_option_state(o, g);
+                option.cost += snipi_harm(layer, state, g) + snipi_switch_cost(s, layer, g, state);
+                if (snipi_by_seconds(s)) option.gain += snipi_slowest(layer, g) - layer->seconds[state][g];
+                else option.gain += state == 2 ? (double)layer->n * (double)layer->k : 0;
             }
-            if (!allowed) continue;
-            if (s->desc.per_layer) {        // FP4 wherever it is allowed, or nowhere
-                unsigned wanted = 0, forced = 0;
-                for (g = 0; g < SNIP_GEMMS; g++) {
-                    if (layer->allow[g] & SNIPI_ALLOW_FP4) wanted |= 1u << g;
-                    if (!(layer->allow[g] & SNIPI_ALLOW_FP8)) forced |= 1u << g;
-                }
-                if (o != wanted && o != forced) continue;
-            }
-            ids[8 * l + count] = (int)o;
+            ids[SNIPI_OPTIONS * l + count] = o;
             list[count++] = option;
         }
         for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
@@ -5489,7 +5505,7 @@ static snip_status snipi_solve(snip *s) {
         groups[l].n_options = count;
         if (!snipi_by_seconds(s)) target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
         for (g = 0; g < SNIP_GEMMS && snipi_by_seconds(s); g++) {
-            target[layer->stage] += layer->seconds[1][g] > layer->seconds[2][g] ? layer->seconds[1][g] : layer->seconds[2][g];
+            target[layer->stage] += snipi_slowest(layer, g);
             if (s->desc.speedup > 0) target[layer->stage] -= layer->seconds[0][g] / s->desc.speedup;
             if (!(layer->seconds[0][g] > 0)) {
                 snipi_free(s, memory);
@@ -5511,12 +5527,13 @@ static snip_status snipi_solve(snip *s) {
         for (l = 0; l < n; l++)
             for (g = 0; g < SNIP_GEMMS && snipi_measured_once(&s->layers[l]); g++) {
                 snipi_layer *layer = &s->layers[l];
-                int fp4 = snipi_candidate_of((unsigned)ids[8 * l + choice[l]], g), was = layer->format[g] == SNIP_E2M1;
-                before += layer->estimate[was].cost[g];
-                after += layer->estimate[fp4].cost[g];
-                margin += snipi_switch_cost(s, layer, g, snipi_candidates[fp4]);
-                changed += layer->format[g] != snipi_candidates[fp4];
-                layer->format[g] = snipi_candidates[fp4];
+                const int state = snipi_option_state(ids[SNIPI_OPTIONS * l + choice[l]], g);
+                const snip_format format = snipi_format_of(s, state);
+                before += snipi_harm(layer, snipi_state_of(s, layer->format[g]), g);
+                after += snipi_harm(layer, state, g);
+                margin += snipi_switch_cost(s, layer, g, state);
+                changed += layer->format[g] != format;
+                layer->format[g] = format;
             }
         snipi_explain(s, changed, before, after, margin);
         s->fallen = 0;

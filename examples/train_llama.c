@@ -180,7 +180,7 @@ static void check_speedup(const snip *s, int stages, double wanted) {
             snip_layer(s, l, &info);
             for (int g = 0; g < SNIP_GEMMS && info.stage == stage; g++) {
                 slow += info.seconds[0][g];
-                fast += fmin(info.seconds[1][g], info.seconds[2][g]);
+                fast += fmin(info.seconds[0][g], fmin(info.seconds[1][g], info.seconds[2][g]));
             }
         }
         if (slow < wanted * fast) tr_die("--speedup %g: with this model the linear layers can be at most %.2f times as fast here", wanted, slow / fast);

@@ -1535,22 +1535,23 @@ static void test_drift(void) {
 
 // ------------------------------------------------------------------------------------------ files
 
-// Plans by seconds: the cheapest one that is fast enough, of all 64 of two layers.
+// Plans by seconds: the cheapest one that is fast enough, of all 729 of two layers, or of the 9 that are one format a layer.
 static void test_seconds(void) {
     bundle b = bundle_new();
-    int by, i, l, g, f, o;
+    int by, i, l, g, f, o, high_left = 0;
     note("plans by seconds");
-    for (by = 0; by < 2; by++)
+    for (by = 0; by < 4; by++)
         for (i = 0; i < 6; i++) {
             static const double asked[6] = { 0.8, 1.0, 1.3, 1.7, 1.95, 3.5 };
             snip_desc d = defaults();
-            double high = 0, least = 0, got = 0, allowed, sum = 0, cost = 0, best = 1e300;
+            double high = 0, least = 1e300, got = 0, allowed, sum = 0, cost = 0, best = 1e300;
             snip_status st;
             snip_layer_info info[MANY];
             snip *s;
             d.budget = 1;               // ignored
             d.n_stages = 1;
-            if (by) d.seconds = 42.0 / asked[i]; else d.speedup = asked[i];
+            d.per_layer = by >> 1;
+            if (by & 1) d.seconds = 42.0 / asked[i]; else d.speedup = asked[i];
             s = bundle_session(&b, d, 2);
             CHECK(bundle_step(&b, s, 1) == SNIP_OK);
             CHECK(snip_plan_seconds(s) == 0);
@@ -1561,35 +1562,37 @@ static void test_seconds(void) {
                     seconds[0] = 7; seconds[1] = 6 + g - l; seconds[2] = 2 + (l ^ (g & 1));
                     CHECK(snip_set_seconds(s, l, (snip_gemm_kind)g, seconds) == SNIP_OK);
                     high += seconds[0];
-                    least += seconds[2] < seconds[1] ? seconds[2] : seconds[1];
                 }
             allowed = high / asked[i];
             st = bundle_step(&b, s, 3);
+            for (l = 0; l < 2; l++) CHECK(snip_layer(s, l, &info[l]) == SNIP_OK);
+            for (o = 0; o < 729; o++) {
+                double price = 0;
+                int rest = o;
+                if (d.per_layer && o != o % 3 * 13 + o / 27 % 3 * 13 * 27) continue;
+                for (sum = 0, f = 0; f < 6; f++, rest /= 3) {
+                    sum += info[f / 3].seconds[rest % 3][f % 3];
+                    price += rest % 3 ? (rest % 3 == 2 ? info[f / 3].fp4 : info[f / 3].fp8).cost[f % 3] : 0;
+                }
+                if (sum < least) least = sum;
+                if (sum <= allowed * (1 + 1e-12) && price < best) best = price;
+            }
             CHECK(st == (least <= allowed ? SNIP_OK : SNIP_INFEASIBLE));
             if (st == SNIP_INFEASIBLE) CHECK(strstr(snip_message(s), "seconds are lacking") != NULL);
             if (st == SNIP_OK) {
-                for (l = 0; l < 2; l++) {
-                    CHECK(snip_layer(s, l, &info[l]) == SNIP_OK);
-                    for (g = 0; g < 3; g++) {
-                        int fp4 = info[l].format[g] == SNIP_E2M1;
-                        got += info[l].seconds[1 + fp4][g];
-                        cost += (fp4 ? info[l].fp4 : info[l].fp8).cost[g];
-                    }
+                for (f = 0; f < 6; f++) {
+                    const snip_layer_info *at = &info[f / 3];
+                    const int state = at->format[f % 3] == SNIP_E2M1 ? 2 : at->format[f % 3] == SNIP_E4M3;
+                    high_left += !state;
+                    got += at->seconds[state][f % 3];
+                    cost += state ? (state == 2 ? at->fp4 : at->fp8).cost[f % 3] : 0;
                 }
                 CHECK(got <= allowed * (1 + 1e-9) && near(snip_plan_seconds(s), got, 1e-12));
-                for (o = 0; o < 64; o++) {
-                    double price = 0;
-                    for (sum = 0, f = 0; f < 6; f++) {
-                        int fp4 = o >> f & 1;
-                        sum += info[f / 3].seconds[1 + fp4][f % 3];
-                        price += (fp4 ? info[f / 3].fp4 : info[f / 3].fp8).cost[f % 3];
-                    }
-                    if (sum <= allowed * (1 + 1e-12) && price < best) best = price;
-                }
                 CHECK(fabs(cost - best) <= 1e-9 * (fabs(cost) + 1e-3));
             }
             snip_destroy(s);
         }
+    CHECK(high_left > 0);
     {
         snip_desc d = defaults();
         snip *s = bundle_session(&b, d, MANY);
