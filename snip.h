@@ -2097,6 +2097,7 @@ static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_
 #define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
 #define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
 
+SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
 // The tile of C, on its way while sums are made.
 #define SNIPI_FETCH_C(rows, cols) \
     for (k = 0; k < rows; k++) { \
@@ -2321,7 +2322,6 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
     const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
     return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x, _mm512_set1_epi32(0x400000));
 }
-SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
 SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
     for (; n > 0; x += 16, out += 16, n -= 16) {
         const __mmask16 live = (__mmask16)snipi_lowest(n);
@@ -2405,6 +2405,39 @@ SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row
             }
         }
         snipi_spread_scalar(codes + (size_t)r * row_bytes + 2 * (size_t)t, row_bytes, used, steps - t, offset, out + 4 * (t * width + r), width);
+    }
+}
+#define SNIPI_CODES_16(row) (live >> (row) & 1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row) * row_bytes) : _mm_setzero_si128())
+// Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes of their own.
+SNIPI_TARGET_AVX512 static void snipi_spread_avx512(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)));
+    const __m512i low = _mm512_set1_epi8(15), odd = _mm512_set1_epi16((short)0xFF00);
+    const __m512i bytes[2] = { _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
+                               _mm512_broadcast_i32x4(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15)) };
+    int64_t t;
+    int i, r;
+    for (r = 0; r < rows; r += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(rows - r < 16 ? rows - r : 16);
+        for (t = 0; t < steps; t += 8) {
+            const int some = (int)snipi_min(8, steps - t);
+            const __mmask16 there = (__mmask16)snipi_lowest(2 * some);
+            const uint8_t *from = codes + (size_t)r * row_bytes + 2 * (size_t)t;
+            __m512i a[4], b[4];
+            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // rows i, i + 4, i + 8, i + 12 side by side
+                const __m256i near = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i)), SNIPI_CODES_16(i + 4), 1);
+                const __m256i far = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i + 8)), SNIPI_CODES_16(i + 12), 1);
+                a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(near), far, 1);
+            }
+            b[0] = _mm512_unpacklo_epi32(a[0], a[1]); b[1] = _mm512_unpacklo_epi32(a[2], a[3]);
+            b[2] = _mm512_unpackhi_epi32(a[0], a[1]); b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
+            a[0] = _mm512_unpacklo_epi64(b[0], b[1]); a[1] = _mm512_unpackhi_epi64(b[0], b[1]);
+            a[2] = _mm512_unpacklo_epi64(b[2], b[3]); a[3] = _mm512_unpackhi_epi64(b[2], b[3]);
+            SNIPI_UNROLL for (i = 0; i < 8; i++) {
+                const __m512i x = _mm512_shuffle_epi8(a[i / 2], bytes[i % 2]);
+                const __m512i nibbles = _mm512_and_si512(_mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(x, 4), x, 0xCA), low);       // odd ? x >> 4 : x
+                if (i < some) _mm512_mask_storeu_epi32(out + 4 * ((t + i) * width + r), live, _mm512_shuffle_epi8(table, nibbles));
+            }
+        }
     }
 }
 SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int width, int32_t *start) {
@@ -3101,6 +3134,17 @@ SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, i
                 _mm256_storeu_ps(out + (c + i + 3) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
             }
         }
+    for (; r + 4 <= rows; r += 4) {
+        for (c = 0; c + 4 <= cols; c += 4) {
+            __m128 a = _mm_loadu_ps(x + r * ld + c), b = _mm_loadu_ps(x + (r + 1) * ld + c), d = _mm_loadu_ps(x + (r + 2) * ld + c), e = _mm_loadu_ps(x + (r + 3) * ld + c);
+            _MM_TRANSPOSE4_PS(a, b, d, e);
+            _mm_storeu_ps(out + c * ld_out + r, a);
+            _mm_storeu_ps(out + (c + 1) * ld_out + r, b);
+            _mm_storeu_ps(out + (c + 2) * ld_out + r, d);
+            _mm_storeu_ps(out + (c + 3) * ld_out + r, e);
+        }
+        snipi_transpose_scalar(x + r * ld + c, ld, 4, cols - c, out + c * ld_out + r, ld_out);
+    }
     snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
 }
 SNIPI_TARGET_AVX2 static void snipi_widen_avx2(const uint16_t *x, int n, float *out) {
@@ -3762,6 +3806,7 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.f32_mr = k.s8_mr = k.bf16_mr = 12;
         k.f32_nr = k.s8_nr = k.bf16_nr = 32;
         k.f32 = snipi_kernel_f32_avx512;
+        k.spread = snipi_spread_avx512;
         k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
     }
 #ifdef SNIPI_X86_LATE
