@@ -4033,7 +4033,7 @@ typedef struct {
     int64_t m, n, k, ldc;
     int64_t block, piece;               // of scaled panels: elements; bytes
     int64_t mp, np, chunks_m;           // panels; chunks of panels of A
-    int64_t step, k0, kc;               // of k at a time; the step under way
+    int64_t step, k0, kc, row_bytes, blocks;    // of k at a time; the step under way, and of each row of a panel in it
     int late_b;                         // B's panels are packed by the chunk that alone uses them, while they are in its cache
     float *c;
     char *panel_a, *panel_b;
@@ -4052,11 +4052,11 @@ static void snipi_gemm_pack(void *arg, int64_t index) {
     const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
     const int is_b = index >= g->mp, width = is_b ? g->nr : g->mr, tiles = g->kernels.begin != NULL;
     const snipi_side *side = is_b ? &g->b : &g->a;
-    int64_t p = is_b ? index - g->mp : index, k0 = g->k0, kc = g->kc, row_bytes = snipi_gemm_row_bytes(g, kc);
+    int64_t p = is_b ? index - g->mp : index, k0 = g->k0, kc = g->kc, row_bytes = g->row_bytes;
     int used = (int)snipi_min(width, side->rows - p * width);
     char *panel = (is_b ? g->panel_b : g->panel_a) + p * width * row_bytes;
     if (g->element) {
-        int64_t at = p * width * snipi_ceil_div(kc, g->block);
+        int64_t at = p * width * g->blocks;
         snipi_panel_form to = { g->element, width, is_b || tiles ? 0 : 12, 4 * width, 4 };
         if (tiles && !is_b) { to.step = 4; to.row = row_bytes; }
         snipi_pack_scaled(&g->kernels, side, &to, p * width, used, k0, kc, g->block, g->piece, (uint8_t *)panel,
@@ -4073,7 +4073,7 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
     int whole = rows == mr && cols == nr;
     float *target = whole ? c : aside;
     const float *from = g->k0 || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
-    int64_t ld = whole ? g->ldc : nr, kc = g->kc, row_bytes = snipi_gemm_row_bytes(g, kc), k;
+    int64_t ld = whole ? g->ldc : nr, kc = g->kc, row_bytes = g->row_bytes, k;
     const char *a = g->panel_a + ip * mr * row_bytes, *b = g->panel_b + jp * nr * row_bytes;
     if (!whole) {
         memset(aside, 0, sizeof aside);
@@ -4081,7 +4081,7 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
         from = NULL;
     }
     if (g->element) {
-        int64_t blocks = snipi_ceil_div(kc, g->block);
+        const int64_t blocks = g->blocks;
         (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a, (const int8_t *)b,
             g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
     } else
@@ -4185,6 +4185,8 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
         snipi_share(snipi_gemm_bias, &g, m, work);
     for (; g.k0 < k; g.k0 += g.step) {
         g.kc = snipi_min(g.step, k - g.k0);
+        g.row_bytes = snipi_gemm_row_bytes(&g, g.kc);
+        g.blocks = g.element ? snipi_ceil_div(g.kc, g.block) : 0;
         snipi_gemm_place_b(&g, held ? (char *)at_b + g.k0 / g.step * snipi_gemm_b_bytes(&g) : (char *)at);
         snipi_share(snipi_gemm_pack, &g, g.mp + (g.late_b || (held && !pack) ? 0 : g.np), work);
         snipi_share(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS), work);
