@@ -33,7 +33,7 @@ $(B)/train_llama $(B)/minimal: $(B)/%: examples/%.c $(TRAINER) $(HEADERS) $(B)/s
 	$(LINKED)
 $(B)/test_train: tests/test_train.c $(TRAINER) $(HEADERS) $(B)/snip.o
 	$(LINKED)
-$(B)/fidelity $(B)/quality: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
+$(B)/fidelity $(B)/quality $(B)/bench_train: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_gemm_emulated: tests/test_gemm.c tests/emulate_x86.h
 $(B)/test_pool: CFLAGS += -O1 -pthread
@@ -65,10 +65,11 @@ test-exhaustive: | $(B)
 
 # One core each, GEMMs two. Peers that are not installed are named in "skipped" lines; GGML=path of libggml-cpu.so, DNNL=path of libdnnl.so.
 BENCH_ILP = --limit 10 --cases snip_560x8,snip_560x8_8stages,measured_560x27_8stages,coupled_measured_560x8
-bench: $(B)/bench_ilp $(B)/bench_quant $(B)/bench_gemm $(B)/snip.so
+bench: $(B)/bench_ilp $(B)/bench_quant $(B)/bench_gemm $(B)/bench_train $(B)/snip.so
 	$(B)/bench_quant
 	OMP_WAIT_POLICY=passive $(B)/bench_gemm
 	OMP_WAIT_POLICY=passive OPENBLAS_CORETYPE=Haswell DNNL_MAX_CPU_ISA=AVX2 $(B)/bench_gemm --isa avx2 1024 1024 1024
+	OMP_NUM_THREADS=1 $(B)/bench_train $(DATA:%=--data %) --quiet --threads 1 --dim 256 --heads 8 --kv-heads 1 --batch 4
 	@if command -v python3 > /dev/null; then python3 bench/bench_quant_peers.py --lib $(B)/snip.so; else echo 'skipped: python3'; fi
 	@if command -v python3 > /dev/null; then python3 bench/bench_ilp.py --bench $(B)/bench_ilp $(BENCH_ILP); else echo 'skipped: python3'; fi
 $(B)/snip.so: $(HEADERS) | $(B)
