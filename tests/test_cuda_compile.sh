@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# snip_cuda.cuh under nvcc: no warnings and no spilled registers on any architecture, and the instructions meant for it.
+# snip_cuda.cuh and the trainer's kernels under nvcc: no warnings and no spilled registers on any architecture, and the instructions meant for it.
 set -u
 cd "$(dirname "$0")/.."
 if ! command -v nvcc > /dev/null; then
@@ -53,7 +53,7 @@ PY
 archs=${ARCHS:-75 80 89 90a 100a 120a}
 for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
     while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
-    nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
+    nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage examples/train_llama.cu -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
 done
 wait
 for arch in $archs; do
@@ -83,7 +83,7 @@ if nvcc $fast $lt -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" $link -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
 if "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files: what it refuses"; head -5 "$dir/log"; fi
 once="-DSNIP_IMPLEMENTATION_DONE -DSNIP_CUDA_IMPLEMENTATION_DONE $dir/a.o $link"
-for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
+for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp tests/test_cuda_attention.cpp; do
     case $source in examples/*) how=$once ;; bench/*) how="$lt $link" ;; *) how="-x cu $lt $link" ;; esac
     if nvcc $fast $how "$source" -o "$dir/program" > "$dir/log" 2>&1 &&
        { "$dir/program" > "$dir/log" 2>&1 || grep -qx 'minimal: no GPU was found' "$dir/log"; }; then ok; else fail "$source"; head -5 "$dir/log"; fi
