@@ -1,5 +1,6 @@
 // snip_cuda.cuh - snip.h's quantization, noise, GEMMs and training session on NVIDIA GPUs.
-// MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only.
+// MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only, and cuBLASLt where
+// SNIP_CUBLASLT is defined (>>cuda-gemm).
 //
 // QUICK START
 //   In ONE .cu file:               #define SNIP_IMPLEMENTATION         (stands for snip.h's implementation too)
@@ -39,6 +40,9 @@
 #ifndef SNIP_CUDA_SHIM          // the tests' stand-in for the CUDA runtime
 #  include <cuda.h>
 #  include <cuda_runtime.h>
+#  ifdef SNIP_CUBLASLT
+#    include <cublasLt.h>
+#  endif
 #endif
 
 #ifdef __cplusplus
@@ -90,6 +94,15 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+#ifdef SNIP_CUBLASLT            // in every file that includes this one; link with -lcublasLt
+// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: no other function goes there. Tiles of 1 x 128 or 128 x 128 with
+// float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt (12.9 or later, 9.0) has: not two operands of
+// 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are not the same on every GPU.
+// scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what is beyond, cuBLASLt may work in (32 MiB are plenty).
+SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k);
+SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                             float *c, int64_t ldc, int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t);
+#endif
 
 // >>cuda-session -----------------------------------------------------------------------------------
 // snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the host
@@ -1623,6 +1636,105 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
     if (a && b && a->recipe && b->recipe && (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1)) return SNIP_UNSUPPORTED;
     return snipi_cuda_gemm(m, n, k, a, b, SNIP_CUDA_S8_BYTES, c, ldc, accumulate, bias, NULL, stream);
 }
+
+#ifdef SNIP_CUBLASLT
+// cuBLASLt thinks in columns: for it our B is A, and C (m, n) is (n, m).
+typedef struct {
+    cudaDataType_t type;
+    int64_t rows;
+    int scale_rows;                     // of a scale's tile: 1 or 128; 0: no scales
+    const float *scales;                // in cuBLASLt's order
+} snipi_cublaslt_matrix;
+typedef struct {
+    cublasLtMatmulDescOpaque_t product;
+    cublasLtMatrixLayoutOpaque_t a, b, c;
+    cublasLtMatmulHeuristicResult_t found;
+} snipi_cublaslt;
+
+// What cuBLASLt calls invalid is a configuration that it lacks: the arguments were checked before.
+static snip_status snipi_cublaslt_status(cublasStatus_t status) {
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH || status == CUBLAS_STATUS_INVALID_VALUE) return SNIP_UNSUPPORTED;
+    return status == CUBLAS_STATUS_SUCCESS ? SNIP_OK : SNIP_DEVICE;
+}
+static int64_t snipi_cublaslt_blocks(int64_t k) { return snipi_round_up(snipi_ceil_div(k, SNIPI_BLOCK), 4); }
+// Scales [rows][blocks]: of 1 x 128 block after block; of 128 x 128 row after row, each padded to `padded`.
+static __global__ void snipi_cublaslt_order_kernel(float *to, const float *scales, int64_t rows, int64_t blocks, int64_t padded) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * blocks; i += (int64_t)gridDim.x * blockDim.x)
+        to[padded ? i / blocks * padded + i % blocks : i % blocks * rows + i / blocks] = scales[i];
+}
+static snip_status snipi_cublaslt_order(float *to, const void *scales, int64_t rows, int64_t k, int scale_rows, cudaStream_t stream) {
+    const int64_t down = snipi_ceil_div(rows, scale_rows), blocks = snipi_ceil_div(k, SNIPI_BLOCK), padded = scale_rows > 1 ? snipi_cublaslt_blocks(k) : 0;
+    return snipi_cuda_launch(snipi_cublaslt_order_kernel, snipi_min(1024, snipi_ceil_div(down * blocks, 256)), 256, 0, stream, to, (const float *)scales, down, blocks, padded);
+}
+// A way to make C from rows of k elements without gaps, all of them 16-byte aligned.
+static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, cublasComputeType_t compute, cudaDataType_t sum, const snipi_cublaslt_matrix *a, const snipi_cublaslt_matrix *b,
+                                       int64_t k, int64_t ldc, size_t workspace) {
+    const cublasOperation_t transposed = CUBLAS_OP_T;
+    const uint32_t alignment = 16;
+    cublasLtMatmulPreferenceOpaque_t preference;
+    int count = 0;
+#define SNIPI_LT(call) do { snip_status error = snipi_cublaslt_status(call); if (error) return error; } while (0)
+#define SNIPI_LT_PRODUCT(attribute, value) SNIPI_LT(cublasLtMatmulDescSetAttribute(&p->product, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
+#define SNIPI_LT_PREFER(attribute, value) SNIPI_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_##attribute##_BYTES, &(value), sizeof(value)))
+    SNIPI_LT(cublasLtMatmulDescInit(&p->product, compute, sum));
+    SNIPI_LT_PRODUCT(TRANSA, transposed);
+    if (a->scale_rows) {
+#if CUBLAS_VERSION >= 120900
+        const cublasLtMatmulMatrixScale_t modes[2] = { CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F, CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F };
+        SNIPI_LT_PRODUCT(A_SCALE_MODE, modes[b->scale_rows > 1]);
+        SNIPI_LT_PRODUCT(B_SCALE_MODE, modes[a->scale_rows > 1]);
+        SNIPI_LT_PRODUCT(A_SCALE_POINTER, b->scales);
+        SNIPI_LT_PRODUCT(B_SCALE_POINTER, a->scales);
+#else
+        return SNIP_UNSUPPORTED;
+#endif
+    }
+    SNIPI_LT(cublasLtMatrixLayoutInit(&p->a, b->type, (uint64_t)k, (uint64_t)b->rows, k));
+    SNIPI_LT(cublasLtMatrixLayoutInit(&p->b, a->type, (uint64_t)k, (uint64_t)a->rows, k));
+    SNIPI_LT(cublasLtMatrixLayoutInit(&p->c, sum, (uint64_t)b->rows, (uint64_t)a->rows, ldc));
+    SNIPI_LT(cublasLtMatmulPreferenceInit(&preference));
+    SNIPI_LT_PREFER(MAX_WORKSPACE, workspace);
+    SNIPI_LT_PREFER(MIN_ALIGNMENT_A, alignment);
+    SNIPI_LT_PREFER(MIN_ALIGNMENT_B, alignment);
+    SNIPI_LT_PREFER(MIN_ALIGNMENT_C, alignment);
+    SNIPI_LT_PREFER(MIN_ALIGNMENT_D, alignment);
+    SNIPI_LT(cublasLtMatmulAlgoGetHeuristic(lt, &p->product, &p->a, &p->b, &p->c, &p->c, &preference, 1, &p->found, &count));
+    return count > 0 ? snipi_cublaslt_status(p->found.state) : SNIP_UNSUPPORTED;
+#undef SNIPI_LT
+#undef SNIPI_LT_PRODUCT
+#undef SNIPI_LT_PREFER
+}
+SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k) {
+    if (!snipi_shape_ok(m, k, k) || !snipi_shape_ok(n, k, k)) return 0;
+    return (size_t)(snipi_round_up(m, 64) + snipi_round_up(n, 64)) * (size_t)snipi_cublaslt_blocks(k) * sizeof(float);
+}
+SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                             float *c, int64_t ldc, int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t stream) {
+    snipi_cuda_gemm_job g = {};
+    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, NULL);
+    const size_t scales = snip_cuda_cublaslt_scratch(m, n, k);
+    if (status) return status;
+    if (!lt || (scales && !scratch) || scratch_bytes < scales || (uintptr_t)scratch % 256) return SNIP_BAD_ARGUMENT;
+    const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+    snipi_cublaslt p;
+    snipi_cublaslt_matrix of[2];
+    float *to = (float *)scratch;
+    for (int i = 0; i < 2; i++) {
+        const snip_operand *o = i ? b : a;
+        const snip_recipe *r = o->recipe;
+        if (!snipi_cuda_is_fp8(r->format) || (r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_POW2) || r->tile_cols != SNIPI_BLOCK || (r->tile_rows != 1 && r->tile_rows != SNIPI_BLOCK) ||
+            k == 0 || (uintptr_t)o->codes % 16) return SNIP_UNSUPPORTED;
+        of[i] = { r->format == SNIP_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2, i ? n : m, r->tile_rows, to };
+        to += snipi_round_up(of[i].rows, 64) * snipi_cublaslt_blocks(k);
+    }
+    if (ldc % 4 || (uintptr_t)c % 16) return SNIP_UNSUPPORTED;
+    if (m == 0 || n == 0) return SNIP_OK;
+    status = snipi_cublaslt_find(&p, lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, &of[0], &of[1], k, ldc, scratch_bytes - scales);
+    for (int i = 0; i < 2 && !status; i++) status = snipi_cublaslt_order((float *)of[i].scales, (i ? b : a)->scales, of[i].rows, k, of[i].scale_rows, stream);
+    if (status) return status;
+    return snipi_cublaslt_status(cublasLtMatmul(lt, &p.product, &one, b->codes, &p.a, a->codes, &p.b, &beta, c, &p.c, c, &p.c, &p.found.algo, (char *)scratch + scales, scratch_bytes - scales, stream));
+}
+#endif
 
 // >>cuda-session-impl ------------------------------------------------------------------------------
 // The formulas are >>session-impl's, call for call; only sums are taken in another order.

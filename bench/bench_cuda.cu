@@ -131,7 +131,7 @@ static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_reci
         fill_bf16(pa, m * k);
         fill_bf16(pb, n * k);
         const bool fp8 = !fp4 && peer.a.format != SNIP_BF16;
-        if (fp8) lt.set(a.scales, b.scales, 0);
+        if (fp8) check(lt.set(a.scales, b.scales, 0), peer.name);
         seconds(ours, [&] { check(lt.run(fp8 ? a.codes : pa, fp8 ? b.codes : pb, c, 0), peer.name); }, s);
         print(name, work, "TFLOPS", s, peer.name);
         cudaFree(pa);

@@ -3,9 +3,10 @@
 // measuring step; the rest is train_llama.c itself, included at the end.
 //     nvcc -O2 -std=c++17 -arch=native examples/train_llama.cu -o train_llama        (Hopper: -arch=sm_90a)
 //
-// Everything is float32 but the linear layers (the plan) and the output layer (BF16, under --precision f32 float32).
-// Attention keeps a sequence's scores in memory and multiplies without tensor cores: good for sequences much shorter than
-// 12 x dim, where the linear layers have most of the work. All sums have a fixed order: a run can be repeated bit for bit.
+// Everything is float32 but the linear layers (the plan), the output layer (BF16, under --precision f32 float32) and attention.
+// Attention is BF16 on tensor cores, its scores in registers; under --precision f32, before compute capability 8.0 and with
+// heads wider than 128 it is float32 without them, and keeps the scores in memory. All sums have a fixed order: a run can be
+// repeated bit for bit.
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #define SNIP_IMPLEMENTATION
@@ -210,6 +211,151 @@ KERNEL softmax_gradient(float *scores, float *dscores, const float *lse, const f
     }
 }
 
+// >>attention-mma ----------------------------------------------------------------------------------
+// The same by mma.sync. A block takes 128 rows of a head, a warp 16 of them; COLS columns at a time pass through shared memory.
+// FORWARD and QUERIES (dq): rows are queries, columns the keys up to them. KEYS (dk) and VALUES (dv): rows are keys, columns the
+// queries from them on, of each head of the group in turn. A lane has of sums rows lane / 4 and 8 below, columns lane % 4 * 2 and the next.
+enum { FORWARD, QUERIES, KEYS, VALUES };
+enum { ROWS = 128 };
+#define LOG2_E 1.44269504f
+typedef struct {
+    const float *a[2], *b[2];           // of rows and of columns: query or key; gradient of out or value
+    float *out, *lse;
+    const float *along;                 // sums of dout times out, as lse
+    int T, H, G, hd;
+    float scale, scale2;                // 1 / sqrt(hd); times log2 e
+} attention;
+#define UNROLL _Pragma("unroll")
+
+[[maybe_unused]] static __device__ uint32_t bf16_pair(const float *x, bool there) {
+    const float2 v = there ? *(const float2 *)x : make_float2(0.0f, 0.0f);
+    return snipi_ptx_bf16x2(v.x, v.y);
+}
+// COLS rows of x, of which n are there, as pairs of BF16: along the rows and, turned, along the columns; either may be NULL. Rows of
+// words are 4 longer than needed, so that a warp's words lie in different banks.
+template <int HD, int COLS> static __device__ void load_tile(uint32_t *tile, uint32_t *turned, const float *x, int row, int n, int hd) {
+    UNROLL for (int i = (int)threadIdx.x; i < COLS * HD / 4; i += THREADS) {
+        const int c = i % 8 + i / WARP % (HD / 16) * 8, r = i / 8 % 4 + i / (2 * HD) * 4;       // two elements of two rows
+        float2 v[2];
+        for (int e = 0; e < 2; e++) v[e] = 2 * r + e < n && 2 * c < hd ? *(const float2 *)(x + (2 * r + e) * row + 2 * c) : make_float2(0.0f, 0.0f);
+        for (int e = 0; e < 2 && tile; e++) tile[(2 * r + e) * (HD / 2 + 4) + c] = snipi_ptx_bf16x2(v[e].x, v[e].y);
+        for (int e = 0; e < 2 && turned; e++) turned[(2 * c + e) * (COLS / 2 + 4) + r] = e ? snipi_ptx_bf16x2(v[0].y, v[1].y) : snipi_ptx_bf16x2(v[0].x, v[1].x);
+    }
+}
+[[maybe_unused]] static __device__ void multiply(float d[4], const uint32_t a[4], const uint32_t *b) {
+    const uint32_t words[2] = { b[0], b[4] };
+    snipi_ptx_mma_bf16(d, a, words);
+}
+template <int KIND, int HD> static __device__ void attend_rows(const attention &t) {
+    enum { COLS = HD > 64 ? 32 : 64, STEP = KIND == FORWARD ? 32 : 16, WIDE = HD / 2 + 4, TALL = COLS / 2 + 4, BY_KEYS = KIND == KEYS || KIND == VALUES, TWO = KIND == QUERIES || KIND == KEYS };
+    __shared__ uint32_t b0[COLS * WIDE], b1[COLS * WIDE], turned[HD * TALL];
+    __shared__ float col_lse[COLS], col_along[COLS];
+    const int lane = (int)threadIdx.x % WARP, y = lane / 4, x = lane % 4;
+    const int T = t.T, hd = t.hd, heads = BY_KEYS ? t.G : t.H, others = BY_KEYS ? t.H : t.G, group = t.H / t.G;
+    const int tiles = (T + ROWS - 1) / ROWS, all = (int)gridDim.x / tiles, head = (int)blockIdx.x % all % heads;
+    const int r0 = (BY_KEYS ? (int)blockIdx.x / all : tiles - 1 - (int)blockIdx.x / all) * ROWS;         // the longest first
+    const int warp_row = r0 + (int)threadIdx.x / WARP * 16, row = warp_row + y, end = BY_KEYS || r0 + ROWS > T ? T : r0 + ROWS;
+    const int64_t first = (int64_t)((int)blockIdx.x % all / heads) * T, at = (first * heads + head) * hd;    // the sequence's first row
+    uint32_t a0[HD / 16][4], a1[HD / 16][4];
+    float out[HD / 8][4] = {}, top[2] = { -INFINITY, -INFINITY }, sum[2] = {}, lse[2], along[2];
+    UNROLL for (int k = 0; k < HD / 16; k++)
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int r = row + i % 2 * 8, c = 16 * k + 2 * x + i / 2 * 8;
+            const int64_t from = at + (int64_t)r * (heads * hd) + c;
+            a0[k][i] = bf16_pair(t.a[0] + from, r < T && c < hd);
+            if (TWO) a1[k][i] = bf16_pair(t.a[1] + from, r < T && c < hd);
+        }
+    for (int i = 0; i < 2 && KIND == QUERIES; i++) {
+        const int r = row + 8 * i;
+        lse[i] = r < T ? t.lse[(first + r) * t.H + head] * LOG2_E : 0.0f;
+        along[i] = r < T ? t.along[(first + r) * t.H + head] : 0.0f;
+    }
+    for (int other = BY_KEYS ? head * group : head / group, last = BY_KEYS ? other + group : other + 1; other < last; other++)
+        for (int c0 = BY_KEYS ? r0 : 0; c0 < end; c0 += COLS) {
+            const int64_t from = ((first + c0) * others + other) * hd;
+            __syncthreads();
+            load_tile<HD, COLS>(b0, TWO ? turned : NULL, t.b[0] + from, others * hd, end - c0, hd);
+            load_tile<HD, COLS>(TWO ? b1 : NULL, TWO ? NULL : turned, t.b[1] + from, others * hd, end - c0, hd);
+            if (BY_KEYS && threadIdx.x < COLS) {
+                const int c = c0 + (int)threadIdx.x;
+                const int64_t of = (first + c) * t.H + other;
+                col_lse[threadIdx.x] = c < T ? t.lse[of] * LOG2_E : 0.0f;
+                col_along[threadIdx.x] = c < T ? t.along[of] : 0.0f;
+            }
+            __syncthreads();
+            if (BY_KEYS ? c0 + COLS <= warp_row : c0 > warp_row) continue;         // nothing seen by this warp
+            _Pragma("unroll 1") for (int k0 = 0; k0 < COLS; k0 += STEP) {
+                float p[STEP / 8][4] = {};
+                UNROLL for (int j = 0; j < STEP / 8; j++) {
+                    float dp[4] = {};
+                    UNROLL for (int k = 0; k < HD / 16; k++) {
+                        multiply(p[j], a0[k], b0 + (k0 + 8 * j + y) * WIDE + 8 * k + x);
+                        if (TWO) multiply(dp, a1[k], b1 + (k0 + 8 * j + y) * WIDE + 8 * k + x);
+                    }
+                    UNROLL for (int e = 0; e < 4; e++) {
+                        const int in = k0 + 8 * j + 2 * x + e % 2, r = row + e / 2 * 8, c = c0 + in;
+                        const bool seen = BY_KEYS ? r <= c : c <= r;       // columns beyond the end add zeros
+                        if (KIND == FORWARD) p[j][e] = seen ? p[j][e] : -INFINITY;
+                        else p[j][e] = seen ? exp2f(p[j][e] * t.scale2 - (BY_KEYS ? col_lse[in] : lse[e / 2])) : 0.0f;
+                        if (TWO) p[j][e] *= (dp[e] - (BY_KEYS ? col_along[in] : along[e / 2])) * t.scale;
+                    }
+                }
+                UNROLL for (int i = 0; i < 2 && KIND == FORWARD; i++) {         // of each row
+                    float most = top[i], keep;
+                    UNROLL for (int e = 0; e < STEP / 4; e++) most = fmaxf(most, p[e / 2][2 * i + e % 2]);
+                    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
+                    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 2));
+                    keep = exp2f((top[i] - most) * t.scale2);
+                    top[i] = most;
+                    sum[i] *= keep;
+                    UNROLL for (int e = 0; e < STEP / 4; e++) {
+                        float &v = p[e / 2][2 * i + e % 2];
+                        sum[i] += v = exp2f((v - most) * t.scale2);
+                    }
+                    UNROLL for (int e = 0; e < HD / 4; e++) out[e / 2][2 * i + e % 2] *= keep;
+                }
+                UNROLL for (int k = 0; k < STEP / 16; k++) {
+                    uint32_t left[4];
+                    UNROLL for (int i = 0; i < 4; i++) left[i] = snipi_ptx_bf16x2(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
+                    UNROLL for (int j = 0; j < HD / 8; j++) multiply(out[j], left, turned + (8 * j + y) * TALL + k0 / 2 + 8 * k + x);
+                }
+            }
+        }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const int r = row + 8 * i;
+        float by = 1.0f;
+        if (KIND == FORWARD) {
+            sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], 1);
+            sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], 2);
+            by = 1.0f / sum[i];
+            if (x == 0 && r < T) t.lse[(first + r) * t.H + head] = top[i] * t.scale + logf(sum[i]);
+        }
+        UNROLL for (int j = 0; j < HD / 8; j++)
+            if (r < T && 8 * j + 2 * x < hd)
+                *(float2 *)(t.out + at + (int64_t)r * (heads * hd) + 8 * j + 2 * x) = make_float2(out[j][2 * i] * by, out[j][2 * i + 1] * by);
+    }
+}
+// Two blocks at a time hide each other's loads; elsewhere than on 9.0 they would lack registers for heads of 64.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+enum { WIDEST_OF_TWO = 64 };
+#else
+enum { WIDEST_OF_TWO = 32 };
+#endif
+// Empty where the instructions are missing, which gpu_begin sees.
+template <int KIND, int HD> KERNEL __launch_bounds__(THREADS, HD > WIDEST_OF_TWO ? 1 : 2) attend(const attention t) {
+#ifdef __CUDA_ARCH__
+    if constexpr (__CUDA_ARCH__ >= 800)
+#endif
+    attend_rows<KIND, HD>(t);
+}
+KERNEL along_rows(float *along, const float *out, const float *dout, int64_t n, int64_t hd) {     // a warp a row of a head
+    const int64_t i = (blockIdx.x * (int64_t)THREADS + threadIdx.x) / WARP;
+    float sum = 0;
+    for (int64_t j = threadIdx.x % WARP; j < hd && i < n; j += WARP) sum += out[i * hd + j] * dout[i * hd + j];
+    for (int o = WARP / 2; o > 0; o /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, o);
+    if (threadIdx.x % WARP == 0 && i < n) along[i] = sum;
+}
+
 // >>model ------------------------------------------------------------------------------------------
 typedef struct gpu {
     llama *host;
@@ -219,7 +365,8 @@ typedef struct gpu {
     cudaStream_t stream;
     void *session_memory;
     int32_t *tokens, *targets;
-    float *scores, *dscores, *loss;     // (batch, heads, seq, seq) twice; 1
+    bool tensor_cores;                  // for attention
+    float *scores, *dscores, *loss;     // (batch, heads, seq, seq) twice, with tensor cores (R, heads); 1
     double *sums;                       // (PARTS), then their sum
     struct gpu *next;
 } gpu;
@@ -284,8 +431,9 @@ static gpu *gpu_begin(const llama *host, const snip *session) {
     copy(g->d.rope, g->host->rope, c->seq * (c->dim / c->heads), cudaMemcpyHostToDevice);
     g->tokens = device_memory<int32_t>((size_t)R);
     g->targets = device_memory<int32_t>((size_t)R);
-    g->scores = device_memory<float>((size_t)(R * c->heads * c->seq));
-    g->dscores = device_memory<float>((size_t)(R * c->heads * c->seq));
+    g->tensor_cores = g->session->desc.high == SNIP_BF16 && c->dim / c->heads <= 128 && snipi_cuda_has_body(attend<FORWARD, 64>);
+    g->scores = device_memory<float>((size_t)(R * c->heads * (g->tensor_cores ? 1 : c->seq)));
+    g->dscores = device_memory<float>((size_t)(R * c->heads * (g->tensor_cores ? 0 : c->seq)));
     g->loss = device_memory<float>(1);
     g->sums = device_memory<double>(PARTS + 1);
     for (int i = 0; i < g->d.n_tensors; i++) {
@@ -336,9 +484,17 @@ static view scores_of(const gpu *g, float *x, int transposed) {
     view v = { x, transposed ? 1 : T, transposed ? T : 1, g->d.config.heads * T * T, T * T, 1 };
     return v;
 }
+template <int KIND> static void attend_heads(gpu *g, attention t, int64_t sequences) {
+    const llama_config *c = &g->d.config;
+    t.T = c->seq; t.H = c->heads; t.G = c->kv_heads; t.hd = c->dim / c->heads;
+    t.scale = 1.0f / sqrtf((float)t.hd);
+    t.scale2 = t.scale * LOG2_E;
+    launch(t.hd > 64 ? attend<KIND, 128> : t.hd > 32 ? attend<KIND, 64> : attend<KIND, 32>, sequences * (KIND == KEYS || KIND == VALUES ? t.G : t.H) * ((t.T + ROWS - 1) / ROWS), THREADS, g->stream, t);
+}
 static void attention_fwd(gpu *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->d.config;
     const int64_t T = c->seq, H = c->heads, hd = c->dim / H;
+    if (g->tensor_cores) return attend_heads<FORWARD>(g, { { b->q }, { b->k, b->v }, b->att, b->lse }, sequences);
     multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, c->kv_heads, 0), scores_of(g, g->scores, 0), T, T, hd, sequences, H, LOWER, 0);
     launch(softmax_rows, sequences * H * T, ROW_THREADS, g->stream, g->scores, b->lse, T, H, 1.0f / sqrtf((float)hd));
     multiply_heads(g, scores_of(g, g->scores, 0), heads_of(g, b->v, c->kv_heads, 1), heads_of(g, b->att, H, 0), T, hd, T, sequences, H, BELOW_A, 0);
@@ -346,6 +502,13 @@ static void attention_fwd(gpu *g, const llama_block *b, int64_t sequences) {
 static void attention_bwd(gpu *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->d.config;
     const int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, group = H / G;
+    if (g->tensor_cores) {
+        launch(along_rows, (sequences * T * H * WARP + THREADS - 1) / THREADS, THREADS, g->stream, g->scores, (const float *)b->att, (const float *)g->d.datt, sequences * T * H, hd);
+        attend_heads<QUERIES>(g, { { b->q, g->d.datt }, { b->k, b->v }, g->d.dq, b->lse, g->scores }, sequences);
+        attend_heads<KEYS>(g, { { b->k, b->v }, { b->q, g->d.datt }, g->d.dk, b->lse, g->scores }, sequences);
+        attend_heads<VALUES>(g, { { b->k }, { b->q, g->d.datt }, g->d.dv, b->lse, g->scores }, sequences);
+        return;
+    }
     multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, G, 0), scores_of(g, g->scores, 0), T, T, hd, sequences, H, LOWER, 0);
     multiply_heads(g, heads_of(g, g->d.datt, H, 0), heads_of(g, b->v, G, 0), scores_of(g, g->dscores, 0), T, T, hd, sequences, H, LOWER, 0);
     launch(softmax_gradient, sequences * H * T, ROW_THREADS, g->stream, g->scores, g->dscores, (const float *)b->lse, (const float *)b->att, (const float *)g->d.datt, T, H, hd, 1.0f / sqrtf((float)hd));

@@ -411,6 +411,7 @@ static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t siz
             memmove(to, from, size);
     });
 }
+static inline cudaError_t cudaMemset(void *p, int byte, size_t size) { memset(p, byte, size); return cudaSuccess; }
 static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t size, cudaStream_t) { return shim_do([=] { memset(p, byte, size); }); }
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
 
@@ -480,4 +481,58 @@ template <class... P, class... A> static cudaError_t cudaLaunchKernelEx(const cu
     const cudaLaunchConfig_t c = *config;
     return shim_do([=] { shim_run(c.gridDim, c.blockDim, c.dynamicSmemBytes, [&] { kernel(args...); }); });
 }
+
+#ifdef SNIP_CUBLASLT
+// ---- cuBLASLt, as its documentation has it: what is asked for is kept, and computed element by element ----
+enum cublasStatus_t { CUBLAS_STATUS_SUCCESS, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_ARCH_MISMATCH = 8, CUBLAS_STATUS_EXECUTION_FAILED = 13, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+#define CUBLAS_VERSION 120900
+enum cudaDataType_t { CUDA_R_32F, CUDA_R_8F_E4M3 = 28, CUDA_R_8F_E5M2 };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasLtMatmulMatrixScale_t { CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F = 4, CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F };
+enum { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER };
+enum { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES };
+struct cublasLtMatmulDescOpaque_t { cublasOperation_t transa; cublasLtMatmulMatrixScale_t mode[2]; const float *scales[2]; };
+struct cublasLtMatrixLayoutOpaque_t { cudaDataType_t type; int64_t rows, cols, ld; };
+struct cublasLtMatmulPreferenceOpaque_t { size_t workspace; };
+struct cublasLtMatmulAlgo_t { size_t workspace; };
+struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; cublasStatus_t state; };
+typedef struct shim_cublaslt { cublasStatus_t find; bool fails; size_t workspace; } *cublasLtHandle_t;     // what it answers; what its way needs
+static inline cublasStatus_t cublasLtMatmulDescInit(cublasLtMatmulDescOpaque_t *d, cublasComputeType_t, cudaDataType_t) { *d = {}; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDescOpaque_t *d, int what, const void *value, size_t size) {
+    void *at[] = { &d->transa, &d->mode[0], &d->mode[1], &d->scales[0], &d->scales[1] };
+    memcpy(at[what], value, size);
+    return CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtMatrixLayoutInit(cublasLtMatrixLayoutOpaque_t *l, cudaDataType_t type, uint64_t rows, uint64_t cols, int64_t ld) { *l = { type, (int64_t)rows, (int64_t)cols, ld }; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtMatmulPreferenceInit(cublasLtMatmulPreferenceOpaque_t *p) { p->workspace = 0; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreferenceOpaque_t *p, int what, const void *value, size_t size) { if (!what) memcpy(&p->workspace, value, size); return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t lt, const cublasLtMatmulDescOpaque_t *, const cublasLtMatrixLayoutOpaque_t *, const cublasLtMatrixLayoutOpaque_t *, const cublasLtMatrixLayoutOpaque_t *,
+                                                            const cublasLtMatrixLayoutOpaque_t *, const cublasLtMatmulPreferenceOpaque_t *p, int, cublasLtMatmulHeuristicResult_t *found, int *count) {
+    *count = lt->find == CUBLAS_STATUS_SUCCESS && lt->workspace <= p->workspace;
+    *found = { { lt->workspace }, CUBLAS_STATUS_SUCCESS };
+    return lt->find;
+}
+// D (m, n) = alpha A (k, m)^T B (k, n) + beta C, by columns.
+static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t lt, const cublasLtMatmulDescOpaque_t *p, const float *alpha, const void *a, const cublasLtMatrixLayoutOpaque_t *la, const void *b, const cublasLtMatrixLayoutOpaque_t *lb,
+                                            const float *beta, const float *c, const cublasLtMatrixLayoutOpaque_t *lc, float *d, const cublasLtMatrixLayoutOpaque_t *ld, const cublasLtMatmulAlgo_t *way, void *workspace, size_t bytes, cudaStream_t) {
+    const int64_t k = la->rows, blocks = (k + 127) / 128;
+    const cublasLtMatrixLayoutOpaque_t *layout[2] = { la, lb };
+    const void *codes[2] = { a, b };
+    auto value = [&](int of, int64_t i, int64_t l) {
+        const uint8_t code = ((const uint8_t *)codes[of])[i * layout[of]->ld + l];
+        const float *scales = p->scales[of] + (p->mode[of] == CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F ? l / 128 * layout[of]->cols + i : i / 128 * ((blocks + 3) / 4 * 4) + l / 128);
+        return (double)(layout[of]->type == CUDA_R_8F_E4M3 ? shim_of.e4m3 : shim_of.e5m2)[code] * (double)*scales;
+    };
+    if (lt->fails || p->transa != CUBLAS_OP_T || lb->rows != k || lc->rows != la->cols || lc->cols != lb->cols || bytes < way->workspace) return CUBLAS_STATUS_EXECUTION_FAILED;
+    memset(workspace, 0xA5, bytes);
+    for (int64_t j = 0; j < lb->cols; j++)
+        for (int64_t i = 0; i < la->cols; i++) {
+            double sum = 0;
+            for (int64_t l = 0; l < k; l++) sum += value(0, i, l) * value(1, j, l);
+            d[i + j * ld->ld] = (float)((double)*alpha * sum + (*beta != 0.0f ? (double)*beta * (double)c[i + j * lc->ld] : 0.0));
+        }
+    return CUBLAS_STATUS_SUCCESS;
+}
+#endif
 #endif

@@ -74,6 +74,7 @@ make_one test_cuda_gpu "-x cu $lt" tests/test_cuda.cpp tests/cublaslt.h tests/co
 make_one bench_cuda "$lt" bench/bench_cuda.cu tests/cublaslt.h &
 make_one train_llama_cuda "" examples/train_llama.cu $trainer &
 make_one minimal_cuda "" examples/minimal.cu &
+if [ "$what" = test ]; then make_one attention_cuda "-x cu" tests/test_cuda_attention.cpp examples/train_llama.cu $trainer; fi
 wait
 
 if [ "$what" = bench ]; then
@@ -122,7 +123,7 @@ step() {                # name, limit in seconds, command
     row "$name" FAILED $((SECONDS - begin)) "$([ $status = 124 ] && echo stopped || echo "exit status $status") $counts"
     grep -E -m 14 'FAILED|=========|error|rror:' "$out" || tail -n 6 "$out"
 }
-for program in test_cuda_gpu minimal_cuda train_llama_cuda; do
+for program in test_cuda_gpu minimal_cuda train_llama_cuda attention_cuda; do
     [ -x "$build/$program" ] || { count 0 1 0; row "$program" FAILED 0 "not built"; }
 done
 if [ -x "$build/minimal_cuda" ]; then
@@ -132,6 +133,7 @@ fi
 if [ -x "$build/test_cuda_gpu" ]; then
     for part in codec quantize noise gemm oracle session; do step $part 90 "$build/test_cuda_gpu" $part; done
 fi
+if [ -x "$build/attention_cuda" ]; then step attention 60 "$build/attention_cuda"; fi
 # The trainer beside the CPU's, in float32 from one seed; then under plans.
 if [ -x "$build/train_llama_cuda" ]; then
     options="--data snip.h --blocks 2 --steps 12 --val-every 4 --seed 3 --quiet --precision f32"

@@ -1,9 +1,10 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
 // under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [session] [codec] [oracle]     --stop: at the first failure
-// s8: of gemm, those of INT8 bytes alone; codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
+//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [cublaslt] [session] [codec] [oracle]     --stop: at the first failure
+// s8, cublaslt: of gemm, those of INT8 bytes or by cuBLASLt alone; codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
 // SNIP_TEST_FEW=n in the environment: one case in n, for compute-sanitizer.
 #ifndef __CUDACC__
+#  define SNIP_CUBLASLT
 #  include "cuda_shim.h"
 #endif
 #define SNIP_IMPLEMENTATION
@@ -513,6 +514,64 @@ static void test_gemm_s8() {
         }
 }
 
+// By a cuBLASLt played on the CPU.
+#ifdef __CUDACC__
+static void test_gemm_cublaslt() {}
+#else
+static void test_gemm_cublaslt() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST } };
+    static const int64_t sizes[][3] = { { 16, 8, 32 }, { 129, 132, 400 }, { 300, 260, 128 }, { 5, 4, 656 } };
+    shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
+    for (const int64_t *size : sizes)
+        for (int kind = 0; kind < 9; kind++) {
+            const int64_t m = size[0], n = size[1], k = size[2], ldc = n + 4;
+            const int accumulate = kind & 1;
+            matrix a(&kinds[kind / 3], m, k, GAUSS), b(&kinds[kind % 3], n, k, GAUSS);
+            buffer c((size_t)(m * ldc) * 4), c2(c.size), gemm_scratch(snip_gemm_scratch(m, n, k));
+            std::vector<char> scratch(snip_cuda_cublaslt_scratch(m, n, k) + 256 + (size_t)kind);
+            void *at = (void *)(((uintptr_t)scratch.data() + 255) / 256 * 256);
+            double error = 0, norm = 0;
+            lt.workspace = (size_t)kind;
+            fill(c, m * ldc, SNIP_F32, GAUSS);
+            memcpy(c2.at, c.at, c.size);
+            snprintf(what, sizeof what, "gemm by cuBLASLt, %d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
+            CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, accumulate, NULL, gemm_scratch, SNIP_ISA_BEST) == SNIP_OK);
+            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate, at, snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind, 0) == SNIP_OK);
+            for (int64_t i = 0; i < m * ldc; i++) {
+                double x = c.floats()[i], y = c2.floats()[i];
+                if (i % ldc >= n) { CHECK(x == y); continue; }
+                error += (x - y) * (x - y);
+                norm += y * y;
+            }
+            CHECK(error <= 4e-12 * norm);
+        }
+    snip_recipe mx = SNIP_RECIPE_MXFP8, tall = { SNIP_E4M3, 64, 128, SNIP_SCALE_F32, NEAREST };
+    matrix a(&kinds[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&tall, 8, 128, GAUSS);
+    snip_operand odd = a.operand, without = a.operand;
+    const size_t room = snip_cuda_cublaslt_scratch(8, 8, 128);
+    buffer c(8 * 8 * 4), memory(room + 512);
+    char *at = (char *)(((uintptr_t)memory.at + 255) / 256 * 256);
+    auto gemm = [&](const snip_operand &y, float *to, int64_t ldc, void *scratch, size_t bytes, int64_t k = 128) { return snip_cuda_gemm_cublaslt(&lt, 8, 8, k, &a.operand, &y, to, ldc, 0, scratch, bytes, 0); };
+    odd.codes = a.codes.at + 1;
+    without.scales = NULL;
+    lt.workspace = 0;
+    snprintf(what, sizeof what, "gemm by cuBLASLt, refusals");
+    for (const snip_operand *o : { &b.operand, &d.operand, &e.operand, &odd }) CHECK(gemm(*o, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats() + 1, 8, at, room) == SNIP_UNSUPPORTED && gemm(a.operand, c.floats(), 9, at, room) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 8, at, room, 0) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, NULL, 8, at, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 7, at, room) == SNIP_BAD_ARGUMENT && gemm(without, c.floats(), 8, at, room) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, NULL, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 8, at + 16, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 8, at, room - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, room, 0) == SNIP_BAD_ARGUMENT);
+    lt.workspace = 1;           // more than it was given
+    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    lt = { CUBLAS_STATUS_NOT_SUPPORTED, false, 0 };
+    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    for (size_t i = 0; i < c.size; i++) if (c.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
+    lt = { CUBLAS_STATUS_SUCCESS, true, 0 };
+    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_DEVICE);
+}
+#endif
+
 // ---- the encoders, on every float: hardware's where the kernels use it ----
 #ifdef __CUDACC__
 static const uint32_t CODEC_STRIDE = 1;
@@ -645,8 +704,7 @@ static void test_oracle() {
                 twice_kernel<<<256, 256>>>(ib, (const uint8_t *)b.codes, n * k);
                 CHECK(cudaMemcpy(a.scales, ones.data(), (size_t)(m * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
                 CHECK(cudaMemcpy(b.scales, ones.data(), (size_t)(n * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
-            } else if (ra->format != SNIP_BF16)
-                lt.set(a.scales, b.scales, 0);
+            }
             CHECK(snip_cuda_gemm(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0) == SNIP_OK);
             if (integers) {             // the same bits from INT8 bytes, where there is such a kernel
                 std::vector<float> packed((size_t)(m * n)), bytes((size_t)(m * n));
@@ -657,7 +715,14 @@ static void test_oracle() {
                 CHECK(cudaMemcpy(bytes.data(), c, bytes.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
                 CHECK(status == SNIP_UNSUPPORTED || (status == SNIP_OK && !memcmp(packed.data(), bytes.data(), packed.size() * 4)));
             }
-            CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
+            if (integers || ra->format == SNIP_BF16) CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
+            else {                      // added to zeros
+                const size_t room = snip_cuda_cublaslt_scratch(m, n, k) + (32 << 20);
+                void *scratch;
+                CHECK(cudaMalloc(&scratch, room) == cudaSuccess && cudaMemset(c2, 0, ours.size() * 4) == cudaSuccess);
+                CHECK(snip_cuda_gemm_cublaslt(lt.handle, m, n, k, &a.operand, &b.operand, c2, n, size == sizes[0], scratch, room, 0) == SNIP_OK);
+                cudaFree(scratch);
+            }
             CHECK(cudaMemcpy(ours.data(), c, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess && cudaMemcpy(theirs.data(), c2, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
             for (size_t i = 0; i < ours.size(); i++) {
                 double x = ours[i], y = theirs[i];
@@ -1157,7 +1222,7 @@ static void test_session() {
 }
 
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0, s8 = 0, session = 0, codec = 0, oracle = 0;
+    int quantize = 0, noise = 0, gemm = 0, s8 = 0, cublaslt = 0, session = 0, codec = 0, oracle = 0;
     if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
     for (int i = 1; i < argc; i++) {
         stop_at_failure |= !strcmp(argv[i], "--stop");
@@ -1165,11 +1230,12 @@ int main(int argc, char **argv) {
         noise |= !strcmp(argv[i], "noise");
         gemm |= !strcmp(argv[i], "gemm");
         s8 |= !strcmp(argv[i], "s8");
+        cublaslt |= !strcmp(argv[i], "cublaslt");
         session |= !strcmp(argv[i], "session");
         codec |= !strcmp(argv[i], "codec");
         oracle |= !strcmp(argv[i], "oracle");
     }
-    if (!quantize && !noise && !gemm && !s8 && !session && !codec && !oracle) quantize = noise = gemm = s8 = session = codec = oracle = 1;
+    if (!quantize && !noise && !gemm && !s8 && !cublaslt && !session && !codec && !oracle) quantize = noise = gemm = s8 = session = codec = oracle = 1;
 #ifdef __CUDACC__
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -1194,6 +1260,7 @@ int main(int argc, char **argv) {
     if (noise) test_noise();
     if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
     if (gemm || s8) test_gemm_s8();
+    if (gemm || cublaslt) test_gemm_cublaslt();
     if (session) test_session();
     if (codec) test_codec();
     if (oracle) test_oracle();

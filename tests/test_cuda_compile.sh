@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# snip_cuda.cuh under nvcc: no warnings and no spilled registers on any architecture, and the instructions meant for it.
+# snip_cuda.cuh and the trainer's kernels under nvcc: no warnings and no spilled registers on any architecture, and the instructions meant for it.
 set -u
 cd "$(dirname "$0")/.."
 if ! command -v nvcc > /dev/null; then
@@ -11,7 +11,25 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0 skipped=0
 printf '#define SNIP_IMPLEMENTATION\n#include "snip_cuda.cuh"\n#include "snip_cuda.cuh"\n' > "$dir/a.cu"
-printf '#include "snip_cuda.cuh"\nint main() { return snip_cuda_quantize(0, SNIP_CUDA_PACKED, 0, 0, 0, 0) == SNIP_OK; }\n' > "$dir/b.cpp"
+cat > "$dir/b.cpp" <<'CPP'
+#include "snip_cuda.cuh"
+#ifdef SNIP_CUBLASLT            // what it refuses without asking cuBLASLt
+static snip_status lt(const snip_recipe *r, int64_t ldc, size_t short_of, void *handle) {
+    static char memory[1024] __attribute__((aligned(256)));
+    snip_operand o = snip_operand();
+    o.recipe = r; o.codes = o.scales = memory;
+    return snip_cuda_gemm_cublaslt((cublasLtHandle_t)handle, 16, 16, 128, &o, &o, (float *)(void *)memory, ldc, 0, memory, snip_cuda_cublaslt_scratch(16, 16, 128) - short_of, 0);
+}
+static bool refuses() {
+    const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp4 = SNIP_RECIPE_FP4_TILE;
+    int some = 0;
+    return lt(&fp8, 16, 0, NULL) == SNIP_BAD_ARGUMENT && lt(&fp8, 16, 1, &some) == SNIP_BAD_ARGUMENT && lt(&fp8, 17, 0, &some) == SNIP_UNSUPPORTED && lt(&fp4, 16, 0, &some) == SNIP_UNSUPPORTED;
+}
+#else
+static bool refuses() { return true; }
+#endif
+int main() { return snip_cuda_quantize(0, SNIP_CUDA_PACKED, 0, 0, 0, 0) != SNIP_BAD_ARGUMENT || !refuses(); }
+CPP
 ok() { passed=$((passed + 1)); }
 fail() { echo "FAILED: $*"; failed=$((failed + 1)); }
 
@@ -35,7 +53,7 @@ PY
 archs=${ARCHS:-75 80 89 90a 100a 120a}
 for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
     while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
-    nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage "$dir/a.cu" -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
+    nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage examples/train_llama.cu -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
 done
 wait
 for arch in $archs; do
@@ -54,19 +72,20 @@ for arch in $archs; do
     got=$(python3 "$dir/opcodes.py" "$dir/$arch.cubin")
     if [ "$got" = "$want" ]; then ok; else fail "sm_$arch: opcodes '$got', expected '$want'"; fi
 done
-# Programs: the implementation by nvcc and a caller by the host compiler; examples and benchmark with that implementation, and
-# those that take what is private, whole. They want a GPU.
+# Programs: the implementation by nvcc and a caller by the host compiler, with cuBLASLt if it is there; an example with that
+# implementation, and those that take what is private, whole. Most want a GPU.
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
 fast="-std=c++17 -I. -arch=sm_75 -Xcicc -O0 -Xptxas -O0 -Werror all-warnings"
-if nvcc $fast -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
-   ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
-   nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
-once="-DSNIP_IMPLEMENTATION_DONE -DSNIP_CUDA_IMPLEMENTATION_DONE $dir/a.o"
-for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp; do
-    peers=
-    case $source in tests/*) how="-x cu" ;; *) how=$once ;; esac
-    case $source in bench/* | tests/*) if [ -f "$cuda/include/cublasLt.h" ]; then peers="-DSNIP_CUBLASLT -lcublasLt"; fi ;; esac
-    if nvcc $fast $how "$source" $peers -o "$dir/program" > "$dir/log" 2>&1 &&
+lt=-DSNIP_CUBLASLT link=-lcublasLt
+if [ ! -f "$cuda/include/cublasLt.h" ]; then lt= link= skipped=$((skipped + 1)); echo "skipped: SNIP_CUBLASLT, cuBLASLt is not installed"; fi
+if nvcc $fast $lt -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
+   ${CXX:-g++} -std=c++11 -Wall -Wextra -Werror -I. $lt -isystem "$cuda/include" -c "$dir/b.cpp" -o "$dir/b.o" > "$dir/log" 2>&1 &&
+   nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" $link -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
+if "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files: what it refuses"; head -5 "$dir/log"; fi
+once="-DSNIP_IMPLEMENTATION_DONE -DSNIP_CUDA_IMPLEMENTATION_DONE $dir/a.o $link"
+for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp tests/test_cuda_attention.cpp; do
+    case $source in examples/*) how=$once ;; bench/*) how="$lt $link" ;; *) how="-x cu $lt $link" ;; esac
+    if nvcc $fast $how "$source" -o "$dir/program" > "$dir/log" 2>&1 &&
        { "$dir/program" > "$dir/log" 2>&1 || grep -qx 'minimal: no GPU was found' "$dir/log"; }; then ok; else fail "$source"; head -5 "$dir/log"; fi
 done
 # With a GPU the examples run, without one they say so.

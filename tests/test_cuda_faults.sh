@@ -66,6 +66,10 @@ try "zeros beyond k are not asked for" 's/g\.n, g\.k, g\.b\.reader\.row_bytes\)/
 try "INT8 bytes that TMA cannot read" 's/o->aligned = \(uintptr_t\)o->reader\.codes % 16 == 0;/o->aligned = 1;/' s8
 try "INT8 bytes of magnitudes" 's/positive \+ 0x80808080u - negative/positive + 0x80808080u + negative/' quantize
 try "INT8 bytes where there is no wgmma" 's/c->codes = snipi_cuda_has_body\(.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
+try "cuBLASLt's scales in our order" 's/i % blocks \* rows \+ i \/ blocks/i/' cublaslt
+try "cuBLASLt's scales without padding" 's/snipi_cublaslt_blocks\(k\) : 0;/blocks : 0;/' cublaslt
+try "cuBLASLt's A is ours" 's/A_SCALE_MODE, modes\[b->/A_SCALE_MODE, modes[a->/' cublaslt
+try "cuBLASLt gets room that it was not given" 's/ldc, scratch_bytes - scales\);/ldc, scratch_bytes);/' cublaslt
 try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
 try "saturation is not looked for" 's/ && !\(q\.straight\.counts && snipi_cuda_may_saturate\(r\)\)//' quantize
 try "a held weight's counts once" 's/^( *)\*counts = c->watched.*/\1*counts = NULL;/' session

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # examples/train_llama.cu on the CPU, thread by thread, beside examples/train_llama.c: the same losses and plans; a plan
-# that takes effect a step later; resuming.
+# that takes effect a step later; resuming. Its attention on tensor cores beside the float32 one.
 #     tests/test_cuda_trainer.sh [TRAINER]       TRAINER: the built train_llama.c; without an argument it is built
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,6 +14,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 cpu=${1:-$dir/cpu} gpu=$dir/gpu
 [ $# -gt 0 ] || ${CC:-cc} -O2 -Wno-unknown-pragmas "$here/../examples/train_llama.c" -o "$cpu" -lm || { fail "building the CPU's trainer"; done_now; }
 ${CXX:-g++} -O1 -w -std=c++17 -DSNIP_STATIC -DSNIP_NO_SIMD -include "$here/cuda_shim.h" -x c++ "$here/../examples/train_llama.cu" -o "$gpu" -lm || { fail "building the GPU's trainer"; done_now; }
+if ${CXX:-g++} -O1 -w -std=c++17 -DSNIP_STATIC -DSNIP_NO_SIMD -include "$here/cuda_shim.h" "$here/test_cuda_attention.cpp" -o "$dir/attention" -lm && "$dir/attention" > "$dir/log"; then ok; else fail "attention"; grep FAILED "$dir/log" | head -5; fi
 head -c 600 "$here/../examples/minimal.c" > "$dir/text"          # few sequences to validate on
 model="--data $dir/text --dim 16 --blocks 1 --heads 4 --kv-heads 2 --ffn 20 --seq 7 --batch 2 --val-every 2 --quiet"
 both() {                # name, most difference of a loss, steps compared, options
