@@ -257,8 +257,9 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // >>gemm -------------------------------------------------------------------------------------------
 // C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n], operands quantized along k (k contiguous).
 // E2M1 * E2M1 whose scale tiles along k nest: exact integer sums inside a scale block, then
-// c = fmaf(sa * sb, sum, c) block after block. Everything else: float32 sums of the dequantized
-// operands. F32 and BF16 operands may be stored transposed, [k][rows].
+// c = fmaf(sa * sb, sum, c) block after block; the integers are doubled and the scales halved for it, so
+// that float scales below 2^-125 lose a bit. Everything else: float32 sums of the dequantized operands.
+// F32 and BF16 operands may be stored transposed, [k][rows].
 // AVX512_BF16 and AMX multiply what bfloat16 holds exactly (all but F32 operands that are not to be
 // rounded) as bfloat16: FP8, FP6 and FP4 codes unscaled, with float32 sums, then as above. These units
 // round to nearest even and know no subnormals: BF16 operands below 2^-126 count as zero, and sums
