@@ -2181,7 +2181,7 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
 
     if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, clean || loss_probe ? &dy_t : NULL, stream);
     if (sketched && !status)
-        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, r->scaling, inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
+        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, &r->scaling[0], inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
     l->elements_y += rows * l->n;
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
