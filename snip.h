@@ -4225,10 +4225,10 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T repeats
 // with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
 // Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is sensitive. That is seen in the
-// clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white errors, 0.5 to 6 in fact; curvature (Fisher's, sum
-// dX_r^T dX_r) and answer are taken to have dX's directions and sizes, row by row.
+// clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white errors, 0.5 to 6 in fact (in the update, of
+// r_X, below); curvature (Fisher's, sum dX_r^T dX_r) and answer are taken to have dX's directions and sizes, row by row.
 // Nor is it independent of X: what saturates or is flushed to 0 shrinks X, and all of Y with it, e_A = -c_A A + r_A, c_A = -<A, e_A> / |A|^2: 0.02 to
-// 0.05 in MXFP4, a tenth of the error and up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer
+// 0.05 in MXFP4, 3 to 12% of |e_A|^2 and up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer
 // <dY', Y> = <dY' W, X> is the change of <dX, X> from pass to pass; X's own change in it is small. One probe's square of it would be chi-square
 // with a single degree of freedom: it is taken over blocks of 32 rows, and the blocks' squares are added.
 // dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of dW, sketched with its
