@@ -4220,14 +4220,18 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 // Loss change if layer l's forward GEMM runs in format f, e_A = Q_f(A) - A:
 //   first  = <dX, e_X> + <dW, e_W>             second = (a h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
 // Relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2:
-//   fwd    (a |e_X|^2 / n_X * |dY' W|^2  +  |e_W|^2 / n_W * |dY'^T X|^2) / U^2
+//   fwd    (a |r_X|^2 / n_X * |dY' W|^2  +  |r_W|^2 / n_W * |dY'^T X|^2  +  (c_X + c_W)^2 <dY', Y>^2) / U^2
 //   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2  +  |e_W|^2 / n_W * |dY^T X'|^2) / U^2
 //   wgrad  |D * dW_err|^2 / |W|^2 / U^2, dW_err the GEMM's error in format f, on a sample of the output features
 // The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T repeats
 // with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
 // Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is sensitive. That is seen in the
-// clean pass: a = in sum over rows r <dX_r, e_r>^2 / sum (|dX_r|^2 |e_r|^2), 1 for white errors, 0.5 to 6 in fact; curvature (Fisher's, sum
-// dX_r^T dX_r) and answer are taken to have dX's directions.
+// clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white errors, 0.5 to 6 in fact (in the update, of
+// r_X, below); curvature (Fisher's, sum dX_r^T dX_r) and answer are taken to have dX's directions and sizes, row by row.
+// Nor is it independent of X: what saturates or is flushed to 0 shrinks X, and all of Y with it, e_A = -c_A A + r_A, c_A = -<A, e_A> / |A|^2: 0.02 to
+// 0.05 in MXFP4, 3 to 12% of |e_A|^2 and up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer
+// <dY', Y> = <dY' W, X> is the change of <dX, X> from pass to pass; X's own change in it is small. One probe's square of it would be chi-square
+// with a single degree of freedom: it is taken over blocks of 32 rows, and the blocks' squares are added.
 // dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of dW, sketched with its
 // rows mixed into 32: the update probe forms no more of its dW than that. The two parts are uncorrelated and share the square as
 // |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
@@ -4249,7 +4253,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 //
 // Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.2 to 3.5
 // ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
-enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16 };
+enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16, SNIPI_BLOCKS = 64, SNIPI_BLOCK_ROWS = 32 };
 enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
        SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
 enum { SNIPI_SKETCH_X, SNIPI_SKETCH_DY, SNIPI_SKETCH_XW, SNIPI_SKETCH_DYW, SNIPI_SKETCH_DW, SNIPI_SKETCHES };     // of X, dY, X W^T, dY W, dW
@@ -4258,8 +4262,9 @@ enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNI
 enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 typedef struct {                // of one candidate format, over the step's micro-batches
-    double err_x, err_w, err_dy, dot_x, dot_w;
-    double along_x, white_x;    // sum over rows of <dX, e_X>^2, and of |dX|^2 |e_X|^2 / columns, which it would be for white errors
+    double err_w, err_dy, dot_x, dot_w;
+    double self_x, self_w;      // <X, e_X>, <W, e_W>
+    double dx_sq, along_x, both_x, scale_x;     // sums over rows of |dX|^2, <dX, e_X>^2, <dX, e_X> <dX, X>, <dX, X>^2
     double wgrad_err;           // |D * dW_err|^2
 } snipi_measured;
 enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
@@ -4281,6 +4286,7 @@ typedef struct {
     int64_t elements_x, elements_y;             // seen by this pass; rows by the one before
     int64_t rows;
     double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
+    double scaling[SNIPI_BLOCKS];               // <dX, X> by blocks of rows: update probe less clean
     float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
     double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
     snipi_measured measured[SNIPI_CANDIDATES];
@@ -4387,6 +4393,7 @@ static void snipi_begin_step(snip *s) {
         if (!measure) continue;
         memset(layer->measured, 0, sizeof layer->measured);
         memset(layer->sketch, 0, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
+        memset(layer->scaling, 0, sizeof layer->scaling);
         layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = layer->input_sq = layer->gradient_sq = 0;
     }
     s->pending = SNIP_OK;
@@ -5008,34 +5015,62 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     return snipi_finish_call(s, l, nonfinite, status);
 }
 
+// <dX, X> of the pass's block i of 32 rows goes to bucket i % 64, with a factor; dX is added to `to` as well, which may be NULL.
+typedef struct { const float *x, *dx; int64_t rows, k, offset; float *to; double factor, *buckets; } snipi_scaling;
+static void snipi_scaling_bucket(void *arg, int64_t bucket) {
+    enum { LANES = 16 };
+    const snipi_scaling *q = (const snipi_scaling *)arg;
+    const int64_t first = q->offset / SNIPI_BLOCK_ROWS, end = q->offset + q->rows, k = q->k;
+    int64_t block = first + (bucket + SNIPI_BLOCKS - first % SNIPI_BLOCKS) % SNIPI_BLOCKS, r;
+    for (; block * SNIPI_BLOCK_ROWS < end; block += SNIPI_BLOCKS)
+        for (r = snipi_max(block * SNIPI_BLOCK_ROWS, q->offset); r < snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end); r++) {
+            const float *x = q->x + (r - q->offset) * k, *d = q->dx + (r - q->offset) * k;
+            float *to = q->to ? q->to + (r - q->offset) * k : NULL, lanes[LANES] = { 0 };
+            int64_t i;
+            int j;
+            for (i = 0; i + LANES <= k; i += LANES)
+                for (j = 0; j < LANES; j++) lanes[j] += d[i + j] * x[i + j];
+            for (j = 0; i < k; i++, j++) lanes[j] += d[i] * x[i];
+            for (j = 0; j < LANES; j++) q->buckets[bucket] += q->factor * (double)lanes[j];
+            for (i = 0; to && i < k; i++) to[i] += d[i];
+        }
+}
+static void snipi_measure_scaling(const snip *s, snipi_layer *l, const float *x, int64_t rows, int64_t offset, const float *dx, float *to) {
+    snipi_scaling q;
+    q.x = x; q.dx = dx; q.rows = rows; q.k = l->k; q.offset = offset; q.to = to;
+    q.factor = s->pass == SNIP_PASS_CLEAN ? -1 : 1;
+    q.buckets = l->scaling;
+    snipi_share(snipi_scaling_bucket, &q, SNIPI_BLOCKS, rows * l->k);
+}
+
 // X's rounding errors e in a candidate, beside dX, row by row.
-typedef struct { const float *x, *rounded, *dx; int64_t rows, k; double dot[SNIPI_CHUNKS], along[SNIPI_CHUNKS], white[SNIPI_CHUNKS]; } snipi_input_errors;
+typedef struct { const float *x, *rounded, *dx; int64_t rows, k; double sum[SNIPI_CHUNKS][5]; } snipi_input_errors;
 static void snipi_input_errors_chunk(void *arg, int64_t c) {
     enum { LANES = 16 };
     snipi_input_errors *q = (snipi_input_errors *)arg;
     int64_t r, k = q->k, end = q->rows * (c + 1) / SNIPI_CHUNKS;
-    double dot = 0, along = 0, white = 0;
+    double sum[5] = { 0 };
     for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++) {
         const float *a = q->x + r * k, *b = q->rounded + r * k, *d = q->dx + r * k;
         float lanes[3][LANES] = { { 0 } };
-        double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, |e|^2
+        double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, <d, x>
         int64_t i;
         int j;
         for (i = 0; i + LANES <= k; i += LANES)
             for (j = 0; j < LANES; j++) {
-                float e = b[i + j] - a[i + j];
-                lanes[0][j] += d[i + j] * e; lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += e * e;
+                lanes[0][j] += d[i + j] * (b[i + j] - a[i + j]); lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += d[i + j] * a[i + j];
             }
         for (j = 0; i < k; i++, j++) {
-            float e = b[i] - a[i];
-            lanes[0][j] += d[i] * e; lanes[1][j] += d[i] * d[i]; lanes[2][j] += e * e;
+            lanes[0][j] += d[i] * (b[i] - a[i]); lanes[1][j] += d[i] * d[i]; lanes[2][j] += d[i] * a[i];
         }
         for (i = 0; i < 3; i++) for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
-        dot += row[0];
-        along += row[0] * row[0];
-        white += row[1] * row[2] / (double)k;
+        sum[0] += row[0];
+        sum[1] += row[1];
+        sum[2] += row[0] * row[0];
+        sum[3] += row[0] * row[2];
+        sum[4] += row[2] * row[2];
     }
-    q->dot[c] = dot; q->along[c] = along; q->white[c] = white;
+    memcpy(q->sum[c], sum, sizeof sum);
 }
 static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, snipi_measured *to) {
     snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
@@ -5044,11 +5079,14 @@ static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, i
     snip_quant_stats stats;
     int c;
     if (!rounded) return SNIP_OUT_OF_MEMORY;
-    snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), NULL, &stats);
+    snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), x, &stats);
     q.x = x; q.rounded = rounded; q.dx = dx; q.rows = rows; q.k = l->k;
     snipi_share(snipi_input_errors_chunk, &q, SNIPI_CHUNKS, q.rows * q.k);
-    for (c = 0; c < SNIPI_CHUNKS; c++) { to->dot_x += q.dot[c]; to->along_x += q.along[c]; to->white_x += q.white[c]; }
-    to->err_x += stats.err_sq;
+    for (c = 0; c < SNIPI_CHUNKS; c++) {
+        to->dot_x += q.sum[c][0]; to->dx_sq += q.sum[c][1];
+        to->along_x += q.sum[c][2]; to->both_x += q.sum[c][3]; to->scale_x += q.sum[c][4];
+    }
+    to->self_x += stats.dot;
     if (f == 0) l->input_sq += stats.sum_sq;
     return SNIP_OK;
 }
@@ -5067,14 +5105,12 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
         status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n);
         if (status) return status;
     }
+    status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
+    if (status) return status;
+    if (sketched) snipi_measure_scaling(s, l, inp, rows, l->elements_y / l->n, own, clean ? NULL : dinp);
     l->elements_y += rows * l->n;
-    if (s->pass == SNIP_PASS_UPDATE_PROBE) {
-        if (dinp && (status = snipi_dgrad(s, l, micro, s->desc.measure, dinp, 1, dout, w, rows)) != SNIP_OK) return status;
-    } else {
-        status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
-        if (status) return status;
+    if (clean || loss_probe)
         *(clean ? &l->clean_x : &l->noisy_x) += snipi_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), dinp);
-    }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             snip_recipe gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
@@ -5111,6 +5147,9 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
             snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), own, &stats);
             l->measured[f].err_w = stats.err_sq;
             l->measured[f].dot_w += stats.dot;
+            if (micro || !sketched) continue;
+            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), weight, &stats);
+            l->measured[f].self_w = stats.dot;
         }
         if (snipi_probes_updates(s)) status = snipi_measure_wgrad(s, l, micro, dout, inp, rows, own);
     }
@@ -5257,12 +5296,15 @@ static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int 
     double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
     double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
-    double mean_x = snipi_ratio(q->err_x, (double)l->elements_x) * (q->white_x > 0 ? q->along_x / q->white_x : 1), mean_w = q->err_w / n_w;
+    double mean_w = q->err_w / n_w, shrink_x = -snipi_ratio(q->self_x, l->input_sq), shrink_w = -snipi_ratio(q->self_w, l->weight_sq), scaling_sq = 0;
+    double rest_x = q->along_x + shrink_x * (2 * q->both_x + shrink_x * q->scale_x), rest_w = mean_w - shrink_w * shrink_w * l->weight_sq / n_w;
     snip_estimate e;
+    int i;
+    for (i = 0; i < SNIPI_BLOCKS; i++) scaling_sq += l->scaling[i] * l->scaling[i];
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
-    e.loss_second = 0.5 * (h_x * mean_x + h_w * mean_w);
-    e.update[SNIP_FWD] = (mean_x * l->sketched_sq[SNIPI_SKETCH_DYW] + mean_w * by_fwd) * probe;
+    e.loss_second = 0.5 * (h_x * snipi_ratio(q->along_x, q->dx_sq) + h_w * mean_w);
+    e.update[SNIP_FWD] = (snipi_ratio(rest_x, q->dx_sq) * l->sketched_sq[SNIPI_SKETCH_DYW] + rest_w * by_fwd + (shrink_x + shrink_w) * (shrink_x + shrink_w) * scaling_sq) * probe;
     e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + mean_w * (dw_sq - by_fwd)) * probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;

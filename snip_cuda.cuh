@@ -1738,11 +1738,13 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int
 
 // >>cuda-session-impl ------------------------------------------------------------------------------
 // The formulas are >>session-impl's, call for call; only sums are taken in another order.
+enum { SNIPI_CUDA_ROW_SUMS = 5 };
 typedef struct {                        // a layer's measurement
     double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq, update_sq;    // input_sq: of the loss probe's first micro-batch
     double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
     snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
-    double along[SNIPI_CANDIDATES][2];  // along_x, white_x
+    snip_quant_stats self_w[SNIPI_CANDIDATES];
+    double rows[SNIPI_CANDIDATES][SNIPI_CUDA_ROW_SUMS], scaling[SNIPI_BLOCKS];       // rows: dx_sq, along_x, both_x, scale_x, self_x
 } snipi_cuda_record;
 typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
 typedef struct {                        // of a layer in every step, as in snipi_layer
@@ -1819,7 +1821,7 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         want(SNIPI_CUDA_SAMPLE, (size_t)(rows * snipi_max(samples, SNIPI_PROJECTED) * floats));
         want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
         want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
-        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 4 * rows) * floats));        // also pairs of doubles, one a row
+        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 2 * SNIPI_CUDA_ROW_SUMS * rows) * floats));      // also doubles, each row's sums
         want(SNIPI_CUDA_MIXED, (size_t)(SNIPI_MIXED * snipi_max(n, k) * floats));
     }
     for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
@@ -2195,33 +2197,45 @@ static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, i
     job.key = snipi_key(c->s, l, micro, role);
     return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
-struct snipi_cuda_pairs { const double *x; __device__ double operator()(int64_t i) const { return x[2 * i]; } };
-static __global__ void snipi_cuda_along_kernel(double *pairs, const float *x, const float *rounded, const float *dx, int64_t k) {       // a block for each row
+struct snipi_cuda_row_sums { const double *x; __device__ double operator()(int64_t i) const { return x[SNIPI_CUDA_ROW_SUMS * i]; } };
+static __global__ void snipi_cuda_rows_kernel(double *rows, const float *x, const float *rounded, const float *dx, int64_t k) {        // a block for each row
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     const int64_t at = (int64_t)blockIdx.x * k;
-    double dot = 0, d_sq = 0, e_sq = 0;
+    double along = 0, d_sq = 0, scale = 0, self = 0;
     for (int64_t i = at + threadIdx.x; i < at + k; i += SNIPI_THREADS) {
         const double e = (double)(rounded[i] - x[i]), d = (double)dx[i];
-        dot += d * e; d_sq += d * d; e_sq += e * e;
+        along += d * e; d_sq += d * d; scale += d * (double)x[i]; self += e * (double)x[i];
     }
-    dot = snipi_cuda_block_sum(dot, sums);
+    along = snipi_cuda_block_sum(along, sums);
     d_sq = snipi_cuda_block_sum(d_sq, sums);
-    e_sq = snipi_cuda_block_sum(e_sq, sums);
+    scale = snipi_cuda_block_sum(scale, sums);
+    self = snipi_cuda_block_sum(self, sums);
     if (threadIdx.x) return;
-    pairs[2 * blockIdx.x] = dot * dot;
-    pairs[2 * blockIdx.x + 1] = d_sq * e_sq / (double)k;
+    rows += SNIPI_CUDA_ROW_SUMS * (int64_t)blockIdx.x;
+    rows[0] = d_sq; rows[1] = along * along; rows[2] = along * scale; rows[3] = scale * scale; rows[4] = self;
+}
+// As snipi_scaling_bucket: a block for each bucket.
+static __global__ void snipi_cuda_scaling_kernel(double *buckets, const float *x, const float *dx, int64_t rows, int64_t k, int64_t offset, double factor) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        if ((offset + r) / SNIPI_BLOCK_ROWS % SNIPI_BLOCKS != (int64_t)blockIdx.x) continue;
+        for (int64_t i = threadIdx.x; i < k; i += SNIPI_THREADS) sum += (double)dx[r * k + i] * (double)x[r * k + i];
+    }
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) buckets[blockIdx.x] += factor * sum;
 }
 // X's rounding errors beside dX, as in snipi_measure_input.
 static snip_status snipi_cuda_measure_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, cudaStream_t stream) {
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], SNIPI_ACTIVATION);
     float *rounded = snipi_cuda_floats(c, SNIPI_CUDA_X);
-    double *pairs = (double *)c->slot[SNIPI_CUDA_PROJECTED];
+    double *sums = (double *)c->slot[SNIPI_CUDA_PROJECTED];
     void *codes = c->slot[SNIPI_CUDA_A], *scales = c->slot[SNIPI_CUDA_A_SCALES];
     snip_status status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, x, rows, l->k, dx, codes, scales, &r->x[f], stream);
     if (!status) status = snip_cuda_dequantize(&recipe, codes, scales, rows, l->k, rounded, SNIP_F32, l->k, stream);
-    if (!status) status = snipi_cuda_launch(snipi_cuda_along_kernel, rows, SNIPI_THREADS, 0, stream, pairs, x, (const float *)rounded, dx, l->k);
-    for (int i = 0; i < 2 && !status; i++) status = snipi_cuda_total(c, snipi_cuda_pairs{ pairs + i }, rows, &r->along[f][i], 1, 1, stream);
+    if (!status) status = snipi_cuda_launch(snipi_cuda_rows_kernel, rows, SNIPI_THREADS, 0, stream, sums, x, (const float *)rounded, dx, l->k);
+    for (int i = 0; i < SNIPI_CUDA_ROW_SUMS && !status; i++) status = snipi_cuda_total(c, snipi_cuda_row_sums{ sums + i }, rows, &r->rows[f][i], 1, 1, stream);
     return status;
 }
 static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
@@ -2276,9 +2290,11 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     if (sketched && !status) {
         status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n, stream);
     }
-    l->elements_y += rows * l->n;
 
     if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, clean || loss_probe ? &dy_t : NULL, stream);
+    if (sketched && !status)
+        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, &r->scaling[0], inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
+    l->elements_y += rows * l->n;
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
         status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
@@ -2304,7 +2320,8 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
     if (!status)
         status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
-        status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, own, NULL, NULL, &r->w[f], stream);
+        for (int self = 0; self <= (micro == 0 && sketched) && !status; self++)
+            status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, self ? weight : own, NULL, NULL, self ? &r->self_w[f] : &r->w[f], stream);
     if (clean && snipi_probes_updates(c->s) && !status) status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
     return status;
 }
@@ -2424,12 +2441,14 @@ static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
         l->input_sq = r->x[0].sum_sq; l->gradient_sq = r->dy[0].sum_sq;
         l->elements_x = c->seen[3 * i]; l->elements_y = c->seen[3 * i + 1];
         memcpy(l->sketched_sq, r->sketched_sq, sizeof l->sketched_sq);
+        memcpy(l->scaling, r->scaling, sizeof l->scaling);
         for (int f = 0; f < SNIPI_CANDIDATES; f++) {
             snipi_measured *q = &l->measured[f];
-            q->err_x = r->x[f].err_sq; q->dot_x = r->x[f].dot;
+            q->dot_x = r->x[f].dot;
             q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]); q->dot_w = r->w[f].dot;
             q->err_dy = r->dy[f].err_sq;
-            q->along_x = r->along[f][0]; q->white_x = r->along[f][1];
+            q->dx_sq = r->rows[f][0]; q->along_x = r->rows[f][1]; q->both_x = r->rows[f][2]; q->scale_x = r->rows[f][3];
+            q->self_x = r->rows[f][4]; q->self_w = r->self_w[f].dot;
             q->wgrad_err = r->wgrad_err[f];
         }
         if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;

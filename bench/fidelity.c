@@ -29,7 +29,7 @@ static const snip_format formats[FORMATS] = { SNIP_E4M3, SNIP_E2M1 };
 enum { ADJOINT, SNIP, ESTIMATORS };
 static const char *const estimator_name[ESTIMATORS] = { "adjoint", "snip" };
 
-typedef struct { double truth, estimate[ESTIMATORS]; } pair;
+typedef struct { double truth, estimate[ESTIMATORS], batch[BATCHES]; } pair;      // means; the truth of each batch
 
 static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -46,6 +46,17 @@ static void report(const char *what, const char *estimator, const char *format, 
     printf("fidelity\t%s\t%s\t%s\t%s\t%.3f\t%.3f\t%.3f\t%.3f\n", what, estimator, format, gemm, stats_spearman(x, y, n), stats_kendall(x, y, n),
            positive ? ratio[positive / 2] : 0, sqrt(spread));
     free(x);
+}
+
+// How far the truth itself repeats: Spearman of one batch's truth to the other batches', mean over the batches.
+static double repeats(const pair *p, int n) {
+    double *x = (double *)tr_alloc((size_t)n * 2 * sizeof *x), *y = x + n, mean = 0;
+    for (int b = 0; b < BATCHES; b++) {
+        for (int i = 0; i < n; i++) { x[i] = p[i].batch[b]; y[i] = p[i].truth * BATCHES - x[i]; }
+        mean += stats_spearman(x, y, n) / BATCHES;
+    }
+    free(x);
+    return mean;
 }
 
 static void check(snip_status status, const snip *s, const char *where) {
@@ -177,8 +188,11 @@ int main(int argc, char **argv) {
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
                     double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);
                     snip_set_format(t, l, SNIP_GEMMS, SNIP_F32);
-                    p->truth += update_difference(h, h->grads, clean, o.steps + 1) / BATCHES;
-                    if (k == SNIP_FWD) loss_pair[f * n + l].truth += (changed - base) / BATCHES;
+                    p->batch[batch] = update_difference(h, h->grads, clean, o.steps + 1);
+                    p->truth += p->batch[batch] / BATCHES;
+                    if (k != SNIP_FWD) continue;
+                    loss_pair[f * n + l].batch[batch] = changed - base;
+                    loss_pair[f * n + l].truth += (changed - base) / BATCHES;
                 }
             }
             if (!o.quiet) fprintf(stderr, "\rbatch %d of %d, layer %d of %d  %.0f s        ", batch + 1, BATCHES, l + 1, n, tr_now() - before);
@@ -216,6 +230,12 @@ int main(int argc, char **argv) {
     }
     printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)o.steps, loss,
            1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / BATCHES, measuring_s / BATCHES / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
+    printf("Spearman of one batch's truth to the other %d batches':", BATCHES - 1);
+    for (int f = 0; f < FORMATS; f++) {
+        printf(" %s loss %.3f, weight", snip_format_name(formats[f]), repeats(loss_pair + f * n, n));
+        for (int k = 0; k < TRUTHS; k++) printf(" %s %.3f", gemm_name[k], repeats(weight_pair + (f * TRUTHS + k) * n, n));
+        printf(f + 1 < FORMATS ? ";" : "\n");
+    }
     for (int i = 0; i < ESTIMATORS; i++)
         for (int f = 0; f < FORMATS; f++) {
             report("loss", estimator_name[i], snip_format_name(formats[f]), "fwd", loss_pair + f * n, n, i);

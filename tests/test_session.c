@@ -545,22 +545,21 @@ static void test_trajectory(void) {
     for (l = 0; l < 2; l++) CHECK(!memcmp(n[0].w[l], n[1].w[l], (size_t)weights_of(n, l) * sizeof(float)));
     for (i = 0; i < 2; i++) { snip_destroy(s[i]); model_free(&n[i]); }
 }
-// How much more of the rounding error of x [rows][cols] lies along the gradient, row by row, than of white noise.
+// How much more of the rounding error of x [rows][cols] lies along the gradient, row by row, than of white noise spread evenly over the rows.
 static double along_gradient(const snip_recipe *r, const float *x, const double *gradient, int rows, int cols) {
     float *q = seen(r, x, rows, cols, 0);
-    double along = 0, white = 0;
+    double along = 0, g_sq = 0, e_sq = 0;
     int i, j;
     for (i = 0; i < rows; i++) {
-        double dot = 0, g_sq = 0, e_sq = 0;
+        double dot = 0;
         for (j = 0; j < cols; j++) {
             double e = (double)q[i * cols + j] - (double)x[i * cols + j], g = gradient[i * cols + j];
             dot += e * g; g_sq += g * g; e_sq += e * e;
         }
         along += dot * dot;
-        white += g_sq * e_sq / cols;
     }
     free(q);
-    return along / white;
+    return along / (g_sq * e_sq) * rows * cols;
 }
 // One linear layer, L = |X W^T - T|^2 / 2: tr d2L/dX2 = rows |W|^2 and tr d2L/dW2 = out |X|^2.
 static void test_loss_estimates(void) {
@@ -851,6 +850,77 @@ static void test_update_estimates(void) {
     snip_destroy(exact);
     for (l = 0; l < 2; l++) free(clean_dw[l]);
     free(clean_a); free(clean_dy); free(white); free(noise);
+    model_free(&n);
+}
+// Operands that all saturate, of equal size: MXFP4 turns 7.5 into 6, so e = -0.2 X and -0.2 W, and Y shrinks by 0.4. Of the first layer, against the
+// gradients under such a shrinking, block of rows by block: sum_j |D_j dG_j|^2 / |W_j|^2, with dW itself added to the first layer's (the probe's
+// <dX, X> moves with W too).
+static void test_shrinking(void) {
+    enum { ROWS = 80, IN = 32, HID = 64, OUT = 28, STEPS = 300 };
+    snip_recipe mx = SNIP_RECIPE_MXFP4;
+    model n = model_new(12, ROWS, IN, HID, OUT);
+    snip_desc d = defaults();
+    snip_adamw o = optimizer(5);
+    snip *s, *exact;
+    float *clean_dw[2], *h = floats(ROWS * HID), *shrunk = floats(ROWS * HID);
+    double update_sq = 0, truth = 0, got = 0, w_sq[2], c1 = (1 - o.beta1) / (1 - pow(o.beta1, (double)(o.step + 1)));
+    const float step_size = 1e-3f;
+    int l, i, j, block, step;
+    note("operands that shrink");
+    for (i = 0; i < ROWS * IN; i++) n.x[i] = rng() & 1 ? 1.875f : -1.875f;
+    for (i = 0; i < HID * IN; i++) n.w[0][i] = rng() & 1 ? 0.1171875f : -0.1171875f;
+    d.every = -1; d.high = SNIP_F32;
+    exact = snip_create(&d);
+    model_add(&n, exact, 1);
+    model_pass(&n, exact);
+    for (l = 0; l < 2; l++) {
+        double u_sq = 0;
+        clean_dw[l] = floats(weights_of(&n, l));
+        memcpy(clean_dw[l], n.dw[l], (size_t)weights_of(&n, l) * sizeof(float));
+        for (w_sq[l] = i = 0; i < weights_of(&n, l); i++) {
+            w_sq[l] += (double)n.w[l][i] * (double)n.w[l][i];
+            u_sq += pow((double)n.m[l][i] / (1 - pow(o.beta1, (double)o.step)) / (sqrt((double)n.v[l][i] / (1 - pow(o.beta2, (double)o.step))) + o.eps), 2);
+        }
+        update_sq += u_sq / w_sq[l];
+    }
+    for (i = 0; i < ROWS; i++)
+        for (j = 0; j < HID; j++) {
+            int k;
+            for (k = 0; k < IN; k++) h[i * HID + j] += n.x[i * IN + k] * n.w[0][j * IN + k];
+        }
+    for (block = 0; block < ROWS; block += 32) {
+        int end = block + 32 < ROWS ? block + 32 : ROWS, k;
+        float *own = floats(HID * IN);
+        memset(shrunk, 0, ROWS * HID * sizeof(float));
+        for (i = block * HID; i < end * HID; i++) shrunk[i] = h[i] * step_size;
+        n.noise_h = NULL;
+        model_pass(&n, exact);
+        for (i = block; i < end; i++) for (j = 0; j < HID; j++) for (k = 0; k < IN; k++) own[j * IN + k] += n.dh[i * HID + j] * n.x[i * IN + k];
+        n.noise_h = shrunk;
+        model_pass(&n, exact);
+        n.noise_h = NULL;
+        for (l = 0; l < 2; l++)
+            for (i = 0; i < weights_of(&n, l); i++) {
+                double D = c1 / (sqrt((double)n.v[l][i] / (1 - pow(o.beta2, (double)o.step))) + o.eps);
+                double change = ((double)n.dw[l][i] - (double)clean_dw[l][i]) / (double)step_size + (l ? 0 : (double)own[i]);
+                truth += 0.16 * D * D * change * change / w_sq[l];
+            }
+        free(own);
+    }
+    d.every = 1;
+    d.fp4.activation = d.fp4.weight = mx;
+    s = snip_create(&d);
+    model_add(&n, s, 1);
+    for (step = 0; step <= STEPS; step++) {
+        CHECK(model_step(&n, s, o.step, 0) == SNIP_OK);
+        if (step) got += s->layers[0].estimate[1].update[SNIP_FWD] * update_sq / STEPS;
+    }
+    snprintf(what, sizeof what, "update estimate of operands that shrink: %g, expected %g", got, truth);
+    CHECK(near(got, truth, 0.15));
+    snip_destroy(s);
+    snip_destroy(exact);
+    for (l = 0; l < 2; l++) free(clean_dw[l]);
+    free(h); free(shrunk);
     model_free(&n);
 }
 // Every bit of what a session measured and did, over a few steps.
@@ -2363,6 +2433,7 @@ int main(int argc, char **argv) {
     test_mixed_rows();
     test_adam();
     test_update_estimates();
+    test_shrinking();
     test_other_optimizers();
     test_custom_optimizer();
     test_determinism();
