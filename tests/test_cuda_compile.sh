@@ -83,7 +83,7 @@ if nvcc $fast $lt -c "$dir/a.cu" -o "$dir/a.o" > "$dir/log" 2>&1 &&
    nvcc -arch=sm_75 "$dir/a.o" "$dir/b.o" $link -o "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files"; head -5 "$dir/log"; fi
 if "$dir/program" > "$dir/log" 2>&1; then ok; else fail "a program of two files: what it refuses"; head -5 "$dir/log"; fi
 once="-DSNIP_IMPLEMENTATION_DONE -DSNIP_CUDA_IMPLEMENTATION_DONE $dir/a.o $link"
-for source in examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp tests/test_cuda_attention.cpp; do
+for source in ${PROGRAMS:-examples/minimal.cu bench/bench_cuda.cu tests/test_cuda.cpp tests/test_cuda_attention.cpp}; do
     case $source in examples/*) how=$once ;; bench/*) how="$lt $link" ;; *) how="-x cu $lt $link" ;; esac
     if nvcc $fast $how "$source" -o "$dir/program" > "$dir/log" 2>&1 &&
        { "$dir/program" > "$dir/log" 2>&1 || grep -qx 'minimal: no GPU was found' "$dir/log"; }; then ok; else fail "$source"; head -5 "$dir/log"; fi
