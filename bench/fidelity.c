@@ -7,7 +7,7 @@
 //            three of the layer's GEMMs run in the format; u is the AdamW update
 // Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone (norms.h).
 // "additive" is the sum of the single layers' truths against the truth of whole random plans. The options are the trainer's
-// and --recipe default|rne|tensor|tensor-sr|mxfp4|nvfp4 (norms.h). About 4 minutes on one core of 2.5 GHz by default.
+// --batches N (3) and --recipe default|rne|tensor|tensor-sr|mxfp4|nvfp4 (norms.h). About 4 minutes on one core of 2.5 GHz by default.
 //
 //   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N] [--recipe NAME]
 //
@@ -23,13 +23,14 @@
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
 
-enum { BATCHES = 3, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS, PLANS = 50 };
+enum { MAX_BATCHES = 16, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS, PLANS = 50 };
+static int batches = 3;
 static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8;
 static const snip_format formats[FORMATS] = { SNIP_E4M3, SNIP_E2M1 };
 enum { ADJOINT, SNIP, ESTIMATORS };
 static const char *const estimator_name[ESTIMATORS] = { "adjoint", "snip" };
 
-typedef struct { double truth, estimate[ESTIMATORS], batch[BATCHES]; } pair;      // means; the truth of each batch
+typedef struct { double truth, estimate[ESTIMATORS], batch[MAX_BATCHES]; } pair;      // means; the truth of each batch
 
 static int by_value(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -51,9 +52,9 @@ static void report(const char *what, const char *estimator, const char *format, 
 // How far the truth itself repeats: Spearman of one batch's truth to the other batches', mean over the batches.
 static double repeats(const pair *p, int n) {
     double *x = (double *)tr_alloc((size_t)n * 2 * sizeof *x), *y = x + n, mean = 0;
-    for (int b = 0; b < BATCHES; b++) {
-        for (int i = 0; i < n; i++) { x[i] = p[i].batch[b]; y[i] = p[i].truth * BATCHES - x[i]; }
-        mean += stats_spearman(x, y, n) / BATCHES;
+    for (int b = 0; b < batches; b++) {
+        for (int i = 0; i < n; i++) { x[i] = p[i].batch[b]; y[i] = p[i].truth * batches - x[i]; }
+        mean += stats_spearman(x, y, n) / batches;
     }
     free(x);
     return mean;
@@ -105,9 +106,15 @@ int main(int argc, char **argv) {
             printf("Estimates of rounding's harm beside the truth, layer by layer. About 4 minutes on one core by default: 400 steps,\n"
                    "then 700 passes of a batch, in proportion to --batch, --seq and the model's size. Of the trainer's options those of the\n"
                    "model, the data and the optimizer count; --steps is 400 and --lr 0.001 here.\n"
+                   "  --batches N        batches whose means are compared, 2 to 16 (3); the library averages over up to 5 measurements\n"
                    "  --recipe R         default, rne, tensor, tensor-sr, mxfp4 or nvfp4: scales and rounding of both formats (default)\n");
             tr_usage();
             return fflush(stdout) ? 2 : 0;
+        }
+        if (!strcmp(argv[i], "--batches")) {
+            batches = i + 1 < argc ? atoi(argv[++i]) : 0;
+            if (batches < 2 || batches > MAX_BATCHES) tr_die("--batches needs a number from 2 to %d", (int)MAX_BATCHES);
+            continue;
         }
         if (strncmp(argv[i], "--recipe", 8) || (argv[i][8] && argv[i][8] != '=')) { args[n_args++] = argv[i]; continue; }
         if (!argv[i][8] && i + 1 == argc) tr_die("--recipe needs a value");
@@ -161,7 +168,7 @@ int main(int argc, char **argv) {
     static pair plan_loss[PLANS], plan_weight[PLANS];
     memset(loss_pair, 0, sizeof(pair) * (size_t)(n * FORMATS));
     memset(weight_pair, 0, sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
-    for (int batch = 0; batch < BATCHES; batch++) {
+    for (int batch = 0; batch < batches; batch++) {
         for (int64_t j = 0; j < o.batch; j++) tr_train_sequence(&d, (uint64_t)o.seed + 77, batch + 1, j, o.seq, tokens + j * o.seq, targets + j * o.seq);
         double t0 = tr_now();
         do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
@@ -177,25 +184,25 @@ int main(int argc, char **argv) {
             snip_layer(s, l, &info);
             for (int f = 0; f < FORMATS; f++) {
                 const snip_estimate *e = f ? &info.fp4 : &info.fp8;
-                loss_pair[f * n + l].estimate[ADJOINT] += (e->loss_first + e->loss_second) / BATCHES;
-                loss_pair[f * n + l].estimate[SNIP] += norms_loss(&norms[l], f) / BATCHES;
+                loss_pair[f * n + l].estimate[ADJOINT] += (e->loss_first + e->loss_second) / batches;
+                loss_pair[f * n + l].estimate[SNIP] += norms_loss(&norms[l], f) / batches;
                 for (int k = 0; k < TRUTHS; k++) {
                     pair *p = &weight_pair[(f * TRUTHS + k) * n + l];
                     for (int i = k < ALL ? k : 0; i <= (k < ALL ? k : ALL - 1); i++) {
-                        p->estimate[ADJOINT] += e->update[i] / BATCHES;
-                        p->estimate[SNIP] += norms_weight(&norms[l], f, i) / update_sq / BATCHES;
+                        p->estimate[ADJOINT] += e->update[i] / batches;
+                        p->estimate[SNIP] += norms_weight(&norms[l], f, i) / update_sq / batches;
                     }
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
                     double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);
                     snip_set_format(t, l, SNIP_GEMMS, SNIP_F32);
                     p->batch[batch] = update_difference(h, h->grads, clean, o.steps + 1);
-                    p->truth += p->batch[batch] / BATCHES;
+                    p->truth += p->batch[batch] / batches;
                     if (k != SNIP_FWD) continue;
                     loss_pair[f * n + l].batch[batch] = changed - base;
-                    loss_pair[f * n + l].truth += (changed - base) / BATCHES;
+                    loss_pair[f * n + l].truth += (changed - base) / batches;
                 }
             }
-            if (!o.quiet) fprintf(stderr, "\rbatch %d of %d, layer %d of %d  %.0f s        ", batch + 1, BATCHES, l + 1, n, tr_now() - before);
+            if (!o.quiet) fprintf(stderr, "\rbatch %d of %d, layer %d of %d  %.0f s        ", batch + 1, batches, l + 1, n, tr_now() - before);
         }
         for (int i = 0; batch == 0 && i < PLANS; i++) {         // of every share of FP4, against this batch's single layers
             snip_rng_key key = { (uint64_t)o.seed, (uint32_t)i, 0x706C616Eu };
@@ -205,8 +212,8 @@ int main(int argc, char **argv) {
                     snip_philox(key, (uint64_t)(l * SNIP_GEMMS + k), random);
                     int f = random[0] / 4294967296.0 < (i + 0.5) / PLANS;
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
-                    plan_weight[i].estimate[0] += weight_pair[(f * TRUTHS + k) * n + l].truth * BATCHES;
-                    if (k == SNIP_FWD) plan_loss[i].estimate[0] += loss_pair[f * n + l].truth * BATCHES;
+                    plan_weight[i].estimate[0] += weight_pair[(f * TRUTHS + k) * n + l].truth * batches;
+                    if (k == SNIP_FWD) plan_loss[i].estimate[0] += loss_pair[f * n + l].truth * batches;
                 }
             plan_loss[i].truth = run_batch(h, t, tokens, targets, (int)o.batch, 1) - base;
             plan_weight[i].truth = update_difference(h, h->grads, clean, o.steps + 1);
@@ -229,8 +236,8 @@ int main(int argc, char **argv) {
         printf("\n");
     }
     printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)o.steps, loss,
-           1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / BATCHES, measuring_s / BATCHES / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
-    printf("Spearman of one batch's truth to the other %d batches':", BATCHES - 1);
+           1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / batches, measuring_s / batches / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
+    printf("Spearman of one batch's truth to the other %d batches':", batches - 1);
     for (int f = 0; f < FORMATS; f++) {
         printf(" %s loss %.3f, weight", snip_format_name(formats[f]), repeats(loss_pair + f * n, n));
         for (int k = 0; k < TRUTHS; k++) printf(" %s %.3f", gemm_name[k], repeats(weight_pair + (f * TRUTHS + k) * n, n));
