@@ -116,6 +116,15 @@ static inline float llama_exp(float x) {
     e.u |= (0u - (uint32_t)(a > 0x7f800000u)) & 0x7fc00000u;
     return e.f;
 }
+// Of softmax, x <= 0: 0 below -40. Nothing to a sum of 1 or more, but its products would be subnormal, a hundred times as slow.
+static inline float llama_exp_softmax(float x) {
+    union { float f; uint32_t u; } in, e;
+    in.f = x;
+    e.f = llama_exp(x);
+    uint32_t a = in.u & 0x7fffffffu;
+    e.u &= 0u - (uint32_t)((a < 0x42200000u) | (a > 0x7f800000u));
+    return e.f;
+}
 
 // Sixteen partial sums: a fixed order that vectorizes without -ffast-math.
 #define LLAMA_LANES 16
@@ -487,7 +496,7 @@ static inline void llama_attention_fwd(const llama *g, const llama_block *b, int
                 for (int64_t j = 1; j < n; j++)
                     for (int64_t i = 0; i < LLAMA_QROWS; i++) top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
                 for (int64_t j = 0; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++) s[j * LLAMA_QROWS + i] = llama_exp((s[j * LLAMA_QROWS + i] - top[i]) * scale);
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++) s[j * LLAMA_QROWS + i] = llama_exp_softmax((s[j * LLAMA_QROWS + i] - top[i]) * scale);
                 llama_mask(s, n, 0.0f);
                 for (int64_t j0 = 0; j0 < n; j0 += Q) {         // shorter sums are closer ones
                     float part[LLAMA_QROWS] = { 0 };
@@ -534,7 +543,7 @@ static inline void llama_attention_bwd(llama *g, const llama_block *b, int64_t s
                 }
                 for (int64_t j = 0; j < n; j++)
                     for (int64_t i = 0; i < LLAMA_QROWS; i++) {
-                        float pi = llama_exp(p[j * LLAMA_QROWS + i] * scale - lse[i]);
+                        float pi = llama_exp_softmax(p[j * LLAMA_QROWS + i] * scale - lse[i]);
                         p[j * LLAMA_QROWS + i] = pi;
                         ds[j * LLAMA_QROWS + i] = pi * (ds[j * LLAMA_QROWS + i] - along[i]) * scale;
                     }
@@ -598,7 +607,7 @@ static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t R
             float *row = logits + r * V, top = llama_max(row, V);
             int32_t y = targets[r0 + r];
             float at_target = row[y];
-            for (int64_t j = 0; j < V; j++) row[j] = llama_exp(row[j] - top);
+            for (int64_t j = 0; j < V; j++) row[j] = llama_exp_softmax(row[j] - top);
             float total = llama_sum(row, V), f = grad_scale / total;
             g->row_loss[r0 + r] = log((double)total) + (double)top - (double)at_target;
             if (grad_scale == 0.0f) continue;
