@@ -267,6 +267,10 @@ static void test_exp(void) {
     out.f = llama_exp(nan.f);
     check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp keeps NaN", (double)out.f);
     check(llama_exp(-1000.0f) < 1e-37f && llama_exp(0.0f) == 1.0f, "llama_exp of -1000 and 0", (double)llama_exp(-1000.0f));
+    out.f = llama_exp_softmax(nan.f);
+    check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp_softmax keeps NaN", (double)out.f);
+    check(llama_exp_softmax(-39.9f) == llama_exp(-39.9f) && llama_exp_softmax(-0.0f) == 1.0f, "llama_exp_softmax is exp down to -40", (double)llama_exp_softmax(-39.9f));
+    check(llama_exp_softmax(-40.1f) == 0 && llama_exp_softmax(-1e30f) == 0, "llama_exp_softmax is 0 below -40", (double)llama_exp_softmax(-40.1f));
     nan.u = 0x7f800000u;
     check(!llama_finite((double)nan.f) && llama_finite(1e308), "llama_finite sees infinity", 0);
 }
