@@ -1,15 +1,18 @@
 // fidelity - snip's estimates beside the truth.
 //
-// Trains a small Llama in bfloat16, stops, and on fresh batches compares what one measuring step says of every
-// linear layer with what quantizing that layer really does, from the same weights, batch and optimizer state:
+// Trains a small Llama in bfloat16, stops, and on fresh batches, --apart steps of training apart, compares what one measuring
+// step says of every linear layer with what quantizing that layer really does, from the same weights, batch and optimizer state:
 //   loss     L' - L when the layer's forward GEMM alone runs in the format
 //   weight   sum_j |u'_j - u_j|^2 / |W_j|^2 over all layers j, relative to sum_j |u_j|^2 / |W_j|^2, when one or all
 //            three of the layer's GEMMs run in the format; u is the AdamW update
-// Both are means over the batches. "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone (norms.h).
-// "additive" is the sum of the single layers' truths against the truth of whole random plans. The options are the trainer's
-// --batches N (3) and --recipe default|rne|tensor|tensor-sr|mxfp4|nvfp4 (norms.h). About 4 minutes on one core of 2.5 GHz by default.
+// Both are means over the batches. Within some 15 steps most weights round otherwise, and the truth ranks the layers otherwise;
+// where all batches meet the same weights (--apart 0), the chance of one rounding stays in the truth.
+// "adjoint" is the library's estimator, "snip" the paper's kind, from norms alone (norms.h). "additive" is the sum of the single
+// layers' truths against the truth of whole random plans. The options are the trainer's and those below; recipes are norms.h's.
 //
-//   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm && ./fidelity --data FILE [--steps N] [--seed N] [--recipe NAME]
+//   cc -O2 -fopenmp bench/fidelity.c -o fidelity -lm
+//   ./fidelity --data FILE [--steps N] [--seed N] [--batches N] [--apart N] [--recipe default|rne|tensor|tensor-sr|mxfp4|nvfp4]
+// About 6 minutes on one core of 2.5 GHz by default.
 //
 // Prints, tab-separated: fidelity, loss|weight, estimator, format, fwd|dgrad|wgrad|all, Spearman, Kendall, median of
 // estimate / truth, standard deviation of its log10 (both over the layers where estimate and truth are positive).
@@ -24,7 +27,7 @@
 #include "../examples/trainer.h"
 
 enum { MAX_BATCHES = 16, FORMATS = 2, TRUTHS = SNIP_GEMMS + 1, ALL = SNIP_GEMMS, PLANS = 50 };
-static int batches = 3;
+static int batches = 5, apart = 15;
 static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8;
 static const snip_format formats[FORMATS] = { SNIP_E4M3, SNIP_E2M1 };
 enum { ADJOINT, SNIP, ESTIMATORS };
@@ -63,12 +66,24 @@ static double repeats(const pair *p, int n) {
 static void check(snip_status status, const snip *s, const char *where) {
     if (status) tr_stop("%s: %s", where, snip_message(s)[0] ? snip_message(s) : snip_status_text(status));
 }
-static double run_batch(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int batch, int backward) {
-    double sum, n = (double)batch * g->config.seq;
-    if (backward) llama_zero_grad(g);
-    check(llama_forward(g, s, tokens, targets, batch, backward ? (float)(1 / n) : 0.0f, &sum), s, "forward");
-    if (backward) check(llama_backward(g, s, tokens, batch), s, "backward");
+typedef struct { llama *g; snip *s; const tr_data *d; const tr_options *o; int32_t *tokens, *targets; } run;
+static double pass(const run *r) {
+    double sum, n = (double)r->o->batch * r->g->config.seq;
+    llama_zero_grad(r->g);
+    check(llama_forward(r->g, r->s, r->tokens, r->targets, (int)r->o->batch, (float)(1 / n), &sum), r->s, "forward");
+    check(llama_backward(r->g, r->s, r->tokens, (int)r->o->batch), r->s, "backward");
     return sum / n;
+}
+static void load_batch(const run *r, uint64_t seed, int64_t step) {
+    for (int64_t j = 0; j < r->o->batch; j++) tr_train_sequence(r->d, seed, step, j, r->o->seq, r->tokens + j * r->o->seq, r->targets + j * r->o->seq);
+}
+static double train_step(const run *r, double lr, int64_t step) {
+    double loss = pass(r), norm = llama_grad_norm(r->g);
+    snip_next_pass(r->s, loss);
+    snip_adamw update = { lr, BETA1, BETA2, EPS, step, norm > 1 ? 1 / norm : 1 };
+    llama_adamw(r->g, lr, BETA1, BETA2, EPS, 0.1, step, update.grad_scale);
+    check(snip_end_step(r->s, &update), r->s, "training");
+    return loss;
 }
 // Relative squared difference of the next update under gradients `a` and `b`, over the linear layers.
 static double update_difference(const llama *g, const float *a, const float *b, int64_t step) {
@@ -103,10 +118,11 @@ int main(int argc, char **argv) {
     if (argc > 60) tr_die("too many options");
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
-            printf("Estimates of rounding's harm beside the truth, layer by layer. About 4 minutes on one core by default: 400 steps,\n"
-                   "then 700 passes of a batch, in proportion to --batch, --seq and the model's size. Of the trainer's options those of the\n"
+            printf("Estimates of rounding's harm beside the truth, layer by layer. About 6 minutes on one core by default: 460 steps,\n"
+                   "then 1200 passes of a batch, in proportion to --batch, --seq and the model's size. Of the trainer's options those of the\n"
                    "model, the data and the optimizer count; --steps is 400 and --lr 0.001 here.\n"
-                   "  --batches N        batches whose means are compared, 2 to 16 (3); the library averages over up to 5 measurements\n"
+                   "  --batches N        batches whose means are compared, 2 to 16 (5, as many as the library averages over)\n"
+                   "  --apart N          training steps between one and the next, up to 1000 (15); 0: all at the same weights\n"
                    "  --recipe R         default, rne, tensor, tensor-sr, mxfp4 or nvfp4: scales and rounding of both formats (default)\n");
             tr_usage();
             return fflush(stdout) ? 2 : 0;
@@ -114,6 +130,12 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--batches")) {
             batches = i + 1 < argc ? atoi(argv[++i]) : 0;
             if (batches < 2 || batches > MAX_BATCHES) tr_die("--batches needs a number from 2 to %d", (int)MAX_BATCHES);
+            continue;
+        }
+        if (!strcmp(argv[i], "--apart")) {
+            const char *value = i + 1 < argc ? argv[++i] : "";
+            apart = atoi(value);
+            if (*value < '0' || *value > '9' || apart > 1000) tr_die("--apart needs a number from 0 to 1000");
             continue;
         }
         if (strncmp(argv[i], "--recipe", 8) || (argv[i][8] && argv[i][8] != '=')) { args[n_args++] = argv[i]; continue; }
@@ -131,9 +153,9 @@ int main(int argc, char **argv) {
     snip_desc desc, truth_desc;
     memset(&desc, 0, sizeof desc);
     if (!norms_recipes(&desc, recipes)) tr_die("--recipe is default, rne, tensor, tensor-sr, mxfp4 or nvfp4, not '%s'", recipes);
-    desc.every = (int)o.steps;
     desc.seed = (uint64_t)o.seed;
     truth_desc = desc;
+    desc.every = 1;
     truth_desc.every = -1;
     truth_desc.high = SNIP_F32;
     snip *s = snip_create(&desc), *t = snip_create(&truth_desc);
@@ -142,42 +164,41 @@ int main(int argc, char **argv) {
     int n = snip_layers(s);
     size_t tokens_n = (size_t)(o.batch * o.seq), bytes = (size_t)g->n_params * sizeof(float);
     int32_t *tokens = (int32_t *)tr_alloc(tokens_n * sizeof *tokens), *targets = (int32_t *)tr_alloc(tokens_n * sizeof *targets);
+    run training = { h, t, &d, &o, tokens, targets }, measuring = { g, s, &d, &o, tokens, targets };
+    float *clean = (float *)tr_alloc(bytes);
     double before = tr_now(), loss = 0, ordinary_s = 0, measuring_s = 0;
-    for (int64_t step = 1; step <= o.steps; step++) {
-        double t0 = tr_now();
-        for (int64_t j = 0; j < o.batch; j++) tr_train_sequence(&d, (uint64_t)o.seed, step, j, o.seq, tokens + j * o.seq, targets + j * o.seq);
-        do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
-        double norm = llama_grad_norm(g), scale = norm > 1 ? 1 / norm : 1, lr = o.lr * (step < o.warmup ? (double)step / (double)o.warmup : 1);
-        llama_adamw(g, lr, BETA1, BETA2, EPS, 0.1, step, scale);
-        snip_adamw update = { lr, BETA1, BETA2, EPS, step, scale };
-        check(snip_end_step(s, &update), s, "training");
-        ordinary_s += tr_now() - t0;
-        if (!o.quiet && (step % 10 == 0 || step == o.steps)) fprintf(stderr, "\rstep %lld of %lld  loss %.4f  %.0f s ", (long long)step, (long long)o.steps, loss, tr_now() - before);
-    }
-
-    float *params = (float *)tr_alloc(4 * bytes), *m = params + g->n_params, *v = m + g->n_params, *clean = v + g->n_params;
-    memcpy(params, g->params, bytes);
-    memcpy(m, g->m, bytes);
-    memcpy(v, g->v, bytes);
-    void *state = tr_alloc(snip_state_size(s));
-    check(snip_state_save(s, state), s, "state");
-    memcpy(h->params, params, bytes);
-    memcpy(h->m, m, bytes);
-    memcpy(h->v, v, bytes);
+    int64_t step = 0;
     pair *loss_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS)), *weight_pair = (pair *)tr_alloc(sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
     static pair plan_loss[PLANS], plan_weight[PLANS];
     memset(loss_pair, 0, sizeof(pair) * (size_t)(n * FORMATS));
     memset(weight_pair, 0, sizeof(pair) * (size_t)(n * FORMATS * TRUTHS));
     for (int batch = 0; batch < batches; batch++) {
-        for (int64_t j = 0; j < o.batch; j++) tr_train_sequence(&d, (uint64_t)o.seed + 77, batch + 1, j, o.seq, tokens + j * o.seq, targets + j * o.seq);
+        check(snip_set_format(t, -1, SNIP_GEMMS, SNIP_BF16), t, "training");
         double t0 = tr_now();
-        do loss = run_batch(g, s, tokens, targets, (int)o.batch, 1); while (snip_next_pass(s, loss));
-        llama_adamw(g, o.lr, BETA1, BETA2, EPS, 0, o.steps + 1, 1);
-        snip_adamw update = { o.lr, BETA1, BETA2, EPS, o.steps + 1, 1 };
+        for (int64_t end = o.steps + (int64_t)batch * apart; step < end;) {
+            load_batch(&training, (uint64_t)o.seed, ++step);
+            loss = train_step(&training, o.lr * (step < o.warmup ? (double)step / (double)o.warmup : 1), step);
+            if (!o.quiet && step < o.steps && step % 10 == 0) fprintf(stderr, "\rstep %lld of %lld  loss %.4f  %.0f s ", (long long)step, (long long)o.steps, loss, tr_now() - before);
+        }
+        ordinary_s += tr_now() - t0;
+        check(snip_set_format(t, -1, SNIP_GEMMS, SNIP_F32), t, "truth");
+        memcpy(g->params, h->params, bytes);
+        memcpy(g->m, h->m, bytes);
+        memcpy(g->v, h->v, bytes);
+        load_batch(&measuring, (uint64_t)o.seed + 77, batch + 1);
+        snip_adamw update = { o.lr, BETA1, BETA2, EPS, step, 1 };
+        if (batch == 0) {                               // a session's first step is an ordinary one; the optimizer has made it already
+            snip_next_pass(s, pass(&measuring));
+            check(snip_end_step(s, &update), s, "measuring");
+        }
+        t0 = tr_now();
+        do loss = pass(&measuring); while (snip_next_pass(s, loss));
+        llama_adamw(g, o.lr, BETA1, BETA2, EPS, 0, step + 1, 1);
+        update.step = step + 1;
         double update_sq = snipi_update_sq(s, &update);
         check(snip_end_step(s, &update), s, "measuring");
         measuring_s += tr_now() - t0;
-        double base = run_batch(h, t, tokens, targets, (int)o.batch, 1);
+        double base = pass(&training);
         memcpy(clean, h->grads, bytes);
         for (int l = 0; l < n; l++) {
             snip_layer_info info;
@@ -193,9 +214,9 @@ int main(int argc, char **argv) {
                         p->estimate[SNIP] += norms_weight(&norms[l], f, i) / update_sq / batches;
                     }
                     snip_set_format(t, l, (snip_gemm_kind)k, formats[f]);
-                    double changed = run_batch(h, t, tokens, targets, (int)o.batch, 1);
+                    double changed = pass(&training);
                     snip_set_format(t, l, SNIP_GEMMS, SNIP_F32);
-                    p->batch[batch] = update_difference(h, h->grads, clean, o.steps + 1);
+                    p->batch[batch] = update_difference(h, h->grads, clean, step + 1);
                     p->truth += p->batch[batch] / batches;
                     if (k != SNIP_FWD) continue;
                     loss_pair[f * n + l].batch[batch] = changed - base;
@@ -215,14 +236,11 @@ int main(int argc, char **argv) {
                     plan_weight[i].estimate[0] += weight_pair[(f * TRUTHS + k) * n + l].truth * batches;
                     if (k == SNIP_FWD) plan_loss[i].estimate[0] += loss_pair[f * n + l].truth * batches;
                 }
-            plan_loss[i].truth = run_batch(h, t, tokens, targets, (int)o.batch, 1) - base;
-            plan_weight[i].truth = update_difference(h, h->grads, clean, o.steps + 1);
+            plan_loss[i].truth = pass(&training) - base;
+            plan_weight[i].truth = update_difference(h, h->grads, clean, step + 1);
         }
-        snip_set_format(t, -1, SNIP_GEMMS, SNIP_F32);
-        memcpy(g->params, params, bytes);
-        memcpy(g->m, m, bytes);
-        memcpy(g->v, v, bytes);
-        check(snip_state_load(s, state, snip_state_size(s)), s, "state");
+        snip_next_pass(t, base);
+        check(snip_end_step(t, NULL), t, "truth");
     }
     if (!o.quiet) fprintf(stderr, "\n");
     for (int l = 0; l < n && !o.quiet; l++) {
@@ -235,8 +253,8 @@ int main(int argc, char **argv) {
         }
         printf("\n");
     }
-    printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)o.steps, loss,
-           1e3 * ordinary_s / (double)o.steps, 1e3 * measuring_s / batches, measuring_s / batches / (ordinary_s / (double)o.steps), 1e3 * snip_solve_seconds(s));
+    printf("%d layers, %lld steps, loss %.3f; an ordinary bf16 step %.1f ms, a measuring step %.1f ms (%.2f times); solve %.3f ms\n", n, (long long)step, loss,
+           1e3 * ordinary_s / (double)step, 1e3 * measuring_s / batches, measuring_s / batches / (ordinary_s / (double)step), 1e3 * snip_solve_seconds(s));
     printf("Spearman of one batch's truth to the other %d batches':", batches - 1);
     for (int f = 0; f < FORMATS; f++) {
         printf(" %s loss %.3f, weight", snip_format_name(formats[f]), repeats(loss_pair + f * n, n));
