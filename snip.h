@@ -387,11 +387,11 @@ SNIP_API double      snip_solve_seconds(const snip *);  // time of the last solv
 SNIP_API int         snip_layers(const snip *);
 SNIP_API snip_status snip_layer(const snip *, int layer, snip_layer_info *);
 SNIP_API double      snip_share(const snip *, snip_format);     // share of the linear layers' FLOPs planned in a format
-SNIP_API const char *snip_message(const snip *);        // one line on the last error, "" if none
+SNIP_API const char *snip_message(const snip *);        // one line on the last call of this session that returned an error, "" if none
 SNIP_API const char *snip_reason(const snip *);         // "step N: ..." on the last plan, kept plan, spike or drift and why; "" before the first
 
 SNIP_API snip_status snip_plan_print(const snip *, FILE *);     // table: blocks x kinds, one mark per GEMM
-SNIP_API snip_status snip_plan_save(snip *, const char *path);  // the formats in force, a fall back's too; text, written aside, then renamed
+SNIP_API snip_status snip_plan_save(snip *, const char *path);  // the formats in force, a fall back's too; text, a file written aside, then renamed; a device, pipe or link as it is
 SNIP_API snip_status snip_plan_load(snip *, const char *path);  // refused whole unless every layer matches
 // Plan, counters and averages: with the same batches a restored session goes on bit for bit. Refused within a step. Load after all layers
 // have been added; desc, bindings, mode and snip_allow are not in it.
@@ -413,6 +413,9 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__unix__) || defined(__APPLE__)
+#  include <sys/stat.h>
+#endif
 #ifndef SNIP_MALLOC
 #  define SNIP_MALLOC(size) malloc(size)
 #  define SNIP_FREE(ptr) free(ptr)
@@ -4317,7 +4320,7 @@ struct snip {
     int64_t losses, levels, measured;           // step of the last measurement
     int64_t due, fallen;        // a measurement is wanted before its time; a spike has put GEMMs into `fallback`
     int told;                   // the loss of this step
-    char message[256], reason[256];
+    char message[256], held[256], reason[256];  // held: `pending`'s message
 };
 
 static void *snipi_default_alloc(size_t size, void *user) { (void)user; return SNIP_MALLOC(size); }
@@ -4340,10 +4343,18 @@ static void *snipi_reserve(snip *s, int slot, size_t size) {
 }
 static float *snipi_reserve_floats(snip *s, int slot, int64_t n) { return (float *)snipi_reserve(s, slot, (size_t)n * sizeof(float)); }
 
-static snip_status snipi_fail(snip *s, snip_status status, const char *message) {
-    snprintf(s->message, sizeof s->message, "%s", message);
+// The message is the session's to change also where a call takes it as const.
+static snip_status snipi_fail(const snip *s, snip_status status, const char *message) {
+    if (s) snprintf(((snip *)(uintptr_t)s)->message, sizeof s->message, "%s", message);
     return status;
 }
+static snip_status snipi_fail_in(const snip *s, snip_status status, const char *where, const char *why) {
+    char message[256];
+    snprintf(message, sizeof message, "%.100s: %.152s", where, why);
+    return snipi_fail(s, status, message);
+}
+static snip_status snipi_bad(const snip *s, const char *function) { return snipi_fail_in(s, SNIP_BAD_ARGUMENT, function, snip_status_text(SNIP_BAD_ARGUMENT)); }
+static snip_status snipi_no_memory(const snip *s, const char *function) { return snipi_fail_in(s, SNIP_OUT_OF_MEMORY, function, snip_status_text(SNIP_OUT_OF_MEMORY)); }
 
 static int snipi_in_range(double x, double low, double high) { return !snipi_nonfinite_f64(x) && x >= low && x <= high; }
 
@@ -4397,6 +4408,7 @@ static void snipi_begin_step(snip *s) {
         layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = layer->input_sq = layer->gradient_sq = 0;
     }
     s->pending = SNIP_OK;
+    s->held[0] = 0;
     snipi_begin_pass(s, measure ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_ORDINARY);
 }
 
@@ -4454,15 +4466,15 @@ SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, in
     snipi_layer *layer;
     size_t length;
     int g;
-    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages) return -(int)SNIP_BAD_ARGUMENT;
-    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0) return -(int)SNIP_BAD_ARGUMENT;
+    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages) return -(int)snipi_bad(s, "snip_add_linear");
+    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0) return -(int)snipi_bad(s, "snip_add_linear");
     for (g = 0; name[g]; g++)           // names go into plan files, one word each
-        if ((unsigned char)name[g] <= ' ') return -(int)SNIP_BAD_ARGUMENT;
-    if (g == 0 || g > 255) return -(int)SNIP_BAD_ARGUMENT;
+        if ((unsigned char)name[g] <= ' ') return -(int)snipi_bad(s, "snip_add_linear");
+    if (g == 0 || g > 255) return -(int)snipi_bad(s, "snip_add_linear");
     if (s->n_layers == s->capacity) {
         int capacity = s->capacity ? 2 * s->capacity : 64;
         snipi_layer *grown = (snipi_layer *)snipi_alloc(s, (size_t)capacity * sizeof *grown);
-        if (!grown) return -(int)SNIP_OUT_OF_MEMORY;
+        if (!grown) return -(int)snipi_no_memory(s, "snip_add_linear");
         if (s->n_layers) memcpy(grown, s->layers, (size_t)s->n_layers * sizeof *grown);
         snipi_free(s, s->layers);
         s->layers = grown;
@@ -4476,7 +4488,7 @@ SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, in
     if (!layer->name || !layer->sketch) {
         snipi_free(s, layer->name);
         snipi_free(s, layer->sketch);
-        return -(int)SNIP_OUT_OF_MEMORY;
+        return -(int)snipi_no_memory(s, "snip_add_linear");
     }
     memcpy(layer->name, name, length);
     layer->n = out_features;
@@ -4493,14 +4505,14 @@ static snipi_layer *snipi_layer_at(const snip *s, int layer) { return s && layer
 
 SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || !v || s->desc.optimizer != SNIP_ADAMW) return SNIP_BAD_ARGUMENT;
+    if (!l || !m || !v || s->desc.optimizer != SNIP_ADAMW) return snipi_bad(s, "snip_bind_adamw");
     l->m = m;
     l->v = v;
     return SNIP_OK;
 }
 SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION)) return SNIP_BAD_ARGUMENT;
+    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION)) return snipi_bad(s, "snip_bind_momentum");
     l->m = m;
     return SNIP_OK;
 }
@@ -4512,21 +4524,21 @@ static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
 }
 SNIP_API snip_status snip_allow(snip *s, int layer, snip_gemm_kind gemm, int fp8, int fp4) {
     int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4)) return SNIP_BAD_ARGUMENT;
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4)) return snipi_bad(s, "snip_allow");
     for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
         for (g = first; g <= last; g++) s->layers[l].allow[g] = (unsigned char)((fp8 ? SNIPI_ALLOW_FP8 : 0) | (fp4 ? SNIPI_ALLOW_FP4 : 0));
     return SNIP_OK;
 }
 SNIP_API snip_status snip_set_format(snip *s, int layer, snip_gemm_kind gemm, snip_format format) {
     int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last)) return SNIP_BAD_ARGUMENT;
-    if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1) return SNIP_BAD_ARGUMENT;
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last)) return snipi_bad(s, "snip_set_format");
+    if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1) return snipi_bad(s, "snip_set_format");
     for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
         for (g = first; g <= last; g++) s->layers[l].format[g] = format;
     return SNIP_OK;
 }
 SNIP_API snip_status snip_set_mode(snip *s, snip_mode mode) {
-    if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return SNIP_BAD_ARGUMENT;
+    if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return snipi_bad(s, "snip_set_mode");
     s->mode = mode;
     return SNIP_OK;
 }
@@ -4945,26 +4957,31 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     return status;
 }
 
-// A training step's first error is kept for snip_end_step, so that a caller who does not look at every call learns of it.
+// A training step's first error is kept for snip_end_step, with its message, so that a caller who does not look at every call learns of it.
+static void snipi_keep(snip *s, snip_status status) {
+    if (s->pending) return;
+    s->pending = status;
+    memcpy(s->held, s->message, sizeof s->held);
+}
 static snip_status snipi_hold(snip *s, snip_status status, const char *where, const char *why) {
-    if (s && !s->pending) {
-        s->pending = status;
-        snprintf(s->message, sizeof s->message, "%.100s: %.152s", where, why);
-    }
+    snipi_fail_in(s, status, where, why);
+    if (s) snipi_keep(s, status);
     return status;
+}
+// The error of a linear layer's call.
+static snip_status snipi_hold_call(snip *s, snip_status status, const char *where) {
+    return s && s->mode == SNIP_TRAIN ? snipi_hold(s, status, where, snip_status_text(status)) : snipi_fail_in(s, status, where, snip_status_text(status));
 }
 static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
     char where[108] = "a linear layer's call";
     if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
     if (l) snprintf(where, sizeof where, "layer %.100s", l->name);
-    if (status && s && s->mode == SNIP_TRAIN) snipi_hold(s, status, where, snip_status_text(status));
-    return status;
+    return status ? snipi_hold_call(s, status, where) : status;
 }
 static snip_status snipi_refuse(snip *s, const char *function, int layer) {
     char where[64];
     snprintf(where, sizeof where, "%s, layer %d", function, layer);
-    if (s && s->mode == SNIP_TRAIN) snipi_hold(s, SNIP_BAD_ARGUMENT, where, snip_status_text(SNIP_BAD_ARGUMENT));
-    return SNIP_BAD_ARGUMENT;
+    return snipi_hold_call(s, SNIP_BAD_ARGUMENT, where);
 }
 static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
     return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
@@ -5235,7 +5252,7 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
         case SNIP_PASS_LOSS_PROBE:
             if (snipi_probes_updates(s)) {
                 snip_status status = snipi_prepare_update_probe(s);
-                if (status && !s->pending) s->pending = status;
+                if (status) snipi_keep(s, status);
                 snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
             } else
                 snipi_begin_pass(s, SNIP_PASS_CLEAN);
@@ -5453,15 +5470,15 @@ static int snipi_by_seconds(const snip *s) { return s->desc.speedup > 0 || s->de
 
 SNIP_API snip_status snip_set_seconds(snip *s, int layer, snip_gemm_kind gemm, const double seconds[3]) {
     int i;
-    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds) return SNIP_BAD_ARGUMENT;
-    for (i = 0; i < 3; i++) if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return SNIP_BAD_ARGUMENT;
+    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds) return snipi_bad(s, "snip_set_seconds");
+    for (i = 0; i < 3; i++) if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return snipi_bad(s, "snip_set_seconds");
     for (i = 0; i < 3; i++) s->layers[layer].seconds[i][gemm] = seconds[i];
     return SNIP_OK;
 }
 SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
     enum { TIMES = 5 };
     int l, same, g, i, f;
-    if (!s || rows < 1 || rows > INT32_MAX) return SNIP_BAD_ARGUMENT;
+    if (!s || rows < 1 || rows > INT32_MAX) return snipi_bad(s, "snip_measure_gains");
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n, k = layer->k, nonfinite = layer->nonfinite, saturated = layer->saturated;
@@ -5473,7 +5490,7 @@ SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
             continue;
         }
         x = (float *)snipi_alloc(s, (size_t)(rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k)) * sizeof(float));
-        if (!x) return SNIP_OUT_OF_MEMORY;
+        if (!x) return snipi_no_memory(s, "snip_measure_gains");
         dy = x + rows * k; w = dy + rows * n; out = w + n * k;
         snip_noise_add(x, x, rows * (n + k) + n * k, 1.0f, NULL, snipi_key(s, layer, 0, SNIPI_ROLE_NOISE_X));
         for (g = 0; g < SNIP_GEMMS; g++)
@@ -5492,7 +5509,7 @@ SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
         snipi_free(s, x);
         layer->nonfinite = nonfinite;
         layer->saturated = saturated;
-        if (status) return status;
+        if (status) return snipi_fail_in(s, status, "snip_measure_gains", snip_status_text(status));
     }
     return SNIP_OK;
 }
@@ -5564,7 +5581,7 @@ static snip_status snipi_solve(snip *s) {
     snip_ilp_problem problem;
     snip_ilp_result result;
     snip_ilp_status solved;
-    if (!memory) return SNIP_OUT_OF_MEMORY;
+    if (!memory) return snipi_no_memory(s, "a plan");
     target = (double *)(void *)(memory + options_size);
     groups = (snip_ilp_group *)(void *)(target + s->desc.n_stages);
     choice = (int *)(void *)(groups + n);
@@ -5635,13 +5652,14 @@ static snip_status snipi_solve(snip *s) {
     if (solved == SNIP_ILP_INFEASIBLE) {
         double lacking = 0;
         int stage = snip_ilp_shortfall(&problem, &lacking);
+        snipi_fail(s, SNIP_INFEASIBLE, snip_status_text(SNIP_INFEASIBLE));
         if (snipi_by_seconds(s)) snprintf(s->message, sizeof s->message, "stage %d cannot be as fast as asked: %.3g seconds are lacking", stage, lacking);
         else if (stage >= 0 && stage < s->desc.n_stages)
             snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
                      100 * s->desc.budget * (1 - lacking / target[stage]), 100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
     }
     snipi_free(s, memory);
-    return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? SNIP_OUT_OF_MEMORY : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
+    return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? snipi_no_memory(s, "a plan") : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
 
 // Costs from the measurement that the layers hold, and a plan from the costs.
@@ -5671,9 +5689,12 @@ static int snipi_adamw_ok(const snip_adamw *o) {
 }
 // *adamw becomes NULL where its constants are out of range.
 static void snipi_end_step_check(snip *s, const snip_adamw **adamw) {
-    if (!*adamw || snipi_adamw_ok(*adamw)) return;
-    *adamw = NULL;
-    snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "the optimizer's constants are out of range");
+    if (*adamw && !snipi_adamw_ok(*adamw)) {
+        *adamw = NULL;
+        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "the optimizer's constants are out of range");
+    } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
+        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "snip_next_pass has not been told the loss of the measuring step's last pass");
+    if (s->held[0]) snipi_fail(s, s->pending, s->held);         // of the error that snip_end_step returns
 }
 static int snipi_in_probe(snip *s) {
     if (s->pass == SNIP_PASS_ORDINARY || s->pass == SNIP_PASS_CLEAN) return 0;
@@ -5713,7 +5734,7 @@ SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
 SNIP_API const char *snip_reason(const snip *s) { return s ? s->reason : ""; }
 SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
     const snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !info) return SNIP_BAD_ARGUMENT;
+    if (!l || !info) return snipi_bad(s, "snip_layer");
     info->name = l->name;
     info->out_features = l->n;
     info->in_features = l->k;
@@ -5757,7 +5778,7 @@ SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
     enum { MOST = 32 };
     const char *kinds[MOST];
     int n_kinds = 0, l, k, i;
-    if (!s || !file) return SNIP_BAD_ARGUMENT;
+    if (!s || !file) return snipi_bad(s, "snip_plan_print");
     for (l = 0; l < s->n_layers; l++) {
         const char *kind = snipi_kind_of(s->layers[l].name);
         for (k = 0; k < n_kinds && strcmp(kinds[k], kind); k++) { }
@@ -5784,7 +5805,7 @@ SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
         for (k = 0; k < n_kinds && strcmp(kinds[k], snipi_kind_of(layer->name)); k++) { }
         if (k == n_kinds || snipi_cell(s, l, kinds[k]) != l) fprintf(file, "  %s %c%c%c\n", layer->name, snipi_mark(layer->format[0]), snipi_mark(layer->format[1]), snipi_mark(layer->format[2]));
     }
-    return ferror(file) ? SNIP_IO : SNIP_OK;
+    return ferror(file) ? snipi_fail_in(s, SNIP_IO, "snip_plan_print", snip_status_text(SNIP_IO)) : SNIP_OK;
 }
 
 static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {      // FNV-1a
@@ -5803,17 +5824,32 @@ static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
     return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n, (long long)s->layers[line - 1].k,
                     snip_format_name(s->layers[line - 1].format[0]), snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
 }
+// A device, a pipe or a link is written as it is: renaming would put a file in its place. Strict C sees what a link points to.
+static int snipi_replaceable(const char *path) {
+#if defined(__unix__) || defined(__APPLE__)
+    struct stat info;
+#  if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+    return lstat(path, &info) != 0 || S_ISREG(info.st_mode);
+#  else
+    return stat(path, &info) != 0 || S_ISREG(info.st_mode);
+#  endif
+#else
+    (void)path;
+    return 1;
+#endif
+}
 SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     char text[512], *aside;
     uint64_t hash = SNIPI_HASH_START;
     FILE *file;
     size_t length;
-    int line, ok, reason;
-    if (!s || !path) return SNIP_BAD_ARGUMENT;
+    int line, ok, reason, renamed;
+    if (!s || !path) return snipi_bad(s, "snip_plan_save");
     length = strlen(path) + 5;
     aside = (char *)snipi_alloc(s, length);
-    if (!aside) return SNIP_OUT_OF_MEMORY;
-    snprintf(aside, length, "%s.tmp", path);
+    if (!aside) return snipi_no_memory(s, "snip_plan_save");
+    renamed = snipi_replaceable(path);
+    snprintf(aside, length, renamed ? "%s.tmp" : "%s", path);
     file = fopen(aside, "wb");
     ok = file != NULL;
     for (line = 0; ok && line <= s->n_layers; line++) {
@@ -5825,8 +5861,8 @@ SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     reason = errno;
     if (file) {
         if (fclose(file) && ok) { ok = 0; reason = errno; }
-        if (ok && rename(aside, path)) { ok = 0; reason = errno; }
-        if (!ok) remove(aside);
+        if (ok && renamed && rename(aside, path)) { ok = 0; reason = errno; }
+        if (!ok && renamed) remove(aside);
     }
     snipi_free(s, aside);
     if (!ok) {
@@ -5849,9 +5885,9 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
     long long n, k;
     FILE *file;
     int line, layers, g, tail = 0;
-    if (!s || !path) return SNIP_BAD_ARGUMENT;
+    if (!s || !path) return snipi_bad(s, "snip_plan_load");
     formats = (unsigned char *)snipi_alloc(s, (size_t)s->n_layers * SNIP_GEMMS);
-    if (!formats) return SNIP_OUT_OF_MEMORY;
+    if (!formats) return snipi_no_memory(s, "snip_plan_load");
     file = fopen(path, "rb");
     if (!file) return snipi_plan_fail(s, NULL, formats, SNIP_IO, path, strerror(errno));
     for (line = 0; line <= s->n_layers; line++) {
@@ -5939,7 +5975,8 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     unsigned char *at = (unsigned char *)state;
     uint64_t hash;
     int l, g;
-    if (!s || !state || snipi_within_step(s)) return SNIP_BAD_ARGUMENT;
+    if (!s || !state) return snipi_bad(s, "snip_state_save");
+    if (snipi_within_step(s)) return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is saved between steps: snip_end_step is missing");
     memcpy(at, "SNIPST2", 8);
     memcpy(at + 8, s->reason, sizeof s->reason);
     at += SNIPI_STATE_TEXT;
@@ -6001,7 +6038,7 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     const unsigned char *at = (const unsigned char *)state;
     uint64_t hash;
     int l, g;
-    if (!s || !state) return SNIP_BAD_ARGUMENT;
+    if (!s || !state) return snipi_bad(s, "snip_state_load");
     if (snipi_within_step(s)) return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is loaded between steps: snip_end_step is missing");
     if (size < 8 + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
     if (memcmp(at, "SNIPST", 6)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");

@@ -1,10 +1,18 @@
 /* Tests of the session of snip.h, as its user sees it. Stand-alone; prints "N passed, N failed" last and exits
    non-zero on a failure. Writes and removes test_session_*.tmp in the current folder. */
+#ifndef _POSIX_C_SOURCE
+#define _POSIX_C_SOURCE 200809L             /* lstat, and what it tells apart */
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -1794,6 +1802,23 @@ static void test_plan_file(void) {
     CHECK(snip_add_linear(other, "0.attn.q", 16, 16, 0) == 0 && snip_add_linear(other, "0.attn.v", 32, 16, 0) == 1 && snip_add_linear(other, "1.mlp.up", 16, 48, 0) == 2);
     CHECK(snip_plan_load(other, plan_path) == SNIP_MISMATCH && snip_share(other, SNIP_BF16) == 1);
     snip_destroy(other);
+#if defined(__unix__) || defined(__APPLE__)
+    note("what is no file is written as it is");
+    if (mkfifo(other_path, 0600) == 0) {
+        char line[64] = "";
+        struct stat info;
+        int pipe_end = open(other_path, O_RDWR | O_NONBLOCK);
+        CHECK(snip_plan_save(s, other_path) == SNIP_OK && lstat(other_path, &info) == 0 && S_ISFIFO(info.st_mode));
+        CHECK(read(pipe_end, line, sizeof line - 1) > 0 && !strncmp(line, "snip-plan 1 ", 12));
+        close(pipe_end);
+        remove(other_path);
+    }
+    if (symlink(plan_path, other_path) == 0) {
+        struct stat info;
+        CHECK(snip_plan_save(s, other_path) == SNIP_OK && lstat(other_path, &info) == 0 && S_ISLNK(info.st_mode) && snip_plan_load(s, plan_path) == SNIP_OK);
+        remove(other_path);
+    }
+#endif
     note("plan files that are not there");
     CHECK(snip_plan_load(fresh, "test_session_missing.tmp") == SNIP_IO && *snip_message(fresh));
     CHECK(snip_plan_save(s, "test_session_missing_folder/plan") == SNIP_IO && strstr(snip_message(s), "missing_folder"));
@@ -2273,6 +2298,69 @@ static void test_not_bound(void) {
     model_free(&n);
 }
 
+// Whatever a call on a session refuses, the message is about that call, not an earlier one; that of the step's first error comes back with it.
+static void test_messages(void) {
+    model n = model_new(3, 20, 12, 24, 8);
+    snip_desc d = defaults();
+    snip_adamw o = optimizer(1);
+    snip_layer_info info;
+    const double none[3] = { 0, 0, 0 };
+    unsigned char state[8] = { 0 };
+    FILE *full;
+    snip *s;
+    note("messages");
+    d.every = 1;
+    s = snip_create(&d);
+    model_add(&n, s, 0);
+#define SAYS(call, word) do { snip_plan_load(s, "test_session_missing.tmp"); CHECK(call); CHECK(strstr(snip_message(s), word)); } while (0)
+#define REFUSED(function, arguments) SAYS(function arguments == SNIP_BAD_ARGUMENT, #function)
+    SAYS(snip_add_linear(s, NULL, 4, 4, 0) == -(int)SNIP_BAD_ARGUMENT, "snip_add_linear");
+    SAYS(snip_add_linear(s, "a b", 4, 4, 0) == -(int)SNIP_BAD_ARGUMENT, "snip_add_linear");
+    SAYS(snip_add_linear(s, "", 4, 4, 0) == -(int)SNIP_BAD_ARGUMENT, "snip_add_linear");
+    SAYS(snip_add_linear(s, "a", INT64_MAX, 4, 0) == -(int)SNIP_BAD_ARGUMENT, "snip_add_linear");
+    REFUSED(snip_bind_adamw, (s, 0, NULL, NULL));
+    REFUSED(snip_bind_momentum, (s, 0, n.m[0]));
+    REFUSED(snip_allow, (s, 0, SNIP_FWD, 0, 0));
+    REFUSED(snip_set_format, (s, 9, SNIP_FWD, SNIP_F32));
+    REFUSED(snip_set_format, (s, 0, SNIP_FWD, SNIP_E5M2));
+    REFUSED(snip_set_mode, (s, (snip_mode)3));
+    REFUSED(snip_set_seconds, (s, 9, SNIP_FWD, none));
+    REFUSED(snip_set_seconds, (s, 0, SNIP_FWD, none));
+    REFUSED(snip_measure_gains, (s, 0));
+    REFUSED(snip_layer, (s, 9, &info));
+    REFUSED(snip_plan_print, (s, NULL));
+    REFUSED(snip_plan_save, (s, NULL));
+    REFUSED(snip_plan_load, (s, NULL));
+    REFUSED(snip_state_save, (s, NULL));
+    REFUSED(snip_state_load, (s, NULL, 4));
+    SAYS(snip_state_load(s, state, sizeof state) == SNIP_CORRUPT, "state");
+    if ((full = fopen("/dev/full", "w")) != NULL) {
+        setvbuf(full, NULL, _IONBF, 0);
+        SAYS(snip_plan_print(s, full) == SNIP_IO, "snip_plan_print");
+        fclose(full);
+    }
+    snip_set_mode(s, SNIP_EVAL);
+    REFUSED(snip_linear_forward, (s, 0, NULL, n.x, n.w[0], NULL, 4));
+    n.w[0][3] = (float)NAN;
+    SAYS(snip_linear_forward(s, 0, n.h, n.x, n.w[0], NULL, n.rows) == SNIP_NONFINITE, "layer 0.mlp.up");
+    n.w[0][3] = 0;
+    snip_set_mode(s, SNIP_TRAIN);
+    CHECK(snip_end_step(s, &o) == SNIP_OK);     // nothing of this was a training step's
+    REFUSED(snip_linear_forward, (s, 0, NULL, n.x, n.w[0], NULL, 4));
+    REFUSED(snip_linear_backward, (s, 0, NULL, NULL, NULL, NULL, n.x, n.w[0], 4));      // the second error of a step has its own
+    REFUSED(snip_end_step, (s, &o));            // in a probe pass
+    while (snip_next_pass(s, 1)) {}
+    SAYS(snip_end_step(s, &o) == SNIP_BAD_ARGUMENT, "snip_linear_forward");             // the first one's
+    note("a measuring step whose loss was not told");
+    CHECK(snip_bind_adamw(s, 0, n.m[0], n.v[0]) == SNIP_OK && snip_bind_adamw(s, 1, n.m[1], n.v[1]) == SNIP_OK);
+    CHECK(model_pass(&n, s) == SNIP_OK && snip_next_pass(s, n.loss) == 1 && model_pass(&n, s) == SNIP_OK && snip_next_pass(s, n.loss) == 1 && model_pass(&n, s) == SNIP_OK);
+    CHECK(snip_current_pass(s) == SNIP_PASS_CLEAN && snip_end_step(s, &o) == SNIP_BAD_ARGUMENT && strstr(snip_message(s), "snip_next_pass") && snip_plans(s) == 0);
+#undef REFUSED
+#undef SAYS
+    snip_destroy(s);
+    model_free(&n);
+}
+
 typedef struct { long count, fail_at, live; } allocator;
 static void *failing_alloc(size_t size, void *user) {
     allocator *a = (allocator *)user;
@@ -2304,7 +2392,7 @@ static void test_allocator(void) {
         d.every = 2;
         d.budget = 0.5;
         s = snip_create(&d);
-#define SAW(status) do { snip_status seen_ = (status); if (seen_ == SNIP_OUT_OF_MEMORY) oom++; else if (seen_ != SNIP_OK) other++; } while (0)
+#define SAW(status) do { snip_status seen_ = (status); if (seen_ == SNIP_OUT_OF_MEMORY) { oom++; CHECK(strstr(snip_message(s), "out of memory")); } else if (seen_ != SNIP_OK) other++; } while (0)
         if (s) {
             int l0 = snip_add_linear(s, "0.a", n.hid, n.in, 0), l1;
             if (l0 < 0) { SAW((snip_status)-l0); l0 = snip_add_linear(s, "0.a", n.hid, n.in, 0); }
@@ -2321,6 +2409,7 @@ static void test_allocator(void) {
             }
             SAW(snip_plan_save(s, plan_path));
             SAW(snip_plan_load(s, plan_path));
+            SAW(snip_measure_gains(s, 4));
         }
         if (fail_at == 0) CHECK(s && oom == 0 && other == 0 && a.count > 15);
         else if (a.count < fail_at) done = 1;
@@ -2454,6 +2543,7 @@ int main(int argc, char **argv) {
     test_nonfinite();
     test_step_ended_in_a_probe();
     test_not_bound();
+    test_messages();
     test_allocator();
     test_memory();
     test_no_rows();
