@@ -50,7 +50,7 @@ $(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) |
 
 # The longest first: two run at a time
 TESTS = test_session test_cuda test_quant test_gemm test_gemm_emulated test_ilp test_train test_pool test_report test_codec
-SHELL_TESTS ?= targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer reference
+SHELL_TESTS ?= targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer bench reference
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)
 sanitize:

@@ -26,7 +26,7 @@ static const char *const plan_name[PLANS] = { "bf16", "fp8", "fp4", "flops", "ti
 static double harm_of(const snip_layer_info *l, int state, int g) { return state ? (state == 2 ? &l->fp4 : &l->fp8)->cost[g] : 0; }
 
 // The states of n GEMMs with the least sum of `cost`, where that of `other` is at most `most`; least: the first state allowed.
-static void solve(int n, const double (*cost)[STATES], const double (*other)[STATES], double most, int least, int *choice) {
+static void solve(int n, double (*cost)[STATES], double (*other)[STATES], double most, int least, int *choice) {
     snip_ilp_option (*options)[STATES] = (snip_ilp_option (*)[STATES])tr_alloc((size_t)n * sizeof *options);
     snip_ilp_group *groups = (snip_ilp_group *)tr_alloc((size_t)n * sizeof *groups);
     snip_ilp_problem problem = { n, groups, 0, NULL, -most };
@@ -44,7 +44,7 @@ static void solve(int n, const double (*cost)[STATES], const double (*other)[STA
     free(options);
     free(groups);
 }
-static double sum_of(int n, const double (*value)[STATES], const int *choice) {
+static double sum_of(int n, double (*value)[STATES], const int *choice) {
     double sum = 0;
     for (int i = 0; i < n; i++) sum += value[i][choice[i]];
     return sum;

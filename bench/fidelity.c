@@ -105,6 +105,19 @@ static double update_difference(const llama *g, const float *a, const float *b, 
     return difference / size;
 }
 
+// Whether argv[*i] is that option; its value then, argv ending with NULL.
+static int own_number(char **argv, int *i, const char *name, int low, int high, int *out) {
+    size_t n = strlen(name);
+    const char *value = argv[*i] + n;
+    char *end;
+    if (strncmp(argv[*i], name, n) || (*value && *value != '=')) return 0;
+    value = *value ? value + 1 : argv[*i + 1] ? argv[++*i] : "";
+    long x = strtol(value, &end, 10);
+    if (end == value || *end || x < low || x > high) tr_die("%s needs a whole number between %d and %d, not '%s'", name, low, high, value);
+    *out = (int)x;
+    return 1;
+}
+
 int main(int argc, char **argv) {
     static const char *const gemm_name[TRUTHS] = { "fwd", "dgrad", "wgrad", "all" };
     tr_program = "fidelity";
@@ -120,29 +133,20 @@ int main(int argc, char **argv) {
         if (!strcmp(argv[i], "--help")) {
             printf("Estimates of rounding's harm beside the truth, layer by layer. About 6 minutes on one core by default: 460 steps,\n"
                    "then 1200 passes of a batch, in proportion to --batch, --seq and the model's size. Of the trainer's options those of the\n"
-                   "model, the data and the optimizer count; --steps is 400 and --lr 0.001 here.\n"
+                   "model, the data and AdamW's rate count; --steps is 400 and --lr 0.001 here.\n"
                    "  --batches N        batches whose means are compared, 2 to 16 (5, as many as the library averages over)\n"
                    "  --apart N          training steps between one and the next, up to 1000 (15); 0: all at the same weights\n"
                    "  --recipe R         default, rne, tensor, tensor-sr, mxfp4 or nvfp4: scales and rounding of both formats (default)\n");
             tr_usage();
             return fflush(stdout) ? 2 : 0;
         }
-        if (!strcmp(argv[i], "--batches")) {
-            batches = i + 1 < argc ? atoi(argv[++i]) : 0;
-            if (batches < 2 || batches > MAX_BATCHES) tr_die("--batches needs a number from 2 to %d", (int)MAX_BATCHES);
-            continue;
-        }
-        if (!strcmp(argv[i], "--apart")) {
-            const char *value = i + 1 < argc ? argv[++i] : "";
-            apart = atoi(value);
-            if (*value < '0' || *value > '9' || apart > 1000) tr_die("--apart needs a number from 0 to 1000");
-            continue;
-        }
+        if (own_number(argv, &i, "--batches", 2, MAX_BATCHES, &batches) || own_number(argv, &i, "--apart", 0, 1000, &apart)) continue;
         if (strncmp(argv[i], "--recipe", 8) || (argv[i][8] && argv[i][8] != '=')) { args[n_args++] = argv[i]; continue; }
         if (!argv[i][8] && i + 1 == argc) tr_die("--recipe needs a value");
         recipes = argv[i][8] ? argv[i] + 9 : argv[++i];
     }
     tr_parse(&o, n_args, args);
+    if (strcmp(o.optimizer, "adamw")) tr_die("--optimizer %s: the truth here is AdamW's update", o.optimizer);
 #ifdef _OPENMP
     if (o.threads) omp_set_num_threads((int)o.threads);
 #endif
@@ -272,5 +276,6 @@ int main(int argc, char **argv) {
     llama_destroy(h);
     snip_destroy(s);
     snip_destroy(t);
+    if (fflush(stdout) || ferror(stdout)) tr_die("cannot write to standard output: %s", strerror(errno ? errno : EIO));
     return 0;
 }

@@ -491,10 +491,13 @@ int main(int argc, char **argv) {
         if (compare) tr_path(dir, o.out, o.runs[i]);
         tr_mkdir(dir);
         tr_lock(dir);
-        tr_path(path, dir, "loss.csv");
-        fclose(tr_begin(path));         // can files be made here?
-        unlink(tr_unfinished);
-        tr_unfinished[0] = 0;
+        static const char *const files[] = { "loss.csv", "plan.txt", "plan.svg", "report.html", "model.safetensors" };
+        for (int j = 0; j < 5; j++) {   // can they be made here?
+            tr_path(path, dir, files[j]);
+            fclose(tr_begin(path));
+            unlink(tr_unfinished);
+            tr_unfinished[0] = 0;
+        }
     }
     for (int i = 0; i < n; i++) {
         if (compare) {

@@ -3,7 +3,7 @@
 // and _FILE_OFFSET_BITS 64 before the first include. Include snip.h and llama.h first.
 //
 // Bad input ends the program by tr_die(): one line on standard error, exit status 2, the temporary file
-// in hand removed. Nothing is overwritten except by renaming a complete, synced file over it.
+// in hand removed. Nothing is overwritten except by renaming a complete, synced file over it; what is not a file is left alone.
 #ifndef TRAINER_H
 #define TRAINER_H
 
@@ -353,6 +353,8 @@ static inline void tr_lock(const char *dir) {
 // Opens path.tmp; tr_commit syncs it and renames it to path. Until then path is untouched.
 static inline FILE *tr_begin(const char *path) {
     if (snprintf(tr_unfinished, TR_PATH, "%s.tmp", path) >= TR_PATH) { tr_unfinished[0] = 0; tr_die("%s: the path is too long", path); }
+    struct stat info;
+    if (!stat(path, &info) && !S_ISREG(info.st_mode)) { tr_unfinished[0] = 0; tr_die("cannot write %s: it is there and not a regular file", path); }
     FILE *f = fopen(tr_unfinished, "wb");
     if (!f) { int e = errno; tr_unfinished[0] = 0; tr_die("cannot write %s: %s", path, strerror(e)); }
     errno = 0;                                          // tr_commit tells what the first failed write said

@@ -30,7 +30,7 @@ run() {
     printf '%-20s %s  (%d s)\n' "$name" "$line" $((SECONDS - start))
 }
 for t in "$@"; do one "$t" "$build/$t"; done
-for t in ${SHELL_TESTS-targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer reference}; do
+for t in ${SHELL_TESTS-targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer bench reference}; do
     case $t in
         cuda_trainer) one test_cuda_trainer "$here/test_cuda_trainer.sh" "$build/train_llama" ;;
         trainer) one test_trainer "$here/test_trainer.sh" "$build/train_llama" ;;

@@ -276,6 +276,13 @@ if [ -w /dev/full ]; then
     run $base --steps 2 --out new_full > /dev/full 2> err
     check "full standard output: exit status 2" test $? = 2
 fi
+# ---- what is no file is not written over ----
+mkdir other
+for f in loss.csv plan.txt plan.svg report.html model.safetensors; do
+    mkfifo other/$f
+    bad "a pipe in the place of $f" "cannot write other/$f: it is there and not a regular file" $base --out other
+    rm other/$f
+done
 # ---- a folder in use, an earlier run in it, a polite end ----
 run $base --steps 6 --out used > /dev/null 2>&1
 cp used/model.safetensors earlier
