@@ -514,6 +514,10 @@ SNIPI_HD static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; 
 SNIPI_HD static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
 SNIPI_HD static int64_t snipi_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 static int64_t snipi_round_up(int64_t a, int64_t b) { return snipi_ceil_div(a, b) * b; }
+// rows * cols * 4 must fit in ptrdiff_t, and ld reach over a row.
+static int snipi_shape_ok(int64_t rows, int64_t cols, int64_t ld) {
+    return rows >= 0 && cols >= 0 && ld >= cols && (cols == 0 || rows <= PTRDIFF_MAX / 8 / snipi_max(1, ld));
+}
 
 SNIPI_HD SNIPI_INLINE uint32_t snipi_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 SNIPI_HD SNIPI_INLINE float snipi_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
@@ -903,7 +907,8 @@ static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
 SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
     snipi_hadamard q;
     if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
-    if (rows < 0 || cols < 0 || cols % block || ld < cols || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    if (!snipi_shape_ok(rows, cols, ld) || cols % block || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
+    if (rows == 0 || cols == 0) return SNIP_OK;
     q.x = x; q.rows = rows; q.cols = cols; q.ld = ld; q.block = block; q.key = key;
     q.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
     snipi_share(snipi_hadamard_chunk, &q, SNIPI_CHUNKS, rows * cols);
@@ -1524,10 +1529,6 @@ static int snipi_recipe_ok(const snip_recipe *r) {
 SNIPI_HD static int64_t snipi_tile(int32_t tile, int64_t dimension) { return tile ? tile : snipi_max(1, dimension); }
 static int64_t snipi_tiles(const snip_recipe *r, int64_t rows, int64_t cols) {
     return snipi_ceil_div(rows, snipi_tile(r->tile_rows, rows)) * snipi_ceil_div(cols, snipi_tile(r->tile_cols, cols));
-}
-// rows * cols * 4 must fit in int64_t, and ld reach over a row.
-static int snipi_shape_ok(int64_t rows, int64_t cols, int64_t ld) {
-    return rows >= 0 && cols >= 0 && ld >= cols && (cols == 0 || rows <= INT64_MAX / 8 / snipi_max(1, ld));
 }
 
 SNIP_API size_t snip_codes_bound(const snip_recipe *r, int64_t rows, int64_t cols) {
@@ -5479,6 +5480,8 @@ SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
     enum { TIMES = 5 };
     int l, same, g, i, f;
     if (!s || rows < 1 || rows > INT32_MAX) return snipi_bad(s, "snip_measure_gains");
+    for (l = 0; l < s->n_layers; l++)
+        if (!snipi_shape_ok(rows, snipi_max(s->layers[l].n, s->layers[l].k), snipi_max(s->layers[l].n, s->layers[l].k))) return snipi_bad(s, "snip_measure_gains");
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n, k = layer->k, nonfinite = layer->nonfinite, saturated = layer->saturated;

@@ -690,6 +690,7 @@ static void test_hadamard(void) {
     check(ok, "Hadamard: orthogonal, spreads an outlier, keeps inner products, is its own inverse");
     check(snip_hadamard(a, 1, 100, 100, 16, key) == SNIP_BAD_ARGUMENT && snip_hadamard(a, 1, 24, 24, 24, key) == SNIP_BAD_ARGUMENT
           && snip_hadamard(NULL, 1, 16, 16, 16, key) == SNIP_BAD_ARGUMENT && snip_hadamard(a, 1, 32, 16, 16, key) == SNIP_BAD_ARGUMENT, "Hadamard refuses");
+    check(snip_hadamard(a, INT64_MAX / 8, 16, INT64_MAX / 2, 16, key) == SNIP_BAD_ARGUMENT && snip_hadamard(NULL, INT64_MAX, 0, 16, 16, key) == SNIP_OK, "Hadamard: shapes that overflow, and none at all");
 }
 
 // NVFP4's block scale is amax * (S * (1/6)) in float32: here S = 1 and 114 * 0x1.555556p-3 is a tie, rounded up to 20.
@@ -771,6 +772,7 @@ static void test_refusals(void) {
     snip_rng_key key = { 0, 0, 0 };
     uint8_t c[64], s[64], c0[64], s0[64];
     float v[64], v0[64];
+    snip_recipe fp4 = SNIP_RECIPE_FP4_TILE;
     snip_quant_stats stats, stats0;
     snip_quantize_job job;
     int refused = 0, i, out_of_range = 99;
@@ -787,6 +789,7 @@ static void test_refusals(void) {
     REFUSED(snip_quantize(&good, x, 2, 8, 8, NULL, s, key, NULL, &stats));
     REFUSED(snip_quantize(&good, x, 2, 8, 8, c, NULL, key, NULL, &stats));
     REFUSED(snip_quantize(&good, x, INT64_MAX / 4, INT64_MAX / 4, INT64_MAX / 4, c, s, key, NULL, &stats));
+    check(snip_codes_bound(&fp4, 65544, 131072) / 524288 == (sizeof(size_t) < 8 ? 0u : 8193u), "4 GiB of codes: no size_t of 32 bits says less");
     REFUSED(snip_quantize_transposed(&good, x, 2, 8, 7, c, s, key, NULL, &stats));
     REFUSED(snip_quantize_transposed(&good, x, 2, 8, 8, NULL, s, key, NULL, &stats));
     REFUSED(snip_quantize_both(&good, NULL, x, 2, 8, 8, c, s, c, s, key, &stats));

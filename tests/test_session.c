@@ -2328,6 +2328,13 @@ static void test_messages(void) {
     REFUSED(snip_set_seconds, (s, 9, SNIP_FWD, none));
     REFUSED(snip_set_seconds, (s, 0, SNIP_FWD, none));
     REFUSED(snip_measure_gains, (s, 0));
+    if (sizeof(size_t) == 8) {                  // operands of 2^64 + 12 bytes
+        CHECK(snip_add_linear(s, "1.wide", INT64_C(922337203685477581), 1, 0) == 2);
+        REFUSED(snip_measure_gains, (s, 2));
+        snip_destroy(s);
+        s = snip_create(&d);
+        model_add(&n, s, 0);
+    }
     REFUSED(snip_layer, (s, 9, &info));
     REFUSED(snip_plan_print, (s, NULL));
     REFUSED(snip_plan_save, (s, NULL));
