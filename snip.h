@@ -166,7 +166,7 @@ SNIP_API const char *snip_isa_name(snip_isa);
 
 // "f32", "bf16", "fp8" (E4M3), "fp4" (E2M1), "e5m2", ...; "?" for anything else.
 SNIP_API const char *snip_format_name(snip_format);
-SNIP_API float       snip_format_max(snip_format);      // largest finite value; 0 for F32 and BF16
+SNIP_API float       snip_format_max(snip_format);      // largest finite value; 0 for F32, BF16 and UE8M0
 SNIP_API int         snip_format_bits(snip_format);     // stored bits per element: 4, 8, 16, 32
 
 // >>codec ------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ SNIP_API uint8_t  snip_e3m2_from_f32(float);   SNIP_API float snip_e3m2_to_f32(u
 SNIP_API uint8_t  snip_ue8m0_from_f32(float);  SNIP_API float snip_ue8m0_to_f32(uint8_t);  // rounds up; negative as its magnitude
 SNIP_API uint8_t  snip_ue8m0_from_f32_floor(float);                                        // rounds down
 SNIP_API uint8_t  snip_ue4m3_from_f32(float);  SNIP_API float snip_ue4m3_to_f32(uint8_t);  // negative becomes 0
-SNIP_API uint16_t snip_bf16_from_f32(float);   SNIP_API float snip_bf16_to_f32(uint16_t);  // keeps NaN and infinity
+SNIP_API uint16_t snip_bf16_from_f32(float);   SNIP_API float snip_bf16_to_f32(uint16_t);  // keeps NaN and infinity; beyond the largest: infinity
 
 // The same without saturation: beyond the largest E4M3 becomes NaN (464 still rounds to 448), E5M2 infinity.
 SNIP_API uint8_t  snip_e4m3_from_f32_nosat(float);
@@ -191,8 +191,8 @@ SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
 // at the right and lower edges. Codes: [rows][cols] without padding; for E2M1 a row takes (cols+1)/2
 // bytes. Scales: [ceil(rows/tile_rows)][ceil(cols/tile_cols)], dequantizing (x ~ scale * code): float
 // for F32 and POW2, a byte for UE8M0 and UE4M3; UE4M3 is followed, at the next multiple of 4 bytes, by
-// the tensor's float scale. amax is over finite elements; a tile of zeros has scale 1 (POW2, F32); no
-// scale is smaller than 2^-126. The code of x is that of x * (largest/amax), each rounded to float32.
+// the tensor's float scale. amax is over finite elements; a tile of zeros has scale 1 and none a smaller
+// one than 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3). The code of x is that of x * (largest/amax), each rounded to float32.
 //
 // Random numbers: (seed, step, tensor) and the element's index r * cols + c in the quantized matrix.
 typedef struct { uint64_t seed; uint32_t step, tensor; } snip_rng_key;
@@ -360,7 +360,7 @@ SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8,
 SNIP_API snip_status snip_measure_gains(snip *, int64_t rows);
 SNIP_API snip_status snip_set_seconds(snip *, int layer, snip_gemm_kind, const double seconds[3]);     // the same by hand
 SNIP_API double      snip_plan_seconds(const snip *);   // of all layers' GEMMs under the plan; 0 if not measured
-// Put a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan.
+// Put a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan. layer and gemm as above.
 SNIP_API snip_status snip_set_format(snip *, int layer, snip_gemm_kind gemm, snip_format);
 SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 
