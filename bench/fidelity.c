@@ -154,6 +154,7 @@ int main(int argc, char **argv) {
     tr_load_data(&d, &o);
     llama_config config = { d.vocab, (int)o.dim, (int)o.blocks, (int)o.heads, (int)o.kv_heads, (int)o.ffn, (int)o.seq, (int)o.tied, 0, (uint64_t)o.seed };
     if (llama_config_check(&config)) tr_die("%s", llama_config_check(&config));
+    if (o.blocks * LLAMA_LINEARS > NORMS_LAYERS) tr_die("at most %d blocks", NORMS_LAYERS / LLAMA_LINEARS);
     snip_desc desc, truth_desc;
     memset(&desc, 0, sizeof desc);
     if (!norms_recipes(&desc, recipes)) tr_die("--recipe is default, rne, tensor, tensor-sr, mxfp4 or nvfp4, not '%s'", recipes);

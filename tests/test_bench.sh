@@ -40,6 +40,7 @@ for program in ./fidelity ./quality; do
     bad "unknown option '--nonsense'" $program $model --nonsense
     bad "steps must be between 1" $program $model --steps 0
     bad "dim must be a multiple" $program $model --heads 3
+    bad "at most 146 blocks" $program $model --blocks 147
 done
 bad "batches needs a whole number" ./fidelity $model --batches 3x
 bad "batches needs a whole number" ./fidelity $model --batches=1
