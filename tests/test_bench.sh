@@ -24,7 +24,7 @@ lines() { # what, how many, pattern of the line, command...; all lines of that n
     shift 3
     if "$@" > out 2> log && [ "$(grep -c "^${1#./}	" out)" = "$count" ] && [ "$(grep -cE "^${1#./}	$pattern\$" out)" = "$count" ]; then ok; else fail "$what"; grep "^${1#./}	" out | head -3; fi
 }
-lines "fidelity's lines" 22 "(loss|weight)	(adjoint|snip|additive)	(fp8|fp4|mixed)	(fwd|dgrad|wgrad|all)(	$number){4}" ./fidelity $model --steps 2 --batches=2
+lines "fidelity's lines" 22 "(loss|weight)	(adjoint|snip|additive)	(fp8|fp4|mixed)	(fwd|dgrad|wgrad|all)(	$number){4}" ./fidelity $model --steps 2 --batches=2 --apart 2
 lines "quality's lines" 2 "default	$number	(adjoint-gemm|fp4)(	$number){4}" ./quality $model --warm 2 --steps 1 --seeds 1 --makers adjoint-gemm,fp4 --svg picture.svg
 if [ "$(head -c 4 picture.svg)" = "<svg" ] && [ "$(tail -1 picture.svg)" = "</svg>" ]; then ok; else fail "the picture"; fi
 bad() { # pattern, command...
@@ -45,6 +45,7 @@ done
 bad "batches needs a whole number" ./fidelity $model --batches 3x
 bad "batches needs a whole number" ./fidelity $model --batches=1
 bad "batches needs a whole number" ./fidelity $model --batches
+bad "apart needs a whole number between 0 and 1000" ./fidelity $model --apart -1
 bad "recipe is default" ./fidelity $model --recipe=none
 bad "AdamW" ./fidelity $model --optimizer sgd
 bad "budgets needs" ./quality $model --budgets 2
