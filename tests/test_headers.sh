@@ -259,7 +259,7 @@ for cc in gcc clang; do
     if [ -f omp_$cc.o ] && [ ! -s log ]; then ok; else bad "$cc: external symbols with OpenMP" 20; fi
     # macros: those of the header less those of the system headers it includes
     printf '#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\n' > system_api.c
-    { cat system_api.c; printf '#include <errno.h>\n#include <math.h>\n#include <stdlib.h>\n#include <string.h>\n#include <time.h>\n#include <float.h>\n#include <limits.h>\n#include <assert.h>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'; } > system_impl.c
+    { cat system_api.c; printf '#include <errno.h>\n#include <sys/stat.h>\n#include <math.h>\n#include <stdlib.h>\n#include <string.h>\n#include <time.h>\n#include <float.h>\n#include <limits.h>\n#include <assert.h>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'; } > system_impl.c
     for part in api impl; do
         $cc -std=c99 -I"$here" -dM -E ${part}_twice.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > ours
         $cc -std=c99 -dM -E system_$part.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > theirs
