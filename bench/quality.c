@@ -377,11 +377,11 @@ static double nice(double range) {
     double power = pow(10, floor(log10(range / 6))), m = range / 6 / power;
     return power * (m <= 1 ? 1 : m <= 2 ? 2 : m <= 5 ? 5 : 10);
 }
-static void draw(FILE *f, const char *path, const row *rows, int n) {
+static void draw(const char *path, const row *rows, int n) {
     static const char *const colour[MAKERS] = { "#000000", "#9a9a9a", "#e0a100", "#c2410c", "#0f766e", "#1d4ed8", "#b8b8b8", "#d9a441", "#a0722a", "#7fb069", "#3f7d4e", "#8e6bbf", "#d1495b", "#5aa9e6", "#1d4ed8" };
     enum { WIDE = 380, TALL = 260, LEFT = 90, TOP = 64, GAP_X = 70, GAP_Y = 96, LEGEND = 150 };
     int settings = 0;
-    if (ftruncate(fileno(f), 0)) errno = 0;             // a pipe has no length
+    FILE *f = tr_begin(path);
     for (int i = 0; i < n; i++) settings += i == 0 || rows[i].setting != rows[i - 1].setting;
     int width = LEFT + 2 * WIDE + GAP_X + 24 + LEGEND, height = TOP + settings * (TALL + GAP_Y) - 20, at = 0;
     if (height < TOP + 22 * MAKERS) height = TOP + 22 * MAKERS;
@@ -435,7 +435,7 @@ static void draw(FILE *f, const char *path, const row *rows, int n) {
         line++;
     }
     fputs("</svg>\n", f);
-    if (ferror(f) | fclose(f)) tr_die("%s: cannot be written: %s", path, strerror(errno ? errno : EIO));
+    tr_commit(f, path, 0);
 }
 
 int main(int argc, char **argv) {
@@ -510,8 +510,7 @@ int main(int argc, char **argv) {
     llama_config config = { d.vocab, (int)o.dim, (int)o.blocks, (int)o.heads, (int)o.kv_heads, (int)o.ffn, (int)o.seq, (int)o.tied, 0, (uint64_t)o.seed };
     if (llama_config_check(&config)) tr_die("%s", llama_config_check(&config));
     if (o.blocks * LLAMA_LINEARS > NORMS_LAYERS) tr_die("at most %d blocks", NORMS_LAYERS / LLAMA_LINEARS);
-    FILE *picture = svg ? fopen(svg, "ab") : NULL;      // now, not after the training; what it holds stays until then
-    if (svg && !picture) tr_die("--svg %s: %s", svg, strerror(errno));
+    if (svg) tr_try(svg);
     size_t tokens_n = (size_t)(o.batch * o.seq);
     int32_t *tokens = (int32_t *)tr_alloc(tokens_n * sizeof *tokens), *targets = (int32_t *)tr_alloc(tokens_n * sizeof *targets);
     checkpoint from = { NULL, NULL, NULL };
@@ -616,7 +615,7 @@ int main(int argc, char **argv) {
         snip_destroy(b.r.s); snip_destroy(b.m.s);
         free(b.costs); free(b.order); free(aged); free(fresh);
     }
-    if (picture) draw(picture, svg, rows, n_rows);
+    if (svg) draw(svg, rows, n_rows);
     free(from.params); free(tokens); free(targets);
     if (fflush(stdout) || ferror(stdout)) tr_die("cannot write to standard output: %s", strerror(errno ? errno : EIO));
     return 0;

@@ -492,12 +492,7 @@ int main(int argc, char **argv) {
         tr_mkdir(dir);
         tr_lock(dir);
         static const char *const files[] = { "loss.csv", "plan.txt", "plan.svg", "report.html", "model.safetensors" };
-        for (int j = 0; j < 5; j++) {   // can they be made here?
-            tr_path(path, dir, files[j]);
-            fclose(tr_begin(path));
-            unlink(tr_unfinished);
-            tr_unfinished[0] = 0;
-        }
+        for (int j = 0; j < 5; j++) { tr_path(path, dir, files[j]); tr_try(path); }
     }
     for (int i = 0; i < n; i++) {
         if (compare) {

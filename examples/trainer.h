@@ -361,6 +361,12 @@ static inline FILE *tr_begin(const char *path) {
     return f;
 }
 // keep_open: the file goes on being appended to under its new name.
+// Dies, before hours of work, if path cannot be written.
+static inline void tr_try(const char *path) {
+    fclose(tr_begin(path));
+    unlink(tr_unfinished);
+    tr_unfinished[0] = 0;
+}
 static inline void tr_commit(FILE *f, const char *path, int keep_open) {
     int bad = ferror(f) || fflush(f) || fsync(fileno(f));
     if (!keep_open && fclose(f)) bad = 1;
