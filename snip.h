@@ -5372,6 +5372,7 @@ static void snipi_costs(snip *s) {
             snip_estimate *e = &s->layers[l].estimate[f];
             double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST], error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
             double keep = snipi_ratio(first_sq, first_sq + error_sq);
+            if (!s->layers[l].elements_x) continue;
             for (g = 0; g < SNIP_GEMMS; g++) {
                 double r = g == SNIP_FWD ? 1 : snipi_repeating(s, &s->layers[l], f), weight = update_weight * (r + (1 - r) / s->desc.horizon);
                 double loss_error_sq = g == SNIP_FWD ? keep * error_sq + snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]) : 0;
@@ -5386,7 +5387,7 @@ static int snipi_has_averages(const snipi_layer *l) {
     for (t = 0; t < SNIPI_TERMS; t++) any |= l->average[0].mean[t] != 0 || l->average[1].mean[t] != 0;
     return any;
 }
-// What was not called in a measurement keeps its averages.
+// What was not called in a measurement keeps its averages and costs.
 static void snipi_average_measurement(snip *s) {
     double rate, session_rate;
     int l, f, g;
