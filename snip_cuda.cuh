@@ -236,9 +236,6 @@ SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t 
 }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
 template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
-// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, mode.
-// 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must lie at multiples of 1024.
-SNIPI_DEVICE uint64_t snipi_ptx_wgmma_operand(const void *p) { return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
 SNIPI_DEVICE void snipi_ptx_settled(float &x) { asm volatile("" : "+f"(x) : : "memory"); }
 SNIPI_DEVICE void snipi_ptx_settled(int32_t &x) { asm volatile("" : "+r"(x) : : "memory"); }
 template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_begin(D d[64]) {
@@ -267,6 +264,40 @@ SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "f32.e4m3.e5m2", float, "+f", ", 1, 1
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "f32.e5m2.e4m3", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "f32.e5m2.e5m2", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_s8, "s32.s8.s8", int32_t, "+r", "")
+
+// Datacenter Blackwell. Tensor memory has 128 lanes of 512 columns of 32 bits, address lane << 16 | column. A warp takes all of it
+// and gives it back.
+SNIPI_DEVICE void snipi_ptx_tensor_memory_alloc(uint32_t *address) {
+    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 512;\ntcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" : : "r"(snipi_ptx_shared(address)) : "memory");
+}
+SNIPI_DEVICE void snipi_ptx_tensor_memory_free(uint32_t address) { asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 512;" : : "r"(address) : "memory"); }
+// Before a thread tells others, and after it was told, of work on tensor memory. Commit implies the first.
+SNIPI_DEVICE void snipi_ptx_tcgen05_before() { asm volatile("tcgen05.fence::before_thread_sync;" : : : "memory"); }
+SNIPI_DEVICE void snipi_ptx_tcgen05_after() { asm volatile("tcgen05.fence::after_thread_sync;" : : : "memory"); }
+// d (+)= A B^T from 32 bytes of k, started by one thread.
+#define SNIPI_PTX_TCGEN05(name, kind) \
+    SNIPI_DEVICE void name(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) { \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\ntcgen05.mma.cta_group::1.kind::" kind " [%0], %1, %2, %3, add;\n}" : : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"(add) : "memory"); \
+    }
+SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_fp8, "f8f6f4")
+SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_s8, "i8")
+// The barrier gets an arrival when all that this thread has started is done.
+SNIPI_DEVICE void snipi_ptx_tcgen05_commit(uint64_t *b) {
+    asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" : : "r"(snipi_ptx_shared(b)) : "memory");
+}
+// 16 lanes of 64 columns, in a warp's registers as wgmma's sums; from lane 32 * (warp % 4), or 16 further. Wait before they are used.
+#define SNIPI_PTX_LOAD(acc, x) \
+    SNIPI_DEVICE void snipi_ptx_tensor_memory_load(acc d[32], uint32_t address) { \
+        asm volatile("tcgen05.ld.sync.aligned.16x256b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, [%32];" \
+                     : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24) : "r"(address) : "memory"); \
+    }
+SNIPI_PTX_LOAD(float, "=f")
+SNIPI_PTX_LOAD(int32_t, "=r")
+template <class D> SNIPI_DEVICE void snipi_ptx_tensor_memory_wait(D d[32]) {
+    asm volatile("tcgen05.wait::ld.sync.aligned;" : : : "memory");
+#pragma unroll
+    for (int i = 0; i < 32; i++) snipi_ptx_settled(d[i]);
+}
 
 // A map of bytes [rows][k], row_bytes from row to row, in boxes of 128 x 128, zeros beyond the edges. 1: done.
 static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k, int64_t row_bytes) {
@@ -297,6 +328,20 @@ template <int A, int B, class D> SNIPI_DEVICE void snipi_ptx_wgmma(D d[64], uint
     else if constexpr (A == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
     else if constexpr (B == SNIP_E4M3) snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
     else snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+}
+// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, version
+// (wgmma 0, tcgen05 1), mode. 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must
+// lie at multiples of 1024.
+SNIPI_DEVICE uint64_t snipi_ptx_operand(const void *p, int version) {
+    return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | (uint64_t)version << 46 | 1ull << 62;
+}
+// tcgen05: types of D (1 float, 2 int32), A and B (E4M3 0, E5M2 1, signed bytes 1), columns / 8, rows / 16.
+template <int A, int B> SNIPI_DEVICE constexpr uint32_t snipi_ptx_instruction(int rows, int columns) {
+    return (A == SNIP_E2M1 ? 2u : 1u) << 4 | (A == SNIP_E4M3 ? 0u : 1u) << 7 | (B == SNIP_E4M3 ? 0u : 1u) << 10 | (uint32_t)columns / 8 << 17 | (uint32_t)rows / 16 << 24;
+}
+template <int A> SNIPI_DEVICE void snipi_ptx_tcgen05(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
+    if constexpr (A == SNIP_E2M1) snipi_ptx_tcgen05_s8(d, a, b, instruction, add);
+    else snipi_ptx_tcgen05_fp8(d, a, b, instruction, add);
 }
 
 // Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
@@ -1392,78 +1437,123 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
     snipi_plain_count(g, bad);
 }
 
-// Hopper: a persistent thread block a multiprocessor makes tiles of 128 x 128 of C. One warpgroup produces: a thread lets
-// TMA copy 128 bytes of each row of A and B to one of six stages of shared memory, all of them fetch a row's scale of A
-// and of B. Two warpgroups consume: each multiplies 64 rows by wgmma, then adds the sums times both scales to C's. While
-// one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor cores 256 clocks, conversions of
-// integer sums 128, on the integer pipe, and multiply-adds 64.
+// Hopper and datacenter Blackwell: a persistent thread block a multiprocessor makes tiles of C, of 128 rows and COLUMNS columns.
+// One warpgroup produces: a thread lets TMA copy 128 bytes of each row of A and B to one of several stages of shared memory, all
+// of them fetch rows' scales of A and of B. Two warpgroups consume.
 // Barriers: full, when both have come; empty, when every consuming warp has read the stage.
-enum { SNIPI_STAGES = 6, SNIPI_WGMMA_THREADS = 384, SNIPI_STAGE_BYTES = 2 * SNIPI_BLOCK * 128, SNIPI_WGMMA_SHARED = SNIPI_STAGES * SNIPI_STAGE_BYTES + 1024, SNIPI_RASTER = 8 };
-enum { SNIPI_PRODUCER_REGISTERS = 40, SNIPI_CONSUMER_REGISTERS = 232 };
-typedef struct {
-    uint64_t full[SNIPI_STAGES], empty[SNIPI_STAGES];
-    float scale[SNIPI_STAGES][2][SNIPI_BLOCK];
-} snipi_wgmma_shared;
-static_assert(SNIPI_BLOCK == 128 && SNIPI_STAGE_BYTES % 2048 == 0, "a tile is one TMA box, at a multiple of 1024 bytes");
-static_assert(SNIPI_WGMMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
-static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_CONSUMER_REGISTERS <= SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8), "registers of the launch");
-static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_CONSUMER_REGISTERS % 8 == 0, "setmaxnreg");
+enum { SNIPI_STAGED = 192 * 1024, SNIPI_TMA_SHARED = SNIPI_STAGED + 1024, SNIPI_RASTER = 8 };
+template <int COLUMNS> struct snipi_tma_shared {
+    enum { STAGE_BYTES = (SNIPI_BLOCK + COLUMNS) * 128, STAGES = SNIPI_STAGED / STAGE_BYTES };
+    uint64_t full[STAGES], empty[STAGES];
+    float scale[STAGES][SNIPI_BLOCK + COLUMNS];         // of A's rows, of B's
+};
+static_assert(SNIPI_BLOCK == 128, "a tile is of TMA boxes, each at a multiple of 1024 bytes");
 
 // The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
-SNIPI_DEVICE void snipi_wgmma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
-    int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK;
+template <int COLUMNS> SNIPI_DEVICE void snipi_tma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
+    int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + COLUMNS - 1) / COLUMNS;
     int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down), width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
     *m0 = in / width * SNIPI_BLOCK;
-    *n0 = (column * SNIPI_RASTER + in % width) * SNIPI_BLOCK;
+    *n0 = (column * SNIPI_RASTER + in % width) * COLUMNS;
 }
-SNIPI_DEVICE void snipi_wgmma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks, float post) {
+template <int COLUMNS> SNIPI_DEVICE void snipi_tma_barriers(snipi_tma_shared<COLUMNS> *shared) {
+    for (int s = 0; s < shared->STAGES; s++) {
+        snipi_ptx_barrier_init(&shared->full[s], 128 + 1);
+        snipi_ptx_barrier_init(&shared->empty[s], 8);
+    }
+}
+template <int COLUMNS>
+SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_tma_shared<COLUMNS> *shared, int64_t tiles, int blocks, float post) {
+    enum { WIDE = COLUMNS / SNIPI_BLOCK };
     int stage = 0, parity = 1;          // of the empty barriers: the first wait is for a phase before the first
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-        int64_t m0, n0;
-        snipi_wgmma_tile(g, t, &m0, &n0);
-        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x;
-        const int64_t at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across, at_b = row_b / g.b.reader.tile_rows * g.b.reader.tiles_across;
-        float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f, next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b) : 0.0f;
+        int64_t m0, n0, at_b[WIDE];
+        float next_b[WIDE];
+        snipi_tma_tile<COLUMNS>(g, t, &m0, &n0);
+        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x, at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across;
+        float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < WIDE; j++) {
+            at_b[j] = (row_b + SNIPI_BLOCK * j) / g.b.reader.tile_rows * g.b.reader.tiles_across;
+            next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j]) : 0.0f;
+        }
         for (int kb = 0; kb < blocks; kb++) {
-            float scale_a = next_a, scale_b = next_b;
+            float scale_a = next_a, scale_b[WIDE];
+#pragma unroll
+            for (int j = 0; j < WIDE; j++) scale_b[j] = next_b[j];
             if (kb + 1 < blocks) {
                 next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a + kb + 1) : 0.0f;
-                next_b = row_b < g.n ? snipi_cuda_scale_at(g.b.reader, at_b + kb + 1) : 0.0f;
+#pragma unroll
+                for (int j = 0; j < WIDE; j++) next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j] + kb + 1) : 0.0f;
             }
             snipi_ptx_barrier_wait(&shared->empty[stage], parity);
             if (threadIdx.x == 0) {
-                char *to = stages + stage * SNIPI_STAGE_BYTES;
-                snipi_ptx_barrier_arrive_expect(&shared->full[stage], SNIPI_STAGE_BYTES);
+                char *to = stages + stage * shared->STAGE_BYTES;
+                snipi_ptx_barrier_arrive_expect(&shared->full[stage], shared->STAGE_BYTES);
                 snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
-                snipi_ptx_tma_load(to + SNIPI_STAGE_BYTES / 2, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0);
+#pragma unroll
+                for (int j = 0; j < WIDE; j++) snipi_ptx_tma_load(to + (1 + j) * SNIPI_BLOCK * 128, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0 + SNIPI_BLOCK * j);
             }
-            shared->scale[stage][0][threadIdx.x] = post * scale_a;
-            shared->scale[stage][1][threadIdx.x] = post * scale_b;
+            shared->scale[stage][threadIdx.x] = post * scale_a;
+#pragma unroll
+            for (int j = 0; j < WIDE; j++) shared->scale[stage][(1 + j) * SNIPI_BLOCK + threadIdx.x] = post * scale_b[j];
             snipi_ptx_barrier_arrive(&shared->full[stage]);
-            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
         }
     }
 }
-// Two neighbours in a row of C, at once where g.pairs says that they may be.
-SNIPI_DEVICE void snipi_wgmma_begin_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, float c[2]) {
-    c[0] = c[1] = 0;
-    if (r >= g.m || j >= g.n) return;
-    if (g.accumulate && g.pairs) {
-        float2 v = *(const float2 *)(g.c + r * g.ldc + j);
-        c[0] = v.x; c[1] = v.y;
+// A thread's part of 16 rows, the r-th and the eighth below, by 128 columns from the j-th: c[i] lies i / 4 * 8 columns further, for
+// i & 2 in the row below, for i & 1 in the next column. Two neighbours at once where g.pairs says that they may be.
+SNIPI_DEVICE void snipi_tma_begin_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, float c[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i += 2) {
+        int64_t r = r0 + (i & 2) * 4, j = j0 + i / 4 * 8;
+        c[i] = c[i + 1] = 0;
+        if (r >= g.m || j >= g.n) continue;
+        if (g.accumulate && g.pairs) {
+            float2 v = *(const float2 *)(g.c + r * g.ldc + j);
+            c[i] = v.x; c[i + 1] = v.y;
+        } else {
+            c[i] = snipi_cuda_begin_c(g, r, j);
+            if (j + 1 < g.n) c[i + 1] = snipi_cuda_begin_c(g, r, j + 1);
+        }
+    }
+}
+SNIPI_DEVICE void snipi_tma_end_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, const float c[64]) {
+#pragma unroll
+    for (int i = 0; i < 64; i += 2) {
+        int64_t r = r0 + (i & 2) * 4, j = j0 + i / 4 * 8;
+        if (r >= g.m || j >= g.n) continue;
+        if (g.pairs && !(g.accumulate && g.bias)) *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[i], c[i + 1]);
+        else {
+            snipi_cuda_end_c(g, r, j, c[i]);
+            if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[i + 1]);
+        }
+    }
+}
+// N of them get a block's sums times both scales. one_scale: all columns have the same.
+template <int N, class D> SNIPI_DEVICE void snipi_tma_promote(float *c, const D *d, float above, float below, const float *scale_b, int col, int one_scale) {
+    if (one_scale) {                    // the same products of scales, two instead of N
+        above = __fmul_rn(above, scale_b[0]);
+        below = __fmul_rn(below, scale_b[0]);
+#pragma unroll
+        for (int i = 0; i < N; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
     } else {
-        c[0] = snipi_cuda_begin_c(g, r, j);
-        if (j + 1 < g.n) c[1] = snipi_cuda_begin_c(g, r, j + 1);
+#pragma unroll
+        for (int i = 0; i < N; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
     }
 }
-SNIPI_DEVICE void snipi_wgmma_end_c(const snipi_cuda_gemm_job &g, int64_t r, int64_t j, const float c[2]) {
-    if (r >= g.m || j >= g.n) return;
-    if (g.pairs && !(g.accumulate && g.bias)) *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[0], c[1]);
-    else {
-        snipi_cuda_end_c(g, r, j, c[0]);
-        if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[1]);
-    }
-}
+SNIPI_DEVICE int64_t snipi_tma_tiles(const snipi_cuda_gemm_job &g, int columns) { return (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + columns - 1) / columns); }
+
+// Hopper: tiles of 128 x 128, six stages. A consuming warpgroup multiplies 64 rows by wgmma, then adds the sums times both scales
+// to C's. While one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor cores 256 clocks,
+// conversions of integer sums 128, on the integer pipe, and multiply-adds 64.
+enum { SNIPI_WGMMA_THREADS = 384, SNIPI_PRODUCER_REGISTERS = 40, SNIPI_WGMMA_REGISTERS = 232 };
+typedef snipi_tma_shared<128> snipi_wgmma_shared;
+static_assert(SNIPI_TMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
+static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_WGMMA_REGISTERS <= SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8), "registers of the launch");
+static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_WGMMA_REGISTERS % 8 == 0, "setmaxnreg");
+
 // Formats E2M1: their values times 2, as INT8.
 template <int FORMAT_A, int FORMAT_B>
 SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
@@ -1472,42 +1562,29 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
-        float c[64];                    // (i / 4): 8 columns; i & 2: 8 rows below; i & 1: next column
+        float c[64];
         typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[64];
-        snipi_wgmma_tile(g, t, &m0, &n0);
+        snipi_tma_tile<128>(g, t, &m0, &n0);
+        snipi_tma_begin_c(g, m0 + row, n0 + col, c);
 #pragma unroll
-        for (int i = 0; i < 64; i += 2) {
-            int64_t r = m0 + row + (i & 2) * 4, j = n0 + i / 4 * 8 + col;
-            snipi_wgmma_begin_c(g, r, j, c + i);
-            d[i] = d[i + 1] = 0;
-        }
+        for (int i = 0; i < 64; i++) d[i] = 0;
         for (int kb = 0; kb < blocks; kb++) {
-            const char *a = stages + stage * SNIPI_STAGE_BYTES + group * 64 * 128, *b = stages + stage * SNIPI_STAGE_BYTES + SNIPI_STAGE_BYTES / 2;
-            const float *scale_b = shared->scale[stage][1];
+            const char *a = stages + stage * shared->STAGE_BYTES + group * 64 * 128, *b = stages + stage * shared->STAGE_BYTES + SNIPI_BLOCK * 128;
+            const float *scale = shared->scale[stage];
             snipi_ptx_barrier_wait(&shared->full[stage], parity);
             snipi_ptx_wgmma_begin(d);
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
-                uint64_t at_a = snipi_ptx_wgmma_operand(a + 32 * kk), at_b = snipi_ptx_wgmma_operand(b + 32 * kk);
+                uint64_t at_a = snipi_ptx_operand(a + 32 * kk, 0), at_b = snipi_ptx_operand(b + 32 * kk, 0);
                 snipi_ptx_wgmma<FORMAT_A, FORMAT_B>(d, at_a, at_b, kk > 0);
             }
             snipi_ptx_wgmma_end(d);
-            float above = shared->scale[stage][0][row], below = shared->scale[stage][0][row + 8];
-            if (one_scale) {            // the same products of scales, two instead of 64
-                above = __fmul_rn(above, scale_b[0]);
-                below = __fmul_rn(below, scale_b[0]);
-#pragma unroll
-                for (int i = 0; i < 64; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 64; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
-            }
+            snipi_tma_promote<64>(c, d, scale[row], scale[row + 8], scale + SNIPI_BLOCK, col, one_scale);
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
-            if (++stage == SNIPI_STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
         }
-#pragma unroll
-        for (int i = 0; i < 64; i += 2) snipi_wgmma_end_c(g, m0 + row + (i & 2) * 4, n0 + i / 4 * 8 + col, c + i);
+        snipi_tma_end_c(g, m0 + row, n0 + col, c);
     }
 }
 template <int FORMAT_A, int FORMAT_B>
@@ -1515,23 +1592,129 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ snipi_wgmma_shared shared;
     char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
-    const int64_t tiles = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    const int64_t tiles = snipi_tma_tiles(g, 128);
     const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
     if (threadIdx.x == 0) {
-        for (int s = 0; s < SNIPI_STAGES; s++) {
-            snipi_ptx_barrier_init(&shared.full[s], 128 + 1);
-            snipi_ptx_barrier_init(&shared.empty[s], 8);
-        }
+        snipi_tma_barriers(&shared);
         snipi_ptx_barrier_init_fence();
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
-        snipi_wgmma_produce(g, &map_a, &map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
+        snipi_tma_produce<128>(g, &map_a, &map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
     } else {
-        snipi_ptx_registers_more<SNIPI_CONSUMER_REGISTERS>();
+        snipi_ptx_registers_more<SNIPI_WGMMA_REGISTERS>();
         snipi_wgmma_consume<FORMAT_A, FORMAT_B>(g, stages, &shared, tiles, blocks);
     }
+#endif
+}
+
+// Datacenter Blackwell: tiles of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A thread of a fourth
+// warpgroup lets tcgen05 multiply; each consuming warpgroup loads the sums of 128 columns, and adds them times both scales to C's,
+// while the next block's are made in the other accumulator. At nominal rates 128 x 256 x 128 products take the tensor cores 512
+// clocks, loads from tensor memory 256, multiply-adds 256, and as many more the products of scales where columns have their
+// own: then adding is the limit, otherwise multiplying.
+// Barriers: summed, when a stage's products are done. The stage is empty when they have been read, and so is its accumulator.
+enum { SNIPI_TCGEN05_COLUMNS = 256, SNIPI_TCGEN05_THREADS = 512, SNIPI_MULTIPLIER_REGISTERS = 24, SNIPI_TCGEN05_REGISTERS = 224 };
+struct snipi_tcgen05_shared : snipi_tma_shared<SNIPI_TCGEN05_COLUMNS> {
+    uint64_t summed[STAGES];
+    uint32_t tensor_memory;
+};
+static_assert(snipi_tcgen05_shared::STAGES == 4, "two stages for each accumulator");
+static_assert(SNIPI_TMA_SHARED + sizeof(snipi_tcgen05_shared) <= 232448, "a thread block's shared memory on Blackwell");
+static_assert(128 * (SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <= 65536, "registers of the launch");
+
+template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_multiply(char *stages, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
+    const uint32_t instruction = snipi_ptx_instruction<FORMAT_A, FORMAT_B>(SNIPI_BLOCK, SNIPI_TCGEN05_COLUMNS);
+    int stage = 0, parity = 0;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
+        for (int kb = 0; kb < blocks; kb++) {
+            const char *a = stages + stage * shared->STAGE_BYTES, *b = a + SNIPI_BLOCK * 128;
+            snipi_ptx_barrier_wait(&shared->full[stage], parity);
+            snipi_ptx_barrier_wait(&shared->empty[stage ^ 2], stage < 2 ? parity ^ 1 : parity);     // two blocks ago, the accumulator's last
+            snipi_ptx_tcgen05_after();
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++) {
+                uint64_t at_a = snipi_ptx_operand(a + 32 * kk, 1), at_b = snipi_ptx_operand(b + 32 * kk, 1);
+                snipi_ptx_tcgen05<FORMAT_A>(shared->tensor_memory + stage % 2 * SNIPI_TCGEN05_COLUMNS, at_a, at_b, instruction, kk > 0);
+            }
+            snipi_ptx_tcgen05_commit(&shared->summed[stage]);
+            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+        }
+}
+template <int FORMAT_A> SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_job &g, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
+    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, warp_row = (int)threadIdx.x % 128 / SNIPI_WARP * 32, row = warp_row + lane / 4, col = lane % 4 * 2;
+    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;      // for all of a group's columns
+    const uint32_t sums = shared->tensor_memory + ((uint32_t)warp_row << 16) + (uint32_t)group * SNIPI_BLOCK;
+    int stage = 0, parity = 0;
+    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+        int64_t m0, n0;
+        float c[2][64];                 // of two times 16 rows
+        typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[2][32];
+        snipi_tma_tile<SNIPI_TCGEN05_COLUMNS>(g, t, &m0, &n0);
+        n0 += group * SNIPI_BLOCK;
+#pragma unroll
+        for (int i = 0; i < 2; i++) snipi_tma_begin_c(g, m0 + row + 16 * i, n0 + col, c[i]);
+        for (int kb = 0; kb < blocks; kb++) {
+            const float *scale_a = shared->scale[stage] + row, *scale_b = shared->scale[stage] + (1 + group) * SNIPI_BLOCK;
+            const uint32_t at = sums + (uint32_t)stage % 2 * SNIPI_TCGEN05_COLUMNS;
+            snipi_ptx_barrier_wait(&shared->full[stage], parity);       // the scales
+            snipi_ptx_barrier_wait(&shared->summed[stage], parity);
+            snipi_ptx_tcgen05_after();
+            snipi_ptx_tensor_memory_load(d[0], at);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {           // 16 rows by 64 columns; the next are loaded while these are added
+                snipi_ptx_tensor_memory_wait(d[i % 2]);
+                if (i < 3) snipi_ptx_tensor_memory_load(d[(i + 1) % 2], at + ((uint32_t)(i + 1) / 2 * 16 << 16) + (uint32_t)(i + 1) % 2 * 64);
+                snipi_tma_promote<32>(c[i / 2] + i % 2 * 32, d[i % 2], scale_a[i / 2 * 16], scale_a[i / 2 * 16 + 8], scale_b + i % 2 * 64, col, one_scale);
+            }
+            snipi_ptx_tcgen05_before();
+            __syncwarp();
+            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
+            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) snipi_tma_end_c(g, m0 + row + 16 * i, n0 + col, c[i]);
+    }
+}
+SNIPI_DEVICE void snipi_tcgen05_syncthreads() {
+    snipi_ptx_tcgen05_before();
+    __syncthreads();
+    snipi_ptx_tcgen05_after();
+}
+template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b) {
+    __shared__ snipi_tcgen05_shared shared;
+    char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
+    const int64_t tiles = snipi_tma_tiles(g, SNIPI_TCGEN05_COLUMNS);
+    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK), group = (int)threadIdx.x / 128, multiplier = (int)threadIdx.x / SNIPI_WARP == 12;
+    if (threadIdx.x == 0) {
+        snipi_tma_barriers(&shared);
+        for (int s = 0; s < shared.STAGES; s++) snipi_ptx_barrier_init(&shared.summed[s], 1);
+        snipi_ptx_barrier_init_fence();
+    }
+    if (multiplier) snipi_ptx_tensor_memory_alloc(&shared.tensor_memory);
+    snipi_tcgen05_syncthreads();
+    if (group == 0) {
+        snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
+        snipi_tma_produce<SNIPI_TCGEN05_COLUMNS>(g, map_a, map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
+    } else if (group < 3) {
+        snipi_ptx_registers_more<SNIPI_TCGEN05_REGISTERS>();
+        snipi_tcgen05_consume<FORMAT_A>(g, &shared, tiles, blocks);
+    } else {
+        snipi_ptx_registers_fewer<SNIPI_MULTIPLIER_REGISTERS>();
+        if (threadIdx.x == 384) snipi_tcgen05_multiply<FORMAT_A, FORMAT_B>(stages, &shared, tiles, blocks);
+        __syncwarp();
+    }
+    snipi_tcgen05_syncthreads();
+    if (multiplier) snipi_ptx_tensor_memory_free(shared.tensor_memory);
+}
+// tcgen05 multiplies bytes as integers on 10.0 alone, and only in code for sm_100a.
+template <int FORMAT_A, int FORMAT_B>
+static __global__ void __launch_bounds__(SNIPI_TCGEN05_THREADS, 1) snipi_tcgen05_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+    snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
+#elif defined(__CUDA_ARCH_FEAT_SM103_ALL) || (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100 && defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
+    if constexpr (FORMAT_A != SNIP_E2M1) snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
 #endif
 }
 
@@ -1580,20 +1763,29 @@ template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaGetLastError();                 // it has none: no error of the caller's
     return 0;
 }
-template <int FORMAT_A, int FORMAT_B> static int snipi_cuda_has_wgmma(const snipi_cuda_gemm_job &g) {
-    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned && snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>);
+// The kernel that TMA feeds, if this GPU has one and TMA can read the operands; or NULL.
+typedef void (*snipi_tma_fn)(const snipi_cuda_gemm_job, const CUtensorMap, const CUtensorMap);
+template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel() {
+    if (snipi_cuda_has_body(snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>)) return snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>;
+    return snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>) ? snipi_wgmma_kernel<FORMAT_A, FORMAT_B> : NULL;
 }
-template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_wgmma(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel_of(const snipi_cuda_gemm_job &g) {
+    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned ? snipi_tma_kernel<FORMAT_A, FORMAT_B>() : NULL;
+}
+static snip_status snipi_tma_launch(snipi_tma_fn kernel, bool tcgen05, const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+    const int columns = tcgen05 ? (int)SNIPI_TCGEN05_COLUMNS : SNIPI_BLOCK, threads = tcgen05 ? (int)SNIPI_TCGEN05_THREADS : SNIPI_WGMMA_THREADS;
+    const int64_t tiles = snipi_ceil_div(g.m, SNIPI_BLOCK) * snipi_ceil_div(g.n, columns);
     CUtensorMap map_a, map_b;
     int device, processors;
     if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-        cudaFuncSetAttribute(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_WGMMA_SHARED) != cudaSuccess ||
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_TMA_SHARED) != cudaSuccess ||
         !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k, g.a.reader.row_bytes) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k, g.b.reader.row_bytes)) return SNIP_DEVICE;
-    return snipi_cuda_launch(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>, snipi_min(snipi_cuda_blocks(g.m, g.n), processors), SNIPI_WGMMA_THREADS, SNIPI_WGMMA_SHARED, stream, g, map_a, map_b);
+    return snipi_cuda_launch(kernel, snipi_min(tiles, processors), threads, SNIPI_TMA_SHARED, stream, g, map_a, map_b);
 }
 template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
     int64_t blocks = snipi_cuda_blocks(g.m, g.n);
-    if (g.k > 0 && snipi_cuda_has_wgmma<FORMAT_A, FORMAT_B>(g)) return snipi_cuda_wgmma<FORMAT_A, FORMAT_B>(g, stream);
+    snipi_tma_fn kernel = g.k > 0 ? snipi_tma_kernel_of<FORMAT_A, FORMAT_B>(g) : NULL;
+    if (kernel) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>, g, stream);
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
     return SNIP_UNSUPPORTED;
@@ -1621,8 +1813,9 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
             o->reader.row_bytes = snipi_cuda_s8_row(k);
             o->aligned = (uintptr_t)o->reader.codes % 16 == 0;
         }
-        if (!snipi_cuda_has_wgmma<SNIP_E2M1, SNIP_E2M1>(g)) return SNIP_UNSUPPORTED;
-        if (k > 0) return snipi_cuda_wgmma<SNIP_E2M1, SNIP_E2M1>(g, stream);
+        snipi_tma_fn kernel = snipi_tma_kernel_of<SNIP_E2M1, SNIP_E2M1>(g);
+        if (!kernel) return SNIP_UNSUPPORTED;
+        if (k > 0) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>, g, stream);
     }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
     return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
@@ -1768,7 +1961,7 @@ struct snip_cuda {
     int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
     int64_t measuring;                  // the last measuring step, until it has been read; then -1
     int lag;
-    snip_cuda_codes codes;              // of E2M1 operands: S8_BYTES where there is wgmma
+    snip_cuda_codes codes;              // of E2M1 operands: S8_BYTES where wgmma or tcgen05 takes them
     void *slot[SNIPI_CUDA_SLOTS];       // device memory
     snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
     snipi_cuda_globals *globals;
@@ -2642,7 +2835,7 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         c->s = s;
         c->rows = rows;
         c->lag = lag;
-        c->codes = snipi_cuda_has_body(snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>) ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_PACKED;
+        c->codes = snipi_tma_kernel<SNIP_E2M1, SNIP_E2M1>() ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_PACKED;
         c->step = c->read = s->step;
         c->measuring = -1;
         c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);

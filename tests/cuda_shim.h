@@ -76,6 +76,8 @@ static struct {
     char *dynamic_shared;
 } shim;
 static int shim_order;
+// Of each thread, for tcgen05's fences: waited, and did not yet fence; worked on tensor memory, and did not yet fence.
+static bool shim_waited[SHIM_MOST], shim_touched[SHIM_MOST];
 static dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 [[noreturn]] static void shim_die(const char *what, const char *site) {
@@ -126,7 +128,10 @@ static void shim_meet(shim_barrier *b, unsigned count, const char *site) {
     if (++b->arrived == count) { b->arrived = 0; b->generation++; return; }
     while (b->generation == generation) shim_yield();
 }
+static void shim_tells(const char *site) { if (shim_touched[shim.current]) shim_die("no tcgen05.fence::before_thread_sync", site); }
 static void shim_syncthreads(const char *site) {
+    shim_tells(site);
+    shim_waited[shim.current] = true;
     if (shim.live != shim.threads) shim_die("__syncthreads after a thread has ended", site);
     if (shim.barrier.arrived && shim.barrier.site != site) shim_die("threads of one block meet at different __syncthreads", site);
     shim_meet(&shim.barrier, shim.threads, site);
@@ -269,11 +274,15 @@ static inline void snipi_ptx_barrier_init(uint64_t *b, int count) {
     memcpy(b, &fresh, sizeof fresh);
 }
 static inline void snipi_ptx_barrier_init_fence() {}
-static inline void snipi_ptx_barrier_arrive(uint64_t *at) {
+static void shim_barrier_arrive(uint64_t *at) {
     shim_mbarrier *b = shim_barrier_at(at);
     if (!b->pending) shim_die("a barrier gets more arrivals than it waits for", "mbarrier");
     b->pending--;
     shim_barrier_step(b);
+}
+static inline void snipi_ptx_barrier_arrive(uint64_t *at) {
+    shim_tells("mbarrier");
+    shim_barrier_arrive(at);
 }
 static inline void snipi_ptx_barrier_arrive_expect(uint64_t *at, int bytes) {
     shim_barrier_at(at)->bytes += bytes;
@@ -281,7 +290,7 @@ static inline void snipi_ptx_barrier_arrive_expect(uint64_t *at, int bytes) {
 }
 static inline void snipi_ptx_barrier_wait(uint64_t *at, int parity) {
     while (shim_barrier_at(at)->phase == (uint32_t)parity) shim_yield();
-    shim.progress = true;
+    shim.progress = shim_waited[shim.current] = true;
 }
 struct CUtensorMap { const uint8_t *codes; int64_t rows, k, row_bytes; };
 static inline int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k, int64_t row_bytes) {
@@ -302,10 +311,21 @@ static inline void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t
 }
 template <int> static inline void snipi_ptx_registers_fewer() {}
 template <int> static inline void snipi_ptx_registers_more() {}
-static inline uint64_t snipi_ptx_wgmma_operand(const void *p) {
-    if ((uintptr_t)p % 1024 >= 128) shim_die("wgmma: an operand does not begin with a row group", "wgmma");
-    return (uintptr_t)p;
-}
+// Shared memory has addresses of its own; dynamic shared memory begins somewhere beyond 0.
+enum { SHIM_DYNAMIC = 3072 };
+static inline uint32_t snipi_ptx_shared(const void *p) { return SHIM_DYNAMIC + (uint32_t)((const char *)p - shim.dynamic_shared); }
+// What a descriptor of K-major rows in 128-byte swizzle says; 18 bits of address and distance, in units of 16 bytes.
+struct shim_operand {
+    const char *at;
+    unsigned group;                     // bytes from eight rows to the next eight
+    shim_operand(uint64_t d, unsigned version, const char *site) : at(shim.dynamic_shared - SHIM_DYNAMIC + (d & 0x3FFF) * 16), group((unsigned)(d >> 32 & 0x3FFF) * 16) {
+        if (d >> 14 & 3 || d >> 30 & 3 || (d >> 46 & 7) != version) shim_die("a descriptor's fixed bits", site);
+        if (d >> 49 & 7 || d >> 52 & 511) shim_die("a descriptor's base offset or mode is not zero", site);
+        if (d >> 61 != 2) shim_die("a descriptor without 128-byte swizzle", site);
+        if ((uintptr_t)at % 1024 >= 128) shim_die("an operand does not begin with a row group", site);
+    }
+    uint8_t byte(unsigned row, unsigned k) const { return *shim_swizzled((uintptr_t)at + row / 8 * group, row % 8, k); }
+};
 // Products are put off to the wait, as late as hardware may make them, and the other threads run before.
 struct shim_product { uint64_t a, b; int add; const float *table_a, *table_b; };
 static std::vector<shim_product> shim_products[SHIM_MOST];
@@ -322,14 +342,136 @@ SHIM_WGMMA(s8, int32_t, s8, s8)
 template <class D> static inline void snipi_ptx_wgmma_end(D d[64]) {
     shim.progress = true;
     shim_yield();
-    for (const shim_product &p : shim_products[shim.current])
+    for (const shim_product &p : shim_products[shim.current]) {
+        const shim_operand at_a(p.a, 0, "wgmma"), at_b(p.b, 0, "wgmma");
+        D a[2][32], b[2][32];
         for (unsigned i = 0; i < 64; i++) {
-            unsigned row = shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + (i & 2) * 4, col = i / 4 * 8 + shim.current % 4 * 2 + (i & 1);
+            if (i % 4 == 0)             // eight columns further
+                for (unsigned k = 0; k < 32; k++)
+                    for (unsigned e = 0; e < 2; e++) {
+                        if (i == 0) a[e][k] = (D)p.table_a[at_a.byte(shim.current % 128 / 32 * 16 + shim.current % 32 / 4 + e * 8, k)];
+                        b[e][k] = (D)p.table_b[at_b.byte(i / 4 * 8 + shim.current % 4 * 2 + e, k)];
+                    }
             D sum = p.add ? d[i] : 0;
-            for (unsigned k = 0; k < 32; k++) sum += (D)(p.table_a[*shim_swizzled(p.a, row, k)] * p.table_b[*shim_swizzled(p.b, col, k)]);
+            for (unsigned k = 0; k < 32; k++) sum += a[i / 2 % 2][k] * b[i % 2][k];
             d[i] = sum;
         }
+    }
     shim_products[shim.current].clear();
+}
+
+// ---- datacenter Blackwell: tensor memory, tcgen05 ----
+// Products are made when no thread gets further: as late as hardware may make them. In order 1, at once: as early.
+// Loads are made at the wait, after the other threads.
+enum { SHIM_LANES = 128, SHIM_COLUMNS = 512 };
+struct shim_work { uint64_t *commit; uint32_t d, instruction; uint64_t a, b; bool integers, add; };     // commit: or NULL, a product
+struct shim_load { void *to; uint32_t from; };
+typedef float shim_floats __attribute__((vector_size(32)));
+static struct {
+    uint32_t word[SHIM_LANES][SHIM_COLUMNS];
+    bool taken, relinquished;
+    std::vector<shim_work> work;
+    std::vector<shim_load> loads[SHIM_MOST];
+} shim_tensor;
+static void shim_tensor_check(uint32_t address, unsigned columns, const char *site) {
+    if (!shim_tensor.taken) shim_die("tensor memory was not allocated", site);
+    if (address >> 16 >= SHIM_LANES || (address & 65535) + columns > SHIM_COLUMNS) shim_die("beyond tensor memory", site);
+    if (shim_waited[shim.current]) shim_die("no tcgen05.fence::after_thread_sync", site);
+}
+// A product by its instruction descriptor.
+static void shim_multiply(const shim_work &w) {
+    static shim_floats b[32][32], sums[32];
+    static float a[SHIM_LANES][32];
+    const uint32_t i = w.instruction, type_a = i >> 7 & 7, type_b = i >> 10 & 7, columns = (i >> 17 & 63) * 8;
+    const char *site = "tcgen05.mma";
+    const shim_operand at_a(w.a, 1, site), at_b(w.b, 1, site);
+    if (i & 15 || i >> 6 & 1 || i >> 13 & 15 || i >> 23 & 1 || i >> 29) shim_die("an instruction's bits: sparse, saturating, negated, transposed or reserved", site);
+    if ((i >> 4 & 3) != (w.integers ? 2 : 1)) shim_die("an instruction's type of sums", site);
+    if (type_a > 1 || type_b > 1 || (w.integers && !(type_a && type_b))) shim_die("an instruction's types of operands", site);
+    if ((i >> 24 & 31) * 16 != SHIM_LANES || columns == 0 || columns > 256 || columns % 16) shim_die("an instruction's shape", site);
+    if (w.d >> 16 || w.d + columns > SHIM_COLUMNS) shim_die("beyond tensor memory", site);
+    const float *table_a = w.integers ? shim_of.s8 : type_a ? shim_of.e5m2 : shim_of.e4m3, *table_b = w.integers ? shim_of.s8 : type_b ? shim_of.e5m2 : shim_of.e4m3;
+    for (unsigned k = 0; k < 32; k++) {
+        for (unsigned r = 0; r < SHIM_LANES; r++) a[r][k] = table_a[at_a.byte(r, k)];
+        for (unsigned c = 0; c < columns; c++) ((float *)b[k])[c] = table_b[at_b.byte(c, k)];
+    }
+    for (unsigned r = 0; r < SHIM_LANES; r++) {
+        uint32_t *d = &shim_tensor.word[r][w.d];
+        float *sum = (float *)sums;
+        for (unsigned c = 0; c < columns; c++) {
+            if (!w.add) sum[c] = 0;
+            else if (w.integers) sum[c] = (float)(int32_t)d[c];
+            else memcpy(&sum[c], &d[c], 4);
+        }
+        for (unsigned k = 0; k < 32; k++)
+            for (unsigned c = 0; c < columns / 8; c++) sums[c] += a[r][k] * b[k][c];
+        for (unsigned c = 0; c < columns; c++) {
+            if (w.integers) d[c] = (uint32_t)(int32_t)sum[c];
+            else memcpy(&d[c], &sum[c], 4);
+        }
+    }
+}
+// Up to the next commit. Whether there was one.
+static bool shim_tensor_step() {
+    for (size_t n = 0; n < shim_tensor.work.size(); n++) {
+        const shim_work w = shim_tensor.work[n];
+        if (!w.commit) { shim_multiply(w); continue; }
+        shim_tensor.work.erase(shim_tensor.work.begin(), shim_tensor.work.begin() + (long)n + 1);
+        shim_barrier_arrive(w.commit);
+        return true;
+    }
+    return false;
+}
+static void shim_tcgen05(bool integers, uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
+    const shim_work w = { NULL, d, instruction, a, b, integers, add != 0 };
+    shim_tensor_check(d, 1, "tcgen05.mma");
+    shim_touched[shim.current] = true;
+    if (shim_order == 1) shim_multiply(w);
+    else shim_tensor.work.push_back(w);
+}
+static inline void snipi_ptx_tcgen05_fp8(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) { shim_tcgen05(false, d, a, b, instruction, add); }
+static inline void snipi_ptx_tcgen05_s8(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) { shim_tcgen05(true, d, a, b, instruction, add); }
+static inline void snipi_ptx_tcgen05_commit(uint64_t *b) {
+    shim_work w = {};
+    w.commit = b;
+    shim_tensor.work.push_back(w);
+    shim_touched[shim.current] = false;
+    if (shim_order == 1) shim_tensor_step();
+}
+static inline void snipi_ptx_tcgen05_before() { if (shim_tensor.loads[shim.current].empty()) shim_touched[shim.current] = false; }
+static inline void snipi_ptx_tcgen05_after() { shim_waited[shim.current] = false; }
+static inline void snipi_ptx_tensor_memory_alloc(uint32_t *address) {
+    shim_syncwarp(0xFFFFFFFFu, "tcgen05.alloc");
+    shim_touched[shim.current] = true;
+    if (shim.current % 32) return;
+    if (shim_tensor.taken || shim_tensor.relinquished) shim_die("tensor memory is taken twice", "tcgen05.alloc");
+    shim_tensor.taken = shim_tensor.relinquished = true;
+    memset(shim_tensor.word, 0xFF, sizeof shim_tensor.word);
+    *address = 0;
+}
+static inline void snipi_ptx_tensor_memory_free(uint32_t address) {
+    shim_syncwarp(0xFFFFFFFFu, "tcgen05.dealloc");
+    if (shim.current % 32) return;
+    shim_tensor_check(address, SHIM_COLUMNS, "tcgen05.dealloc");
+    if (!shim_tensor.work.empty()) shim_die("products are not done", "tcgen05.dealloc");
+    shim_tensor.taken = false;
+}
+template <class D> static inline void snipi_ptx_tensor_memory_load(D d[32], uint32_t address) {
+    if (shim_shuffle(0xFFFFFFFFu, address, 0, "tcgen05.ld") != address) shim_die("lanes load from different addresses", "tcgen05.ld");
+    shim_tensor_check(address, 64, "tcgen05.ld");
+    if ((address >> 16 & ~16u) != shim.current / 32 % 4 * 32) shim_die("a warp loads from another's lanes", "tcgen05.ld");
+    memset(d, 0xFF, 32 * sizeof *d);
+    shim_tensor.loads[shim.current].push_back({ d, address });
+    shim_touched[shim.current] = true;
+}
+template <class D> static inline void snipi_ptx_tensor_memory_wait(D *) {
+    shim_syncwarp(0xFFFFFFFFu, "tcgen05.wait::ld");
+    shim.progress = true;
+    shim_yield();
+    for (const shim_load &l : shim_tensor.loads[shim.current])
+        for (unsigned i = 0; i < 32; i++)
+            memcpy((D *)l.to + i, &shim_tensor.word[(l.from >> 16) + shim.current % 32 / 4 + (i & 2) * 4][(l.from & 65535) + i / 4 * 8 + shim.current % 4 * 2 + (i & 1)], 4);
+    shim_tensor.loads[shim.current].clear();
 }
 
 // ---- the runtime: launches run at once ----
@@ -436,6 +578,9 @@ template <class F> static void shim_run(dim3 grid, dim3 block, size_t dynamic, F
         shim.live = shim.threads;
         shim.barrier = {};
         memset(shim.warp, 0, sizeof shim.warp);
+        memset(shim_waited, 0, sizeof shim_waited);
+        memset(shim_touched, 0, sizeof shim_touched);
+        shim_tensor.relinquished = false;
         memset(shim.dynamic_shared, 0xA5, dynamic);
         if (__start_shim_shared) memset(__start_shim_shared, 0xA5, (size_t)(__stop_shim_shared - __start_shim_shared));
         for (unsigned i = 0; i < shim.threads; i++) {
@@ -471,8 +616,9 @@ template <class F> static void shim_run(dim3 grid, dim3 block, size_t dynamic, F
                         for (unsigned l = 0; l < 32; l++) more |= shim_resume(shim_order ? 32 * (warps - w) - 1 - l : 32 * w + l);
                         any |= more;
                     }
-            if (!any && shim.live) shim_die("threads wait for one another without end", shim.barrier.site);
+            if (!any && shim.live && !shim_tensor_step()) shim_die("threads wait for one another without end", shim.barrier.site);
         }
+        if (shim_tensor.taken) shim_die("tensor memory is not given back", "tcgen05.dealloc");
     }
     free(shim.dynamic_shared);
 }

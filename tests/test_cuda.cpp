@@ -417,22 +417,24 @@ static void test_gemm_reference() {
                 test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
             }
 }
-// Which kernels the GPU has: all; no wgmma; nor FP8; none.
+// Which kernels the GPU has: all; no tcgen05; nor wgmma; nor FP8; none.
 #ifdef __CUDACC__
 enum { GPUS = 1 };
 static void play_gpu(int) {}
 #else
-enum { GPUS = 3 };
+enum { GPUS = 4 };
 template <int A, int B> static void absent(int gpu) {
-    shim_absent.push_back((const void *)snipi_wgmma_kernel<A, B>);
-    if (gpu > 1) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, A, B>);
-    if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, A, B>);
+    shim_absent.push_back((const void *)snipi_tcgen05_kernel<A, B>);
+    if (gpu > 1) shim_absent.push_back((const void *)snipi_wgmma_kernel<A, B>);
+    if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, A, B>);
+    if (gpu > 3) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, A, B>);
 }
 static void play_gpu(int gpu) {
     shim_absent.clear();
-    if (gpu > 0) shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
+    if (gpu > 0) shim_absent.push_back((const void *)snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>);
+    if (gpu > 1) shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
     if (gpu > 0) { absent<SNIP_E4M3, SNIP_E4M3>(gpu); absent<SNIP_E4M3, SNIP_E5M2>(gpu); absent<SNIP_E5M2, SNIP_E4M3>(gpu); absent<SNIP_E5M2, SNIP_E5M2>(gpu); }
-    if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
+    if (gpu > 3) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
 }
 #endif
 // F32 and BF16 operands, either way round.
@@ -475,7 +477,7 @@ static void test_gemm_tensor_cores() {
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
 #ifndef __CUDACC__
-    play_gpu(3);
+    play_gpu(4);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &d.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
@@ -495,10 +497,10 @@ static void test_gemm_s8() {
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, NULL, c.floats(), 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
 #ifdef __CUDACC__
-    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) { skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0, or no code for sm_90a"); return; }
+    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) { skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a"); return; }
     finish();
 #else
-    play_gpu(1);
+    play_gpu(2);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
 #endif
@@ -507,10 +509,13 @@ static void test_gemm_s8() {
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
             if (!wanted()) continue;
             matrix a(&fp4[which], m, k, (i + which) % 5 ? GAUSS : SUBNORMAL), b(&fp4[(which + i) % 3], n, k, GAUSS);
-            for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
-                snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, order %d", (int)m, (int)n, (int)k, which, shim_order);
-                test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
-            }
+            for (int gpu = 0; gpu < snipi_min(2, GPUS); gpu++)
+                for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
+                    play_gpu(gpu);
+                    snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu, shim_order);
+                    test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
+                }
+            play_gpu(0);
         }
 }
 
@@ -1128,7 +1133,7 @@ static void test_session_errors() {
     CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
     snip_destroy(mx);
 #ifndef __CUDACC__
-    play_gpu(3);
+    play_gpu(4);
     CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory, 0));
     play_gpu(0);
 #endif
@@ -1205,7 +1210,7 @@ static void test_session() {
     test_session_one(desc, MICROS, 0, 5);
     desc.every = 3;
     test_session_one(desc, 1, 2, 7);
-    play_gpu(1);                        // E2M1 operands are packed
+    play_gpu(2);                        // E2M1 operands are packed
     test_session_one(desc, 1, 2, 7);
     play_gpu(0);
     desc.measure = SNIP_BF16;

@@ -40,8 +40,35 @@ try "consumers begin in the wrong phase" 's/int stage = 0, parity = 0;/int stage
 try "the phase never turns" 's/stage = 0; parity \^= 1;/stage = 0;/' gemm
 try "a stage is read before it is full" 's/snipi_ptx_barrier_wait\(&shared->full\[stage\], parity\);//' gemm
 try "a stage is filled before it is empty" 's/snipi_ptx_barrier_wait\(&shared->empty\[stage\], parity\);//' gemm
-try "a stage is released before its products are done" 's/^( *)snipi_ptx_wgmma_end\(d\);/if (lane == 0) snipi_ptx_barrier_arrive(\&shared->empty[stage]); snipi_ptx_wgmma_end(d);/; s/^( *)if \(lane == 0\) snipi_ptx_barrier_arrive\(&shared->empty\[stage\]\);//' gemm
+try "a stage is released before its products are done" '/void snipi_wgmma_consume/,/^}/{s/^( *)snipi_ptx_wgmma_end\(d\);/if (lane == 0) snipi_ptx_barrier_arrive(\&shared->empty[stage]); snipi_ptx_wgmma_end(d);/; s/^( *)if \(lane == 0\) snipi_ptx_barrier_arrive\(&shared->empty\[stage\]\);//}' gemm
 try "full does not wait for the scales" 's/full\[s\], 128 \+ 1\)/full[s], 1)/' gemm
+tcgen05='/void snipi_tcgen05_multiply/,/^template.*snipi_tcgen05_kernel\(/'
+try "products are not committed" "$tcgen05"'s/snipi_ptx_tcgen05_commit\(&shared->summed\[stage\]\);//' s8
+try "sums are read before they are made" "$tcgen05"'s/snipi_ptx_barrier_wait\(&shared->summed\[stage\], parity\);//' s8
+try "sums are overwritten before they are read" "$tcgen05"'s/snipi_ptx_barrier_wait\(&shared->empty\[stage \^ 2\],[^;]*\);//' s8
+try "an accumulator is waited for in the wrong phase" "$tcgen05"'s/stage < 2 \? parity \^ 1 : parity/parity/' s8
+try "sums are added before they are loaded" "$tcgen05"'s/snipi_ptx_tensor_memory_wait\(d\[i % 2\]\);//' s8
+try "an accumulator is released before its sums are loaded" "$tcgen05"'{s/^( *)snipi_ptx_tensor_memory_load\(d\[0\], at\);/& snipi_ptx_tcgen05_before(); if (lane == 0) snipi_ptx_barrier_arrive(\&shared->empty[stage]);/; s/^( *)if \(lane == 0\) snipi_ptx_barrier_arrive\(&shared->empty\[stage\]\);//}' s8
+try "no fence before products" "$tcgen05"'{/void snipi_tcgen05_multiply/,/^}/s/snipi_ptx_tcgen05_after\(\);//}' s8
+try "no fence before loads" "$tcgen05"'{/void snipi_tcgen05_consume/,/^}/s/snipi_ptx_tcgen05_after\(\);//}' s8
+try "no fence after loads" "$tcgen05"'{/void snipi_tcgen05_consume/,/^}/s/snipi_ptx_tcgen05_before\(\);//}' s8
+try "no fences around the block's barrier" '/void snipi_tcgen05_syncthreads/,/^}/s/snipi_ptx_tcgen05_(before|after)\(\);//' s8
+try "the other accumulator" "$tcgen05"'s/\(uint32_t\)stage % 2/(uint32_t)(stage + 1) % 2/' s8
+try "another group's columns" "$tcgen05"'s/\(uint32_t\)group \* SNIPI_BLOCK;/0;/' s8
+try "another warp's lanes" "$tcgen05"'s/\(uint32_t\)warp_row << 16/0/' s8
+try "the same lanes twice" "$tcgen05"'s/\(i \+ 1\) \/ 2 \* 16 << 16/(i + 1) \/ 2 * 0/' s8
+try "one accumulator's sums are kept from block to block" "$tcgen05"'s/instruction, kk > 0\)/instruction, 1)/' s8
+try "tensor memory is kept" 's/if \(multiplier\) snipi_ptx_tensor_memory_free\(shared\.tensor_memory\);//' s8
+try "another tile's place" "$tcgen05"'s/snipi_tma_tile<SNIPI_TCGEN05_COLUMNS>/snipi_tma_tile<128>/' s8
+try "the same rows of B twice" 's/\(int\)n0 \+ SNIPI_BLOCK \* j\)/(int)n0)/' s8
+try "tcgen05 operands of wgmma's version" 's/snipi_ptx_operand\(b \+ 32 \* kk, 1\)/snipi_ptx_operand(b + 32 * kk, 0)/' s8
+try "row groups 512 bytes apart" 's/64ull << 32/32ull << 32/' s8
+try "another swizzle" 's/1ull << 62;/1ull << 61;/' s8
+try "an instruction for half the columns" 's/\(uint32_t\)columns \/ 8 << 17/(uint32_t)columns \/ 16 << 17/' s8
+try "an instruction for half the rows" 's/\(uint32_t\)rows \/ 16 << 24/(uint32_t)rows \/ 32 << 24/' s8
+try "an instruction with float sums for integers" 's/\(A == SNIP_E2M1 \? 2u : 1u\) << 4/1u << 4/' s8
+try "an instruction that takes B's type for A's" 's/\(A == SNIP_E4M3 \? 0u : 1u\) << 7/(B == SNIP_E4M3 ? 0u : 1u) << 7/' gemm
+try "an instruction that takes A's type for B's" 's/\(B == SNIP_E4M3 \? 0u : 1u\) << 10/(A == SNIP_E4M3 ? 0u : 1u) << 10/' gemm
 try "scales of the wrong block" 's/shared.scale\[t \/ 2 & 1\]\[0\]/shared.scale[0][0]/' gemm
 try "fragments of the wrong rows" 's/lane % 8 \+ lane \/ 16 \* 8/lane % 8 + lane \/ 8 % 2 * 8/' gemm
 try "a BF16 tile is stored where it is read" 's/\*snipi_mma_chunk\(tile\[\(t \+ 1\) & 1\]\[f/*snipi_mma_chunk(tile[t \& 1][f/' gemm
@@ -65,7 +92,7 @@ try "INT8 bytes without padding" 's/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g
 try "zeros beyond k are not asked for" 's/g\.n, g\.k, g\.b\.reader\.row_bytes\)/g.n, g.b.reader.row_bytes, g.b.reader.row_bytes)/; s/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.a.reader.row_bytes, g.a.reader.row_bytes)/' s8
 try "INT8 bytes that TMA cannot read" 's/o->aligned = \(uintptr_t\)o->reader\.codes % 16 == 0;/o->aligned = 1;/' s8
 try "INT8 bytes of magnitudes" 's/positive \+ 0x80808080u - negative/positive + 0x80808080u + negative/' quantize
-try "INT8 bytes where there is no wgmma" 's/c->codes = snipi_cuda_has_body\(.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
+try "INT8 bytes where no kernel takes them" 's/c->codes = snipi_tma_kernel<.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
 try "cuBLASLt's scales in our order" 's/i % blocks \* rows \+ i \/ blocks/i/' cublaslt
 try "cuBLASLt's scales without padding" 's/snipi_cublaslt_blocks\(k\) : 0;/blocks : 0;/' cublaslt
 try "cuBLASLt's A is ours" 's/A_SCALE_MODE, modes\[b->/A_SCALE_MODE, modes[a->/' cublaslt
