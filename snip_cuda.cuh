@@ -28,7 +28,8 @@
 //
 // WHAT WAS RUN
 //   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled for
-//   7.5, 8.0, 8.9, 9.0, 10.0 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there.
+//   7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there. The kernels for 10.x
+//   (tcgen05): compile-tested and emulated, never run on a GPU.
 //
 // INDEX (search for the tag)
 //   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
@@ -80,15 +81,15 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 // snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
 // tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
 // BF16, each as it lies or transposed.
-//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma: snip_cuda_gemm_s8.
-//   FP8 on 9.0 (code for sm_90a, k a multiple of 16, codes 16-byte aligned): wgmma. On 8.9 and 12.x: FP8
-//   mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as 14 bits of an FP8 sum; after
-//   every 128 of k it is added in float32.
+//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma and 10.0's tcgen05: snip_cuda_gemm_s8.
+//   FP8 with k a multiple of 16 and codes 16-byte aligned: on 9.0 (code for sm_90a) wgmma, on 10.x (code for sm_100a, sm_103a or
+//   sm_100f) tcgen05. On 8.9 and 12.x: FP8 mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as
+//   14 bits of an FP8 sum; after every 128 of k it is added in float32.
 //   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
-// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma, bit for bit snip_gemm's too.
-// On 9.0 (code for sm_90a), whose tensor cores mma cannot keep busy; elsewhere SNIP_UNSUPPORTED.
+// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma or tcgen05, bit for bit
+// snip_gemm's too. On 9.0 (code for sm_90a) and 10.0 (sm_100a), whose tensor cores mma cannot keep busy; elsewhere SNIP_UNSUPPORTED.
 SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                        float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
@@ -1611,9 +1612,10 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
 
 // Datacenter Blackwell: tiles of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A thread of a fourth
 // warpgroup lets tcgen05 multiply; each consuming warpgroup loads the sums of 128 columns, and adds them times both scales to C's,
-// while the next block's are made in the other accumulator. At nominal rates 128 x 256 x 128 products take the tensor cores 512
-// clocks, loads from tensor memory 256, multiply-adds 256, and as many more the products of scales where columns have their
-// own: then adding is the limit, otherwise multiplying.
+// while the next block's are made in the other accumulator. At nominal rates (8192 products and 128 multiply-adds a clock) a block
+// takes the tensor cores 512 clocks and the multiply-adds 256: multiplying is the limit. Where columns have scales of their own,
+// products of scales take 256 more, and adding is about as long; so are conversions of integer sums, 64 a clock. 256 columns rather
+// than 128, so that the cache has to give 96 bytes a clock, not 128. Compile-tested and emulated, never run on a GPU.
 // Barriers: summed, when a stage's products are done. The stage is empty when they have been read, and so is its accumulator.
 enum { SNIPI_TCGEN05_COLUMNS = 256, SNIPI_TCGEN05_THREADS = 512, SNIPI_MULTIPLIER_REGISTERS = 24, SNIPI_TCGEN05_REGISTERS = 224 };
 struct snipi_tcgen05_shared : snipi_tma_shared<SNIPI_TCGEN05_COLUMNS> {

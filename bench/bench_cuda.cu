@@ -206,7 +206,7 @@ int main() {
     none.recipe = &fp4;
     none.codes = none.scales = memory(16);
     const bool s8 = snip_cuda_gemm_s8(1, 1, 0, &none, &none, memory<float>(4), 1, 0, NULL, 0) != SNIP_UNSUPPORTED;
-    if (!s8) printf("skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0, or no code for sm_90a\n");
+    if (!s8) printf("skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a\n");
     flush = memory(FLUSH);
     check(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess, "event");
     for (int bf16 = 0; bf16 < 2; bf16++) {

@@ -1,6 +1,6 @@
 // minimal.cu - the smallest use of snip_cuda.cuh: the three GEMMs of one linear layer on a GPU, in FP8 and in FP4, and
 // how far the results are from products in double precision.
-//     nvcc -O2 -std=c++17 -arch=native examples/minimal.cu -o minimal && ./minimal      (Hopper: -arch=sm_90a)
+//     nvcc -O2 -std=c++17 -arch=native examples/minimal.cu -o minimal && ./minimal      (Hopper: -arch=sm_90a, B200: sm_100a)
 #include <math.h>
 #include <stdlib.h>
 #define SNIP_IMPLEMENTATION

@@ -1,7 +1,7 @@
 // train_llama.cu - train_llama.c on a GPU: the same trainer, options and files. This file has the model's passes as CUDA
 // kernels; the linear layers run through snip_cuda_linear_forward/backward, a plan takes effect LAG steps after its
 // measuring step; the rest is train_llama.c itself, included at the end.
-//     nvcc -O2 -std=c++17 -arch=native examples/train_llama.cu -o train_llama        (Hopper: -arch=sm_90a)
+//     nvcc -O2 -std=c++17 -arch=native examples/train_llama.cu -o train_llama        (Hopper: -arch=sm_90a, B200: sm_100a)
 //
 // Everything is float32 but the linear layers (the plan), the output layer (BF16, under --precision f32 float32) and attention.
 // Attention is BF16 on tensor cores, its scores in registers; under --precision f32, before compute capability 8.0 and with

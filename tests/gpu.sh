@@ -20,7 +20,7 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/nu
 [ -n "$capability" ] || skip "no GPU"
 echo 'int main() { return 0; }' > "$tmp/empty.cu"
 arch=
-case $capability in 9? | 1[0-9][0-9]) suffixes="a -" ;; *) suffixes=- ;; esac        # a: with wgmma and its like
+case $capability in 9? | 1[0-9][0-9]) suffixes="a -" ;; *) suffixes=- ;; esac        # a: with wgmma and tcgen05
 for suffix in $suffixes; do
     a=$capability${suffix#-}
     if "$nvcc" -gencode arch=compute_$a,code=sm_$a "$tmp/empty.cu" -o "$tmp/empty" > "$tmp/log" 2>&1; then arch=$a; break; fi
@@ -146,7 +146,7 @@ if [ -x "$build/train_llama_cuda" ]; then
     else echo "skipped: no C compiler for the CPU's trainer"; count 0 0 1; fi
     step "train_llama under plans" 60 "$build/train_llama_cuda" --data snip.h --steps 60 --every 20 --quiet --out "$tmp/plans"
 fi
-# compute-sanitizer on a sample of the cases, all tools at once. It does not know what wgmma reads: no races are looked for there.
+# compute-sanitizer on a sample of the cases, all tools at once. It does not know what wgmma and tcgen05 read: no races are looked for there.
 sanitizer=$(command -v compute-sanitizer || ls "$toolkit/bin/compute-sanitizer" /usr/local/cuda-*/bin/compute-sanitizer 2> /dev/null | head -n 1)
 if [ -z "$sanitizer" ]; then echo "skipped: compute-sanitizer is not installed"; count 0 0 1
 elif [ -x "$build/test_cuda_gpu" ] && [ -x "$build/minimal_cuda" ]; then
@@ -155,7 +155,7 @@ elif [ -x "$build/test_cuda_gpu" ] && [ -x "$build/minimal_cuda" ]; then
     if [ $status = 0 ]; then
         sanitize() { MAY_STOP='ERROR SUMMARY: [1-9]|========= (Invalid|Error|Program hit|Barrier|Uninit|Race)|hazard' step "$1" 90 env SNIP_TEST_FEW=$2 "$sanitizer" --tool $1 --error-exitcode 9 "${@:4}" "$build/test_cuda_gpu" $3; }
         sanitize memcheck 24 "quantize noise gemm session" &
-        sanitize racecheck 60 "quantize noise gemm" --kernel-name-exclude kns=wgmma &
+        sanitize racecheck 60 "quantize noise gemm" --kernel-name-exclude kns=wgmma,kns=tcgen05 &
         sanitize synccheck 60 "quantize noise gemm" &
         wait
     elif [ $status = 9 ]; then

@@ -37,6 +37,7 @@ fail() { echo "FAILED: $*"; failed=$((failed + 1)); }
 cat > "$dir/opcodes.py" <<'PY'
 import struct, sys
 names = { 0x27a: 'QMMA', 0x23c: 'HMMA', 0x237: 'IMMA', 0x9f3: 'QGMMA', 0x9f1: 'IGMMA', 0x83b: 'LDSM' }
+utcmma = { 1: 'UTCIMMA', 3: 'UTCQMMA' }         # 5ea; the kind is in bits 72 to 74
 b = open(sys.argv[1], 'rb').read()
 table, = struct.unpack_from('<Q', b, 0x28)
 size, count, strings = struct.unpack_from('<HHH', b, 0x3A)
@@ -46,11 +47,12 @@ for s in sections:
     name = b[sections[strings][4] + s[0]:].split(b'\0', 1)[0].decode()
     if name.startswith('.text.'):
         code = b[s[4]:s[4] + s[5]]
-        found |= { names.get(struct.unpack_from('<Q', code, i)[0] & 0xfff) for i in range(0, len(code), 16) }
+        words = [struct.unpack_from('<QQ', code, i) for i in range(0, len(code), 16)]
+        found |= { utcmma.get(high >> 8 & 7) if low & 0xfff == 0x5ea else names.get(low & 0xfff) for low, high in words }
 print(' '.join(sorted(found - { None })))
 PY
 
-archs=${ARCHS:-75 80 89 90a 100a 120a}
+archs=${ARCHS:-75 80 89 90a 100a 103a 120a}
 for arch in $archs; do                      # JOBS at a time; a failure leaves no cubin
     while [ "$(jobs -r | wc -l)" -ge "${JOBS:-$(nproc)}" ]; do wait -n; done
     nvcc -std=c++17 -I. -cubin -gencode arch=compute_$arch,code=sm_$arch -Werror all-warnings -Xptxas -v,-Werror,-warn-spills,-warn-lmem-usage examples/train_llama.cu -o "$dir/$arch.cubin" > "$dir/$arch.log" 2>&1 &
@@ -61,6 +63,8 @@ for arch in $archs; do
         75) want= ;;
         89 | 120a) want="HMMA IMMA LDSM QMMA" ;;
         90a) want="HMMA IGMMA IMMA LDSM QGMMA" ;;
+        100a) want="HMMA IMMA LDSM UTCIMMA UTCQMMA" ;;
+        100f | 103a) want="HMMA IMMA LDSM UTCQMMA" ;;
         *) want="HMMA IMMA LDSM" ;;
     esac
     if [ -f "$dir/$arch.cubin" ]; then ok; else fail "sm_$arch"; grep -E 'error|warning' "$dir/$arch.log" | head -5; continue; fi
