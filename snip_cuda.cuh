@@ -96,7 +96,7 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 #ifdef SNIP_CUBLASLT            // in every file that includes this one; link with -lcublasLt
-// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: no other function goes there. Tiles of 1 x 128 or 128 x 128 with
+// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: a session goes there after snip_cuda_use_cublaslt. Tiles of 1 x 128 or 128 x 128 with
 // float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt (12.9 or later, 9.0) has: not two operands of
 // 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are not the same on every GPU.
 // scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what is beyond, cuBLASLt may work in (32 MiB are plenty).
@@ -145,6 +145,12 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const f
 SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
 // Reads all steps ended so far: before snip_state_save, and at the end of the training.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
+#ifdef SNIP_CUBLASLT
+// From now on the session's FP8 products go to snip_cuda_gemm_cublaslt; with a NULL handle no longer. What cuBLASLt lacks is then
+// SNIP_UNSUPPORTED, nothing is replaced in silence. scratch: as there, snip_cuda_cublaslt_memory bytes at least; stays the caller's.
+SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *);
+SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *, cublasLtHandle_t, void *scratch, size_t scratch_bytes);
+#endif
 
 #ifdef __cplusplus
 }
@@ -1974,6 +1980,11 @@ struct snip_cuda {
     snipi_cuda_held *held;              // [layers]
     int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
     void *pinned;
+#ifdef SNIP_CUBLASLT
+    cublasLtHandle_t lt;                // or NULL
+    void *lt_scratch;
+    size_t lt_bytes;
+#endif
 };
 
 // Bytes of a tensor's codes or scales in the wider candidate.
@@ -2247,6 +2258,18 @@ static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t
     }
     return SNIP_OK;
 }
+struct snipi_cuda_rows { float *to; const float *row; int64_t n; __device__ void operator()(int64_t i) const { to[i] = row[i % n]; } };
+static snip_status snipi_cuda_product(const snip_cuda *c, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, float *y, int accumulate, const float *bias,
+                                      unsigned long long *nonfinite, cudaStream_t stream) {
+#ifdef SNIP_CUBLASLT
+    if (c->lt && snipi_cuda_is_fp8(a->recipe->format)) {
+        const snipi_cuda_rows rows = { y, bias, n };
+        const snip_status status = bias ? snipi_cuda_each(rows, m * n, stream) : SNIP_OK;
+        return status ? status : snip_cuda_gemm_cublaslt(c->lt, m, n, k, a, b, y, n, accumulate || bias, c->lt_scratch, c->lt_bytes, stream);
+    }
+#endif
+    return snipi_cuda_gemm(m, n, k, a, b, c->codes, y, n, accumulate, bias, nonfinite, stream);
+}
 static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
                                   cudaStream_t stream) {
     snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
@@ -2255,7 +2278,7 @@ static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t mi
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
     if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL, stream);
-    return status ? status : snipi_cuda_gemm(rows, l->n, l->k, &a.operand, &b, c->codes, out, l->n, 0, bias, snipi_cuda_counts(c, l, 1), stream);
+    return status ? status : snipi_cuda_product(c, rows, l->n, l->k, &a.operand, &b, out, 0, bias, snipi_cuda_counts(c, l, 1), stream);
 }
 // dY, as it lies and, if wanted, transposed; dX (+)= dY W.
 static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows,
@@ -2266,14 +2289,14 @@ static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t 
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
     if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t, stream);
-    return status ? status : snipi_cuda_gemm(rows, l->k, l->n, &a.operand, &b, c->codes, dx, l->k, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
+    return status ? status : snipi_cuda_product(c, rows, l->k, l->n, &a.operand, &b, dx, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
 }
 static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
                                     int64_t rows, int count, cudaStream_t stream) {
     snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
     snip_recipe recipe;
     snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe, NULL, &b, stream);
-    return status ? status : snipi_cuda_gemm(features, l->k, rows, &dy, &b.operand, c->codes, dw, l->k, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
+    return status ? status : snipi_cuda_product(c, features, l->k, rows, &dy, &b.operand, dw, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
 }
 
 // ---- measuring
@@ -2727,6 +2750,26 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
     snipi_cuda_show_counts(c);
     return first;
 }
+#ifdef SNIP_CUBLASLT
+SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *c) {
+    size_t most = 0;
+    for (int i = 0; c && i < c->s->n_layers; i++) {
+        const int64_t n = c->s->layers[i].n, k = c->s->layers[i].k, sizes[SNIP_GEMMS][3] = { { c->rows, n, k }, { c->rows, k, n }, { n, k, c->rows } };
+        for (const int64_t *z : sizes) {
+            const size_t size = snip_cuda_cublaslt_scratch(z[0], z[1], z[2]);
+            if (size > most) most = size;
+        }
+    }
+    return most;
+}
+SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, void *scratch, size_t scratch_bytes) {
+    if (!c || (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c)))) return SNIP_BAD_ARGUMENT;
+    c->lt = lt;
+    c->lt_scratch = scratch;
+    c->lt_bytes = scratch_bytes;
+    return SNIP_OK;
+}
+#endif
 
 // Seconds of the fastest of several calls, after one to warm up.
 template <class F> static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {

@@ -1204,6 +1204,56 @@ static void test_sketch() {
     }
     d.s->pass = SNIP_PASS_ORDINARY;
 }
+// The first layer's FP8 products by the cuBLASLt played on the CPU, which has none of the second's sizes.
+#ifdef __CUDACC__
+static void test_session_cublaslt() {}
+#else
+static void test_session_cublaslt() {
+    model t;
+    layer_data *l = t.l[0];
+    shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
+    device_session d(&t, session_desc(-1), 0, 0);
+    const size_t room = snip_cuda_cublaslt_memory(d.c);
+    buffer scratch(room + 512), own(l->out.size + l->dx.size + l->dw.size);
+    char *at = (char *)(((uintptr_t)scratch.at + 255) / 256 * 256);
+    auto both = [&](int layer) {
+        layer_data *x = t.l[layer];
+        const snip_status status = snip_cuda_linear_forward(d.c, layer, x->out.floats(), x->x.floats(), x->w.floats(), x->bias.floats(), ROWS, 0);
+        return status ? status : snip_cuda_linear_backward(d.c, layer, x->dx.floats(), x->dw.floats(), NULL, x->dy.floats(), x->x.floats(), x->w.floats(), ROWS, 0);
+    };
+    auto compare = [&]() {              // the squared error beside our own products
+        double error = 0, norm = 0;
+        const float *y = own.floats();
+        for (const buffer *b : { &l->out, &l->dx, &l->dw })
+            for (size_t i = 0; i < b->size / 4; i++, y++) {
+                error += ((double)b->floats()[i] - *y) * ((double)b->floats()[i] - *y);
+                norm += (double)*y * *y;
+            }
+        return error / norm;
+    };
+    snprintf(what, sizeof what, "session by cuBLASLt");
+    for (int layer = 0; layer < LAYERS; layer++)
+        for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, layer, (snip_gemm_kind)g, SNIP_E4M3);
+    CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT && snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, room) == SNIP_BAD_ARGUMENT && snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT);
+    CHECK(both(0) == SNIP_OK && both(1) == SNIP_OK);
+    memcpy(own.at, l->out.at, l->out.size);
+    memcpy(own.at + l->out.size, l->dx.at, l->dx.size);
+    memcpy(own.at + l->out.size + l->dx.size, l->dw.at, l->dw.size);
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at, room) == SNIP_OK);
+    l->clear();
+    CHECK(both(0) == SNIP_OK && compare() > 0 && compare() < 4e-12);
+    CHECK(both(1) == SNIP_UNSUPPORTED);
+    lt.fails = true;
+    CHECK(both(0) == SNIP_DEVICE);
+    for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, g ? SNIP_E2M1 : SNIP_BF16);
+    CHECK(both(0) == SNIP_OK);          // not FP8
+    for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, SNIP_E4M3);
+    CHECK(snip_cuda_use_cublaslt(d.c, NULL, NULL, 0) == SNIP_OK);
+    l->clear();
+    CHECK(both(0) == SNIP_OK && compare() == 0);
+}
+#endif
 static void test_session() {
     snip_desc desc = session_desc(2);
     test_sketch();
@@ -1224,6 +1274,7 @@ static void test_session() {
     test_session_counts();
     test_session_watch();
     test_session_errors();
+    test_session_cublaslt();
 }
 
 int main(int argc, char **argv) {
@@ -1266,6 +1317,7 @@ int main(int argc, char **argv) {
     if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
     if (gemm || s8) test_gemm_s8();
     if (gemm || cublaslt) test_gemm_cublaslt();
+    if (cublaslt) test_session_cublaslt();
     if (session) test_session();
     if (codec) test_codec();
     if (oracle) test_oracle();

@@ -97,6 +97,9 @@ try "cuBLASLt's scales in our order" 's/i % blocks \* rows \+ i \/ blocks/i/' cu
 try "cuBLASLt's scales without padding" 's/snipi_cublaslt_blocks\(k\) : 0;/blocks : 0;/' cublaslt
 try "cuBLASLt's A is ours" 's/A_SCALE_MODE, modes\[b->/A_SCALE_MODE, modes[a->/' cublaslt
 try "cuBLASLt gets room that it was not given" 's/ldc, scratch_bytes - scales\);/ldc, scratch_bytes);/' cublaslt
+try "a session does not ask cuBLASLt" 's/if \(c->lt && /if (0 \&\& /' cublaslt
+try "a session asks cuBLASLt for what is not FP8" 's/c->lt && snipi_cuda_is_fp8\(a->recipe->format\)/c->lt/' cublaslt
+try "a session's cuBLASLt forgets the bias" 's/n, accumulate \|\| bias, c->lt_scratch/n, accumulate, c->lt_scratch/' cublaslt
 try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
 try "saturation is not looked for" 's/ && !\(q\.straight\.counts && snipi_cuda_may_saturate\(r\)\)//' quantize
 try "a held weight's counts once" 's/^( *)\*counts = c->watched.*/\1*counts = NULL;/' session
