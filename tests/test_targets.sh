@@ -20,7 +20,7 @@ build() { # program, compiler and flags
     return 1
 }
 digest() { # emulator, name: of the quantizer built last
-    got=$(SNIP_TEST_FEW=4 $1 "$dir/quant" --hash)
+    got=$(SNIP_TEST_FEW=8 $1 "$dir/quant" --hash)
     if [ "$got" = "$expected" ]; then passed=$((passed + 1))
     else echo "FAILED: digest of $2 under $1: $got, expected $expected"; failed=$((failed + 1)); fi
 }
@@ -58,7 +58,7 @@ crossing() { # emulator, compiler and flags: three steps here, two there, two he
     if [ $? = 0 ] && paste -d, "$dir/straight/loss.csv" "$dir/crossed/loss.csv" | awk -F, 'NR > 1 { d = $2 - $7; if (!(d < 1e-4 && d > -1e-4)) bad = 1 } END { exit bad || NR != 8 }'; then passed=$((passed + 1))
     else echo "FAILED: a checkpoint crossing byte orders, $emulator: $(tail -n 1 "$dir/log")"; failed=$((failed + 1)); fi
 }
-expected_state=$("$here/test_session" --state) && expected=$(SNIP_TEST_FEW=4 "$here/test_quant" --hash) || exit 1
+expected_state=$("$here/test_session" --state) && expected=$(SNIP_TEST_FEW=8 "$here/test_quant" --hash) || exit 1
 whole "codec quant" 32 qemu-arm-static arm-linux-gnueabihf-gcc -O1 -static
 whole "codec gemm ilp quant" 32 qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
 crossing qemu-ppc64-static powerpc64-linux-gnu-gcc -O1 -static
