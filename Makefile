@@ -33,7 +33,7 @@ $(B)/train_llama $(B)/minimal: $(B)/%: examples/%.c $(TRAINER) $(HEADERS) $(B)/s
 	$(LINKED)
 $(B)/test_train: tests/test_train.c $(TRAINER) $(HEADERS) $(B)/snip.o
 	$(LINKED)
-$(B)/fidelity $(B)/quality $(B)/bench_train: $(B)/%: bench/%.c bench/norms.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
+$(B)/fidelity $(B)/quality $(B)/bench_train: $(B)/%: bench/%.c bench/norms.h bench/run.h bench/stats.h $(TRAINER) $(HEADERS) | $(B)
 	$(CC) $(CFLAGS) $(OPENMP) -std=c99 $< -o $@ -lm
 $(B)/test_gemm_emulated: tests/test_gemm.c tests/emulate_x86.h
 $(B)/test_pool: CFLAGS += -O1 -pthread

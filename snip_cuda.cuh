@@ -96,8 +96,8 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                               float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 #ifdef SNIP_CUBLASLT            // in every file that includes this one; link with -lcublasLt
-// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: a session goes there after snip_cuda_use_cublaslt. Tiles of 1 x 128 or 128 x 128 with
-// float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt (12.9 or later, 9.0) has: not two operands of
+// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: a session goes there after snip_cuda_use_cublaslt.
+// Tiles of 1 x 128 or 128 x 128 with float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt (12.9 or later, 9.0) has: not two operands of
 // 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are not the same on every GPU.
 // scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what is beyond, cuBLASLt may work in (32 MiB are plenty).
 SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k);

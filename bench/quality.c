@@ -42,9 +42,9 @@
 #include "stats.h"
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
+#include "run.h"
 
 enum { MEASUREMENTS = 3, VALIDATION_TOKENS = 12288, ORACLE_BATCHES = 2, DRAWS = 2, MAX_SEEDS = 64, MAX_BUDGETS = 32, MAX_AGES = 16 };
-static const double BETA1 = 0.9, BETA2 = 0.95, EPS = 1e-8, DECAY = 0.1;
 
 typedef enum { MAKER_BF16, MAKER_F32, MAKER_FP8, MAKER_FORWARD, MAKER_BACKWARD, MAKER_FP4, MAKER_RANDOM, MAKER_ABS, MAKER_REL, MAKER_TYPE, MAKER_ID, MAKER_ORACLE, MAKER_SNIP, MAKER_ADJOINT, MAKER_GEMM, MAKERS } maker;
 static const char *const maker_name[MAKERS] = { "bf16", "f32", "fp8", "fp4-fwd", "fp4-bwd", "fp4", "random", "min-abs-err", "min-rel-err", "layer-type", "layer-id", "oracle", "snip", "adjoint", "adjoint-gemm" };
@@ -58,9 +58,6 @@ typedef unsigned char layer_plan;                                       // bit p
 typedef struct { double own, high, training, share, seconds; } outcome;
 typedef struct { const char *setting; int maker; double budget, own, high, half_width, share, seconds; } row;
 
-static void check(snip_status status, const snip *s, const char *where) {
-    if (status) tr_stop("%s: %s", where, snip_message(s)[0] ? snip_message(s) : snip_status_text(status));
-}
 static int listed(const char *list, const char *name) {
     size_t n = strlen(name);
     if (!list) return 1;
@@ -104,29 +101,6 @@ static double uniform(uint64_t seed, uint32_t stream, int i) {
 
 // ---- training
 typedef struct { float *params, *m, *v; } checkpoint;
-typedef struct { llama *g; snip *s; int32_t *tokens, *targets; const tr_data *d; const tr_options *o; const void *fresh; } run;
-
-static double pass(const run *r, int backward) {
-    double sum = 0, n = (double)r->o->batch * r->g->config.seq;
-    if (backward) llama_zero_grad(r->g);
-    check(llama_forward(r->g, r->s, r->tokens, r->targets, (int)r->o->batch, backward ? (float)(1 / n) : 0.0f, &sum), r->s, "forward");
-    if (backward) check(llama_backward(r->g, r->s, r->tokens, (int)r->o->batch), r->s, "backward");
-    return sum / n;
-}
-static void load_batch(const run *r, uint64_t batches, int64_t step) {
-    for (int64_t j = 0; j < r->o->batch; j++)
-        tr_train_sequence(r->d, batches, step, j, r->o->seq, r->tokens + j * r->o->seq, r->targets + j * r->o->seq);
-}
-static double train_step(const run *r, uint64_t batches, int64_t step, double lr, int64_t optimizer_step) {
-    double loss, norm;
-    load_batch(r, batches, step);
-    do loss = pass(r, 1); while (snip_next_pass(r->s, loss));
-    norm = llama_grad_norm(r->g);
-    snip_adamw update = { lr, BETA1, BETA2, EPS, optimizer_step, norm > 1 ? 1 / norm : 1 };
-    llama_adamw(r->g, lr, BETA1, BETA2, EPS, DECAY, optimizer_step, update.grad_scale);
-    check(snip_end_step(r->s, &update), r->s, "training");
-    return loss;
-}
 static double validate(const run *r, snip_mode mode) {
     double sum = 0;
     int64_t batches = (VALIDATION_TOKENS - 1) / (r->o->batch * r->o->seq) + 1, count = batches * r->o->batch, room = r->d->n - r->d->n_train - r->o->seq - 1;
