@@ -28,7 +28,8 @@
 //         } while (snip_next_pass(s, loss));
 //         optimizer_step();
 //         if (snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, grad_scale })) puts(snip_message(s));
-//     }                                                  // grad_scale: the factor that clipping has put on the gradients
+//     }                                                  // grad_scale: the factor that clipping has put on the
+//     gradients
 //   Validation and sampling run between snip_set_mode(s, SNIP_EVAL) and snip_set_mode(s, SNIP_TRAIN).
 //
 // WHAT STAYS YOURS
@@ -64,14 +65,17 @@
 // CONFIGURATION (define before the implementation)
 //   SNIP_STATIC            all functions static to the including file
 //   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc, and the solver's; define both
-//   SNIP_PARALLEL_FOR(fn, arg, n)       another thread pool than OpenMP's: calls fn(arg, i), of type void (void *, int64_t), once for
-//                          every i in [0, n), in any order, on any threads, and returns when all calls have; never nested
+//   SNIP_PARALLEL_FOR(fn, arg, n)       another thread pool than OpenMP's: calls fn(arg, i), of type void (void *,
+//   int64_t), once for
+//                          every i in [0, n), in any order, on any threads, and returns when all calls have; never
+//                          nested
 //   SNIP_NO_SIMD           the scalar specification only
 //   SNIP_NO_AMX            no AMX, AVX512-BF16 and AVX-VNNI: for assemblers older than binutils 2.36
 //
 // INDEX (search for the tag)
 //   API:             >>status >>format >>codec >>quantize >>noise >>gemm >>session
-//   Implementation:  >>codec-impl >>random-impl >>quantize-impl >>gemm-impl >>simd >>session-impl
+//   Implementation:  >>codec-impl >>random-impl >>quantize-impl >>gemm-impl >>session-impl >>simd
+// clang-format off
 #ifndef SNIP_H
 #define SNIP_H
 
@@ -408,100 +412,117 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_IMPLEMENTATION_DONE)
 #define SNIP_IMPLEMENTATION_DONE
 
+// clang-format on
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
-#  include <sys/stat.h>
+#    include <sys/stat.h>
 #endif
 #ifndef SNIP_MALLOC
-#  define SNIP_MALLOC(size) malloc(size)
-#  define SNIP_FREE(ptr) free(ptr)
+#    define SNIP_MALLOC(size) malloc(size)
+#    define SNIP_FREE(ptr) free(ptr)
 #endif
 #ifndef SNIP_ILP_MALLOC
-#  define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
-#  define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
+#    define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
+#    define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
 #endif
 #include "snip_ilp.h"
 
 #ifndef SNIP_PARALLEL_FOR
-#  define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
+#    define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
+
 static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     int64_t i;
-#  ifdef _OPENMP
-#    pragma omp parallel for schedule(dynamic) if (n > 1)
-#  endif
+#    ifdef _OPENMP
+#        pragma omp parallel for schedule(dynamic) if (n > 1)
+#    endif
     for (i = 0; i < n; i++) fn(arg, i);
 }
 #endif
 #ifndef SNIPI_WORTH
-#  define SNIPI_WORTH 32768            // elements, some 20 us: less would not pay for waking other threads
+#    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
     int64_t i;
-    if (elements >= SNIPI_WORTH) SNIP_PARALLEL_FOR(fn, arg, n);
-    else for (i = 0; i < n; i++) fn(arg, i);
+    if (elements >= SNIPI_WORTH)
+        SNIP_PARALLEL_FOR(fn, arg, n);
+    else
+        for (i = 0; i < n; i++) fn(arg, i);
 }
 #if defined(__GNUC__) || defined(__clang__)
-#  define SNIPI_INLINE static inline __attribute__((always_inline))
+#    define SNIPI_INLINE static inline __attribute__((always_inline))
 #else
-#  define SNIPI_INLINE static inline
+#    define SNIPI_INLINE static inline
 #endif
-#if defined(__CUDACC__)             // functions that snip_cuda.cuh's kernels share
-#  define SNIPI_HD __host__ __device__
+#if defined(__CUDACC__)  // functions that snip_cuda.cuh's kernels share
+#    define SNIPI_HD __host__ __device__
 #else
-#  define SNIPI_HD
+#    define SNIPI_HD
 #endif
 #if defined(__clang__)
-#  define SNIPI_UNROLL _Pragma("unroll")
+#    define SNIPI_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__) && !defined(__CUDACC__)
-#  define SNIPI_UNROLL _Pragma("GCC unroll 16")
+#    define SNIPI_UNROLL _Pragma("GCC unroll 16")
 #else
-#  define SNIPI_UNROLL
+#    define SNIPI_UNROLL
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_X86 1
-#  include <immintrin.h>
-#  if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
-#    define SNIPI_X86_LATE 1        // AVX-VNNI, AVX512-BF16, AMX
-#  endif
+#    define SNIPI_X86 1
+#    include <immintrin.h>
+#    if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
+#        define SNIPI_X86_LATE 1  // AVX-VNNI, AVX512-BF16, AMX
+#    endif
 #endif
-#if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#  define SNIPI_NEON 1
-#  include <arm_neon.h>
-#  ifdef __linux__
-#    include <sys/auxv.h>
-#  endif
+#if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && \
+    (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#    define SNIPI_NEON 1
+#    include <arm_neon.h>
+#    ifdef __linux__
+#        include <sys/auxv.h>
+#    endif
 #endif
 
 // Between a product's store and its use: keeps the compiler from fusing the two into one multiply-add.
 #if defined(__GNUC__) || defined(__clang__)
-#  define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
+#    define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
 #else
-#  define SNIPI_ROUNDED(array) ((void)(array))
+#    define SNIPI_ROUNDED(array) ((void)(array))
 #endif
 // The compiler cannot see where this double comes from. Device code divides doubles as IEEE says under any flags.
 #if defined(__CUDA_ARCH__)
-#  define SNIPI_HIDDEN(x) ((void)0)
+#    define SNIPI_HIDDEN(x) ((void)0)
 #elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
+#    define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
+#    define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
 #else
-#  define SNIPI_HIDDEN(x) do { volatile double hidden = (x); (x) = hidden; } while (0)
+#    define SNIPI_HIDDEN(x)               \
+        do {                              \
+            volatile double hidden = (x); \
+            (x) = hidden;                 \
+        } while (0)
 #endif
 #ifdef SNIPI_X86
-#  define snipi_stream_end() _mm_sfence()       // orders streaming stores before whatever tells another thread of them
+#    define snipi_stream_end() _mm_sfence()  // orders streaming stores before whatever tells another thread of them
 #else
-#  define snipi_stream_end() ((void)0)
+#    define snipi_stream_end() ((void)0)
 #endif
 
 // A reduction's partial results are kept per chunk and added in order, so that the number of threads
-// cannot show in a sum. What is done element by element is shared out in as many chunks: chunk c of n is [n c / 64, n (c + 1) / 64).
+// cannot show in a sum. What is done element by element is shared out in as many chunks: chunk c of n is [n c / 64, n
+// (c + 1) / 64).
 enum { SNIPI_CHUNKS = 64 };
-typedef struct { const void *of; const float *x; int64_t n; double part[SNIPI_CHUNKS]; } snipi_sum;
+
+typedef struct {
+    const void *of;
+    const float *x;
+    int64_t n;
+    double part[SNIPI_CHUNKS];
+} snipi_sum;
+
 static double snipi_sum_up(snipi_sum *sum, void (*part)(void *, int64_t)) {
     double total = 0;
     int c;
@@ -511,18 +532,33 @@ static double snipi_sum_up(snipi_sum *sum, void (*part)(void *, int64_t)) {
 }
 
 SNIPI_HD static int64_t snipi_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
 SNIPI_HD static int64_t snipi_max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 SNIPI_HD static int64_t snipi_ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
 static int64_t snipi_round_up(int64_t a, int64_t b) { return snipi_ceil_div(a, b) * b; }
+
 // rows * cols * 4 must fit in ptrdiff_t, and ld reach over a row.
 static int snipi_shape_ok(int64_t rows, int64_t cols, int64_t ld) {
     return rows >= 0 && cols >= 0 && ld >= cols && (cols == 0 || rows <= PTRDIFF_MAX / 8 / snipi_max(1, ld));
 }
 
-SNIPI_HD SNIPI_INLINE uint32_t snipi_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-SNIPI_HD SNIPI_INLINE float snipi_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+SNIPI_HD SNIPI_INLINE uint32_t snipi_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+SNIPI_HD SNIPI_INLINE float snipi_float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
 // -Ofast folds isnan() to 0, so finiteness is read off the bits.
 SNIPI_HD SNIPI_INLINE int snipi_nonfinite(float x) { return (snipi_bits(x) & 0x7F800000u) == 0x7F800000u; }
+
 static int snipi_nonfinite_f64(double x) {
     uint64_t u;
     memcpy(&u, &x, 8);
@@ -531,7 +567,8 @@ static int snipi_nonfinite_f64(double x) {
 
 SNIP_API const char *snip_status_text(snip_status status) {
     switch (status) {
-#define SNIP_X(code, text) case code: return text;
+#define SNIP_X(code, text) \
+    case code: return text;
         SNIP_STATUS_LIST(SNIP_X)
 #undef SNIP_X
         case SNIP_STATUS_COUNT: break;
@@ -541,19 +578,27 @@ SNIP_API const char *snip_status_text(snip_status status) {
 
 // >>codec-impl -------------------------------------------------------------------------------------
 // An element format is a binary float of `mantissa` bits with subnormals below 2^(1 - bias).
-typedef struct { int mantissa, bias, sign; uint32_t largest, nan; float max; int emax; } snipi_element;
+typedef struct {
+    int mantissa, bias, sign;
+    uint32_t largest, nan;
+    float max;
+    int emax;
+} snipi_element;
 
 SNIPI_HD SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
     snipi_element e4m3 = { 3, 7, 7, 0x7E, 0x7F, 448.0f, 8 }, e5m2 = { 2, 15, 7, 0x7B, 0x7F, 57344.0f, 15 };
     snipi_element e2m1 = { 1, 1, 3, 7, 7, 6.0f, 2 }, e2m3 = { 3, 1, 5, 31, 31, 7.5f, 2 };
     snipi_element e3m2 = { 2, 3, 5, 31, 31, 28.0f, 4 }, none = { 0, 0, 0, 0, 0, 0.0f, 0 };
     switch (format) {
-        case SNIP_E4M3: case SNIP_UE4M3: return e4m3;
+        case SNIP_E4M3:
+        case SNIP_UE4M3: return e4m3;
         case SNIP_E5M2: return e5m2;
         case SNIP_E2M1: return e2m1;
         case SNIP_E2M3: return e2m3;
         case SNIP_E3M2: return e3m2;
-        case SNIP_F32: case SNIP_BF16: case SNIP_UE8M0: break;
+        case SNIP_F32:
+        case SNIP_BF16:
+        case SNIP_UE8M0: break;
     }
     return none;
 }
@@ -565,9 +610,11 @@ SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_nearest(uint32_t a, int mantissa, in
     int shift = 23 - mantissa;
     uint32_t magic = (uint32_t)(127 + 24 - bias - mantissa) << 23;
     uint32_t tiny = snipi_bits(snipi_float(a) + snipi_float(magic)) - magic;
-    uint32_t big = ((a + ((1u << (shift - 1)) - 1u) + ((a >> shift) & 1u)) >> shift) - ((uint32_t)(127 - bias) << mantissa);
+    uint32_t big = ((a + ((1u << (shift - 1)) - 1u) + ((a >> shift) & 1u)) >> shift) -
+                   ((uint32_t)(127 - bias) << mantissa);
     return a < (uint32_t)(128 - bias) << 23 ? tiny : big;
 }
+
 // Stochastic: add uniform bits below the last kept place, then cut. Subnormals first become fixed-point
 // numbers with the same place values; what lies below 2^-23 of the smallest normal number is dropped.
 SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t random, int mantissa, int bias) {
@@ -578,6 +625,7 @@ SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t rand
     uint32_t big = ((a + r) >> shift) - ((uint32_t)(127 - bias) << mantissa);
     return a < smallest ? tiny : big;
 }
+
 // beyond: what every code above the largest becomes; 0: the largest.
 SNIPI_HD static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     snipi_element e = snipi_element_of(format);
@@ -587,6 +635,7 @@ SNIPI_HD static uint8_t snipi_encode(float x, snip_format format, uint32_t beyon
     if (code > e.largest) code = beyond ? beyond : e.largest;
     return (uint8_t)(code | (u >> 31) << e.sign);
 }
+
 SNIPI_HD static float snipi_decode(uint32_t code, snip_format format) {
     snipi_element e = snipi_element_of(format);
     uint32_t a = code & ((1u << e.sign) - 1u), negative = code >> e.sign & 1u, bits, step;
@@ -602,23 +651,36 @@ SNIPI_HD static float snipi_decode(uint32_t code, snip_format format) {
 }
 
 SNIP_API uint8_t snip_e4m3_from_f32(float x) { return snipi_encode(x, SNIP_E4M3, 0); }
+
 SNIP_API uint8_t snip_e5m2_from_f32(float x) { return snipi_encode(x, SNIP_E5M2, 0); }
+
 SNIP_API uint8_t snip_e2m1_from_f32(float x) { return snipi_encode(x, SNIP_E2M1, 0); }
+
 SNIP_API uint8_t snip_e2m3_from_f32(float x) { return snipi_encode(x, SNIP_E2M3, 0); }
+
 SNIP_API uint8_t snip_e3m2_from_f32(float x) { return snipi_encode(x, SNIP_E3M2, 0); }
+
 SNIP_API uint8_t snip_e4m3_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E4M3, 0x7F); }
+
 SNIP_API uint8_t snip_e5m2_from_f32_nosat(float x) { return snipi_encode(x, SNIP_E5M2, 0x7C); }
+
 SNIP_API float snip_e4m3_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E4M3); }
+
 SNIP_API float snip_e5m2_to_f32(uint8_t c) { return snipi_decode(c, SNIP_E5M2); }
+
 SNIP_API float snip_e2m1_to_f32(uint8_t c) { return snipi_decode(c & 15u, SNIP_E2M1); }
+
 SNIP_API float snip_e2m3_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E2M3); }
+
 SNIP_API float snip_e3m2_to_f32(uint8_t c) { return snipi_decode(c & 63u, SNIP_E3M2); }
 
 SNIPI_HD static uint8_t snipi_ue4m3_encode(float x) {
     uint8_t code = snipi_encode(x, SNIP_E4M3, 0);
     return (code & 0x80) ? 0 : code;
 }
+
 SNIP_API uint8_t snip_ue4m3_from_f32(float x) { return snipi_ue4m3_encode(x); }
+
 SNIP_API float snip_ue4m3_to_f32(uint8_t c) { return snipi_decode(c & 127u, SNIP_E4M3); }
 
 // Rounds up (cvt.rp): anything above a power of two takes the next; 2^-127 is a float32 subnormal.
@@ -629,38 +691,55 @@ SNIP_API uint8_t snip_ue8m0_from_f32(float x) {
     e += (a & 0x007FFFFFu) != 0;
     return (uint8_t)(e < 0xFE ? e : 0xFE);
 }
+
 SNIP_API uint8_t snip_ue8m0_from_f32_floor(float x) {
     uint32_t a = snipi_bits(x) & 0x7FFFFFFFu, e = a >> 23;
     return (uint8_t)(a > 0x7F800000u ? 0xFF : e < 0xFE ? e : 0xFE);
 }
+
 SNIPI_HD static float snipi_ue8m0_decode(uint8_t c) {
     return snipi_float(c == 0xFF ? 0x7FC00000u : c == 0 ? 0x00400000u : (uint32_t)c << 23);
 }
+
 SNIP_API float snip_ue8m0_to_f32(uint8_t c) { return snipi_ue8m0_decode(c); }
+
 SNIPI_HD SNIPI_INLINE uint32_t snipi_bf16_round(uint32_t u) {
     uint32_t rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
     return (u & 0x7FFFFFFFu) > 0x7F800000u ? u >> 16 | 0x40u : rounded;
 }
+
 SNIP_API uint16_t snip_bf16_from_f32(float x) { return (uint16_t)snipi_bf16_round(snipi_bits(x)); }
+
 SNIP_API float snip_bf16_to_f32(uint16_t c) { return snipi_float((uint32_t)c << 16); }
 
 SNIP_API const char *snip_format_name(snip_format format) {
     switch (format) {
-        case SNIP_F32: return "f32";    case SNIP_BF16: return "bf16";
-        case SNIP_E4M3: return "fp8";   case SNIP_E5M2: return "e5m2";
-        case SNIP_E2M1: return "fp4";   case SNIP_E2M3: return "e2m3";
-        case SNIP_E3M2: return "e3m2";  case SNIP_UE8M0: return "ue8m0";
+        case SNIP_F32: return "f32";
+        case SNIP_BF16: return "bf16";
+        case SNIP_E4M3: return "fp8";
+        case SNIP_E5M2: return "e5m2";
+        case SNIP_E2M1: return "fp4";
+        case SNIP_E2M3: return "e2m3";
+        case SNIP_E3M2: return "e3m2";
+        case SNIP_UE8M0: return "ue8m0";
         case SNIP_UE4M3: return "ue4m3";
     }
     return "?";
 }
+
 SNIP_API float snip_format_max(snip_format format) { return snipi_element_of(format).max; }
+
 SNIP_API int snip_format_bits(snip_format format) {
     switch (format) {
         case SNIP_F32: return 32;
         case SNIP_BF16: return 16;
         case SNIP_E2M1: return 4;
-        case SNIP_E4M3: case SNIP_E5M2: case SNIP_E2M3: case SNIP_E3M2: case SNIP_UE8M0: case SNIP_UE4M3: return 8;
+        case SNIP_E4M3:
+        case SNIP_E5M2:
+        case SNIP_E2M3:
+        case SNIP_E3M2:
+        case SNIP_UE8M0:
+        case SNIP_UE4M3: return 8;
     }
     return 0;
 }
@@ -679,34 +758,53 @@ SNIPI_HD static void snipi_philox(snip_rng_key key, uint64_t index, uint32_t out
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+    out[0] = c0;
+    out[1] = c1;
+    out[2] = c2;
+    out[3] = c3;
 }
+
 SNIP_API void snip_philox(snip_rng_key key, uint64_t index, uint32_t out[4]) { snipi_philox(key, index, out); }
+
 // Element i's sign is bit i % 32 of word i / 32 % 4 of counter i / 128.
 enum { SNIPI_SIGNS = 128 };
 
-SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {      // -x where bit j is set
+SNIPI_INLINE float snipi_signed(float x, const uint32_t signs[4], int j) {  // -x where bit j is set
     return snipi_float(snipi_bits(x) ^ (signs[j >> 5] >> (j & 31) & 1u) << 31);
 }
+
 static void snipi_flip_scalar(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
     int j;
     for (j = 0; j < SNIPI_SIGNS; j++) x[j] = snipi_signed(x[j], signs, j);
 }
+
 typedef void (*snipi_flip)(const uint32_t signs[4], float x[SNIPI_SIGNS]);
 static snipi_flip snipi_flip_of(snip_isa isa);
 // Adam's step: a m / (sqrt(b v) + eps) where v > 0, else 0; m may be NULL: 1.
 typedef void (*snipi_adam)(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out);
-SNIPI_HD SNIPI_INLINE float snipi_adam_at(float top, float v, float b, float eps) { return v > 0 ? top / (sqrtf(v * b) + eps) : 0.0f; }
+
+SNIPI_HD SNIPI_INLINE float snipi_adam_at(float top, float v, float b, float eps) {
+    return v > 0 ? top / (sqrtf(v * b) + eps) : 0.0f;
+}
+
 static void snipi_adam_scalar(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
     int64_t i;
     for (i = 0; i < n; i++) out[i] = snipi_adam_at(m ? m[i] * a : a, v[i], b, eps);
 }
+
 static snipi_adam snipi_adam_of(snip_isa isa);
-enum { SNIPI_GROUP = 16, SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS };       // blocks whose signs are made at once: what snipi_vector.philox fills
+
+enum {
+    SNIPI_GROUP = 16,
+    SNIPI_GROUP_SIGNS = SNIPI_GROUP * SNIPI_SIGNS
+};  // blocks whose signs are made at once: what snipi_vector.philox fills
+
 static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]);
 
-// out = factor * x (factor where x is NULL) times a block's signs for its elements [j0, j1), zeros elsewhere. x[0] is element j0.
-SNIPI_INLINE void snipi_sign_block(snipi_flip flip, const uint32_t signs[4], const float *x, float factor, int j0, int j1, float out[SNIPI_SIGNS]) {
+// out = factor * x (factor where x is NULL) times a block's signs for its elements [j0, j1), zeros elsewhere. x[0] is
+// element j0.
+SNIPI_INLINE void snipi_sign_block(snipi_flip flip, const uint32_t signs[4], const float *x, float factor, int j0,
+                                   int j1, float out[SNIPI_SIGNS]) {
     int j;
     if (x && j0 == 0 && j1 == SNIPI_SIGNS)
         for (j = 0; j < SNIPI_SIGNS; j++) out[j] = factor * x[j];
@@ -715,7 +813,15 @@ SNIPI_INLINE void snipi_sign_block(snipi_flip flip, const uint32_t signs[4], con
     flip(signs, out);
 }
 
-typedef struct { float *out; const float *x, *shape; int64_t n; float scale; snip_rng_key key; snipi_flip flip; } snipi_noise;
+typedef struct {
+    float *out;
+    const float *x, *shape;
+    int64_t n;
+    float scale;
+    snip_rng_key key;
+    snipi_flip flip;
+} snipi_noise;
+
 static void snipi_noise_add_chunk(void *arg, int64_t c) {
     const snipi_noise *q = (const snipi_noise *)arg;
     int64_t g, i0, groups = snipi_ceil_div(q->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
@@ -731,13 +837,22 @@ static void snipi_noise_add_chunk(void *arg, int64_t c) {
         }
     }
 }
-static snipi_noise snipi_noise_of(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+
+static snipi_noise snipi_noise_of(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                  snip_rng_key key) {
     snipi_noise q;
-    q.out = out; q.x = x; q.shape = shape; q.n = n; q.scale = scale; q.key = key;
+    q.out = out;
+    q.x = x;
+    q.shape = shape;
+    q.n = n;
+    q.scale = scale;
+    q.key = key;
     q.flip = snipi_flip_of(SNIP_ISA_BEST);
     return q;
 }
-SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+
+SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                    snip_rng_key key) {
     snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     snipi_share(snipi_noise_add_chunk, &q, SNIPI_CHUNKS, n);
@@ -766,13 +881,16 @@ static void snipi_noise_dot_chunk(void *arg, int64_t c) {
     }
     sum->part[c] = part;
 }
+
 // <xi, x>; x is added to `to` as well, which may be NULL.
 static double snipi_noise_dot(const float *x, int64_t n, snip_rng_key key, float *to) {
     snipi_noise q = snipi_noise_of(to, x, n, 1, NULL, key);
     snipi_sum sum;
-    sum.of = &q; sum.n = n;
+    sum.of = &q;
+    sum.n = n;
     return snipi_sum_up(&sum, snipi_noise_dot_chunk);
 }
+
 SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
     *dot = snipi_noise_dot(x, n, key, NULL);
@@ -789,6 +907,7 @@ SNIPI_HD SNIPI_INLINE double snipi_mul_add(double a, double b, double c) {
     return p + c;
 #endif
 }
+
 // -2 log((w + 1/2) / 2^32): the argument is m * 2^e, m near 1; log m = 2 atanh((m - 1) / (m + 1)).
 SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
     const double terms[] = { 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7, 1.0 / 5, 1.0 / 3, 1.0 };
@@ -799,7 +918,10 @@ SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
     e = (int)(u >> 52) - 1023 - 32;
     u = (u & 0xFFFFFFFFFFFFFu) | (uint64_t)1023 << 52;
     memcpy(&m, &u, 8);
-    if (m >= 1.4142135623730951) { m *= 0.5; e++; }
+    if (m >= 1.4142135623730951) {
+        m *= 0.5;
+        e++;
+    }
     above = m + 1;
     SNIPI_HIDDEN(above);
     t = (m - 1) / above;
@@ -811,12 +933,14 @@ SNIPI_HD static double snipi_minus_2_log(uint32_t w) {
     SNIPI_HIDDEN(t);
     return snipi_mul_add(-2 * 0.69314718055994531, e, t);
 }
+
 // cos and sin of 2 pi w / 2^32: Taylor series in the nearest eighth of a turn.
 SNIPI_HD static void snipi_turn(uint32_t w, double *cosine, double *sine) {
     const double c[] = { -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0 };
     const double s[] = { -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0 };
-    uint32_t quarter = (w + 0x20000000u) >> 30;    // 0 .. 3; w 2^29 short of a turn is quarter 0 again
-    double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600, y = 1.0 / 6227020800.0;
+    uint32_t quarter = (w + 0x20000000u) >> 30;  // 0 .. 3; w 2^29 short of a turn is quarter 0 again
+    double r = (double)(int32_t)(w - (quarter << 30)) * 1.4629180792671596e-9, r2 = r * r, x = 1.0 / 479001600,
+           y = 1.0 / 6227020800.0;
     int i;
     SNIPI_HIDDEN(r2);
     SNIPI_UNROLL
@@ -828,7 +952,8 @@ SNIPI_HD static void snipi_turn(uint32_t w, double *cosine, double *sine) {
     *cosine = quarter == 0 ? x : quarter == 1 ? -y : quarter == 2 ? -x : y;
     *sine = quarter == 0 ? y : quarter == 1 ? x : quarter == 2 ? -y : -x;
 }
-SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4]) {      // Box and Muller
+
+SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4]) {  // Box and Muller
     uint32_t w[4];
     int i;
     snipi_philox(key, index, w);
@@ -839,7 +964,9 @@ SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4])
         out[i + 1] = (float)(radius * y);
     }
 }
+
 SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
+
 static void snipi_gauss_add_chunk(void *arg, int64_t c) {
     const snipi_noise *q = (const snipi_noise *)arg;
     int64_t b, blocks = snipi_ceil_div(q->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
@@ -852,12 +979,15 @@ static void snipi_gauss_add_chunk(void *arg, int64_t c) {
         for (j = 0; j < m; j++) q->out[4 * b + j] = q->x[4 * b + j] + noise[j];
     }
 }
-SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
+
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                    snip_rng_key key) {
     snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     snipi_share(snipi_gauss_add_chunk, &q, SNIPI_CHUNKS, n);
     return SNIP_OK;
 }
+
 static void snipi_gauss_dot_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     const snipi_noise *q = (const snipi_noise *)sum->of;
@@ -871,16 +1001,25 @@ static void snipi_gauss_dot_chunk(void *arg, int64_t c) {
     }
     sum->part[c] = part;
 }
+
 SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
     snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
     snipi_sum sum;
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    sum.of = &q; sum.n = n;
+    sum.of = &q;
+    sum.n = n;
     *dot = snipi_sum_up(&sum, snipi_gauss_dot_chunk);
     return SNIP_OK;
 }
 
-typedef struct { float *x; int64_t rows, cols, ld; int block; float scale; snip_rng_key key; } snipi_hadamard;
+typedef struct {
+    float *x;
+    int64_t rows, cols, ld;
+    int block;
+    float scale;
+    snip_rng_key key;
+} snipi_hadamard;
+
 static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
     const snipi_hadamard *q = (const snipi_hadamard *)arg;
     const int block = q->block;
@@ -893,23 +1032,31 @@ static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
             int first = (int)(c % SNIPI_SIGNS), half = block / 2, stage, j;
             if (first == 0) snip_philox(q->key, (uint64_t)(c / SNIPI_SIGNS), signs);
             for (j = 0; j < block; j++) from[j] = snipi_signed(row[j], signs, first + j);
-            for (stage = 1; stage < block; stage *= 2) {        // pairs half a block apart go side by side: H's rows in order
+            for (stage = 1; stage < block; stage *= 2) {  // pairs half a block apart go side by side: H's rows in order
                 for (j = 0; j < half; j++) {
                     to[2 * j] = from[j] + from[j + half];
                     to[2 * j + 1] = from[j] - from[j + half];
                 }
-                swap = from; from = to; to = swap;
+                swap = from;
+                from = to;
+                to = swap;
             }
             for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * q->scale, signs, first + j);
         }
     }
 }
+
 SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
     snipi_hadamard q;
     if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
     if (!snipi_shape_ok(rows, cols, ld) || cols % block || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
-    q.x = x; q.rows = rows; q.cols = cols; q.ld = ld; q.block = block; q.key = key;
+    q.x = x;
+    q.rows = rows;
+    q.cols = cols;
+    q.ld = ld;
+    q.block = block;
+    q.key = key;
     q.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
     snipi_share(snipi_hadamard_chunk, &q, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
@@ -919,8 +1066,20 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix over a source that
 // may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
 // run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
-enum { SNIPI_RUN = 128, SNIPI_PANEL_ROWS = 64, SNIPI_PANEL_LD = SNIPI_RUN + 16, SNIPI_BATCH = 16, SNIPI_LANES = 8, SNIPI_STREAM = 1 << 23 };
-enum { SNIPI_BAND = 2 * SNIPI_RUN, SNIPI_AHEAD_STRIP = 8192, SNIPI_AHEAD_ROWS = 48 };      // bytes and rows of a block that load while others are coded
+enum {
+    SNIPI_RUN = 128,
+    SNIPI_PANEL_ROWS = 64,
+    SNIPI_PANEL_LD = SNIPI_RUN + 16,
+    SNIPI_BATCH = 16,
+    SNIPI_LANES = 8,
+    SNIPI_STREAM = 1 << 23
+};
+
+enum {
+    SNIPI_BAND = 2 * SNIPI_RUN,
+    SNIPI_AHEAD_STRIP = 8192,
+    SNIPI_AHEAD_ROWS = 48
+};  // bytes and rows of a block that load while others are coded
 
 // Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
 // modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
@@ -933,87 +1092,100 @@ typedef struct {
 typedef struct {
     snip_format format;
     snipi_element e;
-    const float *lut;                   // value of each code
-    struct { int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift, power[32]; } k;     // for >>simd, bits of floats
-    const float *x, *weight;            // weight may be NULL
+    const float *lut;  // value of each code
+
+    struct {
+        int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift, power[32];
+    } k;  // for >>simd, bits of floats
+
+    const float *x, *weight;  // weight may be NULL
     int n;
     float scale, inverse;
-    int low;                            // take x as x * 2^64
-    int exact;                          // the sums in double, of x itself: where units of the scale could overflow
-    const uint32_t *random;             // a word per element, or NULL: to nearest
-    uint8_t *codes;                     // may be NULL; `packed`: two to a byte
-    int packed, stream;                 // stream: past the caches, where alignment allows
-    float *values;                      // may be NULL
+    int low;                 // take x as x * 2^64
+    int exact;               // the sums in double, of x itself: where units of the scale could overflow
+    const uint32_t *random;  // a word per element, or NULL: to nearest
+    uint8_t *codes;          // may be NULL; `packed`: two to a byte
+    int packed, stream;      // stream: past the caches, where alignment allows
+    float *values;           // may be NULL
     snipi_tally *tally;
     int want_sums, stochastic;
 } snipi_run;
 
-// Runs side by side: `pieces` times `length` elements (a multiple of 64), a fold of the sums every `width` of them (16, 32, 64
-// or 128; a piece's last may be 64), all of one scale or each of its own.
+// Runs side by side: `pieces` times `length` elements (a multiple of 64), a fold of the sums every `width` of them (16,
+// 32, 64 or 128; a piece's last may be 64), all of one scale or each of its own.
 enum { SNIPI_STRIP = 2048, SNIPI_STRIP_TILES = SNIPI_STRIP / 16 };
+
 typedef struct {
-    const float *x, *weight;                    // and the rest as in snipi_run, which has what all have in common
+    const float *x, *weight;  // and the rest as in snipi_run, which has what all have in common
     const uint32_t *random;
     uint8_t *codes;
     float *values;
     snipi_tally *tally;
     int64_t length, x_stride, code_stride, value_stride, random_stride;
-    int pieces, width, one_scale, capped;       // capped: some may lie beyond the largest
+    int pieces, width, one_scale, capped;  // capped: some may lie beyond the largest
     const float *scale, *inverse;
-    const char *ahead;                          // what is read next, `length` elements of `ahead_size` bytes, `ahead_stride` bytes from piece to piece
+    const char
+        *ahead;  // what is read next, `length` elements of `ahead_size` bytes, `ahead_stride` bytes from piece to piece
     int64_t ahead_size, ahead_stride;
-    snip_rng_key key;                           // stochastic, if random is NULL: x[0] is element 4 * first, pieces are 4 * step apart
+    snip_rng_key key;  // stochastic, if random is NULL: x[0] is element 4 * first, pieces are 4 * step apart
     uint64_t first, step;
 } snipi_strip;
+
 // A block of SNIPI_RUN x `cols` floats (a multiple of 16), quantized by columns: logical row c is column c.
 typedef struct {
-    const float *x;                     // [SNIPI_RUN][SNIPI_PANEL_LD]
-    int cols, height, capped;           // height: rows to a tile, 16, 32, 64 or 128
-    const float *scale, *inverse;       // [SNIPI_RUN / height][SNIPI_RUN]
+    const float *x;                // [SNIPI_RUN][SNIPI_PANEL_LD]
+    int cols, height, capped;      // height: rows to a tile, 16, 32, 64 or 128
+    const float *scale, *inverse;  // [SNIPI_RUN / height][SNIPI_RUN]
     uint8_t *codes;
     int64_t code_stride;
     snipi_tally *tally;
-    snip_rng_key key;                   // stochastic: 4 * (first + c * step + r / 4) is the element's index
+    snip_rng_key key;  // stochastic: 4 * (first + c * step + r / 4) is the element's index
     uint64_t first, step;
-    const char *ahead;                  // what is read next: SNIPI_RUN rows of 512 bytes
+    const char *ahead;  // what is read next: SNIPI_RUN rows of 512 bytes
     int64_t ahead_stride;
-    int ahead_rows;                     // as many of them as the caches can hold
+    int ahead_rows;  // as many of them as the caches can hold
 } snipi_columns;
 
 typedef struct {
-    uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);        // bits of the largest finite magnitude
-    void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);    // may fill up to a multiple of 16 blocks
+    uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);              // bits of the largest finite magnitude
+    void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);  // may fill up to a multiple of 16 blocks
     void (*run)(const snipi_run *);
-    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out);      // out[cols][rows]
-    void (*widen)(const uint16_t *x, int n, float *out);                // from BF16
-    void (*narrow)(const float *x, int n, uint16_t *out);               // to BF16
+    void (*transpose)(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out);  // out[cols][rows]
+    void (*widen)(const uint16_t *x, int n, float *out);                                            // from BF16
+    void (*narrow)(const float *x, int n, uint16_t *out);                                           // to BF16
     void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream);
-    void (*sums)(const float *x, const float *values, const float *weight, int n, snipi_tally *);       // snipi_sums_exact of finite x
+    void (*sums)(const float *x, const float *values, const float *weight, int n,
+                 snipi_tally *);  // snipi_sums_exact of finite x
     // The rest may be NULL; where they do not apply, run does the work. All elements finite.
-    void (*peaks)(const snipi_strip *, uint32_t *amax);     // largest magnitude's bits of each tile; fills up to a multiple of 16
-    int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes);
+    void (*peaks)(const snipi_strip *,
+                  uint32_t *amax);  // largest magnitude's bits of each tile; fills up to a multiple of 16
+    int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax,
+                  int tiles, float *scale, float *inverse, uint8_t *bytes);
     void (*strip)(const snipi_run *, const snipi_strip *);
-    // SNIPI_BATCH rows of a block from r0, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i + 1) * height) of column c.
-    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block, uint32_t *amax);
+    // SNIPI_BATCH rows of a block from r0, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i +
+    // 1) * height) of column c.
+    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block,
+                 uint32_t *amax);
     void (*columns)(const snipi_run *, const snipi_columns *);
 } snipi_vector;
+
 static const snipi_vector *snipi_vector_of(snip_isa isa);
 
 typedef struct {
     snip_recipe recipe;
     const void *x;
     const float *weight;
-    int x_bf16, out_bf16, transposed;   // transposed: logical (r, c) lies at x[c * ld + r]
+    int x_bf16, out_bf16, transposed;  // transposed: logical (r, c) lies at x[c * ld + r]
     int64_t rows, cols, ld;
     int64_t tile_rows, tile_cols, tiles_down, tiles_across;
-    int tile_shift;                     // tile_cols is 1 << tile_shift, if a power of two
-    void *codes, *scales, *out;         // each may be NULL; out: dequantized values
+    int tile_shift;              // tile_cols is 1 << tile_shift, if a power of two
+    void *codes, *scales, *out;  // each may be NULL; out: dequantized values
     int64_t ld_out;
-    float tensor_scale, tensor_inverse; // NVFP4's 1/S and S
+    float tensor_scale, tensor_inverse;  // NVFP4's 1/S and S
     snip_rng_key key;
     int want_sums;
     float lut[256];
-    snipi_run run;                      // what all runs have in common
+    snipi_run run;  // what all runs have in common
     const snipi_vector *vector;
 } snipi_quantizer;
 
@@ -1023,13 +1195,15 @@ SNIPI_HD static double snipi_widen(float x) {
     uint32_t u = snipi_bits(x);
     return u >= 0x00800000u ? (double)x : (double)(int32_t)u * 1.40129846432481707e-45;
 }
+
 SNIPI_HD static float snipi_narrow(double x) {
-    double sum = x + 6.3108872417680944e-30;        // 2^-97: the last place of the sum is 2^-149
+    double sum = x + 6.3108872417680944e-30;  // 2^-97: the last place of the sum is 2^-149
     uint64_t u;
     memcpy(&u, &sum, 8);
     if (x < 1.1754943508222875e-38) return snipi_float((uint32_t)u);
     return x > 3.4028234663852886e38 ? 3.4028234663852886e38f : (float)x;
 }
+
 // Division that -Ofast (reciprocals) cannot touch: the divisor is hidden from it. Rounding the double quotient of
 // two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
 SNIPI_HD static float snipi_divide(float a, float b) {
@@ -1037,7 +1211,9 @@ SNIPI_HD static float snipi_divide(float a, float b) {
     SNIPI_HIDDEN(y);
     return snipi_narrow(snipi_widen(a) / y);
 }
+
 SNIPI_HD static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
+
 // scale * element: no element is smaller than 2^-16.
 SNIPI_HD SNIPI_INLINE float snipi_value(float scale, float element) {
     uint32_t u = snipi_bits(element);
@@ -1045,11 +1221,15 @@ SNIPI_HD SNIPI_INLINE float snipi_value(float scale, float element) {
     return snipi_float(snipi_bits(snipi_multiply(scale, snipi_float(u & 0x7FFFFFFFu))) | (u & 0x80000000u));
 }
 
-typedef struct { float scale, inverse; int byte; } snipi_tile_scale;     // byte: the stored code, if any
+typedef struct {
+    float scale, inverse;
+    int byte;
+} snipi_tile_scale;  // byte: the stored code, if any
 
 // tensor_scale, tensor_inverse: NVFP4's 1/S and S.
-SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e, uint32_t amax_bits, float tensor_scale, float tensor_inverse) {
-    const float smallest = snipi_float(0x00800000u);        // 2^-126
+SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e, uint32_t amax_bits,
+                                                float tensor_scale, float tensor_inverse) {
+    const float smallest = snipi_float(0x00800000u);  // 2^-126
     float amax = snipi_float(amax_bits);
     snipi_tile_scale t = { 1.0f, 1.0f, 0 };
     uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
@@ -1059,7 +1239,7 @@ SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32:
             if (a == 0) break;
-            if (a >= max_bits - (126u << 23)) {             // amax >= max * 2^-126: a normal scale
+            if (a >= max_bits - (126u << 23)) {  // amax >= max * 2^-126: a normal scale
                 t.scale = snipi_divide(amax, e.max);
                 t.inverse = snipi_divide(e.max, amax);
             } else {
@@ -1073,14 +1253,15 @@ SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e
             t.scale = snipi_float((uint32_t)(127 + k) << 23);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
-        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP:
+        case SNIP_SCALE_UE8M0:
+        case SNIP_SCALE_UE8M0_UP:
             k = (int)snipi_max(kind == SNIP_SCALE_UE8M0 ? k : k + up, -127);
             t.byte = k + 127;
             t.scale = snipi_ue8m0_decode((uint8_t)t.byte);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
         case SNIP_SCALE_UE4M3: {
-            float sixth = snipi_float(0x3E2AAAABu);         // 1/6 in float32
+            float sixth = snipi_float(0x3E2AAAABu);  // 1/6 in float32
             t.byte = snipi_ue4m3_encode(snipi_multiply(amax, tensor_inverse * sixth));
             t.scale = snipi_multiply(snipi_decode((uint32_t)t.byte, SNIP_E4M3), tensor_scale);
             t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
@@ -1094,42 +1275,59 @@ SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e
 SNIPI_HD static float snipi_raise(float x) {
     uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
     if (a == 0 || a >= 0x7F800000u) return x;
-    while (a < 0x00800000u) { a <<= 1; shift++; }
+    while (a < 0x00800000u) {
+        a <<= 1;
+        shift++;
+    }
     a += (64u - shift) << 23;
     return snipi_float(sign | (a < 0x7F7FFFFFu ? a : 0x7F7FFFFFu));
 }
 
 // Codes of a run, one to a byte; the number of saturated elements is returned.
-SNIPI_INLINE int snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e, uint8_t *code) {
+SNIPI_INLINE int snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e,
+                                  uint8_t *code) {
     int i, over = 0;
     for (i = 0; i < n; i++) {
-        uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu, finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
-        uint32_t c = random ? snipi_encode_stochastic(a, random[i], e.mantissa, e.bias) : snipi_encode_nearest(a, e.mantissa, e.bias);
+        uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu,
+                 finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
+        uint32_t c = random ? snipi_encode_stochastic(a, random[i], e.mantissa, e.bias)
+                            : snipi_encode_nearest(a, e.mantissa, e.bias);
         over += (int)(finite & (c > e.largest));
         c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
         code[i] = (uint8_t)(a > 0x7F800000u ? e.nan : c);
     }
     return over;
 }
+
 static int snipi_encode_run_any(const snipi_run *q, const float *x, int n, const uint32_t *random, uint8_t *code) {
-    switch (q->format) {        // constant formats, so that each loop is compiled for its own
+    switch (q->format) {  // constant formats, so that each loop is compiled for its own
         case SNIP_E4M3:
             return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E4M3), code)
                           : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E4M3), code);
         case SNIP_E2M1:
             return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E2M1), code)
                           : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E2M1), code);
-        case SNIP_E5M2: case SNIP_E2M3: case SNIP_E3M2:
-            return snipi_encode_run(x, n, q->inverse, random, q->e, code);
-        case SNIP_F32: case SNIP_BF16: case SNIP_UE8M0: case SNIP_UE4M3: break;
+        case SNIP_E5M2:
+        case SNIP_E2M3:
+        case SNIP_E3M2: return snipi_encode_run(x, n, q->inverse, random, q->e, code);
+        case SNIP_F32:
+        case SNIP_BF16:
+        case SNIP_UE8M0:
+        case SNIP_UE4M3: break;
     }
     return 0;
 }
 
 static void snipi_store_codes(uint8_t *row, int packed, int64_t col, const uint8_t *code, int n) {
     int i = 0;
-    if (!packed) { memcpy(row + col, code, (size_t)n); return; }
-    if (col & 1) { row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | code[0] << 4); i = 1; }
+    if (!packed) {
+        memcpy(row + col, code, (size_t)n);
+        return;
+    }
+    if (col & 1) {
+        row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | code[0] << 4);
+        i = 1;
+    }
     for (; i + 1 < n; i += 2) row[(col + i) >> 1] = (uint8_t)(code[i] | code[i + 1] << 4);
     if (i < n) row[(col + i) >> 1] = code[i];
 }
@@ -1145,6 +1343,7 @@ static void snipi_sums_exact(const float *x, const float *values, const float *w
         if (weight) t->dot[lane] += (double)weight[i] * d;
     }
 }
+
 // The same in units of the scale: y = x / scale, q = Q(x) / scale. Each product is rounded before it is added.
 static void snipi_sums_scaled(const snipi_run *r, const float *y, const float *q) {
     float v2[SNIPI_RUN], d2[SNIPI_RUN], sum_sq[2 * SNIPI_LANES] = { 0 }, err_sq[2 * SNIPI_LANES] = { 0 };
@@ -1201,6 +1400,7 @@ static void snipi_run_scalar(const snipi_run *q) {
     if (q->want_sums && q->exact) snipi_sums_exact(q->x, values, q->weight, n, q->tally);
     if (q->values) memcpy(q->values, values, (size_t)n * sizeof(float));
 }
+
 static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
     int i, bad = 0;
     uint32_t largest = 0;
@@ -1212,27 +1412,34 @@ static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
     *nonfinite += bad;
     return largest;
 }
+
 static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
     int i;
     for (i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
 }
-static int snipi_one_upper(uint64_t first, int64_t blocks) {       // the counters' upper half is the same
+
+static int snipi_one_upper(uint64_t first, int64_t blocks) {  // the counters' upper half is the same
     return (uint32_t)first + (uint64_t)blocks + 16 <= 0xFFFFFFFFu;
 }
+
 static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
     int r, c;
     for (r = 0; r < rows; r++)
         for (c = 0; c < cols; c++) out[c * ld_out + r] = x[r * ld + c];
 }
+
 static void snipi_widen_scalar(const uint16_t *x, int n, float *out) {
     int i;
     for (i = 0; i < n; i++) out[i] = snipi_float((uint32_t)x[i] << 16);
 }
+
 static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
     int i;
     for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
 }
-static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
+
+static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale,
+                                float *out, int stream) {
     int i, packed = format == SNIP_E2M1;
     (void)stream;
     for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
@@ -1240,20 +1447,28 @@ static void snipi_decode_scalar(snip_format format, const float *lut, const uint
 
 // Elements of a source or weight as contiguous floats: where they lie, widened, or out of a transposed panel,
 // which is kept until another one is asked for.
-typedef struct { int64_t row, col; int n; float at[SNIPI_PANEL_ROWS][SNIPI_PANEL_LD]; } snipi_panel;
+typedef struct {
+    int64_t row, col;
+    int n;
+    float at[SNIPI_PANEL_ROWS][SNIPI_PANEL_LD];
+} snipi_panel;
 
-static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r,
+                                      int64_t c, int n) {
     int64_t row = q->transposed ? r - r % SNIPI_PANEL_ROWS : r;
     if (p->row != row || p->col != c || p->n != n) {
         int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
-        p->row = row; p->col = c; p->n = n;
+        p->row = row;
+        p->col = c;
+        p->n = n;
         if (!q->transposed)
             q->vector->widen((const uint16_t *)x + r * q->ld + c, n, p->at[0]);
         else if (bf16)
             for (i = 0; i < n; i += 8) {
                 float wide[8][SNIPI_PANEL_ROWS];
                 int j, m = (int)snipi_min(8, n - i);
-                for (j = 0; j < m; j++) q->vector->widen((const uint16_t *)x + (c + i + j) * q->ld + row, width, wide[j]);
+                for (j = 0; j < m; j++)
+                    q->vector->widen((const uint16_t *)x + (c + i + j) * q->ld + row, width, wide[j]);
                 q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, m, width, p->at[0] + i, SNIPI_PANEL_LD);
             }
         else
@@ -1261,48 +1476,68 @@ static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, 
     }
     return p->at[r - row];
 }
-SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r, int64_t c, int n) {
+
+SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r,
+                                      int64_t c, int n) {
     return q->transposed || bf16 ? snipi_fetch_panel(q, p, x, bf16, r, c, n) : (const float *)x + r * q->ld + c;
 }
-typedef struct { snipi_panel x, weight; } snipi_panels;
 
-SNIPI_HD static int snipi_byte_scale(snip_scale s) { return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3; }
+typedef struct {
+    snipi_panel x, weight;
+} snipi_panels;
+
+SNIPI_HD static int snipi_byte_scale(snip_scale s) {
+    return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3;
+}
+
 static size_t snipi_row_bytes(snip_format format, int64_t cols) {
-    return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1)) : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
+    return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1))
+                               : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
 
 static int snipi_has_sums_in_units(const snipi_quantizer *q, uint32_t amax, const snipi_tile_scale *t) {
-    if (q->recipe.scale == SNIP_SCALE_NONE) return amax == 0 || (amax >= (127u - 40u) << 23 && amax <= (127u + 40u) << 23);
+    if (q->recipe.scale == SNIP_SCALE_NONE)
+        return amax == 0 || (amax >= (127u - 40u) << 23 && amax <= (127u + 40u) << 23);
     return amax == 0 || (amax >= (127u - 64u) << 23 && snipi_bits(t->scale) != 0);
 }
+
 // The words of elements [c, c + n) of row r; `random` has room for n + 64.
 static const uint32_t *snipi_random_run(const snipi_quantizer *q, int64_t r, int64_t c, int64_t n, uint32_t *random) {
     uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
     q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
     return random + (element & 3);
 }
+
 static uint8_t *snipi_codes_at(const snipi_quantizer *q, int64_t r, int64_t c) {
     if (!q->codes) return NULL;
-    return (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols) + (q->recipe.format == SNIP_E2M1 ? c >> 1 : c);
+    return (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols) +
+           (q->recipe.format == SNIP_E2M1 ? c >> 1 : c);
 }
+
 static void snipi_store_scale(const snipi_quantizer *q, int64_t at, const snipi_tile_scale *t) {
     if (!q->scales || q->recipe.scale == SNIP_SCALE_NONE) return;
-    if (snipi_byte_scale(q->recipe.scale)) ((uint8_t *)q->scales)[at] = (uint8_t)t->byte;
-    else ((float *)q->scales)[at] = t->scale;
+    if (snipi_byte_scale(q->recipe.scale))
+        ((uint8_t *)q->scales)[at] = (uint8_t)t->byte;
+    else
+        ((float *)q->scales)[at] = t->scale;
 }
 
 // Codes of a tile whose scale is known; `run` is a copy of q->run.
-static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t r0, int64_t r1, int64_t c0, int64_t c1, uint32_t amax, int64_t bad,
-                              const snipi_tile_scale *t, snipi_run *run) {
-    int e2m1 = q->recipe.format == SNIP_E2M1, stochastic = q->recipe.rounding == SNIP_ROUND_STOCHASTIC, exact = !snipi_has_sums_in_units(q, amax, t);
-    int strips = q->vector->strip && !q->transposed && !exact && !bad && !(q->out && q->out_bf16) && !(e2m1 && (c0 & 1));
+static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
+                              uint32_t amax, int64_t bad, const snipi_tile_scale *t, snipi_run *run) {
+    int e2m1 = q->recipe.format == SNIP_E2M1, stochastic = q->recipe.rounding == SNIP_ROUND_STOCHASTIC,
+        exact = !snipi_has_sums_in_units(q, amax, t);
+    int strips = q->vector->strip && !q->transposed && !exact && !bad && !(q->out && q->out_bf16) &&
+                 !(e2m1 && (c0 & 1));
     float buffer[SNIPI_RUN];
     uint8_t loose[SNIPI_RUN];
     uint32_t random[SNIPI_STRIP + 64];
     int64_t r, c, n;
-    if (q->transposed && c1 - c0 > SNIPI_RUN) {         // by what a panel holds, each transposed once
+    if (q->transposed && c1 - c0 > SNIPI_RUN) {  // by what a panel holds, each transposed once
         for (r = r0; r < r1; r += SNIPI_PANEL_ROWS)
-            for (c = c0; c < c1; c += SNIPI_RUN) snipi_encode_tile(q, p, r, snipi_min(r1, r + SNIPI_PANEL_ROWS), c, snipi_min(c1, c + SNIPI_RUN), amax, bad, t, run);
+            for (c = c0; c < c1; c += SNIPI_RUN)
+                snipi_encode_tile(q, p, r, snipi_min(r1, r + SNIPI_PANEL_ROWS), c, snipi_min(c1, c + SNIPI_RUN), amax,
+                                  bad, t, run);
         return;
     }
     run->scale = t->scale;
@@ -1311,9 +1546,10 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
     run->inverse = run->low ? t->inverse * snipi_float((127u - 64u) << 23) : t->inverse;
     for (r = r0; r < r1; r++)
         for (c = c0; c < c1; c += n) {
-            int aside = e2m1 && (c & 1);        // does not begin on a byte
+            int aside = e2m1 && (c & 1);  // does not begin on a byte
             int64_t bad_here = 0;
-            n = strips && c1 - c >= SNIPI_RUN ? snipi_min(SNIPI_STRIP, (c1 - c) / SNIPI_RUN * SNIPI_RUN) : snipi_min(SNIPI_RUN, c1 - c);
+            n = strips && c1 - c >= SNIPI_RUN ? snipi_min(SNIPI_STRIP, (c1 - c) / SNIPI_RUN * SNIPI_RUN)
+                                              : snipi_min(SNIPI_RUN, c1 - c);
             run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, (int)n);
             if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, (int)n);
             run->n = (int)n;
@@ -1324,9 +1560,11 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
             if (strips && n % SNIPI_RUN == 0) {
                 snipi_strip strip;
                 memset(&strip, 0, sizeof strip);
-                strip.x = run->x; strip.weight = run->weight;
+                strip.x = run->x;
+                strip.weight = run->weight;
                 strip.random = run->random;
-                strip.codes = run->codes; strip.values = run->values;
+                strip.codes = run->codes;
+                strip.values = run->values;
                 strip.tally = run->tally;
                 strip.pieces = stochastic || q->x_bf16 || n < c1 - c0 ? 1 : (int)snipi_min(r1 - r, SNIPI_RUN);
                 strip.length = n;
@@ -1346,16 +1584,27 @@ static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t
             }
             if (bad) (void)q->vector->amax(run->x, (int)n, &bad_here);
             run->exact = exact || bad_here;
-            if (run->exact) snipi_run_scalar(run);
-            else q->vector->run(run);
-            if (aside && q->codes) snipi_store_codes((uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols), 1, c, loose, (int)n);
+            if (run->exact)
+                snipi_run_scalar(run);
+            else
+                q->vector->run(run);
+            if (aside && q->codes)
+                snipi_store_codes((uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols), 1, c,
+                                  loose, (int)n);
             if (q->out_bf16 && q->out) q->vector->narrow(buffer, (int)n, (uint16_t *)q->out + r * q->ld_out + c);
         }
 }
+
 // `count` tiles, at most SNIPI_BATCH, from (tr, tc) rightward or downward. All largest magnitudes come before all
 // scales before all codes, so that one tile's divisions do not hold up the next.
-static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, int count, int down, snipi_tally *tally) {
-    struct { int64_t r0, r1, c0, c1, bad; uint32_t amax; snipi_tile_scale scale; } tile[SNIPI_BATCH], *t;
+static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, int count, int down,
+                                 snipi_tally *tally) {
+    struct {
+        int64_t r0, r1, c0, c1, bad;
+        uint32_t amax;
+        snipi_tile_scale scale;
+    } tile[SNIPI_BATCH], *t;
+
     snipi_run run = q->run;
     int i;
     run.tally = tally;
@@ -1381,33 +1630,44 @@ static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int6
         t->scale = snipi_scale_of(q->recipe.scale, q->run.e, t->amax, q->tensor_scale, q->tensor_inverse);
         snipi_store_scale(q, (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i), &t->scale);
     }
-    for (i = 0, t = tile; i < count; i++, t++) snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
+    for (i = 0, t = tile; i < count; i++, t++)
+        snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
 }
+
 static int snipi_beyond(const snipi_quantizer *q, uint32_t amax, float inverse) {
-    return snipi_bits(snipi_float(amax) * inverse) > (q->recipe.rounding == SNIP_ROUND_STOCHASTIC ? snipi_bits(q->run.e.max) : (uint32_t)q->run.k.beyond);
+    return snipi_bits(snipi_float(amax) * inverse) >
+           (q->recipe.rounding == SNIP_ROUND_STOCHASTIC ? snipi_bits(q->run.e.max) : (uint32_t)q->run.k.beyond);
 }
+
 // Whether a tile's largest element may come out beyond the largest of the format.
 static int snipi_may_pass(const snipi_quantizer *q) {
     switch (q->recipe.scale) {
-        case SNIP_SCALE_POW2: case SNIP_SCALE_UE8M0_UP: return 0;
-        case SNIP_SCALE_F32: return q->recipe.rounding == SNIP_ROUND_STOCHASTIC;        // by a rounding of x * inverse
-        case SNIP_SCALE_NONE: case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE4M3: break;
+        case SNIP_SCALE_POW2:
+        case SNIP_SCALE_UE8M0_UP: return 0;
+        case SNIP_SCALE_F32: return q->recipe.rounding == SNIP_ROUND_STOCHASTIC;  // by a rounding of x * inverse
+        case SNIP_SCALE_NONE:
+        case SNIP_SCALE_UE8M0:
+        case SNIP_SCALE_UE4M3: break;
     }
     return 1;
 }
+
 // Where the source lies that is read after rows [r, r + rows) of a block's columns from c.
 static const char *snipi_ahead(const snipi_quantizer *q, int64_t r, int64_t c, int64_t rows) {
     int64_t next = (r + rows) % SNIPI_BAND ? r + rows : r - r % SNIPI_BAND;
     return (const char *)q->x + (next * q->ld + c + (next > r ? 0 : SNIPI_RUN)) * (q->x_bf16 ? 2 : 4);
 }
-// Tiles side by side, from (r, c): `pieces` rows of x of `length` elements; `ahead` is read next. 0: not such as strips are for.
-static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c, int pieces, int64_t length, const char *ahead, snipi_tally *tally) {
+
+// Tiles side by side, from (r, c): `pieces` rows of x of `length` elements; `ahead` is read next. 0: not such as strips
+// are for.
+static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c,
+                                int pieces, int64_t length, const char *ahead, snipi_tally *tally) {
     uint32_t amax[SNIPI_STRIP_TILES], random[SNIPI_STRIP + 64 * SNIPI_BATCH], most = 0;
     float scale[SNIPI_STRIP_TILES], inverse[SNIPI_STRIP_TILES];
     uint8_t byte[SNIPI_STRIP_TILES];
     int across = (int)snipi_ceil_div(length, q->tile_cols), tiles = pieces * across, i;
     snipi_strip strip;
-    if (q->run.stochastic && pieces > 1 && (q->cols & 3)) return 0;        // the pieces' first words lie differently
+    if (q->run.stochastic && pieces > 1 && (q->cols & 3)) return 0;  // the pieces' first words lie differently
     memset(&strip, 0, sizeof strip);
     strip.pieces = pieces;
     strip.length = length;
@@ -1424,7 +1684,8 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     q->vector->peaks(&strip, amax);
     for (i = 0; i < tiles; i++) most = amax[i] > most ? amax[i] : most;
     if (most >= 0x7F800000u) return 0;
-    if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, amax, tiles, scale, inverse, byte))
+    if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale,
+                                                                 q->tensor_inverse, amax, tiles, scale, inverse, byte))
         for (i = 0; i < tiles; i++) {
             snipi_tile_scale t = snipi_scale_of(q->recipe.scale, q->run.e, amax[i], q->tensor_scale, q->tensor_inverse);
             if (!snipi_has_sums_in_units(q, amax[i], &t)) return 0;
@@ -1437,8 +1698,10 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
         for (i = 0; i < pieces; i++) {
             int64_t at = (r + i) * q->tiles_across + (c >> q->tile_shift);
-            if (snipi_byte_scale(q->recipe.scale)) memcpy((uint8_t *)q->scales + at, byte + i * across, (size_t)across);
-            else memcpy((float *)q->scales + at, scale + i * across, (size_t)across * sizeof(float));
+            if (snipi_byte_scale(q->recipe.scale))
+                memcpy((uint8_t *)q->scales + at, byte + i * across, (size_t)across);
+            else
+                memcpy((float *)q->scales + at, scale + i * across, (size_t)across * sizeof(float));
         }
     if (most > tally->amax) tally->amax = most;
     strip.tally = tally;
@@ -1448,33 +1711,46 @@ static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_
     strip.key = q->key;
     strip.first = ((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) >> 2;
     strip.step = (uint64_t)q->cols >> 2;
-    if (q->run.stochastic && (((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) & 3 || !snipi_one_upper(strip.first, (int64_t)strip.step * pieces + length))) {
+    if (q->run.stochastic && (((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) & 3 ||
+                              !snipi_one_upper(strip.first, (int64_t)strip.step * pieces + length))) {
         strip.random_stride = length + 64;
-        for (i = pieces - 1; i >= 0; i--) strip.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
+        for (i = pieces - 1; i >= 0; i--)
+            strip.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
     }
     q->vector->strip(&q->run, &strip);
     return 1;
 }
+
 static int snipi_takes_strips(const snipi_quantizer *q) {
     int64_t w = q->tile_cols;
-    return q->vector->strip && q->tile_rows == 1 && (w == 16 || w == 32 || w == 64 || w == SNIPI_RUN) && !(q->out && q->out_bf16);
+    return q->vector->strip && q->tile_rows == 1 && (w == 16 || w == 32 || w == 64 || w == SNIPI_RUN) &&
+           !(q->out && q->out_bf16);
 }
+
 // Tiles [tr0, tr1) x [tc0, tc1), in batches that stay in the nearest cache: along rows, or down a transposed panel.
-static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0, int64_t tc1, snipi_tally *tally) {
+static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0,
+                                  int64_t tc1, snipi_tally *tally) {
     int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g, down;
     int64_t panel = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
     if (!q->transposed) {
         int strips = snipi_takes_strips(q);
         for (tr = tr0; tr < tr1; tr += down)
             for (tc = tc0, down = 1; tc < tc1; tc += fit) {
-                int64_t c = tc * q->tile_cols, left = snipi_min(tc1 * q->tile_cols, q->cols) - c, n = snipi_min(SNIPI_STRIP, left) & -(left <= SNIPI_STRIP && left % 64 == 0 ? 64 : snipi_max(64, q->tile_cols));
-                int64_t pieces = strips && n == left && tc == tc0 && !q->x_bf16 ? snipi_min(snipi_min(SNIPI_STRIP / n, SNIPI_BATCH), tr1 - tr) : 1;
+                int64_t c = tc * q->tile_cols, left = snipi_min(tc1 * q->tile_cols, q->cols) - c,
+                        n = snipi_min(SNIPI_STRIP, left) &
+                            -(left <= SNIPI_STRIP && left % 64 == 0 ? 64 : snipi_max(64, q->tile_cols));
+                int64_t pieces = strips && n == left && tc == tc0 && !q->x_bf16
+                                     ? snipi_min(snipi_min(SNIPI_STRIP / n, SNIPI_BATCH), tr1 - tr)
+                                     : 1;
                 const char *x = (const char *)q->x + (tr * q->ld + c) * (q->x_bf16 ? 2 : 4);
-                if (pieces > 1 && snipi_quantize_strip(q, (const float *)(const void *)x, q->ld, tr, c, (int)pieces, n, x + pieces * q->ld * 4, tally)) {
-                    down = pieces;              // short rows
+                if (pieces > 1 && snipi_quantize_strip(q, (const float *)(const void *)x, q->ld, tr, c, (int)pieces, n,
+                                                       x + pieces * q->ld * 4, tally)) {
+                    down = pieces;  // short rows
                     break;
                 }
-                if (strips && n > 0 && snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n, x + SNIPI_AHEAD_STRIP, tally))
+                if (strips && n > 0 &&
+                    snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n,
+                                         x + SNIPI_AHEAD_STRIP, tally))
                     tc += snipi_ceil_div(n, q->tile_cols) - fit;
                 else
                     snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
@@ -1507,12 +1783,17 @@ static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, 
                 q->vector->widen(to, n, buffer);
                 values = buffer;
             }
-            if (q->codes && !direct) memcpy((uint8_t *)q->codes + 2 * (r * q->cols + c), code, (size_t)n * sizeof(uint16_t));
+            if (q->codes && !direct)
+                memcpy((uint8_t *)q->codes + 2 * (r * q->cols + c), code, (size_t)n * sizeof(uint16_t));
         } else if (q->codes)
             memcpy((uint8_t *)q->codes + 4 * (r * q->cols + c), x, (size_t)n * sizeof(float));
-        if (q->want_sums) (bad ? snipi_sums_exact : q->vector->sums)(x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
-        if (q->out && q->out_bf16) q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
-        else if (q->out) memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
+        if (q->want_sums)
+            (bad ? snipi_sums_exact : q->vector->sums)(
+                x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
+        if (q->out && q->out_bf16)
+            q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
+        else if (q->out)
+            memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
     }
 }
 
@@ -1526,7 +1807,9 @@ static int snipi_recipe_ok(const snip_recipe *r) {
     if (snipi_plain(r->format)) return r->scale == SNIP_SCALE_NONE && r->rounding == SNIP_ROUND_NEAREST_EVEN;
     return r->scale != SNIP_SCALE_UE4M3 || r->format == SNIP_E2M1;
 }
+
 SNIPI_HD static int64_t snipi_tile(int32_t tile, int64_t dimension) { return tile ? tile : snipi_max(1, dimension); }
+
 static int64_t snipi_tiles(const snip_recipe *r, int64_t rows, int64_t cols) {
     return snipi_ceil_div(rows, snipi_tile(r->tile_rows, rows)) * snipi_ceil_div(cols, snipi_tile(r->tile_cols, cols));
 }
@@ -1535,27 +1818,36 @@ SNIP_API size_t snip_codes_bound(const snip_recipe *r, int64_t rows, int64_t col
     if (!snipi_recipe_ok(r) || !snipi_shape_ok(rows, cols, cols)) return 0;
     return (size_t)rows * snipi_row_bytes(r->format, cols);
 }
+
 SNIP_API size_t snip_scales_bound(const snip_recipe *r, int64_t rows, int64_t cols) {
     size_t tiles;
     if (!snipi_recipe_ok(r) || !snipi_shape_ok(rows, cols, cols)) return 0;
     tiles = (size_t)snipi_tiles(r, rows, cols);
     switch (r->scale) {
         case SNIP_SCALE_NONE: return 0;
-        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return tiles * sizeof(float);
-        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return tiles;
+        case SNIP_SCALE_F32:
+        case SNIP_SCALE_POW2: return tiles * sizeof(float);
+        case SNIP_SCALE_UE8M0:
+        case SNIP_SCALE_UE8M0_UP: return tiles;
         case SNIP_SCALE_UE4M3: return (tiles + 3) / 4 * 4 + sizeof(float);
     }
     return 0;
 }
+
 static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int64_t rows, int64_t cols) {
     return (char *)(uintptr_t)scales + snip_scales_bound(r, rows, cols) - sizeof(float);
 }
 
-typedef struct { const snipi_quantizer *q; uint32_t part[SNIPI_CHUNKS]; } snipi_peak;
+typedef struct {
+    const snipi_quantizer *q;
+    uint32_t part[SNIPI_CHUNKS];
+} snipi_peak;
+
 static void snipi_peak_chunk(void *arg, int64_t c) {
     snipi_peak *peak = (snipi_peak *)arg;
     const snipi_quantizer *q = peak->q;
-    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols, r, i, ignored = 0, end = rows * (c + 1) / SNIPI_CHUNKS;
+    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols, r, i, ignored = 0,
+            end = rows * (c + 1) / SNIPI_CHUNKS;
     float wide[SNIPI_RUN];
     uint32_t most = 0;
     for (r = rows * c / SNIPI_CHUNKS; r < end; r++)
@@ -1572,6 +1864,7 @@ static void snipi_peak_chunk(void *arg, int64_t c) {
         }
     peak->part[c] = most;
 }
+
 // NVFP4: S = 448 * 6 / amax of the tensor (1 for zeros), at most FLT_MAX; stored as 1/S.
 static void snipi_tensor_scale(snipi_quantizer *q) {
     snipi_peak peak;
@@ -1597,7 +1890,8 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     run->stochastic = stochastic;
     run->k.least = (128 - e.bias) << 23;
     run->k.cap = max_bits + (stochastic ? 1 << 23 : 0);
-    run->k.beyond = max_bits + (1 << (shift - 1)) - (int32_t)(e.largest & 1u);      // the last that still rounds to the largest
+    run->k.beyond = max_bits + (1 << (shift - 1)) -
+                    (int32_t)(e.largest & 1u);  // the last that still rounds to the largest
     run->k.magic = (shift << 23) - (run->k.least >> shift);
     run->k.unit = e.mantissa << 23;
     run->k.shift = shift;
@@ -1605,8 +1899,10 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     run->k.sign = 1 << e.sign;
     run->k.random_shift = 32 - shift;
     memset(run->k.power, 0, sizeof run->k.power);
-    for (i = run->k.least >> 23; i <= run->k.cap >> 23; i++) run->k.power[i & 31] = (i << 23) + run->k.magic + ((i << 23) >> shift);
+    for (i = run->k.least >> 23; i <= run->k.cap >> 23; i++)
+        run->k.power[i & 31] = (i << 23) + run->k.magic + ((i << 23) >> shift);
 }
+
 static void snipi_quantizer_begin(snipi_quantizer *q) {
     int c, plain = snipi_plain(q->recipe.format);
     q->tile_rows = plain ? 1 : snipi_tile(q->recipe.tile_rows, q->rows);
@@ -1625,6 +1921,7 @@ static void snipi_quantizer_begin(snipi_quantizer *q) {
     }
     if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
 }
+
 static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
     int c, i;
     memset(stats, 0, sizeof *stats);
@@ -1639,16 +1936,22 @@ static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
         stats->saturated += part[c].saturated;
     }
 }
+
 static void snipi_panels_clear(snipi_panels *p) { p->x.row = p->weight.row = -1; }
 
 // What is shared out in chunks: bands, or blocks of one or two quantizers; the tallies of each.
-typedef struct { const snipi_quantizer *q, *q2; int64_t rows, cols; snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS]; } snipi_quantize_task;
+typedef struct {
+    const snipi_quantizer *q, *q2;
+    int64_t rows, cols;
+    snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
+} snipi_quantize_task;
 
 // Band after band of tiles. A transposed source is read a cache line of columns at a time: bands are taken in groups.
 static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
     snipi_quantize_task *task = (snipi_quantize_task *)arg;
     const snipi_quantizer *q = task->q;
-    int64_t group = q->transposed ? snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows) : 1, groups = snipi_ceil_div(q->tiles_down, group);
+    int64_t group = q->transposed ? snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows) : 1,
+            groups = snipi_ceil_div(q->tiles_down, group);
     int64_t g, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
     snipi_tally local;
     snipi_panels panels;
@@ -1668,6 +1971,7 @@ static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
     if (q->run.stream) snipi_stream_end();
     task->part[c] = local;
 }
+
 static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *stats) {
     snipi_quantize_task task;
     task.q = q;
@@ -1678,12 +1982,17 @@ static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *sta
 static int snipi_fits_blocks(const snipi_quantizer *q) {
     return !snipi_plain(q->recipe.format) && SNIPI_RUN % q->tile_rows == 0 && SNIPI_RUN % q->tile_cols == 0;
 }
+
 static int snipi_takes_columns(const snipi_quantizer *q) {
     if (!q->transposed || !q->vector->columns || q->weight || q->tile_cols < 16) return 0;
-    return (!q->want_sums || (q->tile_cols == SNIPI_RUN && q->tile_rows <= SNIPI_RUN)) && (q->recipe.rounding == SNIP_ROUND_NEAREST_EVEN || q->cols % 4 == 0);
+    return (!q->want_sums || (q->tile_cols == SNIPI_RUN && q->tile_rows <= SNIPI_RUN)) &&
+           (q->recipe.rounding == SNIP_ROUND_NEAREST_EVEN || q->cols % 4 == 0);
 }
-// A whole block of the source by its columns. amax: of each tile's columns, [SNIPI_RUN / tile_cols][SNIPI_RUN]; 0: not such as columns are for.
-static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, const uint32_t *amax, int64_t r0, int64_t c0, int cols, snipi_tally *tally) {
+
+// A whole block of the source by its columns. amax: of each tile's columns, [SNIPI_RUN / tile_cols][SNIPI_RUN]; 0: not
+// such as columns are for.
+static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, const uint32_t *amax, int64_t r0,
+                                  int64_t c0, int cols, snipi_tally *tally) {
     float scale[SNIPI_RUN / 16 * SNIPI_RUN], inverse[SNIPI_RUN / 16 * SNIPI_RUN];
     uint32_t peak[SNIPI_RUN], most = 0;
     uint8_t byte[SNIPI_RUN];
@@ -1702,9 +2011,11 @@ static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, 
             }
         for (c = 0; c < cols; c++) most = peak[c] > most ? peak[c] : most;
         if (most >= 0x7F800000u) return 0;
-        if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, peak, cols, s, v, byte))
+        if (q->recipe.scale == SNIP_SCALE_NONE ||
+            !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, peak, cols, s, v, byte))
             for (c = 0; c < cols; c++) {
-                snipi_tile_scale one = snipi_scale_of(q->recipe.scale, q->run.e, peak[c], q->tensor_scale, q->tensor_inverse);
+                snipi_tile_scale one = snipi_scale_of(q->recipe.scale, q->run.e, peak[c], q->tensor_scale,
+                                                      q->tensor_inverse);
                 if (!snipi_has_sums_in_units(q, peak[c], &one)) return 0;
                 s[c] = one.scale;
                 v[c] = one.inverse;
@@ -1735,22 +2046,29 @@ static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, 
     if (columns.codes || q->want_sums) q->vector->columns(&q->run, &columns);
     return 1;
 }
+
 // The tiles of q in block (r0, c0) of the source, 128 x 128; the first r rows of it are done.
-static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, int64_t r, snipi_tally *tally) {
+static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, int64_t r,
+                                 snipi_tally *tally) {
     int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0;
     snipi_panels_clear(panels);
     snipi_quantize_region(q, panels, (lr + r) / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
                           lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
 }
-// One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied first: its rows may
-// share few sets of the caches. Rows are coded as soon as they are there, while the next ones are fetched; columns at the end. Two blocks
-// are taken one below the other, so that pages of the transposed codes are met half as often.
+
+// One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied
+// first: its rows may share few sets of the caches. Rows are coded as soon as they are there, while the next ones are
+// fetched; columns at the end. Two blocks are taken one below the other, so that pages of the transposed codes are met
+// half as often.
 static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
     snipi_quantize_task *task = (snipi_quantize_task *)arg;
     const snipi_quantizer *q = task->q, *q2 = task->q2;
     const snipi_quantizer *by_columns = snipi_takes_columns(q) ? q : q2 && snipi_takes_columns(q2) ? q2 : NULL;
-    const snipi_quantizer *by_rows = by_columns && q2 && snipi_takes_strips(by_columns == q ? q2 : q) ? (by_columns == q ? q2 : q) : NULL;
-    int64_t rows = task->rows, cols = task->cols, across = snipi_ceil_div(cols, SNIPI_RUN), blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
+    const snipi_quantizer *by_rows = by_columns && q2 && snipi_takes_strips(by_columns == q ? q2 : q)
+                                         ? (by_columns == q ? q2 : q)
+                                         : NULL;
+    int64_t rows = task->rows, cols = task->cols, across = snipi_ceil_div(cols, SNIPI_RUN),
+            blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
     int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
     snipi_tally local, local2;
     snipi_panels panels;
@@ -1761,26 +2079,37 @@ static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
     for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
         int64_t band = b / (2 * across), in_band = b % (2 * across), high = snipi_min(2, blocks / across - 2 * band);
         int64_t r0 = (2 * band + in_band % high) * SNIPI_RUN, c0 = in_band / high * SNIPI_RUN;
-        int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r, rows_done = 0;
+        int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r,
+            rows_done = 0;
         if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
             for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
-                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, width, (int)by_columns->tile_cols, copy[0], amax);
-                strips = strips && snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN,
-                                                        snipi_ahead(q, r0 + r, c0, SNIPI_BATCH), by_rows == q ? &local : &local2);
+                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, width, (int)by_columns->tile_cols, copy[0],
+                                amax);
+                strips = strips &&
+                         snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN,
+                                              snipi_ahead(q, r0 + r, c0, SNIPI_BATCH), by_rows == q ? &local : &local2);
                 if (strips) rows_done += SNIPI_BATCH;
             }
-            columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width, by_columns == q ? &local : &local2);
+            columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width,
+                                                  by_columns == q ? &local : &local2);
         }
-        if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
-        if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN)) snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
+        if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN))
+            snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
+        if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN))
+            snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
     }
     if (q->run.stream) snipi_stream_end();
     task->part[c] = local;
     task->part2[c] = local2;
 }
-static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols, snip_quant_stats *stats, snip_quant_stats *stats2) {
+
+static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols,
+                                  snip_quant_stats *stats, snip_quant_stats *stats2) {
     snipi_quantize_task task;
-    task.q = q; task.q2 = q2; task.rows = rows; task.cols = cols;
+    task.q = q;
+    task.q2 = q2;
+    task.rows = rows;
+    task.cols = cols;
     snipi_share(snipi_quantize_blocks_chunk, &task, SNIPI_CHUNKS, rows * cols);
     if (stats) snipi_tally_end(task.part, stats);
     if (stats2) snipi_tally_end(task.part2, stats2);
@@ -1789,18 +2118,21 @@ static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantize
 static int snipi_element_size(snip_format f) { return f == 0 || f == SNIP_F32 ? 4 : f == SNIP_BF16 ? 2 : 0; }
 
 // Either orientation, or both; sums: not the counts and amax alone.
-static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quant_stats *stats,
+                               snip_quant_stats *stats_t) {
     snipi_quantizer q[2];
     snip_quant_stats *s[2];
     int i, n = 0;
-    s[0] = stats; s[1] = stats_t;
+    s[0] = stats;
+    s[1] = stats_t;
     for (i = 0; i < 2; i++) {
         const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
         if (s[i]) memset(s[i], 0, sizeof *s[i]);
         if (!recipe || job->rows == 0 || job->cols == 0) continue;
         memset(&q[n], 0, sizeof q[n]);
         q[n].recipe = *recipe;
-        q[n].x = job->x; q[n].weight = job->weight;
+        q[n].x = job->x;
+        q[n].weight = job->weight;
         q[n].x_bf16 = job->x_format == SNIP_BF16;
         q[n].transposed = i;
         q[n].rows = i ? job->cols : job->rows;
@@ -1822,70 +2154,101 @@ static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quan
         snipi_quantize_blocks(&q[0], &q[1], job->rows, job->cols, s[0], s[1]);
         return;
     }
-    for (i = n - 1; i >= 0; i--)            // out may be x: the transposed one reads first
-        if (q[i].transposed && snipi_fits_blocks(&q[i])) snipi_quantize_blocks(&q[i], NULL, job->rows, job->cols, s[i], NULL);
-        else snipi_quantize_bands(&q[i], s[i]);
+    for (i = n - 1; i >= 0; i--)  // out may be x: the transposed one reads first
+        if (q[i].transposed && snipi_fits_blocks(&q[i]))
+            snipi_quantize_blocks(&q[i], NULL, job->rows, job->cols, s[i], NULL);
+        else
+            snipi_quantize_bands(&q[i], s[i]);
 }
 
 static snip_status snipi_job_check(const snip_quantize_job *job) {
     int i;
-    if (!job || (!job->recipe && !job->recipe_t) || !snipi_shape_ok(job->rows, job->cols, job->ld)) return SNIP_BAD_ARGUMENT;
+    if (!job || (!job->recipe && !job->recipe_t) || !snipi_shape_ok(job->rows, job->cols, job->ld))
+        return SNIP_BAD_ARGUMENT;
     if ((int)job->isa < 0 || job->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
     if (!snipi_element_size(job->x_format) || !snipi_element_size(job->out_format)) return SNIP_BAD_ARGUMENT;
     if (job->out && (!job->recipe || !snipi_shape_ok(job->rows, job->cols, job->ld_out))) return SNIP_BAD_ARGUMENT;
-    if (job->out && job->out == job->x && (job->ld_out != job->ld || (job->x_format == SNIP_BF16) != (job->out_format == SNIP_BF16))) return SNIP_BAD_ARGUMENT;
+    if (job->out && job->out == job->x &&
+        (job->ld_out != job->ld || (job->x_format == SNIP_BF16) != (job->out_format == SNIP_BF16)))
+        return SNIP_BAD_ARGUMENT;
     for (i = 0; i < 2; i++) {
         const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
         const void *codes = i ? job->codes_t : job->codes, *scales = i ? job->scales_t : job->scales;
         if (!recipe && (codes || scales)) return SNIP_BAD_ARGUMENT;
         if (recipe && !snipi_recipe_ok(recipe)) return SNIP_BAD_ARGUMENT;
-        if (recipe && codes && !scales && recipe->scale != SNIP_SCALE_NONE && job->rows && job->cols) return SNIP_BAD_ARGUMENT;
+        if (recipe && codes && !scales && recipe->scale != SNIP_SCALE_NONE && job->rows && job->cols)
+            return SNIP_BAD_ARGUMENT;
     }
     if (!job->x && job->rows > 0 && job->cols > 0) return SNIP_BAD_ARGUMENT;
     return SNIP_OK;
 }
-SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant_stats *stats, snip_quant_stats *stats_t) {
+
+SNIP_API snip_status snip_quantize_with(const snip_quantize_job *job, snip_quant_stats *stats,
+                                        snip_quant_stats *stats_t) {
     snip_status status = snipi_job_check(job);
     if (status) return status;
     if (!snip_isa_available(job->isa)) return SNIP_UNSUPPORTED;
     snipi_quantize_job(job, 1, stats, stats_t);
     return SNIP_OK;
 }
-static snip_quantize_job snipi_job(const float *x, int64_t rows, int64_t cols, int64_t ld, snip_rng_key key, const float *weight) {
+
+static snip_quantize_job snipi_job(const float *x, int64_t rows, int64_t cols, int64_t ld, snip_rng_key key,
+                                   const float *weight) {
     snip_quantize_job job;
     memset(&job, 0, sizeof job);
-    job.x = x; job.weight = weight;
-    job.rows = rows; job.cols = cols; job.ld = ld;
+    job.x = x;
+    job.weight = weight;
+    job.rows = rows;
+    job.cols = cols;
+    job.ld = ld;
     job.key = key;
     return job;
 }
+
 SNIP_API snip_status snip_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+                                   void *codes, void *scales, snip_rng_key key, const float *weight,
+                                   snip_quant_stats *stats) {
     snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
     if (!codes && rows > 0 && cols > 0) return SNIP_BAD_ARGUMENT;
-    job.recipe = recipe; job.codes = codes; job.scales = scales;
+    job.recipe = recipe;
+    job.codes = codes;
+    job.scales = scales;
     return snip_quantize_with(&job, stats, NULL);
 }
-SNIP_API snip_status snip_quantize_transposed(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+
+SNIP_API snip_status snip_quantize_transposed(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols,
+                                              int64_t ld, void *codes, void *scales, snip_rng_key key,
+                                              const float *weight, snip_quant_stats *stats) {
     snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
     if (!codes && rows > 0 && cols > 0) return SNIP_BAD_ARGUMENT;
-    job.recipe_t = recipe; job.codes_t = codes; job.scales_t = scales;
+    job.recipe_t = recipe;
+    job.codes_t = codes;
+    job.scales_t = scales;
     return snip_quantize_with(&job, NULL, stats);
 }
-SNIP_API snip_status snip_quantize_both(const snip_recipe *recipe, const snip_recipe *recipe_t, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   void *codes, void *scales, void *codes_t, void *scales_t, snip_rng_key key, snip_quant_stats *stats) {
+
+SNIP_API snip_status snip_quantize_both(const snip_recipe *recipe, const snip_recipe *recipe_t, const float *x,
+                                        int64_t rows, int64_t cols, int64_t ld, void *codes, void *scales,
+                                        void *codes_t, void *scales_t, snip_rng_key key, snip_quant_stats *stats) {
     snip_quantize_job job = snipi_job(x, rows, cols, ld, key, NULL);
     if (!recipe || !recipe_t || ((!codes || !codes_t) && rows > 0 && cols > 0)) return SNIP_BAD_ARGUMENT;
-    job.recipe = recipe; job.codes = codes; job.scales = scales;
-    job.recipe_t = recipe_t; job.codes_t = codes_t; job.scales_t = scales_t;
+    job.recipe = recipe;
+    job.codes = codes;
+    job.scales = scales;
+    job.recipe_t = recipe_t;
+    job.codes_t = codes_t;
+    job.scales_t = scales_t;
     return snip_quantize_with(&job, stats, NULL);
 }
+
 // For the session: codes of a logical [rows][cols] matrix with a row and a column stride, one of them 1.
-static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-                                           void *codes, void *scales, snip_rng_key key, const float *weight, snip_quant_stats *stats, int want_sums) {
+static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols,
+                                           int64_t row_stride, int64_t col_stride, void *codes, void *scales,
+                                           snip_rng_key key, const float *weight, snip_quant_stats *stats,
+                                           int want_sums) {
     int turned = col_stride != 1;
-    snip_quantize_job job = snipi_job(x, turned ? cols : rows, turned ? rows : cols, turned ? col_stride : row_stride, key, weight);
+    snip_quantize_job job = snipi_job(x, turned ? cols : rows, turned ? rows : cols, turned ? col_stride : row_stride,
+                                      key, weight);
     if (rows > 0 && cols > 0 && (!codes || (!scales && recipe->scale != SNIP_SCALE_NONE))) return SNIP_BAD_ARGUMENT;
     *(turned ? &job.recipe_t : &job.recipe) = recipe;
     *(turned ? &job.codes_t : &job.codes) = codes;
@@ -1893,11 +2256,15 @@ static snip_status snipi_quantize_to_codes(const snip_recipe *recipe, const floa
     snipi_quantize_job(&job, want_sums, turned ? NULL : stats, turned ? stats : NULL);
     return SNIP_OK;
 }
-SNIP_API snip_status snip_fake_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   float *out, int64_t ld_out, snip_rng_key key, const float *weight, snip_quant_stats *stats) {
+
+SNIP_API snip_status snip_fake_quantize(const snip_recipe *recipe, const float *x, int64_t rows, int64_t cols,
+                                        int64_t ld, float *out, int64_t ld_out, snip_rng_key key, const float *weight,
+                                        snip_quant_stats *stats) {
     snip_quantize_job job = snipi_job(x, rows, cols, ld, key, weight);
     if (!recipe) return SNIP_BAD_ARGUMENT;
-    job.recipe = recipe; job.out = out; job.ld_out = ld_out;
+    job.recipe = recipe;
+    job.out = out;
+    job.ld_out = ld_out;
     return snip_quantize_with(&job, stats, NULL);
 }
 
@@ -1910,10 +2277,11 @@ typedef struct {
     int64_t tile_rows, tile_cols, tiles_across;
     float tensor_scale, lut[256];
     const snipi_vector *vector;
-    int stream;                         // the output, past the caches
+    int stream;  // the output, past the caches
 } snipi_reader;
 
-static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols) {
+static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales,
+                              int64_t rows, int64_t cols) {
     int c;
     q->recipe = recipe;
     q->codes = (const uint8_t *)codes;
@@ -1925,26 +2293,33 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
     q->tensor_scale = 1.0f;
     q->stream = 0;
     q->vector = snipi_vector_of(SNIP_ISA_BEST);
-    if (recipe->scale == SNIP_SCALE_UE4M3) memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
+    if (recipe->scale == SNIP_SCALE_UE4M3)
+        memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
         for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
+
 static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
     int64_t i = (q->tile_rows == 1 ? row : row / q->tile_rows) * q->tiles_across + tile_col;
     switch (q->recipe->scale) {
         case SNIP_SCALE_NONE: break;
-        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
-        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
-        case SNIP_SCALE_UE4M3: return snipi_multiply(snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]), q->tensor_scale);
+        case SNIP_SCALE_F32:
+        case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
+        case SNIP_SCALE_UE8M0:
+        case SNIP_SCALE_UE8M0_UP: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
+        case SNIP_SCALE_UE4M3:
+            return snipi_multiply(snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]), q->tensor_scale);
     }
     return 1.0f;
 }
+
 // Elements [c0, c0 + n) of a row to out, `stride` apart.
 static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
     const uint8_t *codes = q->codes + (size_t)row * q->row_bytes;
     int64_t c = c0, end = c0 + n;
     if (q->recipe->format == SNIP_BF16 && stride == 1)
-        for (; c < end; c += SNIPI_RUN, out += SNIPI_RUN) q->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
+        for (; c < end; c += SNIPI_RUN, out += SNIPI_RUN)
+            q->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
     if (q->recipe->format == SNIP_F32) {
         for (; c < end; c++, out += stride) *out = ((const float *)(const void *)codes)[c];
         return;
@@ -1960,7 +2335,8 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
             q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out, q->stream);
-            c += part; out += part;
+            c += part;
+            out += part;
         } else if (packed)
             for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
         else
@@ -1968,13 +2344,20 @@ static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int
     }
 }
 
-typedef struct { snipi_reader reader; int64_t rows, cols, ld; float *x; uint16_t *x16; } snipi_dequantize;      // x or x16
+typedef struct {
+    snipi_reader reader;
+    int64_t rows, cols, ld;
+    float *x;
+    uint16_t *x16;
+} snipi_dequantize;  // x or x16
+
 static void snipi_dequantize_chunk(void *arg, int64_t chunk) {
     const snipi_dequantize *q = (const snipi_dequantize *)arg;
     int64_t r, c, end = q->rows * (chunk + 1) / SNIPI_CHUNKS;
     float buffer[SNIPI_RUN];
     for (r = q->rows * chunk / SNIPI_CHUNKS; r < end; r++)
-        if (q->x) snipi_reader_row(&q->reader, r, 0, q->cols, q->x + r * q->ld, 1);
+        if (q->x)
+            snipi_reader_row(&q->reader, r, 0, q->cols, q->x + r * q->ld, 1);
         else
             for (c = 0; c < q->cols; c += SNIPI_RUN) {
                 int n = (int)snipi_min(SNIPI_RUN, q->cols - c);
@@ -1983,23 +2366,31 @@ static void snipi_dequantize_chunk(void *arg, int64_t chunk) {
             }
     snipi_stream_end();
 }
-static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols, float *x, uint16_t *x16, int64_t ld) {
+
+static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows,
+                                       int64_t cols, float *x, uint16_t *x16, int64_t ld) {
     snipi_dequantize q;
     if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || (!x && !x16) || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
     snipi_reader_init(&q.reader, recipe, codes, scales, rows, cols);
     q.reader.stream = x && rows * cols >= SNIPI_STREAM;
-    q.rows = rows; q.cols = cols; q.ld = ld; q.x = x; q.x16 = x16;
+    q.rows = rows;
+    q.cols = cols;
+    q.ld = ld;
+    q.x = x;
+    q.x16 = x16;
     snipi_share(snipi_dequantize_chunk, &q, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
-SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                     float *x, int64_t ld) {
+
+SNIP_API snip_status snip_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows,
+                                     int64_t cols, float *x, int64_t ld) {
     return snipi_dequantize_to(recipe, codes, scales, rows, cols, x, NULL, ld);
 }
-SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                     uint16_t *x, int64_t ld) {
+
+SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void *codes, const void *scales,
+                                          int64_t rows, int64_t cols, uint16_t *x, int64_t ld) {
     return snipi_dequantize_to(recipe, codes, scales, rows, cols, NULL, x, ld);
 }
 
@@ -2011,20 +2402,35 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // products of AVX and NEON want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the
 // block). BF16: the values of codes, unscaled; no `start`. For AMX, whose products are signed, A's panels
 // are [width][step] without the 12s, and blocks are padded with zeros to whole pieces (snipi_piece).
-enum { SNIPI_KC_F32 = 1024, SNIPI_SUM_F32 = 256, SNIPI_KC_S8 = 2048, SNIPI_KC_BF16 = 1024, SNIPI_BLOCK_BF16 = 256, SNIPI_MAX_MR = 32, SNIPI_MAX_NR = 32, SNIPI_CHUNK_PANELS = 8, SNIPI_MIN_BLOCK = 16, SNIPI_S8_MOST = 1 << 23 };
+enum {
+    SNIPI_KC_F32 = 1024,
+    SNIPI_SUM_F32 = 256,
+    SNIPI_KC_S8 = 2048,
+    SNIPI_KC_BF16 = 1024,
+    SNIPI_BLOCK_BF16 = 256,
+    SNIPI_MAX_MR = 32,
+    SNIPI_MAX_NR = 32,
+    SNIPI_CHUNK_PANELS = 8,
+    SNIPI_MIN_BLOCK = 16,
+    SNIPI_S8_MOST = 1 << 23
+};
 
 // For each scale block of `block` bytes along k, of which there are kc: c = fmaf(sa * sb, sum, c)
-typedef void (*snipi_scaled_kernel)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
+typedef void (*snipi_scaled_kernel)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+                                    const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
+
 typedef struct {
     int f32_mr, f32_nr, s8_mr, s8_nr, bf16_mr, bf16_nr;
     // c[mr][nr] += a[kc][mr] * b[kc][nr]; where `from` is not NULL, each row of c starts as from[nr]
     void (*f32)(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc);
-    snipi_scaled_kernel s8, bf16;       // bf16 NULL: no such units
-    // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in out[steps][width][4].
-    void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width);
+    snipi_scaled_kernel s8, bf16;  // bf16 NULL: no such units
+    // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in
+    // out[steps][width][4].
+    void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out,
+                   int width);
     void (*start)(const int8_t *b, int64_t steps, int width, int32_t *start);
-    // With bf16, the bfloat16 of n <= 64 elements: floats rounded, or codes looked up (the first 32 in `table`); and of the same
-    // columns of two rows of floats or BF16, the second of which may be NULL for zeros, the pairs.
+    // With bf16, the bfloat16 of n <= 64 elements: floats rounded, or codes looked up (the first 32 in `table`); and of
+    // the same columns of two rows of floats or BF16, the second of which may be NULL for zeros, the pairs.
     void (*round)(const float *x, int n, uint16_t *out);
     void (*look_up)(snip_format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out);
     void (*pair)(const void *x, const void *y, int bf16, int n, float *out);
@@ -2035,10 +2441,16 @@ typedef struct {
 } snipi_kernels;
 
 // Bytes of k in an AMX tile: a block in equal pieces of at most 64.
-static int64_t snipi_piece(int64_t block) { return snipi_round_up(snipi_ceil_div(block, snipi_ceil_div(block, 64)), 4); }
-static int64_t snipi_padded(int64_t kc, int64_t block, int64_t piece) { return kc / block * snipi_round_up(block, piece) + snipi_round_up(kc % block, piece); }
+static int64_t snipi_piece(int64_t block) {
+    return snipi_round_up(snipi_ceil_div(block, snipi_ceil_div(block, 64)), 4);
+}
 
-static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
+static int64_t snipi_padded(int64_t kc, int64_t block, int64_t piece) {
+    return kc / block * snipi_round_up(block, piece) + snipi_round_up(kc % block, piece);
+}
+
+static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, const float *from, float *c,
+                                    int64_t ldc) {
     float acc[4][16];
     int64_t k;
     int i, j;
@@ -2049,7 +2461,9 @@ static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, 
     for (i = 0; i < 4; i++)
         for (j = 0; j < 16; j++) c[i * ldc + j] = (from ? from[j] : c[i * ldc + j]) + acc[i][j];
 }
-static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+
+static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+                                   const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
     int64_t k;
     int i, j, t;
     for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16, from = NULL) {
@@ -2061,1798 +2475,48 @@ static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, 
                 for (j = 0; j < 16; j++)
                     for (t = 0; t < 4; t++) acc[i][j] += (int32_t)a[4 * i + t] * b[4 * j + t];
         for (i = 0; i < 4; i++)
-            for (j = 0; j < 16; j++) c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], from ? from[j] : c[i * ldc + j]);
+            for (j = 0; j < 16; j++)
+                c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], from ? from[j] : c[i * ldc + j]);
     }
 }
-static const int8_t snipi_twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };      // E2M1
-static void snipi_spread_scalar(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
+
+static const int8_t snipi_twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };  // E2M1
+
+static void snipi_spread_scalar(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset,
+                                uint8_t *out, int width) {
     int64_t t;
     int i, j;
     for (i = 0; i < rows; i++)
         for (t = 0; t < steps; t++)
-            for (j = 0; j < 4; j++) out[4 * (t * width + i) + j] = (uint8_t)(snipi_twice[codes[(size_t)i * row_bytes + 2 * (size_t)t + (size_t)j / 2] >> j % 2 * 4 & 15] + offset);
+            for (j = 0; j < 4; j++)
+                out[4 * (t * width + i) + j] =
+                    (uint8_t)(snipi_twice[codes[(size_t)i * row_bytes + 2 * (size_t)t + (size_t)j / 2] >> j % 2 * 4 &
+                                          15] +
+                              offset);
 }
+
 static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_t *start) {
     int64_t t;
     int i;
     for (i = 0; i < width; i++) {
         int32_t sum = 0;
-        for (t = 0; t < steps; t++) sum += b[4 * (t * width + i)] + b[4 * (t * width + i) + 1] + b[4 * (t * width + i) + 2] + b[4 * (t * width + i) + 3];
+        for (t = 0; t < steps; t++)
+            sum += b[4 * (t * width + i)] + b[4 * (t * width + i) + 1] + b[4 * (t * width + i) + 2] +
+                   b[4 * (t * width + i) + 3];
         start[i] = -12 * sum;
     }
 }
 
-// >>simd -------------------------------------------------------------------------------------------
-#if defined(__GNUC__) && !defined(__clang__)        // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)
-#  pragma GCC diagnostic push
-#  pragma GCC diagnostic ignored "-Wuninitialized"
-#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#ifdef SNIPI_X86
-#define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
-#define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
-#define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#define SNIPI_TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
-
-// Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0, p1, q1,
-// ... hold the two vectors of each row.
-#define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
-#define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
-#define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
-
-SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
-// The tile of C, on its way while sums are made.
-#define SNIPI_FETCH_C(rows, cols) \
-    for (k = 0; k < rows; k++) { \
-        _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0); \
-        _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
-    }
-// Panels come from the second cache, which the hardware's prefetching leaves too late.
-enum { SNIPI_AHEAD_PANEL = 24 };        // steps of k
-#define SNIPI_FETCH_PANELS(a_bytes, b_bytes) \
-    _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
-    _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
-    if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
-// acc[i][j] += a[i] * b[j]
-#define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre) \
-attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
-    vec each(SNIPI_F32_DECLARE) b0, b1, ai; \
-    int64_t k; \
-    each(SNIPI_F32_ZERO_##lanes) \
-    SNIPI_FETCH_C(rows, 2 * lanes) \
-    for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) { \
-        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes) \
-        b0 = pre##loadu_ps(b); b1 = pre##loadu_ps(b + lanes); \
-        each(SNIPI_F32_STEP_##lanes) \
-    } \
-    b0 = pre##setzero_ps(); b1 = b0; \
-    if (from) { b0 = pre##loadu_ps(from); b1 = pre##loadu_ps(from + lanes); } \
-    each(SNIPI_F32_STORE_##lanes) \
-}
-#define SNIPI_F32_DECLARE(i) p##i, q##i,
-#define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
-#define SNIPI_F32_STEP_8(i) ai = _mm256_broadcast_ss(a + i); p##i = _mm256_fmadd_ps(ai, b0, p##i); q##i = _mm256_fmadd_ps(ai, b1, q##i);
-#define SNIPI_F32_STORE_8(i) \
-    _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
-    _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
-#define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
-#define SNIPI_F32_STEP_16(i) ai = _mm512_set1_ps(a[i]); p##i = _mm512_fmadd_ps(ai, b0, p##i); q##i = _mm512_fmadd_ps(ai, b1, q##i);
-#define SNIPI_F32_STORE_16(i) \
-    _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
-    _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
-SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
-SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
-
-// acc[i][j] += a[4i + t] * b[4j + t], t = 0..3, then c = fmaf(sa[i] * sb[j], acc[i][j], c). Without VNNI the byte products are
-// added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
-enum { SNIPI_S8_STEPS = 32 };
-#define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si) \
-attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-    const vec ones = widths##set1_epi16(1); \
-    float tile[rows * 2 * lanes], *to = tile;                       /* c is far, and its rows may share a set of the nearest cache */ \
-    const float *old = from ? from : c; \
-    int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes; \
-    (void)ones; \
-    SNIPI_FETCH_C(rows, 2 * lanes) \
-    for (k = 0; k < kc; k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) { \
-        int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4; \
-        vec each(declare) b0, b1, ai; \
-        each(begin##_START) \
-        while (step < steps) { \
-            const int64_t stop = begin##_STOP(step, steps); \
-            each(begin##_CLEAR) \
-            for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) { \
-                SNIPI_FETCH_PANELS(4 * rows, 8 * lanes) \
-                b0 = widths##loadu_##si((const vec *)(const void *)b); b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes)); \
-                each(begin##_STEP) \
-            } \
-            each(begin##_WIDEN) \
-        } \
-        if (k + block >= kc) { to = c; to_ld = ldc; } \
-        each(begin##_STORE) \
-    } \
-}
-#define SNIPI_S8_DECLARE(i) p##i, q##i,
-#define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
-SNIPI_INLINE int32_t snipi_four(const uint8_t *p) { int32_t x; memcpy(&x, p, 4); return x; }
-#define SNIPI_S8_STORE_8(i) { \
-    __m256 s = _mm256_broadcast_ss(sa + i); \
-    float *ti = to + i * to_ld; \
-    const float *oi = old + i * old_ld; \
-    _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(oi))); \
-    _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8))); }
-// A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1, const float *old, float *c) {
-    const __m512 s = _mm512_set1_ps(sa);
-    _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, sb0), sum0, _mm512_loadu_ps(old)));
-    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
-}
-#define SNIPI_STORE_16(i, value) snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), old + i * old_ld, to + i * to_ld);
-#define SNIPI_S8_START_8(i) p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
-#define SNIPI_S8_START_16(i) p##i = _mm512_loadu_si512(start); q##i = _mm512_loadu_si512(start + 16);
-#define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
-#define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
-// A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
-#define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost) \
-    __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch ", %0, %0|%0, %0, " scratch "}" : "+" kind(acc) : kind(x), kind(y) : lost);
-#define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#define SNIPI_MADD256_START SNIPI_S8_START_8
-#define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
-#define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
-#define SNIPI_MADD256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
-#define SNIPI_MADD256_WIDEN(i) p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
-#define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#define SNIPI_MADD512_START SNIPI_S8_START_16
-#define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
-#define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
-#define SNIPI_MADD512_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
-#define SNIPI_MADD512_WIDEN(i) p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
-#define SNIPI_VNNI_STOP(step, steps) (steps)
-#define SNIPI_VNNI_START SNIPI_S8_START_16
-#define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
-#define SNIPI_VNNI_CLEAR(i)
-#define SNIPI_DPBUSD(acc, x, y) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))      // GCC copies the intrinsic's accumulator about
-#define SNIPI_VNNI_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBUSD(p##i, ai, b0); SNIPI_DPBUSD(q##i, ai, b1);
-#define SNIPI_VNNI_WIDEN(i)
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD256, _mm256_, si256)
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS, SNIPI_MADD512, _mm512_, si512)
-SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI, _mm512_, si512)
-#ifdef SNIPI_X86_LATE
-// Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
-#ifndef SNIPI_EMULATED
-#  define SNIPI_DPBUSD256(acc, x, y) __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
-#  define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
-#  define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
-#  define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
-#  define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #t "|tmm" #t "}" : :)
-#  define SNIPI_TILE_LOAD(t, p, stride) __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" : : "r"(p), "r"(stride) : "memory")
-#  define SNIPI_TILE_STORE(t, p, stride) __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" : : "r"(p), "r"(stride) : "memory")
-#  define SNIPI_TILE_DPBSSD(t, a, b) __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
-#  define SNIPI_TILE_DPBF16(t, a, b) __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
-#endif
-#define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
-#define SNIPI_VNNI256_START SNIPI_S8_START_8
-#define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
-#define SNIPI_VNNI256_STEP(i) ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBUSD256(p##i, ai, b0); SNIPI_DPBUSD256(q##i, ai, b1);
-#define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
-#define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE, SNIPI_VNNI256, _mm256_, si256)
-// acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
-#define SNIPI_BF16_STOP SNIPI_VNNI_STOP
-#define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
-#define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
-#define SNIPI_BF16_STEP(i) ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); SNIPI_DPBF16(p##i, ai, b0); SNIPI_DPBF16(q##i, ai, b1);
-#define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
-#define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
-SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_BF16, _mm512_, si512)
-
-// AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
-// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's figures, in an
-// S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of sums and 64 of C, 128;
-// loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on at once because the rows of
-// one block are scaled between the products of the next; so at best nine tenths of the unit's rate (BF16: all of it), and
-// much less where blocks are shorter. Shapes and tiles belong to the thread: begin loads the shapes, and end releases them,
-// so that no tile state is left to be saved at context switches.
-typedef struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } snipi_tile_shapes;
-SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
-    snipi_tile_shapes shapes;
-    int t;
-    memset(&shapes, 0, sizeof shapes);
-    shapes.palette = 1;
-    for (t = 0; t < 8; t++) {
-        shapes.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? piece : 64);
-        shapes.rows[t] = (uint8_t)(t >= 6 ? piece / 4 : 16);
-    }
-    SNIPI_TILE_SHAPES(&shapes);
-}
-SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
-#define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
-#define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
-#define SNIPI_AMX_ROWS(value, count) { \
-    const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16); \
-    const int64_t stop = snipi_min(row + (count), 32); \
-    for (; row < stop; row++) \
-        snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); }
-#define SNIPI_KERNEL_AMX(name, product, value) \
-SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-    __attribute__((aligned(64))) float sums[2][32 * 32];        /* of S8: bits of int32_t */ \
-    const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
-    float tile[32 * 32], *to = tile; \
-    const float *old = from ? from : c; \
-    int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p; \
-    int turn = 0; \
-    (void)start; \
-    SNIPI_FETCH_C(32, 32) \
-    for (k = 0; k < kc; k += block) { \
-        const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces); \
-        SNIPI_TILE_ZERO(0); SNIPI_TILE_ZERO(1); SNIPI_TILE_ZERO(2); SNIPI_TILE_ZERO(3); \
-        for (p = 0; p < pieces; p++, a += piece, b += 32 * piece) {         /* after each product, `share` rows of the block before */ \
-            SNIPI_TILE_LOAD(4, a, row_bytes); SNIPI_TILE_LOAD(6, b, line); product(0, 4, 6); SNIPI_AMX_ROWS(value, share) \
-            SNIPI_TILE_LOAD(7, b + 64, line); product(1, 4, 7); SNIPI_AMX_ROWS(value, share) \
-            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes); product(2, 5, 6); SNIPI_AMX_ROWS(value, share) \
-            product(3, 5, 7); SNIPI_AMX_ROWS(value, share) \
-        } \
-        if (k) { sa += 32; sb += 32; old = tile; old_ld = 32; } \
-        SNIPI_TILE_STORE(0, sums[turn], line); SNIPI_TILE_STORE(1, sums[turn] + 16, line); \
-        SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line); SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line); \
-        turn = !turn; \
-        row = 0; \
-    } \
-    to = c; \
-    to_ld = ldc; \
-    SNIPI_AMX_ROWS(value, 32) \
-}
-SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
-SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
-SNIPI_TARGET_AVX2 static void snipi_rows_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice)), low = _mm256_set1_epi8(15);
-    int64_t t;
-    int r;
-    for (r = 0; r < rows; r++, codes += row_bytes, out += stride) {
-        for (t = 0; t + 8 <= steps; t += 8) {                       // 16 bytes in words: the low nibble stays, the high one moves to the next byte
-            __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + 2 * t)));
-            x = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), low);
-            _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
-        }
-        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
-    }
-}
-// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1)), magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
-    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
-    return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x, _mm512_set1_epi32(0x400000));
-}
-SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
-    for (; n > 0; x += 16, out += 16, n -= 16) {
-        const __mmask16 live = (__mmask16)snipi_lowest(n);
-        _mm256_mask_storeu_epi16(out, live, _mm512_cvtepi32_epi16(_mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, x)), 16)));
-    }
-}
-// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the table.
-SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out) {
-    const snipi_element e = snipi_element_of(format);
-    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), base = _mm512_set1_epi16((short)((127 - e.bias) << 7));
-    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
-    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
-        const __mmask32 live = snipi_lowest(n);
-        __m512i v;
-        if (format == SNIP_E2M1) {              // bytes of two codes in words; low and high nibble to bytes of their own, those to words
-            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8((__mmask16)snipi_lowest((n + 1) / 2), codes));
-            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
-            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
-        } else {
-            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes)), m = _mm512_and_si512(c, magnitude);
-            if (_mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16((short)e.largest))) {          // NaN or infinity among them
-                int i;
-                for (i = 0; i < n && i < 32; i++) {
-                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
-                    memcpy(out + i, &one, 2);
-                }
-                continue;
-            }
-            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
-            v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16((short)(1 << e.mantissa))), m, values);
-            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), _mm512_set1_epi16((short)0x8000)));
-        }
-        _mm512_mask_storeu_epi16(out, live, v);
-    }
-}
-SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, int bf16, int n, float *out) {
-    int i;
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 live = (__mmask16)snipi_lowest(n - i), second = (__mmask16)(y ? live : 0);
-        __m512i a, b;                           // b's high half over a's
-        if (bf16) {
-            a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)x + i));
-            b = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, (const uint16_t *)(y ? y : x) + i)), 16);
-        } else {
-            a = _mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)x + i)), 16);
-            b = _mm512_and_si512(snipi_rounded512(_mm512_maskz_loadu_epi32(second, (const float *)(y ? y : x) + i)), _mm512_set1_epi32((int)0xFFFF0000u));
-        }
-        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
-    }
-}
-#endif // SNIPI_X86_LATE
-SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
-    const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)), low = _mm_set1_epi8(15);
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    int64_t t;
-    int i, r;
-    for (r = 0; r < rows; r += 8) {
-        const int used = rows - r < 8 ? rows - r : 8;
-        const __m256i live = _mm256_cmpgt_epi32(_mm256_set1_epi32(used), lane);
-        for (t = 0; t + 8 <= steps; t += 8) {                       // 8 rows x 32 codes, as 8 x 8 dwords
-            __m256i a[8], b[8];
-            for (i = 0; i < 8; i++) {
-                __m128i x = i < used ? _mm_loadu_si128((const __m128i *)(const void *)(codes + (size_t)(r + i) * row_bytes + 2 * (size_t)t)) : low;
-                __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low)), odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));
-                a[i] = _mm256_insertf128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
-            }
-            SNIPI_UNROLL for (i = 0; i < 4; i++) {
-                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
-                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
-            }
-            SNIPI_UNROLL for (i = 0; i < 2; i++) {
-                a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]); a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
-                a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]); a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
-            }
-            for (i = 0; i < 8; i++) {
-                int *to = (int *)(void *)(out + 4 * ((t + i) * width + r));
-                __m256i v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x20);
-                if (i >= 4) v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x31);
-                if (used == 8) _mm256_storeu_si256((__m256i *)(void *)to, v);
-                else _mm256_maskstore_epi32(to, live, v);
-            }
-        }
-        snipi_spread_scalar(codes + (size_t)r * row_bytes + 2 * (size_t)t, row_bytes, used, steps - t, offset, out + 4 * (t * width + r), width);
-    }
-}
-#define SNIPI_CODES_16(row) (live >> (row) & 1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row) * row_bytes) : _mm_setzero_si128())
-// Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes of their own.
-SNIPI_TARGET_AVX512 static void snipi_spread_avx512(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)));
-    const __m512i low = _mm512_set1_epi8(15), odd = _mm512_set1_epi16((short)0xFF00);
-    const __m512i bytes[2] = { _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
-                               _mm512_broadcast_i32x4(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15)) };
-    int64_t t;
-    int i, r;
-    for (r = 0; r < rows; r += 16) {
-        const __mmask16 live = (__mmask16)snipi_lowest(rows - r < 16 ? rows - r : 16);
-        for (t = 0; t < steps; t += 8) {
-            const int some = (int)snipi_min(8, steps - t);
-            const __mmask16 there = (__mmask16)snipi_lowest(2 * some);
-            const uint8_t *from = codes + (size_t)r * row_bytes + 2 * (size_t)t;
-            __m512i a[4], b[4];
-            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // rows i, i + 4, i + 8, i + 12 side by side
-                const __m256i near = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i)), SNIPI_CODES_16(i + 4), 1);
-                const __m256i far = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i + 8)), SNIPI_CODES_16(i + 12), 1);
-                a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(near), far, 1);
-            }
-            b[0] = _mm512_unpacklo_epi32(a[0], a[1]); b[1] = _mm512_unpacklo_epi32(a[2], a[3]);
-            b[2] = _mm512_unpackhi_epi32(a[0], a[1]); b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
-            a[0] = _mm512_unpacklo_epi64(b[0], b[1]); a[1] = _mm512_unpackhi_epi64(b[0], b[1]);
-            a[2] = _mm512_unpacklo_epi64(b[2], b[3]); a[3] = _mm512_unpackhi_epi64(b[2], b[3]);
-            SNIPI_UNROLL for (i = 0; i < 8; i++) {
-                const __m512i x = _mm512_shuffle_epi8(a[i / 2], bytes[i % 2]);
-                const __m512i nibbles = _mm512_and_si512(_mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(x, 4), x, 0xCA), low);       // odd ? x >> 4 : x
-                if (i < some) _mm512_mask_storeu_epi32(out + 4 * ((t + i) * width + r), live, _mm512_shuffle_epi8(table, nibbles));
-            }
-        }
-    }
-}
-SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int width, int32_t *start) {
-    const __m256i ones = _mm256_set1_epi8(1), twelve = _mm256_set1_epi16(-12);
-    int64_t t;
-    int i;
-    for (i = 0; i < width; i += 8) {
-        __m256i sum = _mm256_setzero_si256();
-        for (t = 0; t < steps; t++)
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, _mm256_loadu_si256((const __m256i *)(const void *)(b + 4 * (t * width + i)))), twelve));
-        _mm256_storeu_si256((__m256i *)(void *)(start + i), sum);
-    }
-}
-// Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
-// 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
-// 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
-// term is even, so that ties stay ties to even. Less power, the sum is the value.
-// SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
-#define SNIPI_KEPT(v) __asm__("" : "+x"(v))
-#define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
-#define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
-#define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
-
-enum { SNIPI_AHEAD = 3072 };        // bytes: the hardware prefetcher stops at pages
-
-SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
-    __m256i most = _mm256_setzero_si256();
-    uint32_t lane[8], rest, a;
-    int64_t bad = 0;
-    int i;
-    for (i = 0; i + 8 <= n; i += 8) {                               // most = max(most, |x|) of bits
-        if (i % 16 == 0) _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
-        most = _mm256_max_epi32(most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(const void *)(x + i))));
-    }
-    rest = snipi_amax_scalar(x + i, n - i, &bad);
-    _mm256_storeu_si256((__m256i *)(void *)lane, most);
-    for (a = 0, i = 0; i < 8; i++) a = lane[i] > a ? lane[i] : a;
-    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
-    return rest > a ? rest : a;
-}
-SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int64_t *nonfinite) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    __m512i most = _mm512_setzero_si512(), other = most;
-    uint32_t a;
-    int i;
-    for (i = 0; i + 32 <= n; i += 32) {                             // most = max(most, |x|) of bits
-        _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)(x + i + 16) + SNIPI_AHEAD, _MM_HINT_T0);
-        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i)));
-        other = _mm512_max_epi32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16)));
-    }
-    for (; i < n; i += 16) {
-        __mmask16 m = (__mmask16)(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
-        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(m, x + i)));
-    }
-    a = (uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(most, other));
-    return a >= 0x7F800000u ? snipi_amax_scalar(x, n, nonfinite) : a;
-}
-
-// Philox over counters with the same upper half: what the first two rounds have in common, and the keys of the other eight.
-typedef struct { uint64_t first, second[3], key[16]; } snipi_rounds;
-static snipi_rounds snipi_rounds_of(snip_rng_key key, uint32_t upper) {
-    const uint64_t p1 = (uint64_t)key.step * 0xCD9E8D57u, p0 = (uint64_t)((uint32_t)(p1 >> 32) ^ upper ^ (uint32_t)key.seed) * 0xD2511F53u;
-    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32), round;
-    snipi_rounds s;
-    s.first = key.tensor ^ k1;
-    s.second[0] = (uint32_t)p1 ^ (k0 + 0x9E3779B9u);
-    s.second[1] = (p0 >> 32) ^ (k1 + 0xBB67AE85u);
-    s.second[2] = (uint32_t)p0;
-    for (round = 2; round < 10; round++) {
-        s.key[2 * round - 4] = (uint32_t)(k0 + round * 0x9E3779B9u);
-        s.key[2 * round - 3] = (uint32_t)(k1 + round * 0xBB67AE85u);
-    }
-    return s;
-}
-// Philox over `n` times 4 or 8 counters in 64-bit lanes: the products' latency is long. Only the low halves of c0..c3 count until the
-// end. The counters' order makes the unpacked halves come out in sequence.
-#define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order) \
-attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) { \
-    const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57); \
-    vec c0[n], c1[n], c2[n], c3[n]; \
-    int g, round; \
-    SNIPI_UNROLL for (g = 0; g < n; g++) { \
-        vec p0 = pre##mul_epu32(pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order), m0); \
-        vec p1 = pre##mul_epu32(pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)), m1); \
-        c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0])); \
-        c1[g] = p1; \
-        c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1])); \
-        c3[g] = pre##set1_epi64##si((int64_t)s->second[2]); \
-    } \
-    SNIPI_UNROLL for (round = 0; round < 7; round++) { \
-        SNIPI_UNROLL for (g = 0; g < n; g++) { \
-            vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1);     /* as snip_philox */ \
-            c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)s->key[2 * round])); \
-            c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g], pre##set1_epi64##si((int64_t)s->key[2 * round + 1])); \
-            c1[g] = p1; \
-            c3[g] = p0; \
-        } \
-    } \
-    SNIPI_UNROLL for (g = 0; g < n; g++) { \
-        vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g], pre##set1_epi64##si((int64_t)s->key[14])); \
-        vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g], pre##set1_epi64##si((int64_t)s->key[15])); \
-        SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd)); \
-        SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd)); \
-    } \
-}
-#define SNIPI_PHILOX(name, attribute, lanes) \
-attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) { \
-    const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32)); \
-    int b = 0; \
-    if (!snipi_one_upper(first, blocks)) { snipi_philox_scalar(key, first, blocks, out); return; } \
-    for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
-    for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
-}
-#define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
-#define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)        // the shift's port is the product's
-#define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
-#define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
-// Halves changed about, and the low one XORed.
-#define SNIPI_LAST_4(p, c, k) _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
-#define SNIPI_LAST_8(p, c, k) _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
-#define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
-#define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
-SNIPI_WORDS(snipi_philox_avx2_2, SNIPI_TARGET_AVX2, 2, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
-SNIPI_WORDS(snipi_philox_avx2_4, SNIPI_TARGET_AVX2, 4, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
-SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, 4)
-SNIPI_WORDS(snipi_philox_avx512_2, SNIPI_TARGET_AVX512, 2, __m512i, 8, 512, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
-SNIPI_WORDS(snipi_philox_avx512_4, SNIPI_TARGET_AVX512, 4, __m512i, 8, 512, _mm512_, , _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
-SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, 8)
-
-SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000), least = _mm256_set1_epi32(q->k.least);
-    const __m256i cap = _mm256_set1_epi32(q->k.cap), beyond = _mm256_set1_epi32(q->k.beyond), largest = _mm256_set1_epi32((int)q->e.largest);
-    const __m256i magic = _mm256_set1_epi32(q->k.magic), unit = _mm256_set1_epi32(q->k.unit), fixed_top = _mm256_set1_epi32((int)(277u << 23));
-    const __m128i shifts = _mm_cvtsi32_si128(q->k.shift), sign_shifts = _mm_cvtsi32_si128(q->k.sign_shift), random_shifts = _mm_cvtsi32_si128(q->k.random_shift);
-    const __m256i sign_bit = _mm256_set1_epi32(q->k.sign);
-    const __m256 inverse = _mm256_set1_ps(q->inverse), scale = _mm256_set1_ps(q->scale), max = _mm256_set1_ps(q->e.max);
-    snipi_tally *t = q->tally;
-    __m256i over = _mm256_setzero_si256();
-    __m256 sum_sq[2], err_sq[2];
-    __m256d dot[2];
-    uint32_t lane[8];
-    int i, g;
-    sum_sq[0] = sum_sq[1] = err_sq[0] = err_sq[1] = _mm256_setzero_ps();
-    dot[0] = dot[1] = _mm256_setzero_pd();
-    for (i = 0; i < q->n; i += 16) {
-        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
-        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
-        const uint32_t *random = q->random ? q->random + i : NULL;
-        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
-        uint32_t last_random[16];
-        __m256i code[2];
-        if (!whole) {                                               // the last elements, padded with zeros
-            memset(last_x, 0, sizeof last_x);
-            memcpy(last_x, x, (size_t)rest * sizeof(float));
-            x = last_x;
-            if (random) { memset(last_random, 0, sizeof last_random); memcpy(last_random, random, (size_t)rest * sizeof(uint32_t)); random = last_random; }
-            if (weight) { memset(last_weight, 0, sizeof last_weight); memcpy(last_weight, weight, (size_t)rest * sizeof(float)); weight = last_weight; }
-            if (values) values = last_values;
-        }
-        SNIPI_UNROLL for (g = 0; g < 2; g++) {
-            __m256i u = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), inverse)), a = _mm256_and_si256(u, magnitude), k;
-            __m256i capped = _mm256_min_epu32(a, cap), e = _mm256_max_epi32(_mm256_and_si256(capped, exponents), least), sign = _mm256_andnot_si256(magnitude, u);
-            __m256 value;
-            if (!random) {
-                __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_add_epi32(e, magic), _mm256_srl_epi32(e, shifts)));
-                __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(capped), power);
-                SNIPI_KEPT(sum);
-                k = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_sub_epi32(sign_bit, _mm256_set1_epi32(1)));
-                value = _mm256_sub_ps(sum, power);
-                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(a, beyond));
-            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
-                __m256i r = _mm256_srl_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(random + 8 * g)), random_shifts);
-                __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(capped), _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
-                k = _mm256_srl_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(fixed), r), shifts);
-                value = _mm256_min_ps(max, _mm256_mul_ps(_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(e, unit))));
-                k = _mm256_add_epi32(k, _mm256_srl_epi32(_mm256_sub_epi32(e, least), shifts));
-                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(k, largest));
-                k = _mm256_min_epu32(k, largest);
-            }
-            code[g] = _mm256_or_si256(k, _mm256_srl_epi32(sign, sign_shifts));
-            if (q->want_sums) {                                     // of |y|: the signs of y and value are the same
-                __m256 d = _mm256_sub_ps(value, _mm256_castsi256_ps(a)), v2 = _mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(a)), d2 = _mm256_mul_ps(d, d);
-                SNIPI_KEPT(v2);
-                SNIPI_KEPT(d2);
-                sum_sq[g] = _mm256_add_ps(sum_sq[g], v2);
-                err_sq[g] = _mm256_add_ps(err_sq[g], d2);
-                if (weight) {
-                    d = _mm256_xor_ps(d, _mm256_castsi256_ps(sign));
-                    dot[0] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g)), _mm256_cvtps_pd(_mm256_castps256_ps128(d)), dot[0]);
-                    dot[1] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g + 4)), _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1)), dot[1]);
-                }
-            }
-            if (values) {
-                value = _mm256_mul_ps(_mm256_or_ps(value, _mm256_castsi256_ps(sign)), scale);
-                if (q->stream && ((uintptr_t)values & 31) == 0) _mm256_stream_ps(values + 8 * g, value);
-                else _mm256_storeu_ps(values + 8 * g, value);
-            }
-        }
-        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
-        if (q->codes) {
-            __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(code[0], code[1]), 0xD8);
-            __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
-            if (q->packed) {                                        // low + 16 * high
-                bytes = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
-                bytes = _mm_packus_epi16(bytes, bytes);
-            }
-            if (!whole) {
-                _mm_storeu_si128((__m128i *)(void *)last, bytes);
-                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
-            } else if (q->packed) _mm_storel_epi64((__m128i *)(void *)codes, bytes);
-            else if (q->stream && ((uintptr_t)codes & 15) == 0) _mm_stream_si128((__m128i *)(void *)codes, bytes);
-            else _mm_storeu_si128((__m128i *)(void *)codes, bytes);
-        }
-    }
-    _mm256_storeu_si256((__m256i *)(void *)lane, over);
-    for (g = 0; g < 8; g++) t->saturated += lane[g];
-    if (!q->want_sums) return;
-    SNIPI_UNROLL for (g = 0; g < 2; g++) {                          // tally += (lane + lane 8 further) * scale^2
-        const __m256d s = _mm256_set1_pd((double)q->scale), s2 = _mm256_set1_pd((double)q->scale * (double)q->scale);
-        __m256d v, d, w = _mm256_mul_pd(dot[g], s);
-#define SNIPI_HALF(pair) _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
-                                       _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
-        v = _mm256_mul_pd(SNIPI_HALF(sum_sq), s2);
-        d = _mm256_mul_pd(SNIPI_HALF(err_sq), s2);
-        SNIPI_KEPT(v);
-        SNIPI_KEPT(d);
-        SNIPI_KEPT(w);
-        _mm256_storeu_pd(t->sum_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->sum_sq + 4 * g), v));
-        _mm256_storeu_pd(t->err_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->err_sq + 4 * g), d));
-        _mm256_storeu_pd(t->dot + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->dot + 4 * g), w));
-    }
-}
-// Strips and columns, AVX-512: exact for finite runs of ordinary size, as snipi_run_scalar. `power` (above) depends on the
-// exponent alone: a table of 32. The sum keeps the sign of y in its top bit; rotated left by one, it has the code and then
-// the sign in its low bits, and four such words rotated further make up four bytes at a time, eight make up nibbles.
-// Stochastic: below the smallest normal number adding that number, truncated, puts |y| into the same fixed point.
-typedef struct {
-    __m512i magnitude, least, beyond, cap, top, keep, power[2], code_normal, code_below, sign_bit;
-    __m512 least_float;
-} snipi_codec512;
-
-SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *q) {
-    snipi_codec512 k;
-    k.power[0] = _mm512_loadu_si512(q->k.power);
-    k.power[1] = _mm512_loadu_si512(q->k.power + 16);
-    k.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    k.sign_bit = _mm512_set1_epi32((int)0x80000000u);
-    k.least = _mm512_set1_epi32(q->k.least);
-    k.least_float = _mm512_castsi512_ps(k.least);
-    k.beyond = _mm512_set1_epi32(q->k.beyond);
-    k.cap = _mm512_set1_epi32(q->k.cap);
-    k.top = _mm512_set1_epi32((int32_t)snipi_bits(q->e.max) + (1 << q->k.shift) - 1);
-    k.keep = _mm512_set1_epi32(-(1 << q->k.shift));
-    k.code_normal = _mm512_set1_epi32(q->k.least - (1 << 23));
-    k.code_below = k.least;
-    return k;
-}
-#if defined(__GNUC__) && !defined(__clang__)        // GCC's own macros for the rounding mode and vrangeps, at -O0
-#  pragma GCC diagnostic push
-#  pragma GCC diagnostic ignored "-Wsign-conversion"
-#endif
-// y's code, in `sum` as above, and value.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over, __m512i *sum) {
-    __m512 power, s;
-    if (capped) {
-        __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude);
-        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(a, k->beyond), *over, _mm512_set1_epi32(1));
-        y = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(k->magnitude, _mm512_min_epi32(a, k->cap), _mm512_castps_si512(y), 0xCA));
-    }
-    power = _mm512_maskz_range_ps(0xFFFF, y, k->least_float, 3);      // the larger magnitude, with y's sign
-    power = _mm512_castsi512_ps(_mm512_permutex2var_epi32(k->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), k->power[1]));
-    power = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(power), _mm512_castps_si512(y), k->sign_bit, 0xF8));
-    s = _mm512_add_ps(y, power);
-    SNIPI_KEPT512(s);
-    *sum = _mm512_castps_si512(s);
-    return _mm512_sub_ps(s, power);
-}
-// The code from bit `shift` upwards of *sum; the value of |y| is returned.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512 *k, __m512 y, __m512i random, int capped, __m512i *over, __m512i *sum) {
-    __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude), t;
-    __mmask16 below = _mm512_cmplt_epi32_mask(a, k->least);
-    __m512 value;
-    t = _mm512_castps_si512(_mm512_mask_add_round_ps(_mm512_castsi512_ps(a), below, _mm512_castsi512_ps(a), k->least_float, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
-    t = _mm512_add_epi32(t, random);
-    if (capped) {
-        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(t, k->top), *over, _mm512_set1_epi32(1));
-        t = _mm512_min_epi32(t, k->top);
-    }
-    value = _mm512_castsi512_ps(_mm512_and_si512(t, k->keep));
-    *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
-    return _mm512_mask_sub_ps(value, below, value, k->least_float);
-}
-#if defined(__GNUC__) && !defined(__clang__)
-#  pragma GCC diagnostic pop
-#endif
-// tally += (lane + lane 8 further) * scale^2
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
-    __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
-    SNIPI_KEPT512(v);
-    return _mm512_add_pd(total, v);
-}
-
-SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_t *amax) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const int whole = s->width / 16, tiles = (int)(s->pieces * snipi_ceil_div(s->length, s->width));
-    const float *x = s->x, *p = x;
-    int64_t along = 0;
-    int first, vectors, i, v;
-    for (first = 0; first < tiles; first += 16) {
-        __m512i most[16];
-        for (i = 0; i < 16; i++) {
-            most[i] = _mm512_setzero_si512();
-            if (first + i >= tiles) continue;
-            vectors = s->length - along < s->width ? 4 : whole;
-            if (s->pieces == 1 && along % 64 == 0) _mm_prefetch(s->ahead + along * s->ahead_size / 4, _MM_HINT_T0);
-            if (vectors == 8) {
-                __m512i other = most[i];
-                if (s->pieces == 1) _mm_prefetch(s->ahead + along * s->ahead_size / 4 + 64, _MM_HINT_T0);
-                SNIPI_UNROLL for (v = 0; v < 8; v += 2) {
-                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-                    other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
-                }
-                most[i] = _mm512_max_epu32(most[i], other);
-            } else
-                for (v = 0; v < vectors; v++) most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-            p += 16 * vectors;
-            along += 16 * vectors;
-            if (along == s->length) { x += s->x_stride; p = x; along = 0; }
-        }
-        // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
-        SNIPI_UNROLL for (i = 0; i < 8; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
-        SNIPI_UNROLL for (i = 0; i < 4; i++) most[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(most[2 * i], most[2 * i + 1]), _mm512_unpackhi_epi64(most[2 * i], most[2 * i + 1]));
-        SNIPI_UNROLL for (i = 0; i < 2; i++) most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88), _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
-        most[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88), _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
-        _mm512_storeu_si512(amax + first, most[0]);
-    }
-}
-// Scales of 16 tiles as snipi_scale_of has them; 0 where an amax is zero, tiny, huge or not finite. Quotients in double, then rounded.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_quotient512(__m512 a, __m512 b) {
-    __m512d low = SNIPI_LOW(b), high = SNIPI_HIGH(b);
-    SNIPI_KEPT512(low);
-    SNIPI_KEPT512(high);
-    low = _mm512_div_pd(SNIPI_LOW(a), low);
-    high = _mm512_div_pd(SNIPI_HIGH(a), high);
-    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_maskz_cvtpd_ps(0xFF, low)), _mm512_maskz_cvtpd_ps(0xFF, high), 1);
-}
-SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *q, float tensor_scale, float tensor_inverse, const uint32_t *amax, int tiles, float *scale, float *inverse, uint8_t *bytes) {
-    const __m512i least = _mm512_set1_epi32((127 - 40) << 23), range = _mm512_set1_epi32(80 << 23), fraction = _mm512_set1_epi32(0x7FFFFF), one = _mm512_set1_epi32(127);
-    const __m512i max_bits = _mm512_set1_epi32((int)snipi_bits(q->e.max));
-    int i;
-    for (i = 0; i < tiles; i += 16) {
-        const __mmask16 live = (__mmask16)(tiles - i >= 16 ? 0xFFFF : (1 << (tiles - i)) - 1);
-        __m512i a = _mm512_loadu_si512(amax + i), k, up;
-        __m512 s, v;
-        if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(a, least), range)) return 0;
-        a = _mm512_mask_mov_epi32(least, live, a);
-        k = _mm512_sub_epi32(_mm512_srli_epi32(a, 23), _mm512_set1_epi32(127 + q->e.emax));                        // as in snipi_scale_of
-        if (kind == SNIP_SCALE_POW2 || kind == SNIP_SCALE_UE8M0_UP) {
-            up = _mm512_and_si512(max_bits, fraction);
-            k = _mm512_mask_add_epi32(k, _mm512_cmpgt_epi32_mask(_mm512_and_si512(a, fraction), up), k, _mm512_set1_epi32(1));
-        }
-        if (kind == SNIP_SCALE_F32) {
-            s = snipi_quotient512(_mm512_castsi512_ps(a), _mm512_castsi512_ps(max_bits));
-            v = snipi_quotient512(_mm512_castsi512_ps(max_bits), _mm512_castsi512_ps(a));
-        } else if (kind == SNIP_SCALE_UE4M3) {                      // E4M3 by adding a power of two, as >>simd's runs
-            const float sixth = tensor_inverse * snipi_float(0x3E2AAAABu);
-            __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(sixth)), power, sum;
-            __m512i e;
-            SNIPI_KEPT512(y);
-            if (_mm512_mask_cmplt_epu32_mask(live, _mm512_castps_si512(y), _mm512_set1_epi32((127 - 10) << 23))) return 0;     // perhaps a scale of 0
-            y = _mm512_castsi512_ps(_mm512_min_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((int)snipi_bits(448.0f))));
-            e = _mm512_max_epi32(_mm512_andnot_si512(fraction, _mm512_castps_si512(y)), _mm512_set1_epi32((127 - 6) << 23));
-            power = _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(20 << 23)));
-            sum = _mm512_add_ps(y, power);
-            SNIPI_KEPT512(sum);
-            y = _mm512_sub_ps(sum, power);
-            SNIPI_KEPT512(y);
-            k = _mm512_add_epi32(_mm512_castps_si512(sum), _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(e, 23), _mm512_set1_epi32(127 - 6)), 3));
-            k = _mm512_and_si512(k, _mm512_set1_epi32(0x7F));
-            s = _mm512_mul_ps(y, _mm512_set1_ps(tensor_scale));
-            if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(_mm512_castps_si512(s), _mm512_set1_epi32((127 - 100) << 23)), _mm512_set1_epi32(200 << 23))) return 0;
-            v = snipi_quotient512(_mm512_set1_ps(1.0f), s);
-            if (bytes) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, k);
-        } else {
-            s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(one, k), 23));
-            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(one, k), 23));
-            if (bytes && kind != SNIP_SCALE_POW2) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, _mm512_add_epi32(one, k));
-        }
-        _mm512_storeu_ps(scale + i, s);
-        _mm512_storeu_ps(inverse + i, v);
-    }
-    return 1;
-}
-
-// `plain`: codes alone, none beyond the largest.
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s, const int stochastic, const int sums, const int narrow, const int plain) {
-    const snipi_codec512 k = snipi_codec512_of(q);
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift), sign_shift = _mm512_set1_epi16((short)q->e.sign);
-    const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign), bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
-    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, rows = s->pieces > 1, fetched = rows || s->one_scale ? 4 : 3;
-    const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
-    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0 && s->length % 128 == 0;
-    const float *scale = s->scale, *inverse = s->inverse;
-    snipi_rounds rounds;
-    snipi_tally *t = s->tally;
-    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq), total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
-    __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
-    __m512i over = _mm512_setzero_si512();
-    __m256i half = _mm256_setzero_si256();                          // of a line of packed codes
-    uint32_t words[128];
-    int piece, g, in_tile = 0;
-    if (stochastic) rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
-    for (piece = 0; piece < s->pieces; piece++) {
-        const float *x = s->x + piece * s->x_stride, *weight = !plain && s->weight ? s->weight + piece * s->x_stride : NULL;
-        const uint32_t *random = words, first = (uint32_t)(s->first + (uint64_t)piece * s->step);
-        float *values = !plain && s->values ? s->values + piece * s->value_stride : NULL;
-        uint8_t *codes = plain || s->codes ? s->codes + piece * s->code_stride : NULL;
-        const char *ahead = s->ahead + piece * s->ahead_stride;
-        const int64_t length = s->length, line = 16 * s->ahead_size;
-        int64_t i;
-        if (fetched == 3) ahead += length * s->ahead_size / 4;          // the first quarter was fetched with the maxima
-        for (i = 0; i < length; i += 64, ahead += fetched * line) {
-            __m512i word[4];
-            if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
-            if (stochastic && !s->random && i % 128 == 0) snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
-            SNIPI_UNROLL for (g = 0; g < 4; g++) {
-                const int64_t at = i + 16 * g;
-                __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                if (rows) _mm_prefetch(ahead + g * line, _MM_HINT_T1);        // they may share sets of the nearest cache
-                else if (g < fetched) _mm_prefetch(ahead + g * line, _MM_HINT_T0);
-                SNIPI_KEPT512(y);
-                if (stochastic) value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift), capped, &over, &word[g]);
-                else value = snipi_nearest512(&k, y, capped, &over, &word[g]);
-                if (stochastic && (values || weight)) value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), _mm512_castps_si512(y), k.sign_bit, 0xF8));
-                if (sums) {
-                    __m512 to = stochastic && !(values || weight) ? _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude)) : y;
-                    __m512 d = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(d, d);
-                    SNIPI_KEPT512(v2);
-                    SNIPI_KEPT512(d2);
-                    sum_sq = _mm512_add_ps(sum_sq, v2);
-                    err_sq = _mm512_add_ps(err_sq, d2);
-                    if (weight) {
-                        __m512 w = _mm512_loadu_ps(weight + at);
-                        dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
-                        dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
-                    }
-                }
-                if (values) {
-                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), _mm512_castps_si512(y), k.sign_bit, 0xF8));
-                    value = _mm512_mul_ps(value, _mm512_set1_ps(*scale));
-                    if (stream) _mm512_stream_ps(values + at, value);
-                    else _mm512_storeu_ps(values + at, value);
-                }
-                if (stochastic) word[g] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word[g], shift), _mm512_castps_si512(y), k.sign_bit, 0xF8);
-                word[g] = g == 0 ? _mm512_rol_epi32(word[g], 1) : g == 1 ? _mm512_rol_epi32(word[g], 9) : g == 2 ? _mm512_rol_epi32(word[g], 17) : _mm512_rol_epi32(word[g], 25);
-                if (narrow || g == 3) {
-                    in_tile += narrow ? 16 : 64;
-                    if (in_tile == s->width || (g == 3 && i + 64 == length)) {
-                        if (sums) {
-                            const __m512d one = _mm512_set1_pd((double)*scale), square = _mm512_mul_pd(one, one);
-                            total_sq = snipi_fold512(total_sq, sum_sq, square);
-                            total_err = snipi_fold512(total_err, err_sq, square);
-                            sum_sq = err_sq = _mm512_setzero_ps();
-                            if (weight) {
-                                __m512d w = _mm512_mul_pd(dot, one);
-                                SNIPI_KEPT512(w);
-                                total_dot = _mm512_add_pd(total_dot, w);
-                                dot = _mm512_setzero_pd();
-                            }
-                        }
-                        in_tile = 0;
-                        scale += step;
-                        inverse += step;
-                    }
-                }
-            }
-            if (codes) {                                            // byte g of dword j is the code of element 16 g + j
-                __m512i bytes = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA),
-                                                          _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA), 0xCA);
-                bytes = _mm512_permutexvar_epi32(turn, _mm512_shuffle_epi8(bytes, spread));
-                bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift), _mm512_srli_epi16(bytes, 1), 0xCA);
-                bytes = _mm512_and_si512(bytes, bytes_kept);
-                if (packed) {                                       // low + 16 * high
-                    __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
-                    if (stream_codes && i % 128 == 0) half = pairs;
-                    else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i / 2 - 32), _mm512_inserti64x4(_mm512_castsi256_si512(half), pairs, 1));
-                    else _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
-                } else if (stream_codes) _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
-                else _mm512_storeu_si512(codes + i, bytes);
-            }
-        }
-    }
-    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
-    if (!sums) return;
-    _mm512_storeu_pd(t->sum_sq, total_sq);
-    _mm512_storeu_pd(t->err_sq, total_err);
-    _mm512_storeu_pd(t->dot, total_dot);
-}
-SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
-    const int narrow = s->width < 64, plain = s->codes && !s->values && !s->weight && !s->capped;       // constants below: a loop each
-    if (q->stochastic) {
-        if (q->want_sums && plain && !narrow) snipi_strip_avx512_as(q, s, 1, 1, 0, 1);
-        else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
-        else if (q->want_sums) snipi_strip_avx512_as(q, s, 1, 1, 0, 0);
-        else snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
-    } else if (plain && !narrow && q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
-    else if (plain && !narrow) snipi_strip_avx512_as(q, s, 0, 0, 0, 1);
-    else if (q->want_sums && narrow) snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
-    else if (q->want_sums) snipi_strip_avx512_as(q, s, 0, 1, 0, 0);
-    else if (narrow) snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
-    else snipi_strip_avx512_as(q, s, 0, 0, 0, 0);
-}
-
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
-    __m512i w[16];
-    int i;
-    SNIPI_UNROLL for (i = 0; i < 8; i++) {                          // dwords of neighbours, then pairs, then 128-bit lanes
-        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    SNIPI_UNROLL for (i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]); v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]); v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-    }
-    SNIPI_UNROLL for (i = 0; i < 4; i++) {
-        w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88); w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
-        w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88); w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
-    }
-    SNIPI_UNROLL for (i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88); v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xDD);
-        v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88); v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
-    }
-}
-SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block, uint32_t *amax) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const int64_t size = bf16 ? 2 : 4;
-    int r, v;
-    at += r0 * ld;
-    block += r0 * SNIPI_PANEL_LD;
-    amax += r0 / height * SNIPI_RUN;
-    for (v = 0; v < cols; v += 16) {
-        const char *p = (const char *)x + (at + v) * size;
-        __m512i most = r0 % height ? _mm512_loadu_si512(amax + v) : _mm512_setzero_si512();
-        for (r = 0; r < SNIPI_BATCH; r++, p += ld * size) {
-            __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)), 16) : _mm512_loadu_si512(p);
-            _mm512_storeu_si512(block + r * SNIPI_PANEL_LD + v, u);
-            most = _mm512_max_epu32(most, _mm512_and_si512(u, magnitude));
-        }
-        _mm512_storeu_si512(amax + v, most);
-    }
-}
-// 4 words each for the counters `index` (8, in 64-bit lanes) of 16 columns, even ones and odd ones.
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_random512(snip_rng_key key, __m512i even, __m512i odd, __m512i out[4]) {
-    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-    __m512i c[2][4];
-    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-    int round, g;
-    c[0][0] = even; c[1][0] = odd;
-    SNIPI_UNROLL for (g = 0; g < 2; g++) {
-        c[g][1] = _mm512_srli_epi64(c[g][0], 32);
-        c[g][2] = _mm512_set1_epi64((int64_t)key.step);
-        c[g][3] = _mm512_set1_epi64((int64_t)key.tensor);
-    }
-    SNIPI_UNROLL for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        SNIPI_UNROLL for (g = 0; g < 2; g++) {
-            __m512i p0 = _mm512_mul_epu32(c[g][0], m0), p1 = _mm512_mul_epu32(c[g][2], m1);
-            c[g][0] = SNIPI_XOR3_8(SNIPI_UPPER_8(p1), c[g][1], _mm512_set1_epi32((int)k0));
-            c[g][2] = SNIPI_XOR3_8(SNIPI_UPPER_8(p0), c[g][3], _mm512_set1_epi32((int)k1));
-            c[g][1] = p1;
-            c[g][3] = p0;
-        }
-    }
-    SNIPI_UNROLL for (g = 0; g < 4; g++) out[g] = _mm512_mask_shuffle_epi32(c[0][g], 0xAAAA, c[1][g], _MM_PERM_CCAA);
-}
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q, const snipi_columns *s, const int stochastic, const int sums, const int packed) {
-    const snipi_codec512 k = snipi_codec512_of(q);
-    const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each, capped = s->capped;         // rows to a dword, to a register of them
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift);
-    const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
-    const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)), kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
-    const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
-    const int stream = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
-    snipi_tally *t = s->tally;
-    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq);
-    __m512i over = _mm512_setzero_si512();
-    int c, r0, d, j, g, i;
-    for (c = 0; c < s->cols; c += 16) {
-        const __m512i columns = _mm512_add_epi64(_mm512_set1_epi64(c), lanes);
-        const __m512i even = _mm512_add_epi64(_mm512_set1_epi64((int64_t)s->first), _mm512_mullo_epi64(columns, step)), odd = _mm512_add_epi64(even, step);
-        __m512i sum_sq[16], err_sq[16];                             // by row modulo 16
-        if (sums)
-            for (i = 0; i < 16; i++) sum_sq[i] = err_sq[i] = _mm512_setzero_si512();
-        for (r0 = 0; r0 < SNIPI_RUN; r0 += rows) {
-            __m512i out[16];
-            for (d = 0; d < 16; d++) {
-                const int r = r0 + each * d, line = (c * SNIPI_RUN / 16 + r);
-                const __m512 inverse = _mm512_loadu_ps(s->inverse + r / s->height * SNIPI_RUN + c);
-                __m512i all = _mm512_setzero_si512(), random[4];
-                if (line < 8 * s->ahead_rows)
-                    SNIPI_UNROLL for (j = 0; j < each; j++) _mm_prefetch(s->ahead + (line >> 3) * s->ahead_stride + ((line & 7) + j) * 64, _MM_HINT_T1);
-                SNIPI_UNROLL for (j = 0; j < each; j++) {
-                    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(s->x + (r + j) * SNIPI_PANEL_LD + c), inverse), value, to = y;
-                    const __m512i place = _mm512_set1_epi32((int)(((1u << bits) - 1u) << (bits * j)));
-                    __m512i word;
-                    SNIPI_KEPT512(y);
-                    if (stochastic) {
-                        if (j % 4 == 0) {
-                            const __m512i block = _mm512_set1_epi64((r + j) / 4);
-                            snipi_random512(s->key, _mm512_add_epi64(even, block), _mm512_add_epi64(odd, block), random);
-                        }
-                        value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(random[j % 4], random_shift), capped, &over, &word);
-                        word = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word, shift), _mm512_castps_si512(y), k.sign_bit, 0xF8);
-                        if (sums) to = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude));
-                    } else
-                        value = snipi_nearest512(&k, y, capped, &over, &word);
-                    word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
-                    all = j == 0 ? word : _mm512_ternarylogic_epi32(place, word, all, 0xCA);
-                    if (sums) {
-                        __m512 dv = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(dv, dv);
-                        SNIPI_KEPT512(v2);
-                        SNIPI_KEPT512(d2);
-                        i = (each * d + j) % 16;
-                        sum_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum_sq[i]), v2));
-                        err_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(err_sq[i]), d2));
-                    }
-                }
-                all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1), 0xCA);
-                out[d] = _mm512_and_si512(all, kept);
-            }
-            if (!s->codes) continue;
-            snipi_transpose512(out);
-            for (g = 0; g < 16; g++) {
-                uint8_t *codes = s->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
-                if (stream) _mm512_stream_si512((__m512i *)(void *)codes, out[g]);
-                else _mm512_storeu_si512(codes, out[g]);
-            }
-        }
-        if (sums) {
-            snipi_transpose512(sum_sq);
-            snipi_transpose512(err_sq);
-            for (i = 0; i < 16; i++) {
-                const __m512d one = _mm512_set1_pd((double)s->scale[c + i]), square = _mm512_mul_pd(one, one);
-                total_sq = snipi_fold512(total_sq, _mm512_castsi512_ps(sum_sq[i]), square);
-                total_err = snipi_fold512(total_err, _mm512_castsi512_ps(err_sq[i]), square);
-            }
-        }
-    }
-    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
-    if (!sums) return;
-    _mm512_storeu_pd(t->sum_sq, total_sq);
-    _mm512_storeu_pd(t->err_sq, total_err);
-}
-SNIPI_TARGET_AVX512 static void snipi_columns_avx512(const snipi_run *q, const snipi_columns *s) {
-    const int stochastic = q->stochastic, sums = q->want_sums;
-    if (q->packed) {
-        if (stochastic && sums) snipi_columns_avx512_as(q, s, 1, 1, 1);
-        else if (stochastic) snipi_columns_avx512_as(q, s, 1, 0, 1);
-        else if (sums) snipi_columns_avx512_as(q, s, 0, 1, 1);
-        else snipi_columns_avx512_as(q, s, 0, 0, 1);
-    } else if (stochastic && sums) snipi_columns_avx512_as(q, s, 1, 1, 0);
-    else if (stochastic) snipi_columns_avx512_as(q, s, 1, 0, 0);
-    else if (sums) snipi_columns_avx512_as(q, s, 0, 1, 0);
-    else snipi_columns_avx512_as(q, s, 0, 0, 0);
-}
-
-SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
-    int r, c, i;
-    for (r = 0; r + 8 <= rows; r += 8)
-        for (c = 0; c < cols; c += 8) {
-            __m256 a[8], b[8];
-            if (c + 8 > cols) {
-                for (i = r; i < r + 8; i++) {
-                    int j;
-                    for (j = c; j < cols; j++) out[j * ld_out + i] = x[i * ld + j];
-                }
-                continue;
-            }
-            SNIPI_UNROLL for (i = 0; i < 4; i++) {                  // halves: rows i and i + 4 side by side
-                const float *p = x + (r + i) * ld + c, *p4 = p + 4 * ld;
-                a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p4), 1);
-                a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4)), _mm_loadu_ps(p4 + 4), 1);
-            }
-            SNIPI_UNROLL for (i = 0; i < 8; i += 4) {               // 4 x 4 in each half
-                b[0] = _mm256_unpacklo_ps(a[i], a[i + 1]); b[1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-                b[2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]); b[3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
-                _mm256_storeu_ps(out + (c + i) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
-                _mm256_storeu_ps(out + (c + i + 1) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
-                _mm256_storeu_ps(out + (c + i + 2) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
-                _mm256_storeu_ps(out + (c + i + 3) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
-            }
-        }
-    for (; r + 4 <= rows; r += 4) {
-        for (c = 0; c + 4 <= cols; c += 4) {
-            __m128 a = _mm_loadu_ps(x + r * ld + c), b = _mm_loadu_ps(x + (r + 1) * ld + c), d = _mm_loadu_ps(x + (r + 2) * ld + c), e = _mm_loadu_ps(x + (r + 3) * ld + c);
-            _MM_TRANSPOSE4_PS(a, b, d, e);
-            _mm_storeu_ps(out + c * ld_out + r, a);
-            _mm_storeu_ps(out + (c + 1) * ld_out + r, b);
-            _mm_storeu_ps(out + (c + 2) * ld_out + r, d);
-            _mm_storeu_ps(out + (c + 3) * ld_out + r, e);
-        }
-        snipi_transpose_scalar(x + r * ld + c, ld, 4, cols - c, out + c * ld_out + r, ld_out);
-    }
-    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
-}
-SNIPI_TARGET_AVX2 static void snipi_widen_avx2(const uint16_t *x, int n, float *out) {
-    int i;
-    for (i = 0; i + 8 <= n; i += 8)                                 // out[i] = bits x[i] << 16
-        _mm256_storeu_si256((__m256i *)(void *)(out + i), _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + i))), 16));
-    snipi_widen_scalar(x + i, n - i, out + i);
-}
-SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t *out) {
-    const __m256i half = _mm256_set1_epi32(0x7FFF), one = _mm256_set1_epi32(1), magnitude = _mm256_set1_epi32(0x7FFFFFFF), infinity = _mm256_set1_epi32(0x7F800000);
-    int i;
-    for (i = 0; i + 8 <= n; i += 8) {                               // as snipi_bf16_round
-        __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)(x + i)), high = _mm256_srli_epi32(u, 16);
-        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, half), _mm256_and_si256(high, one)), 16);
-        __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(u, magnitude), infinity), w;
-        w = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-        w = _mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0xD8);
-        _mm_storeu_si128((__m128i *)(void *)(out + i), _mm256_castsi256_si128(w));
-    }
-    snipi_narrow_scalar(x + i, n - i, out + i);
-}
-SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
-    const snipi_element e = snipi_element_of(format);
-    const __m256i magnitude = _mm256_set1_epi32((1 << e.sign) - 1), base = _mm256_set1_epi32((127 - e.bias) << 23), largest = _mm256_set1_epi32((int)e.largest);
-    const __m256i last_tiny = _mm256_set1_epi32((1 << e.mantissa) - 1), sign = _mm256_set1_epi32((int)0x80000000u);
-    const __m128i shift = _mm_cvtsi32_si128(23 - e.mantissa), sign_shift = _mm_cvtsi32_si128(31 - e.sign);
-    const __m256 step = _mm256_set1_ps(lut[1]), s = _mm256_set1_ps(scale);
-    int i = 0, packed = format == SNIP_E2M1;
-    if (snipi_bits(scale) >= (127u - 100u) << 23)
-        for (; i + 8 <= n; i += 8) {
-            __m256i c, m;
-            __m256 tiny, normal;
-            __m128i bytes;
-            if (packed) {
-                int32_t four;
-                memcpy(&four, codes + i / 2, 4);
-                bytes = _mm_cvtsi32_si128(four);
-                bytes = _mm_and_si128(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)), _mm_set1_epi8(15));
-            } else
-                bytes = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
-            c = _mm256_cvtepu8_epi32(bytes);
-            m = _mm256_and_si256(c, magnitude);
-            if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(m, largest))) {             // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
-                continue;
-            }
-            tiny = _mm256_mul_ps(_mm256_cvtepi32_ps(m), step);                      // m * smallest, or its fields moved into a float's
-            normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sll_epi32(m, shift), base));
-            tiny = _mm256_blendv_ps(tiny, normal, _mm256_castsi256_ps(_mm256_cmpgt_epi32(m, last_tiny)));
-            tiny = _mm256_or_ps(tiny, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(c, sign_shift), sign)));
-            tiny = _mm256_mul_ps(s, tiny);
-            if (stream && ((uintptr_t)out & 31) == 0) _mm256_stream_ps(out + i, tiny);
-            else _mm256_storeu_ps(out + i, tiny);
-        }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
-}
-// Through float16, whose exponents reach beyond those of all formats of 8 bits; E2M1 by a table.
-SNIPI_TARGET_AVX512 static void snipi_decode_avx512(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
-    const snipi_element e = snipi_element_of(format);
-    const int packed = format == SNIP_E2M1, past = stream && ((uintptr_t)out & 63) == 0;
-    int i = 0, g;
-    if (snipi_bits(scale) < (127u - 100u) << 23 || snipi_bits(scale) > (127u + 100u) << 23) {
-        snipi_decode_avx2(format, lut, codes, n, scale, out, stream);
-        return;
-    }
-    if (packed) {
-        const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(lut), _mm512_set1_ps(scale));
-        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-        for (; i + 16 <= n; i += 16) {
-            int32_t half[2];
-            __m512i c;
-            __m512 v;
-            memcpy(half, codes + i / 2, 8);
-            c = _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(half[0]), 0xFF00, half[1]), places);
-            v = _mm512_permutexvar_ps(c, table);
-            if (past) _mm512_stream_ps(out + i, v);
-            else _mm512_storeu_ps(out + i, v);
-        }
-    } else {
-        const __m512i magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)), largest = _mm512_set1_epi16((short)e.largest), sign = _mm512_set1_epi16((short)-32768);
-        const __m512i shift = _mm512_set1_epi16((short)(10 - e.mantissa)), sign_shift = _mm512_set1_epi16((short)(15 - e.sign));
-        const __m512 s = _mm512_set1_ps(scale * snipi_float((uint32_t)(127 + 15 - e.bias) << 23));
-        for (; i + 32 <= n; i += 32) {
-            __m512i c = _mm512_maskz_cvtepu8_epi16(0xFFFFFFFF, _mm256_loadu_si256((const __m256i *)(const void *)(codes + i))), m = _mm512_and_si512(c, magnitude);
-            if (_mm512_cmpgt_epi16_mask(m, largest)) {              // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 32, scale, out + i, 0);
-                continue;
-            }
-            m = _mm512_ternarylogic_epi32(sign, _mm512_sllv_epi16(c, sign_shift), _mm512_sllv_epi16(m, shift), 0xCA);
-            SNIPI_UNROLL for (g = 0; g < 2; g++) {
-                const __m256i half = g ? _mm512_maskz_extracti64x4_epi64(0xFF, m, 1) : _mm512_castsi512_si256(m);
-                const __m512 v = _mm512_mul_ps(s, _mm512_maskz_cvtph_ps(0xFFFF, half));
-                if (past) _mm512_stream_ps(out + i + 16 * g, v);
-                else _mm512_storeu_ps(out + i + 16 * g, v);
-            }
-        }
-    }
-    snipi_decode_avx2(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
-}
-// Products of floats are exact in double, so that fused ones are the same.
-SNIPI_TARGET_AVX2 static void snipi_sums_avx2(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
-    __m256d sum_sq[2], err_sq[2], dot[2];
-    int i, g;
-    for (g = 0; g < 2; g++) {
-        sum_sq[g] = _mm256_loadu_pd(t->sum_sq + 4 * g);
-        err_sq[g] = _mm256_loadu_pd(t->err_sq + 4 * g);
-        dot[g] = _mm256_loadu_pd(t->dot + 4 * g);
-    }
-    for (i = 0; i + 8 <= n; i += 8)
-        SNIPI_UNROLL for (g = 0; g < 2; g++) {
-            const __m128 a = _mm_loadu_ps(x + i + 4 * g), b = _mm_loadu_ps(values + i + 4 * g);
-            const __m256d v = _mm256_cvtps_pd(a), d = _mm256_cvtps_pd(_mm_sub_ps(b, a));
-            sum_sq[g] = _mm256_fmadd_pd(v, v, sum_sq[g]);
-            err_sq[g] = _mm256_fmadd_pd(d, d, err_sq[g]);
-            if (weight) dot[g] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + i + 4 * g)), d, dot[g]);
-        }
-    for (g = 0; g < 2; g++) {
-        _mm256_storeu_pd(t->sum_sq + 4 * g, sum_sq[g]);
-        _mm256_storeu_pd(t->err_sq + 4 * g, err_sq[g]);
-        _mm256_storeu_pd(t->dot + 4 * g, dot[g]);
-    }
-    snipi_sums_exact(x + i, values + i, weight ? weight + i : NULL, n - i, t);
-}
-// a m / (sqrt(b v) + eps) where v > 0
-SNIPI_TARGET_AVX2 static void snipi_adam_avx2(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
-    int64_t i;
-    for (i = 0; i + 8 <= n; i += 8) {
-        __m256 x = _mm256_loadu_ps(v + i), top = m ? _mm256_mul_ps(_mm256_loadu_ps(m + i), _mm256_set1_ps(a)) : _mm256_set1_ps(a);
-        __m256 u = _mm256_div_ps(top, _mm256_add_ps(_mm256_sqrt_ps(_mm256_mul_ps(x, _mm256_set1_ps(b))), _mm256_set1_ps(eps)));
-        _mm256_storeu_ps(out + i, _mm256_and_ps(u, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ)));
-    }
-    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
-}
-SNIPI_TARGET_AVX512 static void snipi_adam_avx512(const float *m, const float *v, float a, float b, float eps, int64_t n, float *out) {
-    int64_t i;
-    for (i = 0; i + 16 <= n; i += 16) {
-        __m512 x = _mm512_loadu_ps(v + i), top = m ? _mm512_mul_ps(_mm512_loadu_ps(m + i), _mm512_set1_ps(a)) : _mm512_set1_ps(a);
-        __m512 bottom = _mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(x, _mm512_set1_ps(b))), _mm512_set1_ps(eps));
-        _mm512_storeu_ps(out + i, _mm512_maskz_div_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), top, bottom));
-    }
-    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
-}
-SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
-    const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-    int j;
-    for (j = 0; j < SNIPI_SIGNS; j += 8) {                          // x[j] with bit j in its sign place flipped
-        __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(signs[j >> 5] >> (j & 31))), lane);
-        _mm256_storeu_ps(x + j, _mm256_xor_ps(_mm256_loadu_ps(x + j), _mm256_castsi256_ps(_mm256_and_si256(bits, top))));
-    }
-}
-SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
-    const __m512i top = _mm512_set1_epi32((int)0x80000000u);
-    int j;
-    for (j = 0; j < SNIPI_SIGNS; j += 16) {
-        __m512i v = _mm512_loadu_si512(x + j);
-        _mm512_storeu_si512(x + j, _mm512_mask_xor_epi32(v, (__mmask16)(signs[j >> 5] >> (j & 31)), v, top));
-    }
-}
-#endif // SNIPI_X86
-#if defined(__GNUC__) && !defined(__clang__)
-#  pragma GCC diagnostic pop
-#endif
-#ifdef SNIPI_NEON
-// Vectors of 4 floats, 16 elements a turn, so that element i stays in lane i % 16. Right shifts by a variable are left
-// shifts by its negative. Tiles divide SNIPI_MAX_MR and SNIPI_MAX_NR. Intrinsics are plain arithmetic to the compiler:
-// SNIPI_KEPT also holds sums in their order under -Ofast.
-#define SNIPI_KEPT(v) __asm__("" : "+w"(v))
-#ifdef __clang__
-#  define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
-#else
-#  define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#endif
-
-#define SNIPI_NEON_ROW(r) acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
-static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
-    float32x4_t acc[12][2];
-    int64_t k;
-    int i;
-    SNIPI_UNROLL for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = vdupq_n_f32(0.0f);
-    for (k = 0; k < kc; k++, a += 12, b += 8) {
-        float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
-        SNIPI_UNROLL for (i = 0; i < 12; i += 4) {                  // acc[i][j] += a[i] * b[j]; of scalars GCC makes too many registers
-            float32x4_t ai = vld1q_f32(a + i);
-            SNIPI_NEON_ROW(0) SNIPI_NEON_ROW(1) SNIPI_NEON_ROW(2) SNIPI_NEON_ROW(3)
-        }
-    }
-    SNIPI_UNROLL for (i = 0; i < 12; i++) {
-        float *ci = c + i * ldc;
-        const float *old = from ? from : ci;
-        vst1q_f32(ci, vaddq_f32(vld1q_f32(old), acc[i][0]));
-        vst1q_f32(ci + 4, vaddq_f32(vld1q_f32(old + 4), acc[i][1]));
-    }
-}
-// c[j] = fmaf(sa * sb[j], acc[j], from ? from[j] : c[j]), 8 columns
-SNIPI_INLINE void snipi_scale_neon(float sa, const float *sb, int32x4_t acc0, int32x4_t acc1, const float *from, float *c) {
-    const float *old = from ? from : c;
-    vst1q_f32(c, vfmaq_f32(vld1q_f32(old), vmulq_n_f32(vld1q_f32(sb), sa), vcvtq_f32_s32(acc0)));
-    vst1q_f32(c + 4, vfmaq_f32(vld1q_f32(old + 4), vmulq_n_f32(vld1q_f32(sb + 4), sa), vcvtq_f32_s32(acc1)));
-}
-static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
-    int64_t k;
-    int i, j;
-    for (k = 0; k < kc; k += block, sa += 4, sb += 8, start += 8, from = NULL) {
-        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
-        int32x4_t acc[4][2];
-        SNIPI_UNROLL for (i = 0; i < 4; i++) { acc[i][0] = vld1q_s32(start); acc[i][1] = vld1q_s32(start + 4); }
-        while (steps > 0) {
-            int64_t some = snipi_min(steps, 113);                   // 113 * 24 * 12 < 2^15
-            int16x8_t part[4][4];
-            SNIPI_UNROLL for (i = 0; i < 4; i++) part[i][0] = part[i][1] = part[i][2] = part[i][3] = vdupq_n_s16(0);
-            for (steps -= some; some > 0; some--, a += 16, b += 32) {
-                int8x16_t b0 = vld1q_s8(b), b1 = vld1q_s8(b + 16);
-                SNIPI_UNROLL for (i = 0; i < 4; i++) {              // part[i][j / 2][4 (j % 2) + t] += a[4i + t] * b[4j + t]
-                    int32_t four;
-                    int8x16_t ai;
-                    memcpy(&four, a + 4 * i, 4);
-                    ai = vreinterpretq_s8_s32(vdupq_n_s32(four));
-                    part[i][0] = vmlal_s8(part[i][0], vget_low_s8(ai), vget_low_s8(b0));
-                    part[i][1] = vmlal_high_s8(part[i][1], ai, b0);
-                    part[i][2] = vmlal_s8(part[i][2], vget_low_s8(ai), vget_low_s8(b1));
-                    part[i][3] = vmlal_high_s8(part[i][3], ai, b1);
-                }
-            }
-            SNIPI_UNROLL for (i = 0; i < 4; i++)
-                SNIPI_UNROLL for (j = 0; j < 2; j++)
-                    acc[i][j] = vaddq_s32(acc[i][j], vpaddq_s32(vpaddlq_s16(part[i][2 * j]), vpaddlq_s16(part[i][2 * j + 1])));
-        }
-        SNIPI_UNROLL for (i = 0; i < 4; i++) snipi_scale_neon(sa[i], sb, acc[i][0], acc[i][1], from, c + i * ldc);
-    }
-}
-// sum[i][j] = start[j] + a[i] * b[j] over `steps` times 4 elements. The instruction by name, because clang before 16 has the
-// intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target does not contain.
-typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
-#define SNIPI_DOT(v, y, lane) { snipi_vec16 dot = v; __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); v = dot; }
-#define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
-SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start, int32_t *sum) {
-    snipi_vec16 acc[12][2], b0 = *(const snipi_vec16 *)(const void *)start, b1 = *(const snipi_vec16 *)(const void *)(start + 4);
-    int i;
-    SNIPI_UNROLL for (i = 0; i < 12; i++) { acc[i][0] = b0; acc[i][1] = b1; }
-    for (; steps > 0; steps--, a += 48, b += 32) {
-        b0 = *(const snipi_vec16 *)(const void *)b;
-        b1 = *(const snipi_vec16 *)(const void *)(b + 16);
-        SNIPI_UNROLL for (i = 0; i < 12; i += 4) {                  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
-            snipi_vec16 ai = *(const snipi_vec16 *)(const void *)(a + 4 * i);
-            SNIPI_DOT_ROW(0) SNIPI_DOT_ROW(1) SNIPI_DOT_ROW(2) SNIPI_DOT_ROW(3)
-        }
-    }
-    SNIPI_UNROLL for (i = 0; i < 12; i++) {
-        *(snipi_vec16 *)(void *)(sum + 8 * i) = acc[i][0];
-        *(snipi_vec16 *)(void *)(sum + 8 * i + 4) = acc[i][1];
-    }
-}
-static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
-    int64_t k;
-    int i;
-    for (k = 0; k < kc; k += block, sa += 12, sb += 8, start += 8, from = NULL) {
-        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
-        int32_t sum[12 * 8];
-        snipi_dot_neon(steps, a, b, start, sum);
-        a += 48 * steps;
-        b += 32 * steps;
-        for (i = 0; i < 12; i++) snipi_scale_neon(sa[i], sb, vld1q_s32(sum + 8 * i), vld1q_s32(sum + 8 * i + 4), from, c + i * ldc);
-    }
-}
-
-static void snipi_spread_neon(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out, int width) {
-    const uint8x16_t table = vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(snipi_twice)), vdupq_n_u8((uint8_t)offset));
-    int64_t t;
-    int i, j;
-    for (i = 0; i < rows; i++, codes += row_bytes, out += 4) {
-        for (t = 0; t + 4 <= steps; t += 4) {                       // out[t][i][j] = snipi_twice[nibble 4t + j] + offset
-            uint8x8_t bytes = vld1_u8(codes + 2 * t), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
-            uint8_t four[16];
-            vst1q_u8(four, vqtbl1q_u8(table, vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high))));
-            for (j = 0; j < 4; j++) memcpy(out + 4 * (t + j) * width, four + 4 * j, 4);
-        }
-        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, offset, out + 4 * t * width, width);
-    }
-}
-static void snipi_start_neon(const int8_t *b, int64_t steps, int width, int32_t *start) {
-    int64_t t;
-    int i;
-    for (i = 0; i < width; i += 4) {                                // start[j] = -12 * (sum of b's row j), 4 rows
-        int32x4_t sum = vdupq_n_s32(0);
-        for (t = 0; t < steps; t++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(b + 4 * (t * width + i))));
-        vst1q_s32(start + i, vmulq_n_s32(sum, -12));
-    }
-}
-
-static uint32_t snipi_amax_neon(const float *x, int n, int64_t *nonfinite) {
-    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF);
-    uint32x4_t most[4];
-    uint32_t a, rest;
-    int64_t bad = 0;
-    int i, g;
-    SNIPI_UNROLL for (g = 0; g < 4; g++) most[g] = vdupq_n_u32(0);
-    for (i = 0; i + 16 <= n; i += 16)                               // most = max(most, |x|) of bits
-        SNIPI_UNROLL for (g = 0; g < 4; g++) most[g] = vmaxq_u32(most[g], vandq_u32(magnitude, vreinterpretq_u32_f32(vld1q_f32(x + i + 4 * g))));
-    a = vmaxvq_u32(vmaxq_u32(vmaxq_u32(most[0], most[1]), vmaxq_u32(most[2], most[3])));
-    rest = snipi_amax_scalar(x + i, n - i, &bad);
-    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
-    return rest > a ? rest : a;
-}
-static void snipi_philox_neon(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
-    static const uint32_t order[4] = { 0, 1, 2, 3 };
-    const uint32x4_t m0 = vdupq_n_u32(0xD2511F53u), m1 = vdupq_n_u32(0xCD9E8D57u);
-    int b, g, round;
-    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 16u) { snipi_philox_scalar(key, first, blocks, out); return; }
-    for (b = 0; b < blocks; b += 8) {                               // two vectors in turn: the products' latency is long
-        uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-        uint32x4x4_t c[2];
-        SNIPI_UNROLL for (g = 0; g < 2; g++) {
-            c[g].val[0] = vaddq_u32(vdupq_n_u32((uint32_t)first + (uint32_t)(b + 4 * g)), vld1q_u32(order));
-            c[g].val[1] = vdupq_n_u32((uint32_t)(first >> 32));
-            c[g].val[2] = vdupq_n_u32(key.step);
-            c[g].val[3] = vdupq_n_u32(key.tensor);
-        }
-        for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-            SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // as snip_philox: even words are low halves, odd ones high
-                uint32x4_t low0 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[0]), vget_low_u32(m0))), high0 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[0], m0));
-                uint32x4_t low1 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[2]), vget_low_u32(m1))), high1 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[2], m1));
-                c[g].val[0] = veorq_u32(veorq_u32(vuzp2q_u32(low1, high1), c[g].val[1]), vdupq_n_u32(k0));
-                c[g].val[2] = veorq_u32(veorq_u32(vuzp2q_u32(low0, high0), c[g].val[3]), vdupq_n_u32(k1));
-                c[g].val[1] = vuzp1q_u32(low1, high1);
-                c[g].val[3] = vuzp1q_u32(low0, high0);
-            }
-        SNIPI_UNROLL for (g = 0; g < 2; g++, out += 16) vst4q_u32(out, c[g]);
-    }
-}
-
-// As snipi_run_avx2.
-static void snipi_run_neon(const snipi_run *q) {
-    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF), exponents = vdupq_n_u32(0x7F800000), least = vdupq_n_u32((uint32_t)q->k.least);
-    const uint32x4_t cap = vdupq_n_u32((uint32_t)q->k.cap), beyond = vdupq_n_u32((uint32_t)q->k.beyond), largest = vdupq_n_u32(q->e.largest);
-    const uint32x4_t magic = vdupq_n_u32((uint32_t)q->k.magic), unit = vdupq_n_u32((uint32_t)q->k.unit), fixed_top = vdupq_n_u32(277u << 23);
-    const int32x4_t shift = vdupq_n_s32(-q->k.shift), sign_shift = vdupq_n_s32(-q->k.sign_shift), random_shift = vdupq_n_s32(-q->k.random_shift);
-    const uint32x4_t low = vdupq_n_u32((uint32_t)q->k.sign - 1u);
-    const float32x4_t max = vdupq_n_f32(q->e.max);
-    snipi_tally *t = q->tally;
-    uint32x4_t over = vdupq_n_u32(0);
-    float32x4_t sum_sq[4], err_sq[4];
-    float64x2_t dot[4];
-    int i, g;
-    SNIPI_UNROLL for (g = 0; g < 4; g++) { sum_sq[g] = err_sq[g] = vdupq_n_f32(0.0f); dot[g] = vdupq_n_f64(0.0); }
-    for (i = 0; i < q->n; i += 16) {
-        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
-        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
-        const uint32_t *random = q->random ? q->random + i : NULL;
-        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
-        uint32_t last_random[16];
-        uint32x4_t code[4];
-        if (!whole) {                                               // the last elements, padded with zeros
-            memset(last_x, 0, sizeof last_x);
-            memcpy(last_x, x, (size_t)rest * sizeof(float));
-            x = last_x;
-            if (random) { memset(last_random, 0, sizeof last_random); memcpy(last_random, random, (size_t)rest * sizeof(uint32_t)); random = last_random; }
-            if (weight) { memset(last_weight, 0, sizeof last_weight); memcpy(last_weight, weight, (size_t)rest * sizeof(float)); weight = last_weight; }
-            if (values) values = last_values;
-        }
-        SNIPI_UNROLL for (g = 0; g < 4; g++) {
-            uint32x4_t u = vreinterpretq_u32_f32(vmulq_n_f32(vld1q_f32(x + 4 * g), q->inverse)), a = vandq_u32(u, magnitude), k;
-            uint32x4_t capped = vminq_u32(a, cap), e = vmaxq_u32(vandq_u32(capped, exponents), least), sign = vbicq_u32(u, magnitude);
-            float32x4_t y = vreinterpretq_f32_u32(a), value;
-            if (!random) {
-                float32x4_t power = vreinterpretq_f32_u32(vaddq_u32(vaddq_u32(e, magic), vshlq_u32(e, shift)));
-                float32x4_t sum = vaddq_f32(vreinterpretq_f32_u32(capped), power);
-                SNIPI_KEPT(sum);
-                k = vandq_u32(vreinterpretq_u32_f32(sum), low);
-                value = vsubq_f32(sum, power);
-                over = vsubq_u32(over, vcgtq_u32(a, beyond));
-            } else {                                                // k = (|y| * 2^(23 - e) + random) >> shift
-                uint32x4_t r = vshlq_u32(vld1q_u32(random + 4 * g), random_shift);
-                float32x4_t fixed = vmulq_f32(vreinterpretq_f32_u32(capped), vreinterpretq_f32_u32(vsubq_u32(fixed_top, e)));
-                k = vshlq_u32(vaddq_u32(vcvtq_u32_f32(fixed), r), shift);
-                value = vminq_f32(max, vmulq_f32(vcvtq_f32_u32(k), vreinterpretq_f32_u32(vsubq_u32(e, unit))));
-                k = vaddq_u32(k, vshlq_u32(vsubq_u32(e, least), shift));
-                over = vsubq_u32(over, vcgtq_u32(k, largest));
-                k = vminq_u32(k, largest);
-            }
-            SNIPI_KEPT(value);
-            code[g] = vorrq_u32(k, vshlq_u32(sign, sign_shift));
-            if (q->want_sums) {                                     // of |y|: the signs of y and value are the same
-                float32x4_t d = vsubq_f32(value, y), v2 = vmulq_f32(y, y), d2 = vmulq_f32(d, d);
-                SNIPI_KEPT(v2);
-                SNIPI_KEPT(d2);
-                sum_sq[g] = vaddq_f32(sum_sq[g], v2);
-                err_sq[g] = vaddq_f32(err_sq[g], d2);
-                SNIPI_KEPT(sum_sq[g]);
-                SNIPI_KEPT(err_sq[g]);
-                if (weight) {                                       // lane i % 8
-                    const int pair = 2 * (g & 1);
-                    float32x4_t w = vld1q_f32(weight + 4 * g);
-                    d = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(d), sign));
-                    dot[pair] = vfmaq_f64(dot[pair], vcvt_f64_f32(vget_low_f32(w)), vcvt_f64_f32(vget_low_f32(d)));
-                    dot[pair + 1] = vfmaq_f64(dot[pair + 1], vcvt_high_f64_f32(w), vcvt_high_f64_f32(d));
-                }
-            }
-            if (values) vst1q_f32(values + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(value), sign)), q->scale));
-        }
-        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
-        if (q->codes) {
-            uint16x8_t words0 = vcombine_u16(vmovn_u32(code[0]), vmovn_u32(code[1])), words1 = vcombine_u16(vmovn_u32(code[2]), vmovn_u32(code[3]));
-            uint8x16_t bytes = vcombine_u8(vmovn_u16(words0), vmovn_u16(words1));
-            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
-            if (q->packed) {                                        // low + 16 * high
-                uint16x8_t pairs = vreinterpretq_u16_u8(bytes);
-                uint8x8_t packed = vorr_u8(vmovn_u16(pairs), vshrn_n_u16(pairs, 4));
-                bytes = vcombine_u8(packed, packed);
-            }
-            if (!whole) {
-                vst1q_u8(last, bytes);
-                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
-            } else if (q->packed) vst1_u8(codes, vget_low_u8(bytes));
-            else vst1q_u8(codes, bytes);
-        }
-    }
-    t->saturated += vaddvq_u32(over);
-    if (!q->want_sums) return;
-    SNIPI_UNROLL for (g = 0; g < 4; g++) {                          // tally += (lane + lane 8 further) * scale^2
-        const double s = (double)q->scale;
-        const int h = g / 2, upper = g & 1;
-        float64x2_t v = upper ? vaddq_f64(vcvt_high_f64_f32(sum_sq[h]), vcvt_high_f64_f32(sum_sq[h + 2]))
-                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(sum_sq[h])), vcvt_f64_f32(vget_low_f32(sum_sq[h + 2])));
-        float64x2_t d = upper ? vaddq_f64(vcvt_high_f64_f32(err_sq[h]), vcvt_high_f64_f32(err_sq[h + 2]))
-                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(err_sq[h])), vcvt_f64_f32(vget_low_f32(err_sq[h + 2])));
-        float64x2_t w = vmulq_n_f64(dot[g], s);
-        v = vmulq_n_f64(v, s * s);
-        d = vmulq_n_f64(d, s * s);
-        SNIPI_KEPT(v);
-        SNIPI_KEPT(d);
-        SNIPI_KEPT(w);
-        vst1q_f64(t->sum_sq + 2 * g, vaddq_f64(vld1q_f64(t->sum_sq + 2 * g), v));
-        vst1q_f64(t->err_sq + 2 * g, vaddq_f64(vld1q_f64(t->err_sq + 2 * g), d));
-        vst1q_f64(t->dot + 2 * g, vaddq_f64(vld1q_f64(t->dot + 2 * g), w));
-    }
-}
-
-static void snipi_transpose_neon(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
-    int r, c, i;
-    for (r = 0; r + 4 <= rows; r += 4) {
-        for (c = 0; c + 4 <= cols; c += 4) {                        // rows 0 and 2, 1 and 3 interleaved, then those
-            const float *p = x + r * ld + c;
-            float *to = out + c * ld_out + r;
-            float32x4_t a0 = vld1q_f32(p), a1 = vld1q_f32(p + ld), a2 = vld1q_f32(p + 2 * ld), a3 = vld1q_f32(p + 3 * ld);
-            float32x4_t b0 = vzip1q_f32(a0, a2), b1 = vzip1q_f32(a1, a3), b2 = vzip2q_f32(a0, a2), b3 = vzip2q_f32(a1, a3);
-            vst1q_f32(to, vzip1q_f32(b0, b1));
-            vst1q_f32(to + ld_out, vzip2q_f32(b0, b1));
-            vst1q_f32(to + 2 * ld_out, vzip1q_f32(b2, b3));
-            vst1q_f32(to + 3 * ld_out, vzip2q_f32(b2, b3));
-        }
-        for (; c < cols; c++)
-            for (i = r; i < r + 4; i++) out[c * ld_out + i] = x[i * ld + c];
-    }
-    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
-}
-static void snipi_widen_neon(const uint16_t *x, int n, float *out) {
-    int i;
-    for (i = 0; i + 4 <= n; i += 4) vst1q_f32(out + i, vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(x + i)), 16)));    // out[i] = bits x[i] << 16
-    snipi_widen_scalar(x + i, n - i, out + i);
-}
-static void snipi_narrow_neon(const float *x, int n, uint16_t *out) {
-    int i;
-    for (i = 0; i + 4 <= n; i += 4) {                               // as snipi_bf16_round
-        uint32x4_t u = vreinterpretq_u32_f32(vld1q_f32(x + i)), high = vshrq_n_u32(u, 16);
-        uint32x4_t rounded = vshrq_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7FFF)), vandq_u32(high, vdupq_n_u32(1))), 16);
-        uint32x4_t nan = vcgtq_u32(vandq_u32(u, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(0x7F800000));
-        vst1_u16(out + i, vmovn_u32(vbslq_u32(nan, vorrq_u32(high, vdupq_n_u32(0x40)), rounded)));
-    }
-    snipi_narrow_scalar(x + i, n - i, out + i);
-}
-static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream) {
-    const snipi_element e = snipi_element_of(format);
-    const uint32x4_t magnitude = vdupq_n_u32((1u << e.sign) - 1u), base = vdupq_n_u32((uint32_t)(127 - e.bias) << 23);
-    const uint32x4_t last_tiny = vdupq_n_u32((1u << e.mantissa) - 1u), top = vdupq_n_u32(0x80000000u);
-    const int32x4_t shift = vdupq_n_s32(23 - e.mantissa), sign_shift = vdupq_n_s32(31 - e.sign);
-    int i = 0, g, packed = format == SNIP_E2M1;
-    (void)stream;
-    if (snipi_bits(scale) >= (127u - 100u) << 23)
-        for (; i + 8 <= n; i += 8) {
-            uint8x8_t bytes;
-            if (packed) {
-                uint32_t four;
-                memcpy(&four, codes + i / 2, 4);
-                bytes = vcreate_u8(four);
-                bytes = vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
-            } else
-                bytes = vld1_u8(codes + i);
-            if (vmaxv_u8(vand_u8(bytes, vdup_n_u8((uint8_t)((1 << e.sign) - 1)))) > e.largest) {       // NaN or infinity among them
-                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
-                continue;
-            }
-            SNIPI_UNROLL for (g = 0; g < 2; g++) {                  // m * smallest, or its fields moved into a float's
-                uint16x8_t wide = vmovl_u8(bytes);
-                uint32x4_t c = vmovl_u16(g ? vget_high_u16(wide) : vget_low_u16(wide)), m = vandq_u32(c, magnitude);
-                uint32x4_t tiny = vreinterpretq_u32_f32(vmulq_n_f32(vcvtq_f32_u32(m), lut[1])), normal = vaddq_u32(vshlq_u32(m, shift), base);
-                uint32x4_t v = vorrq_u32(vbslq_u32(vcgtq_u32(m, last_tiny), normal, tiny), vandq_u32(vshlq_u32(c, sign_shift), top));
-                vst1q_f32(out + i + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(v), scale));
-            }
-        }
-    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
-}
-static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
-    static const int32_t lane[4] = { 31, 30, 29, 28 };
-    int j;
-    for (j = 0; j < SNIPI_SIGNS; j += 4) {                          // x[j] with bit j in its sign place flipped
-        uint32x4_t bits = vandq_u32(vshlq_u32(vdupq_n_u32(signs[j >> 5] >> (j & 31)), vld1q_s32(lane)), vdupq_n_u32(0x80000000u));
-        vst1q_f32(x + j, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + j)), bits)));
-    }
-}
-#endif // SNIPI_NEON
-
-#ifdef SNIPI_X86_LATE
-enum { SNIPI_HAS_AVX_VNNI = 1, SNIPI_HAS_BF16 = 2, SNIPI_HAS_AMX = 4, SNIPI_HAS_ASKED = 8 };
-#ifdef SNIPI_EMULATED
-static int snipi_x86_late(void) { return SNIPI_HAS_AVX_VNNI | SNIPI_HAS_BF16 | SNIPI_HAS_AMX; }
-#else
-static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
-    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
-}
-// AMX's tiles must be in the state that the system saves (XCR0 bits 17 and 18), of the usual size, and permitted to this
-// process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small signal stack refuses.
-static int snipi_amx_usable(void) {
-#ifdef __linux__
-    uint32_t r[4], saved;
-    long result;
-    snipi_cpuid(0x1D, 1, r);
-    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "rdx");
-    if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
-    __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
-    return result == 0;
-#else
-    return 0;
-#endif
-}
-static int snipi_x86_late(void) {
-    static int answer;              // the machine's, so the same for all who ask
-    int has = __atomic_load_n(&answer, __ATOMIC_RELAXED);
-    uint32_t r[4], d;
-    if (has) return has;
-    has = SNIPI_HAS_ASKED;
-    if (__builtin_cpu_supports("avx2")) {
-        snipi_cpuid(7, 0, r);
-        d = r[3];
-        if (r[0] >= 1) {
-            snipi_cpuid(7, 1, r);
-            has |= (r[0] >> 4 & 1 ? SNIPI_HAS_AVX_VNNI : 0) | (r[0] >> 5 & 1 ? SNIPI_HAS_BF16 : 0);
-        }
-        if ((d >> 22 & 1) && (d >> 24 & 3) == 3 && snipi_amx_usable()) has |= SNIPI_HAS_AMX;        // BF16, tiles and INT8
-    }
-    __atomic_store_n(&answer, has, __ATOMIC_RELAXED);
-    return has;
-}
-#endif
-#endif // SNIPI_X86_LATE
-
-SNIP_API int snip_isa_available(snip_isa isa) {
-#ifdef SNIPI_X86
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    if (isa == SNIP_ISA_AVX2) return avx2;
-    if (isa == SNIP_ISA_AVX512) return avx512;
-    if (isa == SNIP_ISA_AVX512_VNNI) return vnni;
-#endif
-#ifdef SNIPI_X86_LATE
-    if (isa == SNIP_ISA_AVX_VNNI) return avx2 && snipi_x86_late() & SNIPI_HAS_AVX_VNNI;
-    if (isa == SNIP_ISA_AVX512_BF16) return vnni && snipi_x86_late() & SNIPI_HAS_BF16;
-    if (isa == SNIP_ISA_AMX) return avx512 && snipi_x86_late() & SNIPI_HAS_AMX;
-#endif
-#ifdef SNIPI_NEON
-    if (isa == SNIP_ISA_NEON) return 1;
-#  if defined(__ARM_FEATURE_DOTPROD)
-    if (isa == SNIP_ISA_NEON_DOT) return 1;
-#  elif defined(__linux__)
-    if (isa == SNIP_ISA_NEON_DOT) return (int)(getauxval(AT_HWCAP) >> 20 & 1);      // HWCAP_ASIMDDP
-#  endif
-#endif
-    return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
-}
-SNIP_API const char *snip_isa_name(snip_isa isa) {
-    switch (isa) {
-        case SNIP_ISA_BEST: return "best";
-        case SNIP_ISA_SCALAR: return "scalar";
-        case SNIP_ISA_AVX2: return "avx2";
-        case SNIP_ISA_AVX_VNNI: return "avx-vnni";
-        case SNIP_ISA_AVX512: return "avx512";
-        case SNIP_ISA_AVX512_VNNI: return "avx512-vnni";
-        case SNIP_ISA_AVX512_BF16: return "avx512-bf16";
-        case SNIP_ISA_AMX: return "amx";
-        case SNIP_ISA_NEON: return "neon";
-        case SNIP_ISA_NEON_DOT: return "neon-dot";
-        case SNIP_ISA_COUNT: break;
-    }
-    return "?";
-}
-static snip_isa snipi_best_isa(void) {
-    int isa;
-    for (isa = SNIP_ISA_COUNT - 1; isa > SNIP_ISA_SCALAR; isa--)
-        if (snip_isa_available((snip_isa)isa)) break;
-    return (snip_isa)isa;
-}
-static const snipi_vector *snipi_vector_of(snip_isa isa) {
-    static const snipi_vector scalar = { snipi_amax_scalar, snipi_philox_scalar, snipi_run_scalar, snipi_transpose_scalar, snipi_widen_scalar, snipi_narrow_scalar, snipi_decode_scalar, snipi_sums_exact,
-                                         NULL, NULL, NULL, NULL, NULL };
-#ifdef SNIPI_X86
-    static const snipi_vector avx2 = { snipi_amax_avx2, snipi_philox_avx2, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx2, snipi_sums_avx2,
-                                       NULL, NULL, NULL, NULL, NULL };
-    static const snipi_vector avx512 = { snipi_amax_avx512, snipi_philox_avx512, snipi_run_avx2, snipi_transpose_avx2, snipi_widen_avx2, snipi_narrow_avx2, snipi_decode_avx512, snipi_sums_avx2,
-                                         snipi_peaks_avx512, snipi_scales_avx512, snipi_strip_avx512, snipi_copy_avx512, snipi_columns_avx512 };
-    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
-    if (isa >= SNIP_ISA_AVX512) return &avx512;
-    if (isa >= SNIP_ISA_AVX2) return &avx2;
-#elif defined(SNIPI_NEON)
-    static const snipi_vector neon = { snipi_amax_neon, snipi_philox_neon, snipi_run_neon, snipi_transpose_neon, snipi_widen_neon, snipi_narrow_neon, snipi_decode_neon, snipi_sums_exact,
-                                       NULL, NULL, NULL, NULL, NULL };
-    if (isa != SNIP_ISA_SCALAR) return &neon;
-#else
-    (void)isa;
-#endif
-    return &scalar;
-}
-static snipi_adam snipi_adam_of(snip_isa isa) {
-#ifdef SNIPI_X86
-    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
-    if (isa >= SNIP_ISA_AVX512) return snipi_adam_avx512;
-    if (isa >= SNIP_ISA_AVX2) return snipi_adam_avx2;
-#else
-    (void)isa;
-#endif
-    return snipi_adam_scalar;
-}
-static snipi_flip snipi_flip_of(snip_isa isa) {
-#ifdef SNIPI_X86
-    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
-    if (isa >= SNIP_ISA_AVX512) return snipi_flip_avx512;
-    if (isa >= SNIP_ISA_AVX2) return snipi_flip_avx2;
-#elif defined(SNIPI_NEON)
-    if (isa != SNIP_ISA_SCALAR) return snipi_flip_neon;
-#else
-    (void)isa;
-#endif
-    return snipi_flip_scalar;
-}
-static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]) {
-    snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
-}
-static snipi_kernels snipi_kernels_of(snip_isa isa) {
-    snipi_kernels k = { 4, 16, 4, 16, 0, 0, snipi_kernel_f32_scalar, snipi_kernel_s8_scalar, NULL, snipi_spread_scalar, snipi_start_scalar, NULL, NULL, NULL, NULL, NULL, NULL };
-#ifdef SNIPI_X86
-    if (isa != SNIP_ISA_SCALAR) {
-        k.spread = snipi_spread_avx2;
-        k.start = snipi_start_avx2;
-    }
-    if (isa == SNIP_ISA_AVX2 || isa == SNIP_ISA_AVX_VNNI) {
-        k.f32_mr = k.s8_mr = 6;
-        k.f32 = snipi_kernel_f32_avx2;
-        k.s8 = snipi_kernel_s8_avx2;
-    } else if (isa != SNIP_ISA_SCALAR) {
-        k.f32_mr = k.s8_mr = k.bf16_mr = 12;
-        k.f32_nr = k.s8_nr = k.bf16_nr = 32;
-        k.f32 = snipi_kernel_f32_avx512;
-        k.spread = snipi_spread_avx512;
-        k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
-    }
-#ifdef SNIPI_X86_LATE
-    if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
-    if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
-    if (isa >= SNIP_ISA_AVX512_BF16) {
-        k.round = snipi_round_avx512;
-        k.look_up = snipi_look_up_avx512;
-        k.pair = snipi_pair_avx512;
-    }
-    if (isa == SNIP_ISA_AMX) {
-        k.s8_mr = k.bf16_mr = 32;
-        k.s8 = snipi_kernel_s8_amx;
-        k.bf16 = snipi_kernel_bf16_amx;
-        k.rows = snipi_rows_avx2;
-        k.begin = snipi_tiles_begin;
-        k.end = snipi_tiles_end;
-    }
-#endif
-#elif defined(SNIPI_NEON)
-    if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
-        k.f32_mr = 12;
-        k.f32_nr = k.s8_nr = 8;
-        k.f32 = snipi_kernel_f32_neon;
-        k.spread = snipi_spread_neon;
-        k.start = snipi_start_neon;
-        k.s8_mr = isa == SNIP_ISA_NEON_DOT ? 12 : 4;
-        k.s8 = isa == SNIP_ISA_NEON_DOT ? snipi_kernel_s8_neon_dot : snipi_kernel_s8_neon;
-    }
-#else
-    (void)isa;
-#endif
-    return k;
-}
+// Of an instruction set, from >>simd.
+static snip_isa snipi_best_isa(void);
+static snipi_kernels snipi_kernels_of(snip_isa isa);
 
 // One operand of a GEMM on its way into panels.
 typedef struct {
     snipi_reader reader;
     const snip_operand *operand;
     int64_t rows, k, ld;
-    int direct, round_bf16;     // direct: floats or BF16 read where the caller has them
+    int direct, round_bf16;  // direct: floats or BF16 read where the caller has them
 } snipi_side;
 
 static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64_t rows, int64_t k) {
@@ -3864,13 +2528,18 @@ static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64
     side->ld = operand->ld ? operand->ld : operand->transposed ? rows : k;
     snipi_reader_init(&side->reader, operand->recipe, operand->codes, operand->scales, rows, k);
 }
+
 // Elements [k0, k0 + n) of a row that lie together, as floats.
 static void snipi_side_row(const snipi_side *side, int64_t row, int64_t k0, int64_t n, float *out) {
     const void *x = side->operand->codes;
-    if (!side->direct) snipi_reader_row(&side->reader, row, k0, n, out, 1);
-    else if (side->operand->recipe->format == SNIP_BF16) side->reader.vector->widen((const uint16_t *)x + row * side->ld + k0, (int)n, out);
-    else memcpy(out, (const float *)x + row * side->ld + k0, (size_t)n * sizeof(float));
+    if (!side->direct)
+        snipi_reader_row(&side->reader, row, k0, n, out, 1);
+    else if (side->operand->recipe->format == SNIP_BF16)
+        side->reader.vector->widen((const uint16_t *)x + row * side->ld + k0, (int)n, out);
+    else
+        memcpy(out, (const float *)x + row * side->ld + k0, (size_t)n * sizeof(float));
 }
+
 static void snipi_round_to_bf16(const snipi_vector *vector, float *x, int n) {
     uint16_t narrow[SNIPI_RUN];
     int i;
@@ -3880,8 +2549,10 @@ static void snipi_round_to_bf16(const snipi_vector *vector, float *x, int n) {
         vector->widen(narrow, m, x + i);
     }
 }
+
 // Rows [row0, row0 + used) of k range [k0, k0 + kc) into panel[kc][width], zeros beyond `used`.
-static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc, float *panel) {
+static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc,
+                           float *panel) {
     const snipi_vector *vector = side->reader.vector;
     const float *x = (const float *)side->operand->codes;
     const uint16_t *x16 = (const uint16_t *)side->operand->codes;
@@ -3894,7 +2565,8 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
             for (i = 0; i < n; i++) {
                 int64_t at = row0 + (k0 + k + i) * side->ld, j = 0;
                 float *to = panel + (k + i) * width;
-                if (bf16) vector->widen(x16 + at, used, to);
+                if (bf16)
+                    vector->widen(x16 + at, used, to);
                 else {
                     for (; j + 4 <= used; j += 4) memcpy(to + j, x + at + j, 4 * sizeof(float));
                     for (; j < used; j++) to[j] = x[at + j];
@@ -3911,32 +2583,46 @@ static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int w
         if (side->round_bf16) snipi_round_to_bf16(vector, panel + k * width, (int)n * width);
     }
 }
+
 // A scaled panel: dword t of row i lies at panel + t * step + i * row.
-typedef struct { int element, width, offset; int64_t step, row; } snipi_panel_form;     // element: bytes, 1 is S8, 2 BF16; offset: of S8
+typedef struct {
+    int element, width, offset;
+    int64_t step, row;
+} snipi_panel_form;  // element: bytes, 1 is S8, 2 BF16; offset: of S8
 
 // `length` elements from k0 of E2M1 rows [row0, row0 + used), `steps` dwords of each row, the rest of which is zeros.
-static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
+static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
+                          int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
     const size_t row_bytes = side->reader.row_bytes;
     const uint8_t *codes = side->reader.codes + (size_t)row0 * row_bytes + k0 / 2;
     int64_t whole = length / 4, rest = length & 3, t;
     int i;
-    if (to->step == 4) kernels->rows(codes, row_bytes, used, whole, panel, to->row);
-    else kernels->spread(codes, row_bytes, used, whole, to->offset, panel, to->width);
+    if (to->step == 4)
+        kernels->rows(codes, row_bytes, used, whole, panel, to->row);
+    else
+        kernels->spread(codes, row_bytes, used, whole, to->offset, panel, to->width);
     for (t = 0; t < steps; t++)
         for (i = t < whole ? used : 0; i < to->width; i++) memset(panel + t * to->step + i * to->row, to->offset, 4);
     for (i = 0; i < used && rest; i++) {
         const uint8_t *last = codes + (size_t)i * row_bytes + 2 * whole;
-        for (t = 0; t < rest; t++) panel[whole * to->step + i * to->row + t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] + to->offset);
+        for (t = 0; t < rest; t++)
+            panel[whole * to->step + i * to->row + t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] +
+                                                                  to->offset);
     }
 }
+
 // The same of any operand that bfloat16 holds exactly; codes without their scales.
-static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
-    enum { PART = 64 };                         // elements of k at a time
+static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
+                            int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
+    enum { PART = 64 };  // elements of k at a time
+
     const snipi_reader *q = &side->reader;
-    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1, width = to->width;
+    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1,
+              width = to->width;
     const float *x = (const float *)side->operand->codes;
     const uint16_t *x16 = (const uint16_t *)side->operand->codes;
-    float pairs[SNIPI_MAX_NR * PART / 2];       // of bfloat16, in a row of k each, or where the operand is transposed a pair of k
+    float pairs[SNIPI_MAX_NR * PART /
+                2];  // of bfloat16, in a row of k each, or where the operand is transposed a pair of k
     const int by_rows = to->step == 4;
     uint16_t table[32];
     int64_t k;
@@ -3946,42 +2632,59 @@ static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side
         int n = (int)snipi_min(PART, 2 * steps - k), there = (int)snipi_max(0, snipi_min(n, length - k));
         float *out = (float *)(void *)panel;
         if (used < width || there < n) memset(pairs, 0, sizeof pairs);
-        if (by_rows && (used < width || there < n)) for (i = 0; i < width; i++) memset(panel + i * to->row, 0, (size_t)n * 2);
+        if (by_rows && (used < width || there < n))
+            for (i = 0; i < width; i++) memset(panel + i * to->row, 0, (size_t)n * 2);
         if (side->operand->transposed) {
             const int in_place = !by_rows && used == width;
             for (i = 0; i < there; i += 2) {
                 const int64_t at = row0 + (k0 + k + i) * side->ld, next = at + side->ld;
-                const void *first = bf16 ? (const void *)(x16 + at) : (const void *)(x + at), *second = bf16 ? (const void *)(x16 + next) : (const void *)(x + next);
-                kernels->pair(first, i + 1 < there ? second : NULL, bf16, used, (in_place ? out : pairs) + i / 2 * width);
+                const void *first = bf16 ? (const void *)(x16 + at) : (const void *)(x + at),
+                           *second = bf16 ? (const void *)(x16 + next) : (const void *)(x + next);
+                kernels->pair(first, i + 1 < there ? second : NULL, bf16, used,
+                              (in_place ? out : pairs) + i / 2 * width);
             }
-            if (by_rows) q->vector->transpose(pairs, width, n / 2, width, out, to->row / 4);
-            else if (!in_place) memcpy(out, pairs, (size_t)n / 2 * (size_t)width * 4);
-            else if (i < n) memset(out + i / 2 * width, 0, (size_t)(n - i) / 2 * (size_t)width * 4);
+            if (by_rows)
+                q->vector->transpose(pairs, width, n / 2, width, out, to->row / 4);
+            else if (!in_place)
+                memcpy(out, pairs, (size_t)n / 2 * (size_t)width * 4);
+            else if (i < n)
+                memset(out + i / 2 * width, 0, (size_t)(n - i) / 2 * (size_t)width * 4);
             continue;
         }
         for (i = 0; i < used && there; i++) {
             const int64_t row = row0 + i, at = row * side->ld + k0 + k;
             uint16_t *line = (uint16_t *)(void *)(by_rows ? panel + i * to->row : (uint8_t *)(pairs + i * (PART / 2)));
-            if (bf16 && there == PART) memcpy(line, x16 + at, PART * 2);
-            else if (bf16) memcpy(line, x16 + at, (size_t)there * 2);
-            else if (side->direct) kernels->round(x + at, there, line);
-            else kernels->look_up(q->recipe->format, table, q->lut, q->codes + (size_t)row * q->row_bytes + (packed ? (k0 + k) >> 1 : k0 + k), there, line);
+            if (bf16 && there == PART)
+                memcpy(line, x16 + at, PART * 2);
+            else if (bf16)
+                memcpy(line, x16 + at, (size_t)there * 2);
+            else if (side->direct)
+                kernels->round(x + at, there, line);
+            else
+                kernels->look_up(q->recipe->format, table, q->lut,
+                                 q->codes + (size_t)row * q->row_bytes + (packed ? (k0 + k) >> 1 : k0 + k), there,
+                                 line);
         }
         if (!by_rows) q->vector->transpose(pairs, PART / 2, width, n / 2, out, width);
     }
 }
+
 // k range [k0, k0 + kc) of rows into a scaled panel, with one scale per (block, row).
-static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to, int64_t row0, int used, int64_t k0, int64_t kc, int64_t block, int64_t piece,
+static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
+                              int64_t row0, int used, int64_t k0, int64_t kc, int64_t block, int64_t piece,
                               uint8_t *panel, float *scales, int32_t *start) {
     const snipi_reader *q = &side->reader;
-    const float unit = to->element == 1 ? 0.5f : 1.0f;         // S8 integers are doubled
+    const float unit = to->element == 1 ? 0.5f : 1.0f;  // S8 integers are doubled
     float scale = 0;
     int64_t k, next = 0;
     int i;
     for (k = 0; k < kc; k += block, scales += to->width) {
-        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4, tile_col = (k0 + k) / q->tile_cols;
-        if (to->element == 1) snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
-        else snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
+        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4,
+                tile_col = (k0 + k) / q->tile_cols;
+        if (to->element == 1)
+            snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
+        else
+            snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
         for (i = 0; i < used; i++) {
             if (i == 0 || row0 + i == next) {
                 scale = unit * snipi_reader_scale(q, row0 + i, tile_col);
@@ -3990,29 +2693,40 @@ static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *si
             scales[i] = scale;
         }
         memset(scales + used, 0, (size_t)(to->width - used) * sizeof(float));
-        if (start) { kernels->start((const int8_t *)panel, steps, to->width, start); start += to->width; }
+        if (start) {
+            kernels->start((const int8_t *)panel, steps, to->width, start);
+            start += to->width;
+        }
         panel += steps * to->step;
     }
 }
 
 // Length of the common scale block along k of two operands, 0 if their tiles do not nest.
 static int64_t snipi_scale_block(const snip_operand *a, const snip_operand *b, int64_t k) {
-    int64_t ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k)), tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
+    int64_t ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k)),
+            tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
     int64_t small = snipi_min(ta, tb), large = snipi_max(ta, tb);
     if (k == 0 || (large % small && large < k)) return 0;
     return small >= k || small % SNIPI_MIN_BLOCK == 0 ? small : 0;
 }
+
 static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
-    return a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1 && k <= SNIPI_S8_MOST ? snipi_scale_block(a, b, k) : 0;
+    return a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1 && k <= SNIPI_S8_MOST
+               ? snipi_scale_block(a, b, k)
+               : 0;
 }
+
 static int snipi_fits_bf16(const snip_operand *o) { return o->recipe->format != SNIP_F32 || o->round_bf16; }
 
 // block: of the integer path, 0 for floats.
 static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
-    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR), blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
-    size_t per_row = (size_t)snipi_max(snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float), snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
+    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR),
+           blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
+    size_t per_row = (size_t)snipi_max(snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float),
+                                       snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
     return rows * (per_row + blocks * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
 }
+
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
     const int64_t most = (int64_t)1 << 40;
     if (m < 0 || n < 0 || k < 0 || m > most || n > most || k > most) return 0;
@@ -4034,17 +2748,17 @@ static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
 typedef struct {
     snipi_side a, b;
     snipi_kernels kernels;
-    int element, mr, nr;                // element: bytes in scaled panels, 1 is S8, 2 BF16; 0: F32 panels
+    int element, mr, nr;  // element: bytes in scaled panels, 1 is S8, 2 BF16; 0: F32 panels
     int64_t m, n, k, ldc;
-    int64_t block, piece;               // of scaled panels: elements; bytes
-    int64_t mp, np, chunks_m;           // panels; chunks of panels of A
-    int64_t step, k0, kc, row_bytes, blocks;    // of k at a time; the step under way, and of each row of a panel in it
-    int late_b;                         // B's panels are packed by the chunk that alone uses them, while they are in its cache
+    int64_t block, piece;                     // of scaled panels: elements; bytes
+    int64_t mp, np, chunks_m;                 // panels; chunks of panels of A
+    int64_t step, k0, kc, row_bytes, blocks;  // of k at a time; the step under way, and of each row of a panel in it
+    int late_b;  // B's panels are packed by the chunk that alone uses them, while they are in its cache
     float *c;
     char *panel_a, *panel_b;
     float *scales_a, *scales_b;
     int32_t *start;
-    const float *bias;                  // of C's start, or NULL
+    const float *bias;  // of C's start, or NULL
     int accumulate;
 } snipi_gemm_job;
 
@@ -4052,6 +2766,7 @@ typedef struct {
 static int64_t snipi_gemm_row_bytes(const snipi_gemm_job *g, int64_t kc) {
     return g->element ? snipi_padded(kc * g->element, g->block * g->element, g->piece) : kc * (int64_t)sizeof(float);
 }
+
 // Panel `index` of one step: those of A, then those of B.
 static void snipi_gemm_pack(void *arg, int64_t index) {
     const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
@@ -4063,12 +2778,17 @@ static void snipi_gemm_pack(void *arg, int64_t index) {
     if (g->element) {
         int64_t at = p * width * g->blocks;
         snipi_panel_form to = { g->element, width, is_b || tiles ? 0 : 12, 4 * width, 4 };
-        if (tiles && !is_b) { to.step = 4; to.row = row_bytes; }
+        if (tiles && !is_b) {
+            to.step = 4;
+            to.row = row_bytes;
+        }
         snipi_pack_scaled(&g->kernels, side, &to, p * width, used, k0, kc, g->block, g->piece, (uint8_t *)panel,
-                          (is_b ? g->scales_b : g->scales_a) + at, is_b && g->element == 1 && !tiles ? g->start + at : NULL);
+                          (is_b ? g->scales_b : g->scales_a) + at,
+                          is_b && g->element == 1 && !tiles ? g->start + at : NULL);
     } else
         snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)panel);
 }
+
 // The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. C starts at k0 = 0.
 static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
     static const float zeros[SNIPI_MAX_NR] = { 0 };
@@ -4087,14 +2807,18 @@ static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
     }
     if (g->element) {
         const int64_t blocks = g->blocks;
-        (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a, (const int8_t *)b,
-            g->scales_a + ip * mr * blocks, g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks, from, target, ld);
+        (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a,
+                                                            (const int8_t *)b, g->scales_a + ip * mr * blocks,
+                                                            g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks,
+                                                            from, target, ld);
     } else
-        for (k = 0; k < kc; k += SNIPI_SUM_F32, from = NULL)       // shorter sums are closer ones
-            g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr, (const float *)(const void *)b + k * nr, from, target, ld);
+        for (k = 0; k < kc; k += SNIPI_SUM_F32, from = NULL)  // shorter sums are closer ones
+            g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr,
+                           (const float *)(const void *)b + k * nr, from, target, ld);
     if (!whole)
         for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
 }
+
 // A chunk of panels of A with a chunk of panels of B.
 static void snipi_gemm_chunk(void *arg, int64_t t) {
     snipi_gemm_job *g = (snipi_gemm_job *)arg;
@@ -4106,14 +2830,19 @@ static void snipi_gemm_chunk(void *arg, int64_t t) {
     }
     if (g->element && g->kernels.end) g->kernels.end();
 }
+
 static void snipi_gemm_bias(void *arg, int64_t i) {
     const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
     float *c = g->c + i * g->ldc;
     int64_t j;
-    if (g->accumulate) for (j = 0; j < g->n; j++) c[j] += g->bias[j];
-    else if (g->bias) memcpy(c, g->bias, (size_t)g->n * sizeof(float));
-    else memset(c, 0, (size_t)g->n * sizeof(float));
+    if (g->accumulate)
+        for (j = 0; j < g->n; j++) c[j] += g->bias[j];
+    else if (g->bias)
+        memcpy(c, g->bias, (size_t)g->n * sizeof(float));
+    else
+        memset(c, 0, (size_t)g->n * sizeof(float));
 }
+
 // Which panels, and the common scale block along k.
 static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const snip_operand *b) {
     int64_t block = snipi_scale_block(a, b, g->k);
@@ -4124,7 +2853,7 @@ static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const sn
         g->mr = g->kernels.s8_mr;
         g->nr = g->kernels.s8_nr;
     } else if (block && g->kernels.bf16 && snipi_fits_bf16(a) && snipi_fits_bf16(b)) {
-        if (block >= g->k) block = snipi_min(block, SNIPI_BLOCK_BF16);      // float sums may end anywhere in a tile
+        if (block >= g->k) block = snipi_min(block, SNIPI_BLOCK_BF16);  // float sums may end anywhere in a tile
         while (block > SNIPI_BLOCK_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
         if (block > SNIPI_BLOCK_BF16) return;
         g->element = 2;
@@ -4142,14 +2871,17 @@ static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const sn
     }
     g->step = snipi_min(g->step, g->k);
 }
+
 static int64_t snipi_gemm_scale_bytes(const snipi_gemm_job *g, int64_t rows) {
     return g->element ? snipi_round_up(rows * snipi_ceil_div(g->step, g->block) * (int64_t)sizeof(float), 64) : 0;
 }
+
 // Panels of B, their scales and `start`, of one step.
 static int64_t snipi_gemm_b_bytes(const snipi_gemm_job *g) {
     const int64_t rows = g->np * g->nr;
     return snipi_round_up(rows * snipi_gemm_row_bytes(g, g->step), 64) + 2 * snipi_gemm_scale_bytes(g, rows);
 }
+
 static void snipi_gemm_place_b(snipi_gemm_job *g, char *at) {
     const int64_t rows = g->np * g->nr;
     g->panel_b = at;
@@ -4157,27 +2889,38 @@ static void snipi_gemm_place_b(snipi_gemm_job *g, char *at) {
     g->scales_b = (float *)(void *)at;
     g->start = (int32_t *)(void *)(at + snipi_gemm_scale_bytes(g, rows));
 }
-static void snipi_gemm_begin(snipi_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_isa isa) {
+
+static void snipi_gemm_begin(snipi_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                             const snip_operand *b, snip_isa isa) {
     memset(g, 0, sizeof *g);
     g->kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
-    g->m = m; g->n = n; g->k = k;
+    g->m = m;
+    g->n = n;
+    g->k = k;
     snipi_gemm_choose(g, a, b);
 }
+
 // Bytes of all of B's panels, as snipi_gemm_with holds them.
-static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_isa isa) {
+static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                              snip_isa isa) {
     snipi_gemm_job g;
     snipi_gemm_begin(&g, m, n, k, a, b, isa);
     return k ? (size_t)(snipi_ceil_div(k, g.step) * snipi_gemm_b_bytes(&g)) + 64 : 1;
 }
-// held: NULL, or memory for B's panels, which are packed here if `pack` and else found there; b's codes and scales are then not read.
+
+// held: NULL, or memory for B's panels, which are packed here if `pack` and else found there; b's codes and scales are
+// then not read.
 static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                   float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa, void *held, int pack) {
+                                   float *c, int64_t ldc, int accumulate, const float *bias, void *scratch,
+                                   snip_isa isa, void *held, int pack) {
     snipi_gemm_job g;
     uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64, at_b = ((uintptr_t)held + 63) / 64 * 64;
     const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;
     snipi_gemm_begin(&g, m, n, k, a, b, isa);
-    g.c = c; g.ldc = ldc;
-    g.bias = bias; g.accumulate = accumulate;
+    g.c = c;
+    g.ldc = ldc;
+    g.bias = bias;
+    g.accumulate = accumulate;
     if (k > 0) {
         snipi_side_init(&g.a, a, m, k);
         if (!held || pack) snipi_side_init(&g.b, b, n, k);
@@ -4199,8 +2942,9 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     if (accumulate && bias) snipi_share(snipi_gemm_bias, &g, m, work);
     return SNIP_OK;
 }
-SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                               float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa) {
+
+SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, float *c,
+                               int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa isa) {
     if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
     if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
     if ((int)isa < 0 || isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
@@ -4227,54 +2971,111 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 //   fwd    (a |r_X|^2 / n_X * |dY' W|^2  +  |r_W|^2 / n_W * |dY'^T X|^2  +  (c_X + c_W)^2 <dY', Y>^2) / U^2
 //   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2  +  |e_W|^2 / n_W * |dY^T X'|^2) / U^2
 //   wgrad  |D * dW_err|^2 / |W|^2 / U^2, dW_err the GEMM's error in format f, on a sample of the output features
-// The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T repeats
-// with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true value.
-// Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is sensitive. That is seen in the
-// clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white errors, 0.5 to 6 in fact (in the update, of
-// r_X, below); curvature (Fisher's, sum dX_r^T dX_r) and answer are taken to have dX's directions and sizes, row by row.
-// Nor is it independent of X: what saturates or is flushed to 0 shrinks X, and all of Y with it, e_A = -c_A A + r_A, c_A = -<A, e_A> / |A|^2: 0.02 to
-// 0.05 in MXFP4, 3 to 12% of |e_A|^2 and up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer
-// <dY', Y> = <dY' W, X> is the change of <dX, X> from pass to pass; X's own change in it is small. One probe's square of it would be chi-square
-// with a single degree of freedom: it is taken over blocks of 32 rows, and the blocks' squares are added.
-// dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of dW, sketched with its
-// rows mixed into 32: the update probe forms no more of its dW than that. The two parts are uncorrelated and share the square as
-// |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
-// The learning rate cancels in the ratio, so D and u are taken at rate 1.
+// The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T
+// repeats with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true
+// value. Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is
+// sensitive. That is seen in the clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white
+// errors, 0.5 to 6 in fact (in the update, of r_X, below); curvature (Fisher's, sum dX_r^T dX_r) and answer are taken
+// to have dX's directions and sizes, row by row. Nor is it independent of X: what saturates or is flushed to 0 shrinks
+// X, and all of Y with it, e_A = -c_A A + r_A, c_A = -<A, e_A> / |A|^2: 0.02 to 0.05 in MXFP4, 3 to 12% of |e_A|^2 and
+// up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer <dY', Y> = <dY' W,
+// X> is the change of <dX, X> from pass to pass; X's own change in it is small. One probe's square of it would be
+// chi-square with a single degree of freedom: it is taken over blocks of 32 rows, and the blocks' squares are added.
+// dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of
+// dW, sketched with its rows mixed into 32: the update probe forms no more of its dW than that. The two parts are
+// uncorrelated and share the square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2. The learning rate cancels in the ratio, so D and
+// u are taken at rate 1.
 //
 // Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
-// update_weight * update * (r + (1 - r) / horizon). The forward's errors repeat with the slowly moving weights; the backward GEMMs' are
-// noise, which averages out over steps, but for the share r of dY's squared error that lies along dY and so returns with it. r = 0 where
-// rounding is stochastic. To nearest a code is about the mean of what it stands for: <Q(x), e> = 0, so <x, e> = -|e|^2 and
-// r = <x, e>^2 / (|x|^2 |e|^2) = |e|^2 / |x|^2: 0.02 in FP4 tiles, 0.03 to 0.27 where one scale a tensor flushes small gradients to 0.
-// Each term is a mean over measurements (snipi_costs).
+// update_weight * update * (r + (1 - r) / horizon). The forward's errors repeat with the slowly moving weights; the
+// backward GEMMs' are noise, which averages out over steps, but for the share r of dY's squared error that lies along
+// dY and so returns with it. r = 0 where rounding is stochastic. To nearest a code is about the mean of what it stands
+// for: <Q(x), e> = 0, so <x, e> = -|e|^2 and r = <x, e>^2 / (|x|^2 |e|^2) = |e|^2 / |x|^2: 0.02 in FP4 tiles, 0.03 to
+// 0.27 where one scale a tensor flushes small gradients to 0. Each term is a mean over measurements (snipi_costs).
 //
-// A GEMM's change of format counts `margin` standard errors on top of its cost: a plan changes only where that pays, and
-// noise does not move it. Errors are added, not their squares: a new plan is chosen because its errors happen to be low.
+// A GEMM's change of format counts `margin` standard errors on top of its cost: a plan changes only where that pays,
+// and noise does not move it. Errors are added, not their squares: a new plan is chosen because its errors happen to be
+// low.
 //
-// A measuring step comes every `every` steps and, under a plan, when the loss spikes or the statistics drift, but not within
-// every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until the measurement;
-// the plan is then made afresh, without a margin for the old one.
+// A measuring step comes every `every` steps and, under a plan, when the loss spikes or the statistics drift, but not
+// within every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until
+// the measurement; the plan is then made afresh, without a margin for the old one.
 //
 // Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.2 to 3.5
-// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch for one layer.
-enum { SNIPI_SKETCH = 4096, SNIPI_PROJECTED = 32, SNIPI_MIXED = 128, SNIPI_CANDIDATES = 2, SNIPI_ROLES = 16, SNIPI_BLOCKS = 64, SNIPI_BLOCK_ROWS = 32 };
-enum { SNIPI_ROLE_X, SNIPI_ROLE_W, SNIPI_ROLE_DY, SNIPI_ROLE_W_T, SNIPI_ROLE_DY_T, SNIPI_ROLE_X_T, SNIPI_ROLE_NOISE_X, SNIPI_ROLE_NOISE_W,
-       SNIPI_ROLE_PROBE, SNIPI_ROLE_PROJECT, SNIPI_ROLE_SKETCH };
-enum { SNIPI_SKETCH_X, SNIPI_SKETCH_DY, SNIPI_SKETCH_XW, SNIPI_SKETCH_DYW, SNIPI_SKETCH_DW, SNIPI_SKETCHES };     // of X, dY, X W^T, dY W, dW
-enum { SNIPI_SLOT_A, SNIPI_SLOT_A_SCALES, SNIPI_SLOT_B, SNIPI_SLOT_B_SCALES, SNIPI_SLOT_GEMM, SNIPI_SLOT_X, SNIPI_SLOT_W, SNIPI_SLOT_OUT,
-       SNIPI_SLOT_SAMPLE, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SLOT_PROJECT, SNIPI_SLOT_MIXED, SNIPI_SLOT_SKETCH, SNIPI_SLOTS };
+// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch
+// for one layer.
+enum {
+    SNIPI_SKETCH = 4096,
+    SNIPI_PROJECTED = 32,
+    SNIPI_MIXED = 128,
+    SNIPI_CANDIDATES = 2,
+    SNIPI_ROLES = 16,
+    SNIPI_BLOCKS = 64,
+    SNIPI_BLOCK_ROWS = 32
+};
+
+enum {
+    SNIPI_ROLE_X,
+    SNIPI_ROLE_W,
+    SNIPI_ROLE_DY,
+    SNIPI_ROLE_W_T,
+    SNIPI_ROLE_DY_T,
+    SNIPI_ROLE_X_T,
+    SNIPI_ROLE_NOISE_X,
+    SNIPI_ROLE_NOISE_W,
+    SNIPI_ROLE_PROBE,
+    SNIPI_ROLE_PROJECT,
+    SNIPI_ROLE_SKETCH
+};
+
+enum {
+    SNIPI_SKETCH_X,
+    SNIPI_SKETCH_DY,
+    SNIPI_SKETCH_XW,
+    SNIPI_SKETCH_DYW,
+    SNIPI_SKETCH_DW,
+    SNIPI_SKETCHES
+};  // of X, dY, X W^T, dY W, dW
+
+enum {
+    SNIPI_SLOT_A,
+    SNIPI_SLOT_A_SCALES,
+    SNIPI_SLOT_B,
+    SNIPI_SLOT_B_SCALES,
+    SNIPI_SLOT_GEMM,
+    SNIPI_SLOT_X,
+    SNIPI_SLOT_W,
+    SNIPI_SLOT_OUT,
+    SNIPI_SLOT_SAMPLE,
+    SNIPI_SLOT_SAMPLE_OUT,
+    SNIPI_SLOT_PROJECT,
+    SNIPI_SLOT_MIXED,
+    SNIPI_SLOT_SKETCH,
+    SNIPI_SLOTS
+};
+
 enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
-typedef struct {                // of one candidate format, over the step's micro-batches
+typedef struct {  // of one candidate format, over the step's micro-batches
     double err_w, err_dy, dot_x, dot_w;
-    double self_x, self_w;      // <X, e_X>, <W, e_W>
-    double dx_sq, along_x, both_x, scale_x;     // sums over rows of |dX|^2, <dX, e_X>^2, <dX, e_X> <dX, X>, <dX, X>^2
-    double wgrad_err;           // |D * dW_err|^2
+    double self_x, self_w;                   // <X, e_X>, <W, e_W>
+    double dx_sq, along_x, both_x, scale_x;  // sums over rows of |dX|^2, <dX, e_X>^2, <dX, e_X> <dX, X>, <dX, X>^2
+    double wgrad_err;                        // |D * dW_err|^2
 } snipi_measured;
-enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
-typedef struct { double mean[SNIPI_TERMS], variance[SNIPI_TERMS]; } snipi_average;      // over measurements
 
-typedef struct { void *panels; size_t size; int64_t nonfinite, saturated; const float *held; snip_format format; } snipi_cached;        // held: the weight packed in this pass
+enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
+
+typedef struct {
+    double mean[SNIPI_TERMS], variance[SNIPI_TERMS];
+} snipi_average;  // over measurements
+
+typedef struct {
+    void *panels;
+    size_t size;
+    int64_t nonfinite, saturated;
+    const float *held;
+    snip_format format;
+} snipi_cached;  // held: the weight packed in this pass
 
 typedef struct {
     char *name;
@@ -4284,23 +3085,23 @@ typedef struct {
     snip_format format[SNIP_GEMMS];
     unsigned char allow[SNIP_GEMMS];
     int64_t nonfinite, saturated;
-    int64_t calls_forward, calls_backward;      // of this pass: tells micro-batches apart
+    int64_t calls_forward, calls_backward;  // of this pass: tells micro-batches apart
     double weight_sq, sensitivity_sq, sigma_x, sigma_w;
     double noisy_x, noisy_w, clean_x, clean_w;  // <xi, dA> of the two passes
     int64_t elements_x, elements_y;             // seen by this pass; rows by the one before
     int64_t rows;
-    double input_sq, gradient_sq;               // |X|^2, |dY|^2 of the clean pass
-    double scaling[SNIPI_BLOCKS];               // <dX, X> by blocks of rows: update probe less clean
-    float *sketch;                              // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
-    double sketched_sq[SNIPI_SKETCHES];         // |sketch|^2
+    double input_sq, gradient_sq;        // |X|^2, |dY|^2 of the clean pass
+    double scaling[SNIPI_BLOCKS];        // <dX, X> by blocks of rows: update probe less clean
+    float *sketch;                       // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
+    double sketched_sq[SNIPI_SKETCHES];  // |sketch|^2
     snipi_measured measured[SNIPI_CANDIDATES];
     snipi_average average[SNIPI_CANDIDATES];
     snip_estimate estimate[SNIPI_CANDIDATES];
-    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];       // in desc.high, then in each candidate
-    double seen_sq[2], seen[2];                 // of a sample of X and dY, in this step
-    double level[2], reference[2];              // log2 of their rms: running mean, and as it was at the last measurement
-    int64_t micros;                             // forward calls of the last pass
-    snipi_cached weight[2];                     // W's panels for fwd and dgrad, where micro-batches share them
+    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];  // in desc.high, then in each candidate
+    double seen_sq[2], seen[2];                        // of a sample of X and dY, in this step
+    double level[2], reference[2];  // log2 of their rms: running mean, and as it was at the last measurement
+    int64_t micros;                 // forward calls of the last pass
+    snipi_cached weight[2];         // W's panels for fwd and dgrad, where micro-batches share them
 } snipi_layer;
 
 struct snip {
@@ -4311,27 +3112,39 @@ struct snip {
     size_t slot_size[SNIPI_SLOTS];
     snip_mode mode;
     snip_pass pass;
-    snip_status pending;        // the step's first error
+    snip_status pending;  // the step's first error
     int64_t step;
     int plans;
     double tau, loss, solve_seconds;
-    snip_adamw adamw;           // of the last step
-    double measurements, squared_weights;       // averaged over; sum of the squares of their weights
-    double loss_mean, loss_deviation;           // running, of `losses` steps; `levels` steps of snipi_layer.level
-    int64_t losses, levels, measured;           // step of the last measurement
-    int64_t due, fallen;        // a measurement is wanted before its time; a spike has put GEMMs into `fallback`
-    int told;                   // the loss of this step
+    snip_adamw adamw;                      // of the last step
+    double measurements, squared_weights;  // averaged over; sum of the squares of their weights
+    double loss_mean, loss_deviation;      // running, of `losses` steps; `levels` steps of snipi_layer.level
+    int64_t losses, levels, measured;      // step of the last measurement
+    int64_t due, fallen;  // a measurement is wanted before its time; a spike has put GEMMs into `fallback`
+    int told;             // the loss of this step
     char message[256], held[256], reason[256];  // held: `pending`'s message
 };
 
-static void *snipi_default_alloc(size_t size, void *user) { (void)user; return SNIP_MALLOC(size); }
-static void snipi_default_free(void *ptr, void *user) { (void)user; SNIP_FREE(ptr); }
+static void *snipi_default_alloc(size_t size, void *user) {
+    (void)user;
+    return SNIP_MALLOC(size);
+}
+
+static void snipi_default_free(void *ptr, void *user) {
+    (void)user;
+    SNIP_FREE(ptr);
+}
+
 static void *snipi_alloc(snip *s, size_t size) {
     void *p = s->desc.alloc.alloc_fn(size ? size : 1, s->desc.alloc.user);
     if (p) memset(p, 0, size);
     return p;
 }
-static void snipi_free(snip *s, void *p) { if (p) s->desc.alloc.free_fn(p, s->desc.alloc.user); }
+
+static void snipi_free(snip *s, void *p) {
+    if (p) s->desc.alloc.free_fn(p, s->desc.alloc.user);
+}
+
 // Scratch that only ever grows.
 static void *snipi_reserve(snip *s, int slot, size_t size) {
     if (size > s->slot_size[slot] || !s->slot[slot]) {
@@ -4342,43 +3155,63 @@ static void *snipi_reserve(snip *s, int slot, size_t size) {
     }
     return s->slot[slot];
 }
-static float *snipi_reserve_floats(snip *s, int slot, int64_t n) { return (float *)snipi_reserve(s, slot, (size_t)n * sizeof(float)); }
+
+static float *snipi_reserve_floats(snip *s, int slot, int64_t n) {
+    return (float *)snipi_reserve(s, slot, (size_t)n * sizeof(float));
+}
 
 // The message is the session's to change also where a call takes it as const.
 static snip_status snipi_fail(const snip *s, snip_status status, const char *message) {
     if (s) snprintf(((snip *)(uintptr_t)s)->message, sizeof s->message, "%s", message);
     return status;
 }
+
 static snip_status snipi_fail_in(const snip *s, snip_status status, const char *where, const char *why) {
     char message[256];
     snprintf(message, sizeof message, "%.100s: %.152s", where, why);
     return snipi_fail(s, status, message);
 }
-static snip_status snipi_bad(const snip *s, const char *function) { return snipi_fail_in(s, SNIP_BAD_ARGUMENT, function, snip_status_text(SNIP_BAD_ARGUMENT)); }
-static snip_status snipi_no_memory(const snip *s, const char *function) { return snipi_fail_in(s, SNIP_OUT_OF_MEMORY, function, snip_status_text(SNIP_OUT_OF_MEMORY)); }
 
-static int snipi_in_range(double x, double low, double high) { return !snipi_nonfinite_f64(x) && x >= low && x <= high; }
+static snip_status snipi_bad(const snip *s, const char *function) {
+    return snipi_fail_in(s, SNIP_BAD_ARGUMENT, function, snip_status_text(SNIP_BAD_ARGUMENT));
+}
+
+static snip_status snipi_no_memory(const snip *s, const char *function) {
+    return snipi_fail_in(s, SNIP_OUT_OF_MEMORY, function, snip_status_text(SNIP_OUT_OF_MEMORY));
+}
+
+static int snipi_in_range(double x, double low, double high) {
+    return !snipi_nonfinite_f64(x) && x >= low && x <= high;
+}
 
 static int snipi_recipes_ok(const snip_recipes *r) {
     const snip_recipe *all[3];
     int i;
-    all[0] = &r->activation; all[1] = &r->weight; all[2] = &r->gradient;
+    all[0] = &r->activation;
+    all[1] = &r->weight;
+    all[2] = &r->gradient;
     for (i = 0; i < 3; i++)
         if (all[i]->format != (snip_format)0 && (!snipi_recipe_ok(all[i]) || snipi_plain(all[i]->format))) return 0;
     return 1;
 }
+
 SNIP_API snip_status snip_desc_check(const snip_desc *d) {
     if (!d || !snipi_in_range(d->budget, 0, 1) || d->n_stages < 0) return SNIP_BAD_ARGUMENT;
     if ((int)d->high != 0 && !snipi_plain(d->high)) return SNIP_BAD_ARGUMENT;
     if ((int)d->measure != 0 && !snipi_plain(d->measure)) return SNIP_BAD_ARGUMENT;
-    if (snipi_nonfinite_f64(d->speedup) || (d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) || !snipi_in_range(d->seconds, 0, 1e9)) return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(d->speedup) || (d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) ||
+        !snipi_in_range(d->seconds, 0, 1e9))
+        return SNIP_BAD_ARGUMENT;
     if (snipi_nonfinite_f64(d->loss_weight) || snipi_nonfinite_f64(d->update_weight)) return SNIP_BAD_ARGUMENT;
     if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
     if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
     if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
-    if ((int)d->optimizer < 0 || d->optimizer > SNIP_CUSTOM || (d->optimizer == SNIP_CUSTOM && !d->sensitivity)) return SNIP_BAD_ARGUMENT;
-    if (snipi_nonfinite_f64(d->margin) || snipi_nonfinite_f64(d->spike) || snipi_nonfinite_f64(d->drift)) return SNIP_BAD_ARGUMENT;
-    if ((int)d->fallback != 0 && !snipi_plain(d->fallback) && d->fallback != SNIP_E4M3 && d->fallback != SNIP_E2M1) return SNIP_BAD_ARGUMENT;
+    if ((int)d->optimizer < 0 || d->optimizer > SNIP_CUSTOM || (d->optimizer == SNIP_CUSTOM && !d->sensitivity))
+        return SNIP_BAD_ARGUMENT;
+    if (snipi_nonfinite_f64(d->margin) || snipi_nonfinite_f64(d->spike) || snipi_nonfinite_f64(d->drift))
+        return SNIP_BAD_ARGUMENT;
+    if ((int)d->fallback != 0 && !snipi_plain(d->fallback) && d->fallback != SNIP_E4M3 && d->fallback != SNIP_E2M1)
+        return SNIP_BAD_ARGUMENT;
     if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
     return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
 }
@@ -4394,9 +3227,12 @@ static void snipi_begin_pass(snip *s, snip_pass pass) {
         layer->calls_forward = layer->calls_backward = layer->elements_x = layer->elements_y = 0;
     }
 }
+
 static int snipi_probes_updates(const snip *s) { return s->desc.update_weight > 0; }
+
 static void snipi_begin_step(snip *s) {
-    int l, measure = s->desc.every > 0 && s->step > 0 && (s->step % s->desc.every == 0 || (s->due && s->step >= s->measured + s->desc.every / 10));
+    int l, measure = s->desc.every > 0 && s->step > 0 &&
+                     (s->step % s->desc.every == 0 || (s->due && s->step >= s->measured + s->desc.every / 10));
     s->told = 0;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
@@ -4438,18 +3274,23 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
     if ((int)d.fp4.activation.format == 0) d.fp4.activation = fp4_tile;
     if ((int)d.fp4.weight.format == 0) d.fp4.weight = fp4_block;
     if ((int)d.fp4.gradient.format == 0) d.fp4.gradient = fp4_stochastic;
-    if (!d.alloc.alloc_fn) { d.alloc.alloc_fn = snipi_default_alloc; d.alloc.free_fn = snipi_default_free; }
+    if (!d.alloc.alloc_fn) {
+        d.alloc.alloc_fn = snipi_default_alloc;
+        d.alloc.free_fn = snipi_default_free;
+    }
     s = (snip *)d.alloc.alloc_fn(sizeof *s, d.alloc.user);
     if (!s) return NULL;
     memset(s, 0, sizeof *s);
     s->desc = d;
     return s;
 }
+
 static void snipi_drop(snip *s, snipi_layer *l) {
     int i;
     for (i = 0; i < 2; i++) snipi_free(s, l->weight[i].panels);
     memset(l->weight, 0, sizeof l->weight);
 }
+
 SNIP_API void snip_destroy(snip *s) {
     int i;
     if (!s) return;
@@ -4467,9 +3308,11 @@ SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, in
     snipi_layer *layer;
     size_t length;
     int g;
-    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages) return -(int)snipi_bad(s, "snip_add_linear");
-    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0) return -(int)snipi_bad(s, "snip_add_linear");
-    for (g = 0; name[g]; g++)           // names go into plan files, one word each
+    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages)
+        return -(int)snipi_bad(s, "snip_add_linear");
+    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0)
+        return -(int)snipi_bad(s, "snip_add_linear");
+    for (g = 0; name[g]; g++)  // names go into plan files, one word each
         if ((unsigned char)name[g] <= ' ') return -(int)snipi_bad(s, "snip_add_linear");
     if (g == 0 || g > 255) return -(int)snipi_bad(s, "snip_add_linear");
     if (s->n_layers == s->capacity) {
@@ -4502,7 +3345,9 @@ SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, in
     return s->n_layers++;
 }
 
-static snipi_layer *snipi_layer_at(const snip *s, int layer) { return s && layer >= 0 && layer < s->n_layers ? &s->layers[layer] : NULL; }
+static snipi_layer *snipi_layer_at(const snip *s, int layer) {
+    return s && layer >= 0 && layer < s->n_layers ? &s->layers[layer] : NULL;
+}
 
 SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
     snipi_layer *l = snipi_layer_at(s, layer);
@@ -4511,33 +3356,42 @@ SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const f
     l->v = v;
     return SNIP_OK;
 }
+
 SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION)) return snipi_bad(s, "snip_bind_momentum");
+    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION))
+        return snipi_bad(s, "snip_bind_momentum");
     l->m = m;
     return SNIP_OK;
 }
+
 static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
     if ((int)gemm < 0 || gemm > SNIP_GEMMS) return 0;
     *first = gemm == SNIP_GEMMS ? 0 : (int)gemm;
     *last = gemm == SNIP_GEMMS ? SNIP_GEMMS - 1 : (int)gemm;
     return 1;
 }
+
 SNIP_API snip_status snip_allow(snip *s, int layer, snip_gemm_kind gemm, int fp8, int fp4) {
     int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4)) return snipi_bad(s, "snip_allow");
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4))
+        return snipi_bad(s, "snip_allow");
     for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
-        for (g = first; g <= last; g++) s->layers[l].allow[g] = (unsigned char)((fp8 ? SNIPI_ALLOW_FP8 : 0) | (fp4 ? SNIPI_ALLOW_FP4 : 0));
+        for (g = first; g <= last; g++)
+            s->layers[l].allow[g] = (unsigned char)((fp8 ? SNIPI_ALLOW_FP8 : 0) | (fp4 ? SNIPI_ALLOW_FP4 : 0));
     return SNIP_OK;
 }
+
 SNIP_API snip_status snip_set_format(snip *s, int layer, snip_gemm_kind gemm, snip_format format) {
     int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last)) return snipi_bad(s, "snip_set_format");
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last))
+        return snipi_bad(s, "snip_set_format");
     if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1) return snipi_bad(s, "snip_set_format");
     for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
         for (g = first; g <= last; g++) s->layers[l].format[g] = format;
     return SNIP_OK;
 }
+
 SNIP_API snip_status snip_set_mode(snip *s, snip_mode mode) {
     if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return snipi_bad(s, "snip_set_mode");
     s->mode = mode;
@@ -4552,8 +3406,16 @@ static snip_rng_key snipi_key(const snip *s, const snipi_layer *l, int64_t micro
     key.tensor = (uint32_t)((micro * s->n_layers + (l - s->layers)) * SNIPI_ROLES + role);
     return key;
 }
+
 typedef enum { SNIPI_ACTIVATION, SNIPI_WEIGHT, SNIPI_GRADIENT } snipi_kind;
-typedef struct { const float *x; int64_t rows, cols; int transposed; snipi_kind kind; int role; } snipi_tensor;
+
+typedef struct {
+    const float *x;
+    int64_t rows, cols;
+    int transposed;
+    snipi_kind kind;
+    int role;
+} snipi_tensor;
 
 static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind kind) {
     const snip_recipes *set = format == SNIP_E4M3 ? &s->desc.fp8 : &s->desc.fp4;
@@ -4561,27 +3423,32 @@ static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind
     if (snipi_plain(format)) return f32;
     return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
 }
+
 static void snipi_nonfinite_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     const float *x = sum->x;
     int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS, bad = 0;
     for (i = sum->n * c / SNIPI_CHUNKS; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
-        int j, run = 0;             // a constant trip count: vectorized even at -O2
+        int j, run = 0;  // a constant trip count: vectorized even at -O2
         for (j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
         bad += run;
     }
     for (; i < end; i++) bad += snipi_nonfinite(x[i]);
     sum->part[c] = (double)bad;
 }
+
 static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
     snipi_sum sum;
-    sum.x = x; sum.n = n;
+    sum.x = x;
+    sum.n = n;
     return (int64_t)snipi_sum_up(&sum, snipi_nonfinite_chunk);
 }
+
 static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
 
 // Quantize a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
-static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t, int slot, snip_recipe *recipe, snip_operand *out) {
+static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t,
+                                 int slot, snip_recipe *recipe, snip_operand *out) {
     int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
     snip_quant_stats counts;
     snip_status status;
@@ -4601,24 +3468,29 @@ static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_fo
     if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
     out->codes = codes;
     out->scales = scales;
-    status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1, codes, scales,
-                                     snipi_key(s, l, micro, t->role), NULL, &counts, 0);
+    status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1,
+                                     codes, scales, snipi_key(s, l, micro, t->role), NULL, &counts, 0);
     l->nonfinite += counts.nonfinite;
     l->saturated += counts.saturated;
     return status;
 }
-// The weight is the same for all micro-batches of a pass: where there were several, it is quantized and packed for the first.
-static snipi_cached *snipi_shared_weight(const snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t) {
+
+// The weight is the same for all micro-batches of a pass: where there were several, it is quantized and packed for the
+// first.
+static snipi_cached *snipi_shared_weight(const snip *s, snipi_layer *l, int64_t micro, snip_format format,
+                                         const snipi_tensor *t) {
     snipi_cached *w = &l->weight[t->transposed];
     if (t->kind != SNIPI_WEIGHT || l->micros < 2 || s->pass != SNIP_PASS_ORDINARY || s->mode != SNIP_TRAIN) return NULL;
     if (snipi_recipe_of(s, format, SNIPI_WEIGHT).rounding != SNIP_ROUND_NEAREST_EVEN) return NULL;
     if (micro == 0 || w->format != format || w->held != t->x) w->held = NULL;
     return w;
 }
+
 // c[m][n] (+)= a * b^T in `format`, contiguous.
-static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *a, const snipi_tensor *b,
-                                    float *c, int accumulate, const float *bias) {
-    int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows, k = a->transposed ? a->rows : a->cols;
+static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *a,
+                                    const snipi_tensor *b, float *c, int accumulate, const float *bias) {
+    int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows,
+            k = a->transposed ? a->rows : a->cols;
     snip_recipe recipe_a, recipe_b = snipi_recipe_of(s, format, b->kind);
     snip_operand oa, ob;
     snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
@@ -4627,7 +3499,8 @@ static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip
     int64_t nonfinite = l->nonfinite, saturated = l->saturated;
     void *scratch;
     if (status) return status;
-    if (pack) status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob);
+    if (pack)
+        status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob);
     else {
         memset(&ob, 0, sizeof ob);
         ob.recipe = &recipe_b;
@@ -4651,30 +3524,48 @@ static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip
         shared->held = b->x;
         shared->format = format;
     }
-    return snipi_gemm_with(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa, shared ? shared->panels : NULL, pack);
+    return snipi_gemm_with(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa,
+                           shared ? shared->panels : NULL, pack);
 }
-static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, int transposed, snipi_kind kind, int role) {
+
+static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, int transposed, snipi_kind kind,
+                                    int role) {
     snipi_tensor t;
-    t.x = x; t.rows = rows; t.cols = cols; t.transposed = transposed; t.kind = kind; t.role = role;
+    t.x = x;
+    t.rows = rows;
+    t.cols = cols;
+    t.transposed = transposed;
+    t.kind = kind;
+    t.role = role;
     return t;
 }
-static snip_status snipi_fwd(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(x, rows, l->k, 0, SNIPI_ACTIVATION, SNIPI_ROLE_X), b = snipi_tensor_of(w, l->n, l->k, 0, SNIPI_WEIGHT, SNIPI_ROLE_W);
+
+static snip_status snipi_fwd(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x,
+                             const float *w, const float *bias, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(x, rows, l->k, 0, SNIPI_ACTIVATION, SNIPI_ROLE_X),
+                 b = snipi_tensor_of(w, l->n, l->k, 0, SNIPI_WEIGHT, SNIPI_ROLE_W);
     return snipi_layer_gemm(s, l, micro, format, &a, &b, out, 0, bias);
 }
-static snip_status snipi_dgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(dy, rows, l->n, 0, SNIPI_GRADIENT, SNIPI_ROLE_DY), b = snipi_tensor_of(w, l->n, l->k, 1, SNIPI_WEIGHT, SNIPI_ROLE_W_T);
+
+static snip_status snipi_dgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate,
+                               const float *dy, const float *w, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(dy, rows, l->n, 0, SNIPI_GRADIENT, SNIPI_ROLE_DY),
+                 b = snipi_tensor_of(w, l->n, l->k, 1, SNIPI_WEIGHT, SNIPI_ROLE_W_T);
     return snipi_layer_gemm(s, l, micro, format, &a, &b, dx, accumulate, NULL);
 }
+
 // dy may hold a selection of the output features, [rows][features].
-static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, const float *dy, int64_t features, const float *x, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(dy, rows, features, 1, SNIPI_GRADIENT, SNIPI_ROLE_DY_T), b = snipi_tensor_of(x, rows, l->k, 1, SNIPI_ACTIVATION, SNIPI_ROLE_X_T);
+static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate,
+                               const float *dy, int64_t features, const float *x, int64_t rows) {
+    snipi_tensor a = snipi_tensor_of(dy, rows, features, 1, SNIPI_GRADIENT, SNIPI_ROLE_DY_T),
+                 b = snipi_tensor_of(x, rows, l->k, 1, SNIPI_ACTIVATION, SNIPI_ROLE_X_T);
     return snipi_layer_gemm(s, l, micro, format, &a, &b, dw, accumulate, NULL);
 }
 
 // ---- measuring
 static double snipi_run_sq(const float *x, int64_t n) {
     enum { LANES = 32 };
+
     double lane[LANES] = { 0 };
     int64_t i;
     int j, half;
@@ -4685,20 +3576,33 @@ static double snipi_run_sq(const float *x, int64_t n) {
         for (j = 0; j < half; j++) lane[j] += lane[j + half];
     return lane[0];
 }
+
 static void snipi_sum_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
-    sum->part[c] = snipi_run_sq(sum->x + sum->n * c / SNIPI_CHUNKS, sum->n * (c + 1) / SNIPI_CHUNKS - sum->n * c / SNIPI_CHUNKS);
+    sum->part[c] = snipi_run_sq(sum->x + sum->n * c / SNIPI_CHUNKS,
+                                sum->n * (c + 1) / SNIPI_CHUNKS - sum->n * c / SNIPI_CHUNKS);
 }
+
 static double snipi_sum_sq(const float *x, int64_t n) {
     snipi_sum sum;
-    sum.x = x; sum.n = n;
+    sum.x = x;
+    sum.n = n;
     return snipi_sum_up(&sum, snipi_sum_sq_chunk);
 }
+
 // Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
-// bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096), and
-// the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on n
-// alone, each with a sketch of its own: the sums do not depend on the number of threads.
-typedef struct { float *own; const float *x; int64_t n, offset, first, chunks, parts; float factor; snip_rng_key key; snipi_flip flip; } snipi_sketch;
+// bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096),
+// and the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on
+// n alone, each with a sketch of its own: the sums do not depend on the number of threads.
+typedef struct {
+    float *own;
+    const float *x;
+    int64_t n, offset, first, chunks, parts;
+    float factor;
+    snip_rng_key key;
+    snipi_flip flip;
+} snipi_sketch;
+
 static void snipi_sketch_part(void *arg, int64_t p) {
     const snipi_sketch *q = (const snipi_sketch *)arg;
     float *to = q->own + p * SNIPI_SKETCH;
@@ -4712,10 +3616,12 @@ static void snipi_sketch_part(void *arg, int64_t p) {
             float terms[SNIPI_SIGNS];
             int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
             int i, bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
-            int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset - from)), j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset + q->n - from));
+            int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset - from)),
+                j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset + q->n - from));
             if (b % SNIPI_GROUP == 0) snipi_group_signs(q->key, (uint64_t)from / SNIPI_SIGNS, words);
             if (j0 >= j1) continue;
-            snipi_sign_block(q->flip, words + b % SNIPI_GROUP * 4, q->x + (from + j0 - q->offset), q->factor, j0, j1, terms);
+            snipi_sign_block(q->flip, words + b % SNIPI_GROUP * 4, q->x + (from + j0 - q->offset), q->factor, j0, j1,
+                             terms);
             if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
                 for (i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
             else
@@ -4723,11 +3629,14 @@ static void snipi_sketch_part(void *arg, int64_t p) {
         }
     }
 }
+
 static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const float *x, int64_t n, int64_t offset) {
     float *sketch = l->sketch + which * SNIPI_SKETCH;
     int64_t p, j;
     snipi_sketch q;
-    q.x = x; q.n = n; q.offset = offset;
+    q.x = x;
+    q.n = n;
+    q.offset = offset;
     q.first = offset / SNIPI_SKETCH;
     q.chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - q.first;
     q.parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, q.chunks / 16));
@@ -4742,7 +3651,8 @@ static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const fl
     return SNIP_OK;
 }
 
-static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *c) {
+static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed,
+                                  const float *b, int b_transposed, float *c) {
     snip_recipe recipe = SNIP_RECIPE_F32;
     snip_operand oa, ob;
     void *scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
@@ -4750,22 +3660,35 @@ static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, cons
     memset(&oa, 0, sizeof oa);
     memset(&ob, 0, sizeof ob);
     oa.recipe = ob.recipe = &recipe;
-    oa.codes = a; oa.transposed = a_transposed;
-    ob.codes = b; ob.transposed = b_transposed;
+    oa.codes = a;
+    oa.transposed = a_transposed;
+    ob.codes = b;
+    ob.transposed = b_transposed;
     return snip_gemm(m, n, k, &oa, &ob, c, n, 0, NULL, scratch, s->desc.isa);
 }
-// The sum over rows of x [rows][cols] into `targets` rows, 128 or 32, each with a random sign: row r of chunk c = r / targets goes to row
-// (r + h(c)) % targets, so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset: rows before x.
-// Targets are shared out; the chunks' rows are added in order.
+
+// The sum over rows of x [rows][cols] into `targets` rows, 128 or 32, each with a random sign: row r of chunk c = r /
+// targets goes to row (r + h(c)) % targets, so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset:
+// rows before x. Targets are shared out; the chunks' rows are added in order.
 enum { SNIPI_MIX_PARTS = 16, SNIPI_MIX_CHUNKS = 32, SNIPI_MIX_WIDTH = 64 };
-typedef struct { snip_rng_key key; const float *x; int64_t rows, cols, offset; int targets; float *mixed; } snipi_mixing;
+
+typedef struct {
+    snip_rng_key key;
+    const float *x;
+    int64_t rows, cols, offset;
+    int targets;
+    float *mixed;
+} snipi_mixing;
+
 SNIPI_HD SNIPI_INLINE void snipi_mix_hash(snip_rng_key key, int64_t chunk, uint32_t signs[4], uint32_t hash[4]) {
     snipi_philox(key, (uint64_t)chunk, signs);
     snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
 }
+
 static void snipi_mix_part(void *arg, int64_t part) {
     const snipi_mixing *q = (const snipi_mixing *)arg;
-    const int64_t cols = q->cols, first = q->offset / q->targets, chunks = snipi_ceil_div(q->offset + q->rows, q->targets) - first;
+    const int64_t cols = q->cols, first = q->offset / q->targets,
+                  chunks = snipi_ceil_div(q->offset + q->rows, q->targets) - first;
     const uint32_t targets = (uint32_t)q->targets, share = targets / SNIPI_MIX_PARTS, begin = (uint32_t)part * share;
     uint32_t to, signs[SNIPI_MIX_CHUNKS][4], hash[SNIPI_MIX_CHUNKS][4];
     int64_t group, c, i;
@@ -4776,7 +3699,7 @@ static void snipi_mix_part(void *arg, int64_t part) {
         for (c = 0; c < n; c++) snipi_mix_hash(q->key, first + group + c, signs[c], hash[c]);
         for (to = begin; to < begin + share; to++)
             for (c = 0; c < n; c++) {
-                const uint32_t at = (to - hash[c][0]) % targets;                // 2^32 is a multiple of it
+                const uint32_t at = (to - hash[c][0]) % targets;  // 2^32 is a multiple of it
                 const int64_t row = (first + group + c) * targets + at - q->offset;
                 const float sign = signs[c][at / 32] >> at % 32 & 1u ? 1.0f : -1.0f, *x = q->x + row * cols;
                 float *sum = q->mixed + to * cols;
@@ -4787,16 +3710,27 @@ static void snipi_mix_part(void *arg, int64_t part) {
             }
     }
 }
-static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, int targets, float *mixed) {
+
+static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, int targets,
+                           float *mixed) {
     snipi_mixing q;
-    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = offset; q.targets = targets; q.mixed = mixed;
+    q.key = key;
+    q.x = x;
+    q.rows = rows;
+    q.cols = cols;
+    q.offset = offset;
+    q.targets = targets;
+    q.mixed = mixed;
     snipi_share(snipi_mix_part, &q, SNIPI_MIX_PARTS, rows * cols);
 }
+
 // The same of the columns, into SNIPI_PROJECTED: x R [rows][32], R^T the matrix that snipi_mix_rows multiplies by.
 static void snipi_mix_columns_part(void *arg, int64_t part) {
     enum { TO = SNIPI_PROJECTED };
+
     const snipi_mixing *q = (const snipi_mixing *)arg;
-    const int64_t begin = q->rows * part / SNIPI_MIX_PARTS, end = q->rows * (part + 1) / SNIPI_MIX_PARTS, chunks = snipi_ceil_div(q->cols, TO);
+    const int64_t begin = q->rows * part / SNIPI_MIX_PARTS, end = q->rows * (part + 1) / SNIPI_MIX_PARTS,
+                  chunks = snipi_ceil_div(q->cols, TO);
     float sign[SNIPI_MIX_CHUNKS][TO];
     uint32_t shift[SNIPI_MIX_CHUNKS];
     int64_t group, c, r;
@@ -4811,50 +3745,69 @@ static void snipi_mix_columns_part(void *arg, int64_t part) {
             for (j = 0; j < TO; j++) sign[c][j] = signs[0] >> j & 1u ? 1.0f : -1.0f;
         }
         for (r = begin; r < end; r++) {
-            float sum[2 * TO] = { 0 }, *out = q->mixed + r * TO;        // what goes round the end stays apart till the last
+            float sum[2 * TO] = { 0 }, *out = q->mixed + r * TO;  // what goes round the end stays apart till the last
             for (c = 0; c < n; c++) {
                 const int width = (int)snipi_min(TO, q->cols - (group + c) * TO);
                 const float *x = q->x + r * q->cols + (group + c) * TO;
                 float *to = sum + shift[c];
-                if (width == TO) for (j = 0; j < TO; j++) to[j] += sign[c][j] * x[j];
-                else for (j = 0; j < width; j++) to[j] += sign[c][j] * x[j];
+                if (width == TO)
+                    for (j = 0; j < TO; j++) to[j] += sign[c][j] * x[j];
+                else
+                    for (j = 0; j < width; j++) to[j] += sign[c][j] * x[j];
             }
             for (j = 0; j < TO; j++) out[j] += sum[j] + sum[j + TO];
         }
     }
 }
+
 static void snipi_mix_columns(snip_rng_key key, const float *x, int64_t rows, int64_t cols, float *mixed) {
     snipi_mixing q;
-    q.key = key; q.x = x; q.rows = rows; q.cols = cols; q.offset = 0; q.targets = SNIPI_PROJECTED; q.mixed = mixed;
+    q.key = key;
+    q.x = x;
+    q.rows = rows;
+    q.cols = cols;
+    q.offset = 0;
+    q.targets = SNIPI_PROJECTED;
+    q.mixed = mixed;
     snipi_share(snipi_mix_columns_part, &q, SNIPI_MIX_PARTS, rows * cols);
 }
-// Sketches X (which SNIPI_SKETCH_X) and X W^T, or dY and dY W, of x's mixed rows; the products projected: x (A R), A the weights as x meets
-// them, R mixing A's columns into 32, so that |x A R|^2 is |x A|^2 in expectation. weight: the caller's, without the probe's noise.
-static snip_status snipi_sketch_tensor(snip *s, snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset) {
+
+// Sketches X (which SNIPI_SKETCH_X) and X W^T, or dY and dY W, of x's mixed rows; the products projected: x (A R), A
+// the weights as x meets them, R mixing A's columns into 32, so that |x A R|^2 is |x A|^2 in expectation. weight: the
+// caller's, without the probe's noise.
+static snip_status snipi_sketch_tensor(snip *s, snipi_layer *l, int which, const float *x, int64_t rows,
+                                       const float *weight, int64_t offset) {
     int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
     int64_t in = by_x ? l->k : l->n, i;
     float *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
-    float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_MIXED * in), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
+    float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_MIXED * in),
+          *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
     float *sketch = l->sketch + behind * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
     snip_rng_key project = snipi_key(s, l, 0, SNIPI_ROLE_PROJECT);
     snip_status status;
     if (!seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
     snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed);
     status = snipi_sketch_add(s, l, which, mixed, SNIPI_MIXED * in, 0);
-    if (by_x) snipi_mix_rows(project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen);
-    else snipi_mix_columns(project, weight, l->n, l->k, seen);
+    if (by_x)
+        snipi_mix_rows(project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen);
+    else
+        snipi_mix_columns(project, weight, l->n, l->k, seen);
     if (!status) status = snipi_f32_gemm(s, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result);
     for (i = 0; i < SNIPI_SKETCH && !status; i++) sketch[i] += factor * result[i];
     return status;
 }
 
 // D = du/dg at learning rate 1, from the optimizer's state alone.
-// AdamW: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is expected: D = 0.
-// SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's noise, N(0, noise^2):
-// 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all noise, of variance
-// noise^2 (1 - beta2) / (1 + beta2).
-// SNIP_CUSTOM: `custom`, as the callback has filled it in.
-typedef struct { snip_optimizer kind; const float *state; float numerator, scale, eps; } snipi_sensitivity;
+// AdamW: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is
+// expected: D = 0. SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's
+// noise, N(0, noise^2): 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all
+// noise, of variance noise^2 (1 - beta2) / (1 + beta2). SNIP_CUSTOM: `custom`, as the callback has filled it in.
+typedef struct {
+    snip_optimizer kind;
+    const float *state;
+    float numerator, scale, eps;
+} snipi_sensitivity;
+
 static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l, const float *custom) {
     const snip_adamw *o = &s->adamw;
     snipi_sensitivity d;
@@ -4868,35 +3821,48 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
         d.scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
     } else if (d.kind == SNIP_LION) {
         double noise = sqrt(snipi_sum_sq(l->m, l->n * l->k) / (double)(l->n * l->k) * (1 + o->beta2) / (1 - o->beta2));
-        d.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;     // 2 / sqrt(2 pi)
+        d.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;  // 2 / sqrt(2 pi)
         d.scale = noise > 0 ? (float)(o->beta1 / ((1 - o->beta1) * noise)) : 0;
     }
     return d;
 }
+
 SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
     float x = d->state[i];
     if (d->kind == SNIP_ADAMW) return snipi_adam_at(d->numerator, x, d->scale, d->eps);
     if (d->kind == SNIP_CUSTOM) return x;
     return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
 }
+
 static void snipi_sensitivity_run(const snipi_sensitivity *d, int64_t i, int64_t n, float *out) {
     int64_t j;
-    if (d->kind == SNIP_ADAMW) snipi_adam_of(SNIP_ISA_BEST)(NULL, d->state + i, d->numerator, d->scale, d->eps, n, out);
-    else for (j = 0; j < n; j++) out[j] = snipi_sensitivity_at(d, i + j);
+    if (d->kind == SNIP_ADAMW)
+        snipi_adam_of(SNIP_ISA_BEST)(NULL, d->state + i, d->numerator, d->scale, d->eps, n, out);
+    else
+        for (j = 0; j < n; j++) out[j] = snipi_sensitivity_at(d, i + j);
 }
-typedef struct { snipi_sensitivity d; float *out; int64_t n; } snipi_sensitivity_task;
+
+typedef struct {
+    snipi_sensitivity d;
+    float *out;
+    int64_t n;
+} snipi_sensitivity_task;
+
 static void snipi_sensitivity_chunk(void *arg, int64_t c) {
     const snipi_sensitivity_task *q = (const snipi_sensitivity_task *)arg;
     int64_t i = q->n * c / SNIPI_CHUNKS;
     snipi_sensitivity_run(&q->d, i, q->n * (c + 1) / SNIPI_CHUNKS - i, q->out + i);
 }
+
 static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
     snipi_sensitivity_task q;
     q.d = snipi_sensitivity_of(s, l, out);
     q.out = out;
     q.n = l->n * l->k;
-    if (q.d.kind == SNIP_CUSTOM) s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
-    else snipi_share(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS, q.n);
+    if (q.d.kind == SNIP_CUSTOM)
+        s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
+    else
+        snipi_share(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS, q.n);
 }
 
 // The weights a probe pass runs on: the caller's plus noise.
@@ -4908,21 +3874,28 @@ static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) 
         snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
     else {
         snipi_sensitivities(s, l, noisy);
-        snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
+        snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy,
+                       snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
     }
     return noisy;
 }
+
 static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, const float *x, int64_t n) {
     float *noisy = snipi_reserve_floats(s, SNIPI_SLOT_X, n);
     if (noisy) snip_noise_add(noisy, x, n, (float)l->sigma_x, NULL, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X));
     return noisy;
 }
 
-static int64_t snipi_samples(const snip *s, const snipi_layer *l) { return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample))); }
+static int64_t snipi_samples(const snip *s, const snipi_layer *l) {
+    return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample)));
+}
+
 // |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
-static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact) {
+static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x,
+                                       int64_t rows, const float *exact) {
     int64_t samples = snipi_samples(s, l), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
-    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples), *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
+    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples),
+          *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
     float *custom = s->desc.optimizer == SNIP_CUSTOM ? snipi_reserve_floats(s, SNIPI_SLOT_W, l->n * l->k) : NULL;
     snipi_sensitivity d = snipi_sensitivity_of(s, l, custom);
     snip_status status = SNIP_OK;
@@ -4931,12 +3904,15 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     if (custom) snipi_sensitivities(s, l, custom);
     for (r = 0; r < rows; r++) {
         const float *from = dy + r * l->n;
-        int64_t rest = 0;               // feature i * n / samples, without a division an element
+        int64_t rest = 0;  // feature i * n / samples, without a division an element
         for (i = 0; i < samples; i++) {
             picked[r * samples + i] = *from;
             from += l->n / samples;
             rest += l->n % samples;
-            if (rest >= samples) { rest -= samples; from++; }
+            if (rest >= samples) {
+                rest -= samples;
+                from++;
+            }
         }
     }
     for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
@@ -4958,37 +3934,46 @@ static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, c
     return status;
 }
 
-// A training step's first error is kept for snip_end_step, with its message, so that a caller who does not look at every call learns of it.
+// A training step's first error is kept for snip_end_step, with its message, so that a caller who does not look at
+// every call learns of it.
 static void snipi_keep(snip *s, snip_status status) {
     if (s->pending) return;
     s->pending = status;
     memcpy(s->held, s->message, sizeof s->held);
 }
+
 static snip_status snipi_hold(snip *s, snip_status status, const char *where, const char *why) {
     snipi_fail_in(s, status, where, why);
     if (s) snipi_keep(s, status);
     return status;
 }
+
 // The error of a linear layer's call.
 static snip_status snipi_hold_call(snip *s, snip_status status, const char *where) {
-    return s && s->mode == SNIP_TRAIN ? snipi_hold(s, status, where, snip_status_text(status)) : snipi_fail_in(s, status, where, snip_status_text(status));
+    return s && s->mode == SNIP_TRAIN ? snipi_hold(s, status, where, snip_status_text(status))
+                                      : snipi_fail_in(s, status, where, snip_status_text(status));
 }
+
 static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
     char where[108] = "a linear layer's call";
     if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
     if (l) snprintf(where, sizeof where, "layer %.100s", l->name);
     return status ? snipi_hold_call(s, status, where) : status;
 }
+
 static snip_status snipi_refuse(snip *s, const char *function, int layer) {
     char where[64];
     snprintf(where, sizeof where, "%s, layer %d", function, layer);
     return snipi_hold_call(s, SNIP_BAD_ARGUMENT, where);
 }
+
 static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
-    return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) && (rows == 0 || (a && b && c));
+    return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) &&
+           (rows == 0 || (a && b && c));
 }
 
-// A sample of X (which 0) and dY (1), for the watch over drift: 64 runs of 16 elements, spread by the golden ratio so that they meet all channels.
+// A sample of X (which 0) and dY (1), for the watch over drift: 64 runs of 16 elements, spread by the golden ratio so
+// that they meet all channels.
 static void snipi_observe(snipi_layer *l, int which, const float *x, int64_t n) {
     uint32_t r;
     for (r = 0; r < 64; r++) {
@@ -4998,7 +3983,8 @@ static void snipi_observe(snipi_layer *l, int which, const float *x, int64_t n) 
     }
 }
 
-SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows) {
+SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight,
+                                         const float *bias, int64_t rows) {
     snipi_layer *l = snipi_layer_at(s, layer);
     const float *x = inp, *w = weight;
     snip_status status;
@@ -5007,8 +3993,11 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     if (rows == 0) return SNIP_OK;
     nonfinite = l->nonfinite;
     if (s->mode != SNIP_TRAIN)
-        return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
-    if (s->told) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
+        return snipi_finish_call(
+            s, l, nonfinite,
+            snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
+    if (s->told)
+        return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
     micro = l->calls_forward++;
     if (bias) l->nonfinite += snipi_count_nonfinite(bias, l->n);
     if (s->pass == SNIP_PASS_ORDINARY) {
@@ -5033,15 +4022,24 @@ SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const f
     return snipi_finish_call(s, l, nonfinite, status);
 }
 
-// <dX, X> of the pass's block i of 32 rows goes to bucket i % 64, with a factor; dX is added to `to` as well, which may be NULL.
-typedef struct { const float *x, *dx; int64_t rows, k, offset; float *to; double factor, *buckets; } snipi_scaling;
+// <dX, X> of the pass's block i of 32 rows goes to bucket i % 64, with a factor; dX is added to `to` as well, which may
+// be NULL.
+typedef struct {
+    const float *x, *dx;
+    int64_t rows, k, offset;
+    float *to;
+    double factor, *buckets;
+} snipi_scaling;
+
 static void snipi_scaling_bucket(void *arg, int64_t bucket) {
     enum { LANES = 16 };
+
     const snipi_scaling *q = (const snipi_scaling *)arg;
     const int64_t first = q->offset / SNIPI_BLOCK_ROWS, end = q->offset + q->rows, k = q->k;
     int64_t block = first + (bucket + SNIPI_BLOCKS - first % SNIPI_BLOCKS) % SNIPI_BLOCKS, r;
     for (; block * SNIPI_BLOCK_ROWS < end; block += SNIPI_BLOCKS)
-        for (r = snipi_max(block * SNIPI_BLOCK_ROWS, q->offset); r < snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end); r++) {
+        for (r = snipi_max(block * SNIPI_BLOCK_ROWS, q->offset); r < snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end);
+             r++) {
             const float *x = q->x + (r - q->offset) * k, *d = q->dx + (r - q->offset) * k;
             float *to = q->to ? q->to + (r - q->offset) * k : NULL, lanes[LANES] = { 0 };
             int64_t i;
@@ -5053,35 +4051,53 @@ static void snipi_scaling_bucket(void *arg, int64_t bucket) {
             for (i = 0; to && i < k; i++) to[i] += d[i];
         }
 }
-static void snipi_measure_scaling(const snip *s, snipi_layer *l, const float *x, int64_t rows, int64_t offset, const float *dx, float *to) {
+
+static void snipi_measure_scaling(const snip *s, snipi_layer *l, const float *x, int64_t rows, int64_t offset,
+                                  const float *dx, float *to) {
     snipi_scaling q;
-    q.x = x; q.dx = dx; q.rows = rows; q.k = l->k; q.offset = offset; q.to = to;
+    q.x = x;
+    q.dx = dx;
+    q.rows = rows;
+    q.k = l->k;
+    q.offset = offset;
+    q.to = to;
     q.factor = s->pass == SNIP_PASS_CLEAN ? -1 : 1;
     q.buckets = l->scaling;
     snipi_share(snipi_scaling_bucket, &q, SNIPI_BLOCKS, rows * l->k);
 }
 
 // X's rounding errors e in a candidate, beside dX, row by row.
-typedef struct { const float *x, *rounded, *dx; int64_t rows, k; double sum[SNIPI_CHUNKS][5]; } snipi_input_errors;
+typedef struct {
+    const float *x, *rounded, *dx;
+    int64_t rows, k;
+    double sum[SNIPI_CHUNKS][5];
+} snipi_input_errors;
+
 static void snipi_input_errors_chunk(void *arg, int64_t c) {
     enum { LANES = 16 };
+
     snipi_input_errors *q = (snipi_input_errors *)arg;
     int64_t r, k = q->k, end = q->rows * (c + 1) / SNIPI_CHUNKS;
     double sum[5] = { 0 };
     for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++) {
         const float *a = q->x + r * k, *b = q->rounded + r * k, *d = q->dx + r * k;
         float lanes[3][LANES] = { { 0 } };
-        double row[3] = { 0, 0, 0 };            // <d, e>, |d|^2, <d, x>
+        double row[3] = { 0, 0, 0 };  // <d, e>, |d|^2, <d, x>
         int64_t i;
         int j;
         for (i = 0; i + LANES <= k; i += LANES)
             for (j = 0; j < LANES; j++) {
-                lanes[0][j] += d[i + j] * (b[i + j] - a[i + j]); lanes[1][j] += d[i + j] * d[i + j]; lanes[2][j] += d[i + j] * a[i + j];
+                lanes[0][j] += d[i + j] * (b[i + j] - a[i + j]);
+                lanes[1][j] += d[i + j] * d[i + j];
+                lanes[2][j] += d[i + j] * a[i + j];
             }
         for (j = 0; i < k; i++, j++) {
-            lanes[0][j] += d[i] * (b[i] - a[i]); lanes[1][j] += d[i] * d[i]; lanes[2][j] += d[i] * a[i];
+            lanes[0][j] += d[i] * (b[i] - a[i]);
+            lanes[1][j] += d[i] * d[i];
+            lanes[2][j] += d[i] * a[i];
         }
-        for (i = 0; i < 3; i++) for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
+        for (i = 0; i < 3; i++)
+            for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
         sum[0] += row[0];
         sum[1] += row[1];
         sum[2] += row[0] * row[0];
@@ -5090,7 +4106,9 @@ static void snipi_input_errors_chunk(void *arg, int64_t c) {
     }
     memcpy(q->sum[c], sum, sizeof sum);
 }
-static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, snipi_measured *to) {
+
+static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows,
+                                       const float *dx, snipi_measured *to) {
     snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
     float *rounded = snipi_reserve_floats(s, SNIPI_SLOT_X, rows * l->k);
     snipi_input_errors q;
@@ -5098,23 +4116,33 @@ static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, i
     int c;
     if (!rounded) return SNIP_OUT_OF_MEMORY;
     snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), x, &stats);
-    q.x = x; q.rounded = rounded; q.dx = dx; q.rows = rows; q.k = l->k;
+    q.x = x;
+    q.rounded = rounded;
+    q.dx = dx;
+    q.rows = rows;
+    q.k = l->k;
     snipi_share(snipi_input_errors_chunk, &q, SNIPI_CHUNKS, q.rows * q.k);
     for (c = 0; c < SNIPI_CHUNKS; c++) {
-        to->dot_x += q.sum[c][0]; to->dx_sq += q.sum[c][1];
-        to->along_x += q.sum[c][2]; to->both_x += q.sum[c][3]; to->scale_x += q.sum[c][4];
+        to->dot_x += q.sum[c][0];
+        to->dx_sq += q.sum[c][1];
+        to->along_x += q.sum[c][2];
+        to->both_x += q.sum[c][3];
+        to->scale_x += q.sum[c][4];
     }
     to->self_x += stats.dot;
     if (f == 0) l->input_sq += stats.sum_sq;
     return SNIP_OK;
 }
+
 // The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
-static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows) {
+static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro, float *dinp, float *dweight,
+                                          const float *dout, const float *inp, const float *weight, int64_t rows) {
     int64_t nx = rows * l->k, nw = l->n * l->k;
     const float *x = inp, *w = weight;
     float *own;
     snip_status status;
-    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(s), f;
+    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE,
+        sketched = !loss_probe && snipi_probes_updates(s), f;
     if (loss_probe) x = snipi_probe_input(s, l, micro, inp, nx);
     if (!clean) w = snipi_probe_weight(s, l, weight);
     own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, snipi_max(l->n, SNIPI_PROJECTED) * l->k));
@@ -5128,7 +4156,8 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     if (sketched) snipi_measure_scaling(s, l, inp, rows, l->elements_y / l->n, own, clean ? NULL : dinp);
     l->elements_y += rows * l->n;
     if (clean || loss_probe)
-        *(clean ? &l->clean_x : &l->noisy_x) += snipi_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X), dinp);
+        *(clean ? &l->clean_x : &l->noisy_x) += snipi_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X),
+                                                                dinp);
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             snip_recipe gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
@@ -5136,7 +4165,8 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
             status = snipi_measure_input(s, l, micro, f, inp, rows, own, &l->measured[f]);
             if (status) return status;
             if (!sketched) continue;
-            snip_fake_quantize(&gradient, dout, rows, l->n, l->n, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_DY), NULL, &stats);
+            snip_fake_quantize(&gradient, dout, rows, l->n, l->n, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_DY), NULL,
+                               &stats);
             l->measured[f].err_dy += stats.err_sq;
             if (f == 0) l->gradient_sq += stats.sum_sq;
         }
@@ -5156,17 +4186,20 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
         float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_PROJECTED * l->k);
         if (!mixed) return SNIP_OUT_OF_MEMORY;
         snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), own, l->n, l->k, 0, SNIPI_PROJECTED, mixed);
-        if ((status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0)) != SNIP_OK) return status;
+        if ((status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0)) != SNIP_OK)
+            return status;
     }
     if (clean) {
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_WEIGHT);
             snip_quant_stats stats;
-            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), own, &stats);
+            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), own,
+                               &stats);
             l->measured[f].err_w = stats.err_sq;
             l->measured[f].dot_w += stats.dot;
             if (micro || !sketched) continue;
-            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), weight, &stats);
+            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), weight,
+                               &stats);
             l->measured[f].self_w = stats.dot;
         }
         if (snipi_probes_updates(s)) status = snipi_measure_wgrad(s, l, micro, dout, inp, rows, own);
@@ -5174,21 +4207,23 @@ static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro
     return status;
 }
 
-SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
-                                          const float *inp, const float *weight, int64_t rows) {
+SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias,
+                                          const float *dout, const float *inp, const float *weight, int64_t rows) {
     snipi_layer *l = snipi_layer_at(s, layer);
     snip_status status = SNIP_OK;
     int64_t micro, nonfinite, i, j;
     if (!snipi_linear_args(l, dout, inp, weight, rows)) return snipi_refuse(s, "snip_linear_backward", layer);
     if (s->mode != SNIP_TRAIN) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
     if (rows == 0) return SNIP_OK;
-    if (s->told) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
+    if (s->told)
+        return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
     nonfinite = l->nonfinite;
     micro = l->calls_backward++;
     if (s->pass == SNIP_PASS_ORDINARY) {
         snipi_observe(l, 1, dout, rows * l->n);
         if (dinp) status = snipi_dgrad(s, l, micro, l->format[SNIP_DGRAD], dinp, 1, dout, weight, rows);
-        if (dweight && !status) status = snipi_wgrad(s, l, micro, l->format[SNIP_WGRAD], dweight, 1, dout, l->n, inp, rows);
+        if (dweight && !status)
+            status = snipi_wgrad(s, l, micro, l->format[SNIP_WGRAD], dweight, 1, dout, l->n, inp, rows);
     } else
         status = snipi_measure_backward(s, l, micro, dinp, dweight, dout, inp, weight, rows);
     if (dbias && !status)
@@ -5203,11 +4238,13 @@ static snip_status snipi_all_bound(snip *s) {
     int l;
     for (l = 0; l < s->n_layers; l++) {
         if (s->layers[l].m || s->desc.optimizer == SNIP_CUSTOM) continue;
-        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name, s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
+        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name,
+                 s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
         return snipi_fail(s, SNIP_NOT_BOUND, message);
     }
     return SNIP_OK;
 }
+
 // Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
 static snip_status snipi_prepare_update_probe(snip *s) {
     double sum = 0;
@@ -5230,7 +4267,9 @@ static snip_status snipi_prepare_update_probe(snip *s) {
     s->tau = sum > 0 ? 0.01 / sqrt(sum / s->n_layers) : 0;
     return SNIP_OK;
 }
-// A measurement compares its passes: in each a layer has as many backward as forward calls and rows, and as many as in the pass before.
+
+// A measurement compares its passes: in each a layer has as many backward as forward calls and rows, and as many as in
+// the pass before.
 static void snipi_check_calls(snip *s) {
     int l;
     for (l = 0; l < s->n_layers && s->pass != SNIP_PASS_ORDINARY; l++) {
@@ -5238,17 +4277,25 @@ static void snipi_check_calls(snip *s) {
         int64_t rows = layer->elements_x / layer->k, rows_back = layer->elements_y / layer->n;
         char why[160];
         if (layer->calls_forward == layer->calls_backward && rows == rows_back &&
-            (s->pass == SNIP_PASS_LOSS_PROBE || (layer->calls_forward == layer->micros && rows == layer->rows))) continue;
-        snprintf(why, sizeof why, "%lld forward and %lld backward calls, of %lld and %lld rows, in a pass of a measurement; %lld of %lld rows in the pass before",
-                 (long long)layer->calls_forward, (long long)layer->calls_backward, (long long)rows, (long long)rows_back, (long long)layer->micros, (long long)layer->rows);
+            (s->pass == SNIP_PASS_LOSS_PROBE || (layer->calls_forward == layer->micros && rows == layer->rows)))
+            continue;
+        snprintf(
+            why, sizeof why,
+            "%lld forward and %lld backward calls, of %lld and %lld rows, in a pass of a measurement; %lld of %lld rows in the pass before",
+            (long long)layer->calls_forward, (long long)layer->calls_backward, (long long)rows, (long long)rows_back,
+            (long long)layer->micros, (long long)layer->rows);
         snipi_hold(s, SNIP_BAD_ARGUMENT, layer->name, why);
     }
 }
+
 SNIP_API int snip_next_pass(snip *s, double loss) {
     int again = 0;
     if (!s) return 0;
-    if (s->told) snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_next_pass", "called after the step's last pass: snip_end_step is missing");
-    else snipi_check_calls(s);
+    if (s->told)
+        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_next_pass",
+                   "called after the step's last pass: snip_end_step is missing");
+    else
+        snipi_check_calls(s);
     switch (s->pass) {
         case SNIP_PASS_LOSS_PROBE:
             if (snipi_probes_updates(s)) {
@@ -5272,13 +4319,20 @@ SNIP_API int snip_next_pass(snip *s, double loss) {
     return again;
 }
 
-typedef struct { snip_optimizer kind; const float *m, *v; int64_t n; float m_scale, v_scale, eps; } snipi_update;
+typedef struct {
+    snip_optimizer kind;
+    const float *m, *v;
+    int64_t n;
+    float m_scale, v_scale, eps;
+} snipi_update;
+
 static void snipi_update_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     const snipi_update *q = (const snipi_update *)sum->of;
     int64_t i = q->n * c / SNIPI_CHUNKS, end = q->n * (c + 1) / SNIPI_CHUNKS;
     float u[512];
-    sum->part[c] = q->kind == SNIP_SGD_MOMENTUM ? snipi_run_sq(q->m + i, end - i) : (double)(end - i);      // Lion's are all -1 or 1
+    sum->part[c] = q->kind == SNIP_SGD_MOMENTUM ? snipi_run_sq(q->m + i, end - i)
+                                                : (double)(end - i);  // Lion's are all -1 or 1
     if (q->kind != SNIP_ADAMW) return;
     for (sum->part[c] = 0; i < end; i += 512) {
         const int64_t n = snipi_min(512, end - i);
@@ -5286,6 +4340,7 @@ static void snipi_update_sq_chunk(void *arg, int64_t c) {
         sum->part[c] += snipi_run_sq(u, n);
     }
 }
+
 // sum_j |u_j|^2 / |W_j|^2 of the update just made, at learning rate 1.
 static double snipi_update_sq(const snip *s, const snip_adamw *o) {
     snipi_update q;
@@ -5300,61 +4355,92 @@ static double snipi_update_sq(const snip *s, const snip_adamw *o) {
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
         double u_sq;
-        q.m = layer->m; q.v = layer->v; q.n = sum.n = layer->n * layer->k;
-        u_sq = q.kind == SNIP_CUSTOM ? s->desc.sensitivity(s->desc.sensitivity_user, l, NULL) : snipi_sum_up(&sum, snipi_update_sq_chunk);
+        q.m = layer->m;
+        q.v = layer->v;
+        q.n = sum.n = layer->n * layer->k;
+        u_sq = q.kind == SNIP_CUSTOM ? s->desc.sensitivity(s->desc.sensitivity_user, l, NULL)
+                                     : snipi_sum_up(&sum, snipi_update_sq_chunk);
         if (layer->weight_sq > 0) total += u_sq / layer->weight_sq;
     }
     return total;
 }
+
 static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
 
-static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq, double grad_scale) {
+static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq,
+                                       double grad_scale) {
     const snipi_measured *q = &l->measured[f];
-    double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x), h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
-    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq, dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
+    double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x),
+           h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
+    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq,
+           dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
     double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
     double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
-    double mean_w = q->err_w / n_w, shrink_x = -snipi_ratio(q->self_x, l->input_sq), shrink_w = -snipi_ratio(q->self_w, l->weight_sq), scaling_sq = 0;
-    double rest_x = q->along_x + shrink_x * (2 * q->both_x + shrink_x * q->scale_x), rest_w = mean_w - shrink_w * shrink_w * l->weight_sq / n_w;
+    double mean_w = q->err_w / n_w, shrink_x = -snipi_ratio(q->self_x, l->input_sq),
+           shrink_w = -snipi_ratio(q->self_w, l->weight_sq), scaling_sq = 0;
+    double rest_x = q->along_x + shrink_x * (2 * q->both_x + shrink_x * q->scale_x),
+           rest_w = mean_w - shrink_w * shrink_w * l->weight_sq / n_w;
     snip_estimate e;
     int i;
     for (i = 0; i < SNIPI_BLOCKS; i++) scaling_sq += l->scaling[i] * l->scaling[i];
     memset(&e, 0, sizeof e);
     e.loss_first = q->dot_x + q->dot_w;
     e.loss_second = 0.5 * (h_x * snipi_ratio(q->along_x, q->dx_sq) + h_w * mean_w);
-    e.update[SNIP_FWD] = (snipi_ratio(rest_x, q->dx_sq) * l->sketched_sq[SNIPI_SKETCH_DYW] + rest_w * by_fwd + (shrink_x + shrink_w) * (shrink_x + shrink_w) * scaling_sq) * probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] + mean_w * (dw_sq - by_fwd)) * probe;
+    e.update[SNIP_FWD] = (snipi_ratio(rest_x, q->dx_sq) * l->sketched_sq[SNIPI_SKETCH_DYW] + rest_w * by_fwd +
+                          (shrink_x + shrink_w) * (shrink_x + shrink_w) * scaling_sq) *
+                         probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] +
+                            mean_w * (dw_sq - by_fwd)) *
+                           probe;
     e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
     return e;
 }
+
 static int snipi_estimate_finite(const snip_estimate *e) {
     return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[0] + e->update[1] + e->update[2]);
 }
-// Mean and variance over measurements x, by exponential weights (Finch, Incremental calculation of weighted mean and variance, 2009):
-//   r = max(1 / n, 1/3),  d = x - mean,  mean += r d,  S = (1 - r) (S + r d^2),  q = (1 - r)^2 q + r^2, the sum of the squared weights.
-// One measurement deviates by var = S / (1 - q) on average, the mean by sqrt(q var); it rests on 1/q measurements, at most 5.
+
+// Mean and variance over measurements x, by exponential weights (Finch, Incremental calculation of weighted mean and
+// variance, 2009):
+//   r = max(1 / n, 1/3),  d = x - mean,  mean += r d,  S = (1 - r) (S + r d^2),  q = (1 - r)^2 q + r^2, the sum of the
+//   squared weights.
+// One measurement deviates by var = S / (1 - q) on average, the mean by sqrt(q var); it rests on 1/q measurements, at
+// most 5.
 static void snipi_average_term(snipi_average *a, int term, double x, double rate) {
     double d = x - a->mean[term];
     a->mean[term] += rate * d;
     a->variance[term] = (1 - rate) * (a->variance[term] + rate * d * d);
 }
-static double snipi_variance(const snip *s, const snipi_average *a, int term) { return s->squared_weights < 1 ? a->variance[term] / (1 - s->squared_weights) : 0; }
-// Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one expected of
-// the mean's size from all layers, `relative`, which counts as 4 degrees of freedom (Smyth 2004, empirical Bayes). Of a single measurement the
-// error is taken to be as large as its value.
-static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
-    double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term], freedom = 1 / s->squared_weights - 1;
-    return s->squared_weights < 1 ? s->squared_weights * (4 * relative * (mean_sq + own) + freedom * own) / (4 + freedom) : mean_sq;
+
+static double snipi_variance(const snip *s, const snipi_average *a, int term) {
+    return s->squared_weights < 1 ? a->variance[term] / (1 - s->squared_weights) : 0;
 }
+
+// Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one
+// expected of the mean's size from all layers, `relative`, which counts as 4 degrees of freedom (Smyth 2004, empirical
+// Bayes). Of a single measurement the error is taken to be as large as its value.
+static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
+    double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term],
+           freedom = 1 / s->squared_weights - 1;
+    return s->squared_weights < 1
+               ? s->squared_weights * (4 * relative * (mean_sq + own) + freedom * own) / (4 + freedom)
+               : mean_sq;
+}
+
 // Share r of the backward GEMMs' errors that repeats.
 static double snipi_repeating(const snip *s, const snipi_layer *l, int f) {
     double r = snipi_ratio(l->measured[f].err_dy, l->gradient_sq);
-    return snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0 : r < 1 ? r : 1;
+    return snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0
+           : r < 1                                                                                   ? r
+                                                                                                     : 1;
 }
-// Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in expectation where
-// rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris 1973): factor first^2 / (first^2 + error^2).
+
+// Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in
+// expectation where rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris
+// 1973): factor first^2 / (first^2 + error^2).
 static void snipi_costs(snip *s) {
-    double loss_weight = s->desc.loss_weight > 0 ? snipi_ratio(s->desc.loss_weight, fabs(s->loss)) : 0, update_weight = s->desc.update_weight > 0 ? s->desc.update_weight : 0;
+    double loss_weight = s->desc.loss_weight > 0 ? snipi_ratio(s->desc.loss_weight, fabs(s->loss)) : 0,
+           update_weight = s->desc.update_weight > 0 ? s->desc.update_weight : 0;
     int f, l, g, t;
     for (f = 0; f < SNIPI_CANDIDATES; f++) {
         double relative[SNIPI_TERMS];
@@ -5370,23 +4456,31 @@ static void snipi_costs(snip *s) {
         for (l = 0; l < s->n_layers; l++) {
             const snipi_average *a = &s->layers[l].average[f];
             snip_estimate *e = &s->layers[l].estimate[f];
-            double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST], error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
+            double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST],
+                   error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
             double keep = snipi_ratio(first_sq, first_sq + error_sq);
             if (!s->layers[l].elements_x) continue;
             for (g = 0; g < SNIP_GEMMS; g++) {
-                double r = g == SNIP_FWD ? 1 : snipi_repeating(s, &s->layers[l], f), weight = update_weight * (r + (1 - r) / s->desc.horizon);
-                double loss_error_sq = g == SNIP_FWD ? keep * error_sq + snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]) : 0;
-                e->cost[g] = weight * a->mean[SNIPI_UPDATE + g] + (g == SNIP_FWD ? loss_weight * (keep * a->mean[SNIPI_FIRST] + a->mean[SNIPI_SECOND]) : 0);
-                e->error[g] = sqrt(weight * weight * snipi_error_sq(s, a, SNIPI_UPDATE + g, relative[SNIPI_UPDATE + g]) + loss_weight * loss_weight * loss_error_sq);
+                double r = g == SNIP_FWD ? 1 : snipi_repeating(s, &s->layers[l], f),
+                       weight = update_weight * (r + (1 - r) / s->desc.horizon);
+                double loss_error_sq =
+                    g == SNIP_FWD ? keep * error_sq + snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]) : 0;
+                e->cost[g] = weight * a->mean[SNIPI_UPDATE + g] +
+                             (g == SNIP_FWD ? loss_weight * (keep * a->mean[SNIPI_FIRST] + a->mean[SNIPI_SECOND]) : 0);
+                e->error[g] = sqrt(weight * weight *
+                                       snipi_error_sq(s, a, SNIPI_UPDATE + g, relative[SNIPI_UPDATE + g]) +
+                                   loss_weight * loss_weight * loss_error_sq);
             }
         }
     }
 }
+
 static int snipi_has_averages(const snipi_layer *l) {
     int t, any = 0;
     for (t = 0; t < SNIPI_TERMS; t++) any |= l->average[0].mean[t] != 0 || l->average[1].mean[t] != 0;
     return any;
 }
+
 // What was not called in a measurement keeps its averages and costs.
 static void snipi_average_measurement(snip *s) {
     double rate, session_rate;
@@ -5410,18 +4504,26 @@ static void snipi_average_measurement(snip *s) {
 }
 
 // ---- watching
-static int snipi_is_candidate(snip_format format) { return format == snipi_candidates[0] || format == snipi_candidates[1]; }
+static int snipi_is_candidate(snip_format format) {
+    return format == snipi_candidates[0] || format == snipi_candidates[1];
+}
+
 static int snipi_under_plan(const snip *s) {
     int l, g;
     for (l = 0; l < s->n_layers; l++)
-        for (g = 0; g < SNIP_GEMMS; g++) if (snipi_is_candidate(s->layers[l].format[g])) return 1;
+        for (g = 0; g < SNIP_GEMMS; g++)
+            if (snipi_is_candidate(s->layers[l].format[g])) return 1;
     return 0;
 }
-// A running mean of the losses and of their absolute deviation, both over about 32 steps; a loss counts as at most 3 deviations off, so that
-// a spike hardly moves them (Huber). A normal variable's standard deviation is 1.2533 times the mean absolute one; at least 0.5% of the loss is assumed.
+
+// A running mean of the losses and of their absolute deviation, both over about 32 steps; a loss counts as at most 3
+// deviations off, so that a spike hardly moves them (Huber). A normal variable's standard deviation is 1.2533 times the
+// mean absolute one; at least 0.5% of the loss is assumed.
 static int snipi_loss_spikes(snip *s) {
-    double off = s->loss - s->loss_mean, deviation = 1.2533 * s->loss_deviation, least = 0.005 * fabs(s->loss_mean), rate;
-    int spike = s->desc.spike > 0 && s->losses >= 32 && (snipi_nonfinite_f64(s->loss) || off > s->desc.spike * (deviation > least ? deviation : least));
+    double off = s->loss - s->loss_mean, deviation = 1.2533 * s->loss_deviation, least = 0.005 * fabs(s->loss_mean),
+           rate;
+    int spike = s->desc.spike > 0 && s->losses >= 32 &&
+                (snipi_nonfinite_f64(s->loss) || off > s->desc.spike * (deviation > least ? deviation : least));
     if (snipi_nonfinite_f64(s->loss)) return spike;
     s->losses++;
     rate = s->losses < 32 ? 1 / (double)s->losses : 1.0 / 32;
@@ -5430,7 +4532,9 @@ static int snipi_loss_spikes(snip *s) {
     s->loss_deviation += rate * ((s->losses > 1 ? fabs(off) : 0) - s->loss_deviation);
     return spike;
 }
-// Root mean square, over the layers' X and dY, of log2(rms now / rms at the last measurement), now being a mean of about 16 steps.
+
+// Root mean square, over the layers' X and dY, of log2(rms now / rms at the last measurement), now being a mean of
+// about 16 steps.
 static double snipi_drift(snip *s) {
     double sum = 0, count = 0, rate = ++s->levels < 16 ? 1 / (double)s->levels : 1.0 / 16;
     int l, w;
@@ -5446,6 +4550,7 @@ static double snipi_drift(snip *s) {
         }
     return sqrt(snipi_ratio(sum, count));
 }
+
 // After an ordinary step: is a measurement due before its time? A frozen plan is left alone.
 static void snipi_watch(snip *s, int spikes) {
     double drift = snipi_drift(s);
@@ -5459,11 +4564,16 @@ static void snipi_watch(snip *s, int spikes) {
                     count++;
                 }
         if (count) s->fallen = 1;
-        l = snprintf(s->reason, sizeof s->reason, "step %lld: the loss spikes: %.4g, mean %.4g, deviation %.2g", (long long)s->step, s->loss, s->loss_mean, 1.2533 * s->loss_deviation);
-        snprintf(s->reason + l, sizeof s->reason - (size_t)l, count ? "; %d GEMMs in %s until the next measurement" : "; measuring", count, snip_format_name(s->desc.fallback));
+        l = snprintf(s->reason, sizeof s->reason, "step %lld: the loss spikes: %.4g, mean %.4g, deviation %.2g",
+                     (long long)s->step, s->loss, s->loss_mean, 1.2533 * s->loss_deviation);
+        snprintf(s->reason + l, sizeof s->reason - (size_t)l,
+                 count ? "; %d GEMMs in %s until the next measurement" : "; measuring", count,
+                 snip_format_name(s->desc.fallback));
     } else if (under_plan && !s->due && s->measurements > 0 && s->desc.drift > 0 && drift > s->desc.drift) {
         s->due = 1;
-        snprintf(s->reason, sizeof s->reason, "step %lld: inputs and gradients have drifted by a factor of %.2g: measuring", (long long)s->step, exp2(drift));
+        snprintf(s->reason, sizeof s->reason,
+                 "step %lld: inputs and gradients have drifted by a factor of %.2g: measuring", (long long)s->step,
+                 exp2(drift));
     }
 }
 
@@ -5472,39 +4582,49 @@ static int snipi_by_seconds(const snip *s) { return s->desc.speedup > 0 || s->de
 
 SNIP_API snip_status snip_set_seconds(snip *s, int layer, snip_gemm_kind gemm, const double seconds[3]) {
     int i;
-    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds) return snipi_bad(s, "snip_set_seconds");
-    for (i = 0; i < 3; i++) if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return snipi_bad(s, "snip_set_seconds");
+    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds)
+        return snipi_bad(s, "snip_set_seconds");
+    for (i = 0; i < 3; i++)
+        if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return snipi_bad(s, "snip_set_seconds");
     for (i = 0; i < 3; i++) s->layers[layer].seconds[i][gemm] = seconds[i];
     return SNIP_OK;
 }
+
 SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
     enum { TIMES = 5 };
+
     int l, same, g, i, f;
     if (!s || rows < 1 || rows > INT32_MAX) return snipi_bad(s, "snip_measure_gains");
     for (l = 0; l < s->n_layers; l++)
-        if (!snipi_shape_ok(rows, snipi_max(s->layers[l].n, s->layers[l].k), snipi_max(s->layers[l].n, s->layers[l].k))) return snipi_bad(s, "snip_measure_gains");
+        if (!snipi_shape_ok(rows, snipi_max(s->layers[l].n, s->layers[l].k), snipi_max(s->layers[l].n, s->layers[l].k)))
+            return snipi_bad(s, "snip_measure_gains");
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
         int64_t n = layer->n, k = layer->k, nonfinite = layer->nonfinite, saturated = layer->saturated;
         snip_status status = SNIP_OK;
         float *x, *w, *dy, *out;
-        for (same = 0; same < l && (s->layers[same].n != n || s->layers[same].k != k); same++) {}
+        for (same = 0; same < l && (s->layers[same].n != n || s->layers[same].k != k); same++) {
+        }
         if (same < l) {
             memcpy(layer->seconds, s->layers[same].seconds, sizeof layer->seconds);
             continue;
         }
-        x = (float *)snipi_alloc(s, (size_t)(rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k)) * sizeof(float));
+        x = (float *)snipi_alloc(s, (size_t)(rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k)) *
+                                        sizeof(float));
         if (!x) return snipi_no_memory(s, "snip_measure_gains");
-        dy = x + rows * k; w = dy + rows * n; out = w + n * k;
+        dy = x + rows * k;
+        w = dy + rows * n;
+        out = w + n * k;
         snip_noise_add(x, x, rows * (n + k) + n * k, 1.0f, NULL, snipi_key(s, layer, 0, SNIPI_ROLE_NOISE_X));
         for (g = 0; g < SNIP_GEMMS; g++)
             for (f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
                 snip_format format = f ? snipi_candidates[f - 1] : s->desc.high;
                 double best = 0;
-                for (i = 0; i < 1 + TIMES && !status; i++) {            // the first warms up
+                for (i = 0; i < 1 + TIMES && !status; i++) {  // the first warms up
                     double t = snipi_ilp_clock();
-                    status = g == SNIP_FWD ? snipi_fwd(s, layer, 0, format, out, x, w, NULL, rows) : g == SNIP_DGRAD ? snipi_dgrad(s, layer, 0, format, out, 0, dy, w, rows)
-                                           : snipi_wgrad(s, layer, 0, format, out, 0, dy, n, x, rows);
+                    status = g == SNIP_FWD     ? snipi_fwd(s, layer, 0, format, out, x, w, NULL, rows)
+                             : g == SNIP_DGRAD ? snipi_dgrad(s, layer, 0, format, out, 0, dy, w, rows)
+                                               : snipi_wgrad(s, layer, 0, format, out, 0, dy, n, x, rows);
                     t = snipi_ilp_clock() - t;
                     if (i == 1 || (i > 1 && t < best)) best = t;
                 }
@@ -5517,7 +4637,11 @@ SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
     }
     return SNIP_OK;
 }
-static int snipi_state_of(const snip *s, snip_format format) { return format == s->desc.high || snipi_plain(format) ? 0 : format == SNIP_E4M3 ? 1 : 2; }
+
+static int snipi_state_of(const snip *s, snip_format format) {
+    return format == s->desc.high || snipi_plain(format) ? 0 : format == SNIP_E4M3 ? 1 : 2;
+}
+
 SNIP_API double snip_plan_seconds(const snip *s) {
     double sum = 0;
     int l, g;
@@ -5526,9 +4650,12 @@ SNIP_API double snip_plan_seconds(const snip *s) {
     return sum;
 }
 
-// States of a GEMM: 0 in desc.high, which plans by seconds alone choose, 1 FP8, 2 FP4. A layer's option: three digits to the base 3.
+// States of a GEMM: 0 in desc.high, which plans by seconds alone choose, 1 FP8, 2 FP4. A layer's option: three digits
+// to the base 3.
 enum { SNIPI_OPTIONS = 27 };
+
 static int snipi_option_state(int option, int g) { return option / (g == 0 ? 1 : g == 1 ? 3 : 9) % 3; }
+
 // FP4 and no FP8 allows `high` no more. Per layer: one state wherever it is allowed.
 static int snipi_option_allowed(const snip *s, const snipi_layer *l, int option) {
     const int least = snipi_by_seconds(s) ? 0 : 1;
@@ -5539,44 +4666,68 @@ static int snipi_option_allowed(const snip *s, const snipi_layer *l, int option)
     }
     for (state = least; s->desc.per_layer && state <= 2; state++) {
         for (same = 0, g = 0; g < SNIP_GEMMS; g++)
-            same += snipi_option_state(option, g) == (state == 2 ? (l->allow[g] & SNIPI_ALLOW_FP4 ? 2 : 1) : l->allow[g] & SNIPI_ALLOW_FP8 ? state : 2);
+            same += snipi_option_state(option, g) == (state == 2 ? (l->allow[g] & SNIPI_ALLOW_FP4 ? 2 : 1)
+                                                      : l->allow[g] & SNIPI_ALLOW_FP8 ? state
+                                                                                      : 2);
         if (same == SNIP_GEMMS) break;
     }
     return same == SNIP_GEMMS;
 }
-static snip_format snipi_format_of(const snip *s, int state) { return state ? snipi_candidates[state - 1] : s->desc.high; }
+
+static snip_format snipi_format_of(const snip *s, int state) {
+    return state ? snipi_candidates[state - 1] : s->desc.high;
+}
+
 static double snipi_harm(const snipi_layer *l, int state, int g) { return state ? l->estimate[state - 1].cost[g] : 0; }
 
-// What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin` times.
+// What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin`
+// times.
 static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, int to) {
     const int from = snipi_state_of(s, l->format[g]), planned = snipi_is_candidate(l->format[g]) || snipi_by_seconds(s);
     double a = from ? l->estimate[from - 1].error[g] : 0, b = to ? l->estimate[to - 1].error[g] : 0;
-    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && planned && from != to ? s->desc.margin * sqrt(a * a + b * b) : 0;
+    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && planned && from != to
+               ? s->desc.margin * sqrt(a * a + b * b)
+               : 0;
 }
+
 static void snipi_explain(snip *s, int changed, double before, double after, double margin) {
     char text[128];
-    if (s->fallen) snprintf(text, sizeof text, "a new plan after the fall back: predicted harm %.4g", after);
-    else if (s->plans == 0) snprintf(text, sizeof text, "the first plan: predicted harm %.4g", after);
-    else if (!changed) snprintf(text, sizeof text, "the plan stays: no change saves more than %g standard errors", s->desc.margin > 0 ? s->desc.margin : 0);
-    else if (before > after + margin) snprintf(text, sizeof text, "%d GEMMs change: predicted harm %.4g -> %.4g, margin %.2g", changed, before, after, margin);
-    else snprintf(text, sizeof text, "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", changed, before, after);
+    if (s->fallen)
+        snprintf(text, sizeof text, "a new plan after the fall back: predicted harm %.4g", after);
+    else if (s->plans == 0)
+        snprintf(text, sizeof text, "the first plan: predicted harm %.4g", after);
+    else if (!changed)
+        snprintf(text, sizeof text, "the plan stays: no change saves more than %g standard errors",
+                 s->desc.margin > 0 ? s->desc.margin : 0);
+    else if (before > after + margin)
+        snprintf(text, sizeof text, "%d GEMMs change: predicted harm %.4g -> %.4g, margin %.2g", changed, before, after,
+                 margin);
+    else
+        snprintf(text, sizeof text,
+                 "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", changed, before,
+                 after);
     snprintf(s->reason, sizeof s->reason, "step %lld: %s", (long long)s->step, text);
 }
+
 // A layer that no measurement has met yet, as it was not called: it stays as it is, and out of the targets.
 static int snipi_measured_once(const snipi_layer *l) { return l->elements_x > 0 || snipi_has_averages(l); }
+
 static double snipi_slowest(const snipi_layer *l, int g) {
     double slowest = 0;
     int f;
     for (f = 0; f < 1 + SNIPI_CANDIDATES; f++) slowest = l->seconds[f][g] > slowest ? l->seconds[f][g] : slowest;
     return slowest;
 }
-// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved against the
-// slowest state.
+
+// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved
+// against the slowest state.
 static snip_status snipi_solve(snip *s) {
     int n = s->n_layers, l, g, o, changed = 0;
     double before = 0, after = 0, margin = 0;
-    size_t options_size = (size_t)n * SNIPI_OPTIONS * sizeof(snip_ilp_option), groups_size = (size_t)n * sizeof(snip_ilp_group);
-    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double), size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * (1 + SNIPI_OPTIONS);
+    size_t options_size = (size_t)n * SNIPI_OPTIONS * sizeof(snip_ilp_option),
+           groups_size = (size_t)n * sizeof(snip_ilp_group);
+    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double),
+           size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * (1 + SNIPI_OPTIONS);
     char *memory = (char *)snipi_alloc(s, size);
     snip_ilp_option *options = (snip_ilp_option *)(void *)memory;
     snip_ilp_group *groups;
@@ -5596,7 +4747,7 @@ static snip_status snipi_solve(snip *s) {
         double least = 0;
         int count = 0, i;
         groups[l].options = list;
-        groups[l].n_options = 1;        // no gain at no cost
+        groups[l].n_options = 1;  // no gain at no cost
         groups[l].stage = layer->stage;
         if (!snipi_measured_once(layer)) continue;
         for (o = 0; o < SNIPI_OPTIONS; o++) {
@@ -5605,14 +4756,17 @@ static snip_status snipi_solve(snip *s) {
             for (g = 0; g < SNIP_GEMMS; g++) {
                 const int state = snipi_option_state(o, g);
                 option.cost += snipi_harm(layer, state, g) + snipi_switch_cost(s, layer, g, state);
-                if (snipi_by_seconds(s)) option.gain += snipi_slowest(layer, g) - layer->seconds[state][g];
-                else option.gain += state == 2 ? (double)layer->n * (double)layer->k : 0;
+                if (snipi_by_seconds(s))
+                    option.gain += snipi_slowest(layer, g) - layer->seconds[state][g];
+                else
+                    option.gain += state == 2 ? (double)layer->n * (double)layer->k : 0;
             }
             ids[SNIPI_OPTIONS * l + count] = o;
             list[count++] = option;
         }
         for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
-        for (i = 0; i < count; i++) list[i].cost -= least;      // a constant per layer changes no choice; costs may not be negative
+        for (i = 0; i < count; i++)
+            list[i].cost -= least;  // a constant per layer changes no choice; costs may not be negative
         groups[l].n_options = count;
         if (!snipi_by_seconds(s)) target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
         for (g = 0; g < SNIP_GEMMS && snipi_by_seconds(s); g++) {
@@ -5620,7 +4774,8 @@ static snip_status snipi_solve(snip *s) {
             if (s->desc.speedup > 0) target[layer->stage] -= layer->seconds[0][g] / s->desc.speedup;
             if (!(layer->seconds[0][g] > 0)) {
                 snipi_free(s, memory);
-                return snipi_fail(s, SNIP_BAD_ARGUMENT, "a plan by seconds needs snip_measure_gains or snip_set_seconds first");
+                return snipi_fail(s, SNIP_BAD_ARGUMENT,
+                                  "a plan by seconds needs snip_measure_gains or snip_set_seconds first");
             }
         }
     }
@@ -5657,54 +4812,72 @@ static snip_status snipi_solve(snip *s) {
         double lacking = 0;
         int stage = snip_ilp_shortfall(&problem, &lacking);
         snipi_fail(s, SNIP_INFEASIBLE, snip_status_text(SNIP_INFEASIBLE));
-        if (snipi_by_seconds(s)) snprintf(s->message, sizeof s->message, "stage %d cannot be as fast as asked: %.3g seconds are lacking", stage, lacking);
+        if (snipi_by_seconds(s))
+            snprintf(s->message, sizeof s->message, "stage %d cannot be as fast as asked: %.3g seconds are lacking",
+                     stage, lacking);
         else if (stage >= 0 && stage < s->desc.n_stages)
-            snprintf(s->message, sizeof s->message, "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
-                     100 * s->desc.budget * (1 - lacking / target[stage]), 100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
+            snprintf(s->message, sizeof s->message,
+                     "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
+                     100 * s->desc.budget * (1 - lacking / target[stage]),
+                     100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
     }
     snipi_free(s, memory);
-    return solved == SNIP_ILP_INFEASIBLE ? SNIP_INFEASIBLE : solved == SNIP_ILP_OUT_OF_MEMORY ? snipi_no_memory(s, "a plan") : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
+    return solved == SNIP_ILP_INFEASIBLE      ? SNIP_INFEASIBLE
+           : solved == SNIP_ILP_OUT_OF_MEMORY ? snipi_no_memory(s, "a plan")
+                                              : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
 }
 
 // Costs from the measurement that the layers hold, and a plan from the costs.
 static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
     char message[200];
     int l, f;
-    if (snipi_nonfinite_f64(s->loss)) return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-    if (s->desc.loss_weight > 0 && s->loss == 0) return snipi_fail(s, SNIP_BAD_ARGUMENT, "the loss of a measuring step is 0, and harm is relative to it: measurement discarded");
+    if (snipi_nonfinite_f64(s->loss))
+        return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
+    if (s->desc.loss_weight > 0 && s->loss == 0)
+        return snipi_fail(s, SNIP_BAD_ARGUMENT,
+                          "the loss of a measuring step is 0, and harm is relative to it: measurement discarded");
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
         for (f = 0; f < SNIPI_CANDIDATES; f++) {
             snip_estimate e = snipi_estimate_of(s, layer, f, update_sq, grad_scale);
             if (snipi_estimate_finite(&e)) continue;
-            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded", layer->name);
+            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded",
+                     layer->name);
             return snipi_fail(s, SNIP_NONFINITE, message);
         }
     }
     for (l = 0; l < s->n_layers; l++)
-        for (f = 0; f < SNIPI_CANDIDATES && s->layers[l].elements_x; f++) s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
+        for (f = 0; f < SNIPI_CANDIDATES && s->layers[l].elements_x; f++)
+            s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
     snipi_average_measurement(s);
     s->due = 0;
     return snipi_solve(s);
 }
+
 static int snipi_adamw_ok(const snip_adamw *o) {
-    return o->step >= 1 && snipi_in_range(o->beta1, 0, 1) && snipi_in_range(o->beta2, 0, 1) && o->beta1 < 1 && o->beta2 < 1 && snipi_in_range(o->eps, 0, 1) &&
-           snipi_in_range(o->grad_scale, 0, 1e30) && !snipi_nonfinite_f64(o->lr);
+    return o->step >= 1 && snipi_in_range(o->beta1, 0, 1) && snipi_in_range(o->beta2, 0, 1) && o->beta1 < 1 &&
+           o->beta2 < 1 && snipi_in_range(o->eps, 0, 1) && snipi_in_range(o->grad_scale, 0, 1e30) &&
+           !snipi_nonfinite_f64(o->lr);
 }
+
 // *adamw becomes NULL where its constants are out of range.
 static void snipi_end_step_check(snip *s, const snip_adamw **adamw) {
     if (*adamw && !snipi_adamw_ok(*adamw)) {
         *adamw = NULL;
         snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "the optimizer's constants are out of range");
     } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
-        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "snip_next_pass has not been told the loss of the measuring step's last pass");
-    if (s->held[0]) snipi_fail(s, s->pending, s->held);         // of the error that snip_end_step returns
+        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step",
+                   "snip_next_pass has not been told the loss of the measuring step's last pass");
+    if (s->held[0]) snipi_fail(s, s->pending, s->held);  // of the error that snip_end_step returns
 }
+
 static int snipi_in_probe(snip *s) {
     if (s->pass == SNIP_PASS_ORDINARY || s->pass == SNIP_PASS_CLEAN) return 0;
-    snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
+    snipi_fail(s, SNIP_BAD_ARGUMENT,
+               "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
     return 1;
 }
+
 SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     snip_status status;
     int l, i, spikes;
@@ -5718,11 +4891,14 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
     if (s->pass == SNIP_PASS_CLEAN) {
         s->measured = s->step;
-        if (!adamw) s->due = 1;
+        if (!adamw)
+            s->due = 1;
         else if (s->n_layers && !status) {
             for (l = 0; l < s->n_layers; l++)
-                for (i = 0; i < SNIPI_SKETCHES; i++) s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
-            status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
+                for (i = 0; i < SNIPI_SKETCHES; i++)
+                    s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
+            status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0,
+                                  adamw->grad_scale > 0 ? adamw->grad_scale : 1);
         }
     }
     snipi_begin_step(s);
@@ -5730,12 +4906,19 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
 }
 
 SNIP_API snip_pass snip_current_pass(const snip *s) { return s ? s->pass : SNIP_PASS_ORDINARY; }
+
 SNIP_API int64_t snip_step(const snip *s) { return s ? s->step : 0; }
+
 SNIP_API int snip_plans(const snip *s) { return s ? s->plans : 0; }
+
 SNIP_API double snip_solve_seconds(const snip *s) { return s ? s->solve_seconds : 0; }
+
 SNIP_API int snip_layers(const snip *s) { return s ? s->n_layers : 0; }
+
 SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
+
 SNIP_API const char *snip_reason(const snip *s) { return s ? s->reason : ""; }
+
 SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
     const snipi_layer *l = snipi_layer_at(s, layer);
     if (!l || !info) return snipi_bad(s, "snip_layer");
@@ -5752,6 +4935,7 @@ SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info)
     info->measurements = s->measurements > 0 ? 1 / s->squared_weights : 0;
     return SNIP_OK;
 }
+
 SNIP_API double snip_share(const snip *s, snip_format format) {
     double in_format = 0, all = 0;
     int l, g;
@@ -5765,83 +4949,116 @@ SNIP_API double snip_share(const snip *s, snip_format format) {
 }
 
 // ---- plan and state files
-// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds. What has no place of its own there gets a line below it.
-static const char *snipi_kind_of(const char *name) { const char *dot = strrchr(name, '.'); return dot ? dot + 1 : name; }
-static int snipi_block_length(const char *name) { const char *dot = strchr(name, '.'); return dot ? (int)(dot - name) : 0; }
-static int snipi_same_block(const char *a, const char *b) { int n = snipi_block_length(a); return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0; }
-static char snipi_mark(snip_format f) { return f == SNIP_E2M1 ? '4' : f == SNIP_E4M3 ? '8' : f == SNIP_BF16 ? 'b' : 'f'; }
+// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds. What has no place of its own there gets a
+// line below it.
+static const char *snipi_kind_of(const char *name) {
+    const char *dot = strrchr(name, '.');
+    return dot ? dot + 1 : name;
+}
+
+static int snipi_block_length(const char *name) {
+    const char *dot = strchr(name, '.');
+    return dot ? (int)(dot - name) : 0;
+}
+
+static int snipi_same_block(const char *a, const char *b) {
+    int n = snipi_block_length(a);
+    return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0;
+}
+
+static char snipi_mark(snip_format f) {
+    return f == SNIP_E2M1 ? '4' : f == SNIP_E4M3 ? '8' : f == SNIP_BF16 ? 'b' : 'f';
+}
+
 // The first layer of a kind in the block of layer `of`, or -1.
 static int snipi_cell(const snip *s, int of, const char *kind) {
     int i;
     for (i = 0; i < s->n_layers; i++)
-        if (snipi_same_block(s->layers[i].name, s->layers[of].name) && !strcmp(snipi_kind_of(s->layers[i].name), kind)) return i;
+        if (snipi_same_block(s->layers[i].name, s->layers[of].name) && !strcmp(snipi_kind_of(s->layers[i].name), kind))
+            return i;
     return -1;
 }
 
 SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
     enum { MOST = 32 };
+
     const char *kinds[MOST];
     int n_kinds = 0, l, k, i;
     if (!s || !file) return snipi_bad(s, "snip_plan_print");
     for (l = 0; l < s->n_layers; l++) {
         const char *kind = snipi_kind_of(s->layers[l].name);
-        for (k = 0; k < n_kinds && strcmp(kinds[k], kind); k++) { }
+        for (k = 0; k < n_kinds && strcmp(kinds[k], kind); k++) {
+        }
         if (k == n_kinds && n_kinds < MOST) kinds[n_kinds++] = kind;
     }
-    fprintf(file, "plan after step %lld: fp4 %.1f%%, fp8 %.1f%% of the linear layers' FLOPs\n", (long long)s->step, 100 * snip_share(s, SNIP_E2M1), 100 * snip_share(s, SNIP_E4M3));
+    fprintf(file, "plan after step %lld: fp4 %.1f%%, fp8 %.1f%% of the linear layers' FLOPs\n", (long long)s->step,
+            100 * snip_share(s, SNIP_E2M1), 100 * snip_share(s, SNIP_E4M3));
     fprintf(file, "  fwd dgrad wgrad: 4 fp4, 8 fp8, b bf16, f f32\n  %-8s", "block");
     for (k = 0; k < n_kinds; k++) fprintf(file, " %-6s", kinds[k]);
     fprintf(file, "\n");
     for (l = 0; l < s->n_layers; l++) {
         const char *name = s->layers[l].name;
-        for (i = 0; i < l && !snipi_same_block(s->layers[i].name, name); i++) { }
-        if (i < l) continue;            // block already printed
+        for (i = 0; i < l && !snipi_same_block(s->layers[i].name, name); i++) {
+        }
+        if (i < l) continue;  // block already printed
         fprintf(file, "  %-8.*s", snipi_block_length(name), name);
         for (k = 0; k < n_kinds; k++) {
             i = snipi_cell(s, l, kinds[k]);
-            if (i < 0) fprintf(file, " %-6s", "");
-            else fprintf(file, " %c%c%c   ", snipi_mark(s->layers[i].format[0]), snipi_mark(s->layers[i].format[1]), snipi_mark(s->layers[i].format[2]));
+            if (i < 0)
+                fprintf(file, " %-6s", "");
+            else
+                fprintf(file, " %c%c%c   ", snipi_mark(s->layers[i].format[0]), snipi_mark(s->layers[i].format[1]),
+                        snipi_mark(s->layers[i].format[2]));
         }
         fprintf(file, "\n");
     }
     for (l = 0; l < s->n_layers; l++) {
         const snipi_layer *layer = &s->layers[l];
-        for (k = 0; k < n_kinds && strcmp(kinds[k], snipi_kind_of(layer->name)); k++) { }
-        if (k == n_kinds || snipi_cell(s, l, kinds[k]) != l) fprintf(file, "  %s %c%c%c\n", layer->name, snipi_mark(layer->format[0]), snipi_mark(layer->format[1]), snipi_mark(layer->format[2]));
+        for (k = 0; k < n_kinds && strcmp(kinds[k], snipi_kind_of(layer->name)); k++) {
+        }
+        if (k == n_kinds || snipi_cell(s, l, kinds[k]) != l)
+            fprintf(file, "  %s %c%c%c\n", layer->name, snipi_mark(layer->format[0]), snipi_mark(layer->format[1]),
+                    snipi_mark(layer->format[2]));
     }
     return ferror(file) ? snipi_fail_in(s, SNIP_IO, "snip_plan_print", snip_status_text(SNIP_IO)) : SNIP_OK;
 }
 
-static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {      // FNV-1a
+static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {  // FNV-1a
     const unsigned char *p = (const unsigned char *)data;
     size_t i;
     for (i = 0; i < size; i++) hash = (hash ^ p[i]) * 0x100000001B3u;
     return hash;
 }
+
 #define SNIPI_HASH_START 0xCBF29CE484222325u
 
 // A text file: header, one line a layer, and a hash of all lines before it.
 static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
     if (line == 0)
-        return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f%s%s\n", s->n_layers, (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1),
-                        s->reason[0] ? "; " : "", s->reason);
-    return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n, (long long)s->layers[line - 1].k,
-                    snip_format_name(s->layers[line - 1].format[0]), snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
+        return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f%s%s\n", s->n_layers,
+                        (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1), s->reason[0] ? "; " : "",
+                        s->reason);
+    return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n,
+                    (long long)s->layers[line - 1].k, snip_format_name(s->layers[line - 1].format[0]),
+                    snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
 }
-// A device, a pipe or a link is written as it is: renaming would put a file in its place. Strict C sees what a link points to.
+
+// A device, a pipe or a link is written as it is: renaming would put a file in its place. Strict C sees what a link
+// points to.
 static int snipi_replaceable(const char *path) {
 #if defined(__unix__) || defined(__APPLE__)
     struct stat info;
-#  if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+#    if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
     return lstat(path, &info) != 0 || S_ISREG(info.st_mode);
-#  else
+#    else
     return stat(path, &info) != 0 || S_ISREG(info.st_mode);
-#  endif
+#    endif
 #else
     (void)path;
     return 1;
 #endif
 }
+
 SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     char text[512], *aside;
     uint64_t hash = SNIPI_HASH_START;
@@ -5864,8 +5081,14 @@ SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     if (ok) ok = fprintf(file, "end %016llx\n", (unsigned long long)hash) > 0;
     reason = errno;
     if (file) {
-        if (fclose(file) && ok) { ok = 0; reason = errno; }
-        if (ok && renamed && rename(aside, path)) { ok = 0; reason = errno; }
+        if (fclose(file) && ok) {
+            ok = 0;
+            reason = errno;
+        }
+        if (ok && renamed && rename(aside, path)) {
+            ok = 0;
+            reason = errno;
+        }
         if (!ok && renamed) remove(aside);
     }
     snipi_free(s, aside);
@@ -5875,12 +5098,15 @@ SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
     }
     return SNIP_OK;
 }
-static snip_status snipi_plan_fail(snip *s, FILE *file, unsigned char *formats, snip_status status, const char *path, const char *reason) {
+
+static snip_status snipi_plan_fail(snip *s, FILE *file, unsigned char *formats, snip_status status, const char *path,
+                                   const char *reason) {
     if (file) fclose(file);
     snipi_free(s, formats);
     snprintf(s->message, sizeof s->message, "%.150s: %.100s", path, reason);
     return status;
 }
+
 SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
     char text[512], name[256], format[SNIP_GEMMS][8];
     uint64_t hash = SNIPI_HASH_START;
@@ -5901,23 +5127,31 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
         }
         hash = snipi_hash(hash, text, strlen(text));
         if (line == 0) {
-            if (sscanf(text, "snip-plan 1 layers %d", &layers) != 1) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "is not a snip plan");
-            if (layers != s->n_layers) return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path, "is for a model with another number of layers");
+            if (sscanf(text, "snip-plan 1 layers %d", &layers) != 1)
+                return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "is not a snip plan");
+            if (layers != s->n_layers)
+                return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path,
+                                       "is for a model with another number of layers");
             continue;
         }
-        if (sscanf(text, "%255s %lld %lld %7s %7s %7s", name, &n, &k, format[0], format[1], format[2]) != 6) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "has a damaged line");
+        if (sscanf(text, "%255s %lld %lld %7s %7s %7s", name, &n, &k, format[0], format[1], format[2]) != 6)
+            return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "has a damaged line");
         if (strcmp(name, s->layers[line - 1].name) || n != s->layers[line - 1].n || k != s->layers[line - 1].k)
             return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path, "is for a model with other layers");
         for (g = 0; g < SNIP_GEMMS; g++) {
             static const snip_format known[4] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
             int i;
-            for (i = 0; i < 4 && strcmp(format[g], snip_format_name(known[i])); i++) { }
+            for (i = 0; i < 4 && strcmp(format[g], snip_format_name(known[i])); i++) {
+            }
             if (i == 4) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "names an unknown precision");
             formats[(line - 1) * SNIP_GEMMS + g] = (unsigned char)known[i];
         }
     }
-    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20 || strcmp(text + tail, "\n")) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
-    if (stored != hash || fgetc(file) != EOF) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "does not match its checksum");
+    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20 ||
+        strcmp(text + tail, "\n"))
+        return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
+    if (stored != hash || fgetc(file) != EOF)
+        return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "does not match its checksum");
     for (line = 0; line < s->n_layers; line++)
         for (g = 0; g < SNIP_GEMMS; g++) s->layers[line].format[g] = (snip_format)formats[line * SNIP_GEMMS + g];
     fclose(file);
@@ -5925,8 +5159,10 @@ SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
     return SNIP_OK;
 }
 
-// State: magic with a version, the last reason, then 8-byte words, little-endian on every machine: header, one record a layer, hash.
+// State: magic with a version, the last reason, then 8-byte words, little-endian on every machine: header, one record a
+// layer, hash.
 enum { SNIPI_STATE_TEXT = 8 + 256 };
+
 typedef struct {
     uint64_t layers, model;
     int64_t step, plans;
@@ -5934,6 +5170,7 @@ typedef struct {
     double measurements, squared_weights, loss_mean, loss_deviation;
     int64_t losses, levels, measured, due, fallen;
 } snipi_state_header;
+
 typedef struct {
     int64_t format[SNIP_GEMMS];
     snipi_average average[SNIPI_CANDIDATES];
@@ -5953,12 +5190,15 @@ static void snipi_little_endian(void *words, size_t size) {
         memcpy(p + i, &swapped, 8);
     }
 }
+
 static uint64_t snipi_model_hash(const snip *s) {
     uint64_t hash = SNIPI_HASH_START, seed = s->desc.seed;
     int l;
     for (l = 0; l < s->n_layers; l++) {
         int64_t dims[3];
-        dims[0] = s->layers[l].n; dims[1] = s->layers[l].k; dims[2] = s->layers[l].stage;
+        dims[0] = s->layers[l].n;
+        dims[1] = s->layers[l].k;
+        dims[2] = s->layers[l].stage;
         snipi_little_endian(dims, sizeof dims);
         hash = snipi_hash(hash, s->layers[l].name, strlen(s->layers[l].name) + 1);
         hash = snipi_hash(hash, dims, sizeof dims);
@@ -5966,21 +5206,27 @@ static uint64_t snipi_model_hash(const snip *s) {
     snipi_little_endian(&seed, sizeof seed);
     return snipi_hash(hash, &seed, sizeof seed);
 }
+
 SNIP_API size_t snip_state_size(const snip *s) {
-    return s ? SNIPI_STATE_TEXT + sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) + sizeof(uint64_t) : 0;
+    return s ? SNIPI_STATE_TEXT + sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) +
+                   sizeof(uint64_t)
+             : 0;
 }
+
 static int snipi_within_step(const snip *s) {
     int l, calls = 0;
     for (l = 0; l < s->n_layers; l++) calls |= s->layers[l].calls_forward || s->layers[l].calls_backward;
     return calls || s->told || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE);
 }
+
 SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     snipi_state_header header;
     unsigned char *at = (unsigned char *)state;
     uint64_t hash;
     int l, g;
     if (!s || !state) return snipi_bad(s, "snip_state_save");
-    if (snipi_within_step(s)) return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is saved between steps: snip_end_step is missing");
+    if (snipi_within_step(s))
+        return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is saved between steps: snip_end_step is missing");
     memcpy(at, "SNIPST2", 8);
     memcpy(at + 8, s->reason, sizeof s->reason);
     at += SNIPI_STATE_TEXT;
@@ -5990,9 +5236,15 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
     header.step = s->step;
     header.plans = s->plans;
     header.adamw = s->adamw;
-    header.measurements = s->measurements; header.squared_weights = s->squared_weights;
-    header.loss_mean = s->loss_mean; header.loss_deviation = s->loss_deviation;
-    header.losses = s->losses; header.levels = s->levels; header.measured = s->measured; header.due = s->due; header.fallen = s->fallen;
+    header.measurements = s->measurements;
+    header.squared_weights = s->squared_weights;
+    header.loss_mean = s->loss_mean;
+    header.loss_deviation = s->loss_deviation;
+    header.losses = s->losses;
+    header.levels = s->levels;
+    header.measured = s->measured;
+    header.due = s->due;
+    header.fallen = s->fallen;
     memcpy(at, &header, sizeof header);
     at += sizeof header;
     for (l = 0; l < s->n_layers; l++) {
@@ -6008,64 +5260,84 @@ SNIP_API snip_status snip_state_save(const snip *s, void *state) {
         memcpy(at, &record, sizeof record);
         at += sizeof record;
     }
-    snipi_little_endian((unsigned char *)state + SNIPI_STATE_TEXT, (size_t)(at - (unsigned char *)state) - SNIPI_STATE_TEXT);
+    snipi_little_endian((unsigned char *)state + SNIPI_STATE_TEXT,
+                        (size_t)(at - (unsigned char *)state) - SNIPI_STATE_TEXT);
     hash = snipi_hash(SNIPI_HASH_START, state, (size_t)(at - (unsigned char *)state));
     snipi_little_endian(&hash, sizeof hash);
     memcpy(at, &hash, sizeof hash);
     return SNIP_OK;
 }
+
 static int snipi_header_ok(const snipi_state_header *h) {
     const int64_t most = INT64_C(1) << 62;
     const int64_t counts[] = { h->step, h->losses, h->levels, h->measured, h->adamw.step };
-    const double values[] = { h->adamw.lr, h->adamw.beta1, h->adamw.beta2, h->adamw.eps, h->adamw.grad_scale, h->measurements, h->squared_weights, h->loss_mean, h->loss_deviation };
+    const double values[] = { h->adamw.lr,        h->adamw.beta1,      h->adamw.beta2,
+                              h->adamw.eps,       h->adamw.grad_scale, h->measurements,
+                              h->squared_weights, h->loss_mean,        h->loss_deviation };
     size_t i;
-    for (i = 0; i < sizeof counts / sizeof *counts; i++) if (counts[i] < 0 || counts[i] > most) return 0;
-    for (i = 0; i < sizeof values / sizeof *values; i++) if (snipi_nonfinite_f64(values[i])) return 0;
+    for (i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (counts[i] < 0 || counts[i] > most) return 0;
+    for (i = 0; i < sizeof values / sizeof *values; i++)
+        if (snipi_nonfinite_f64(values[i])) return 0;
     return h->plans >= 0 && h->plans <= INT32_MAX && (h->due == 0 || h->due == 1) && (h->fallen == 0 || h->fallen == 1);
 }
+
 static int snipi_record_ok(const unsigned char *at) {
     snipi_state_layer r;
     size_t i;
     memcpy(&r, at, sizeof r);
     snipi_little_endian(&r, sizeof r);
     for (i = 0; i < SNIP_GEMMS; i++)
-        if (r.format[i] != SNIP_F32 && r.format[i] != SNIP_BF16 && r.format[i] != SNIP_E4M3 && r.format[i] != SNIP_E2M1) return 0;
-    for (i = sizeof r.format; i < sizeof r; i += sizeof(double)) {         // all else are doubles
+        if (r.format[i] != SNIP_F32 && r.format[i] != SNIP_BF16 && r.format[i] != SNIP_E4M3 && r.format[i] != SNIP_E2M1)
+            return 0;
+    for (i = sizeof r.format; i < sizeof r; i += sizeof(double)) {  // all else are doubles
         double value;
         memcpy(&value, (const unsigned char *)&r + i, sizeof value);
         if (snipi_nonfinite_f64(value)) return 0;
     }
     return 1;
 }
+
 SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     snipi_state_header header;
     const unsigned char *at = (const unsigned char *)state;
     uint64_t hash;
     int l, g;
     if (!s || !state) return snipi_bad(s, "snip_state_load");
-    if (snipi_within_step(s)) return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is loaded between steps: snip_end_step is missing");
+    if (snipi_within_step(s))
+        return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is loaded between steps: snip_end_step is missing");
     if (size < 8 + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
     if (memcmp(at, "SNIPST", 6)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
     memcpy(&hash, at + size - sizeof hash, sizeof hash);
     snipi_little_endian(&hash, sizeof hash);
-    if (hash != snipi_hash(SNIPI_HASH_START, state, size - sizeof hash)) return snipi_fail(s, SNIP_CORRUPT, "session state does not match its checksum");
-    if (memcmp(at, "SNIPST2", 8)) return snipi_fail(s, SNIP_UNSUPPORTED, "session state of another version of snip; this one reads version 2");
-    if (size < SNIPI_STATE_TEXT + sizeof header + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
+    if (hash != snipi_hash(SNIPI_HASH_START, state, size - sizeof hash))
+        return snipi_fail(s, SNIP_CORRUPT, "session state does not match its checksum");
+    if (memcmp(at, "SNIPST2", 8))
+        return snipi_fail(s, SNIP_UNSUPPORTED, "session state of another version of snip; this one reads version 2");
+    if (size < SNIPI_STATE_TEXT + sizeof header + sizeof hash)
+        return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
     memcpy(&header, at + SNIPI_STATE_TEXT, sizeof header);
     snipi_little_endian(&header, sizeof header);
     if (header.layers != (uint64_t)s->n_layers || header.model != snipi_model_hash(s) || size != snip_state_size(s))
         return snipi_fail(s, SNIP_MISMATCH, "session state belongs to another model or seed");
     if (!snipi_header_ok(&header)) return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
     for (l = 0; l < s->n_layers; l++)
-        if (!snipi_record_ok(at + SNIPI_STATE_TEXT + sizeof header + (size_t)l * sizeof(snipi_state_layer))) return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
+        if (!snipi_record_ok(at + SNIPI_STATE_TEXT + sizeof header + (size_t)l * sizeof(snipi_state_layer)))
+            return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
     memcpy(s->reason, at + 8, sizeof s->reason);
     s->reason[sizeof s->reason - 1] = 0;
     s->step = header.step;
     s->plans = (int)header.plans;
     s->adamw = header.adamw;
-    s->measurements = header.measurements; s->squared_weights = header.squared_weights;
-    s->loss_mean = header.loss_mean; s->loss_deviation = header.loss_deviation;
-    s->losses = header.losses; s->levels = header.levels; s->measured = header.measured; s->due = header.due; s->fallen = header.fallen;
+    s->measurements = header.measurements;
+    s->squared_weights = header.squared_weights;
+    s->loss_mean = header.loss_mean;
+    s->loss_deviation = header.loss_deviation;
+    s->losses = header.losses;
+    s->levels = header.levels;
+    s->measured = header.measured;
+    s->due = header.due;
+    s->fallen = header.fallen;
     at += SNIPI_STATE_TEXT + sizeof header;
     for (l = 0; l < s->n_layers; l++) {
         snipi_layer *layer = &s->layers[l];
@@ -6084,4 +5356,2335 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     return SNIP_OK;
 }
 
-#endif // SNIP_IMPLEMENTATION
+// ================= END OF THE PORTABLE CODE. Below are instruction sets, behind the tables above.
+// =====================
+
+// >>simd -------------------------------------------------------------------------------------------
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)
+#    pragma GCC diagnostic push
+#    pragma GCC diagnostic ignored "-Wuninitialized"
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#ifdef SNIPI_X86
+#    define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#    define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#    define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#    define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
+#    define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#    define SNIPI_TARGET_AMX \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
+
+// Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0,
+// p1, q1,
+// ... hold the two vectors of each row.
+#    define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
+#    define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
+#    define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
+
+SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
+
+// The tile of C, on its way while sums are made.
+#    define SNIPI_FETCH_C(rows, cols)                                          \
+        for (k = 0; k < rows; k++) {                                           \
+            _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
+            _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+        }
+
+// Panels come from the second cache, which the hardware's prefetching leaves too late.
+enum { SNIPI_AHEAD_PANEL = 24 };  // steps of k
+
+#    define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                    \
+        _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
+        _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
+        if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
+// acc[i][j] += a[i] * b[j]
+#    define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                  \
+        attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, \
+                                   int64_t ldc) {                                                           \
+            vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                         \
+            int64_t k;                                                                                      \
+            each(SNIPI_F32_ZERO_##lanes)                                                                    \
+                SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {        \
+                SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                     \
+                b0 = pre##loadu_ps(b);                                                                      \
+                b1 = pre##loadu_ps(b + lanes);                                                              \
+                each(SNIPI_F32_STEP_##lanes)                                                                \
+            }                                                                                               \
+            b0 = pre##setzero_ps();                                                                         \
+            b1 = b0;                                                                                        \
+            if (from) {                                                                                     \
+                b0 = pre##loadu_ps(from);                                                                   \
+                b1 = pre##loadu_ps(from + lanes);                                                           \
+            }                                                                                               \
+            each(SNIPI_F32_STORE_##lanes)                                                                   \
+        }
+#    define SNIPI_F32_DECLARE(i) p##i, q##i,
+#    define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
+#    define SNIPI_F32_STEP_8(i)               \
+        ai = _mm256_broadcast_ss(a + i);      \
+        p##i = _mm256_fmadd_ps(ai, b0, p##i); \
+        q##i = _mm256_fmadd_ps(ai, b1, q##i);
+#    define SNIPI_F32_STORE_8(i)                                                                      \
+        _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
+        _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
+#    define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
+#    define SNIPI_F32_STEP_16(i)              \
+        ai = _mm512_set1_ps(a[i]);            \
+        p##i = _mm512_fmadd_ps(ai, b0, p##i); \
+        q##i = _mm512_fmadd_ps(ai, b1, q##i);
+#    define SNIPI_F32_STORE_16(i)                                                                     \
+        _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
+        _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
+SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
+SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
+
+// acc[i][j] += a[4i + t] * b[4j + t], t = 0..3, then c = fmaf(sa[i] * sb[j], acc[i][j], c). Without VNNI the byte
+// products are added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
+enum { SNIPI_S8_STEPS = 32 };
+
+#    define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                      \
+        attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
+                                   const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+            const vec ones = widths##set1_epi16(1);                                                                   \
+            float tile[rows * 2 * lanes],                                                                             \
+                *to = tile; /* c is far, and its rows may share a set of the nearest cache */                         \
+            const float *old = from ? from : c;                                                                       \
+            int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                    \
+            (void)ones;                                                                                               \
+            SNIPI_FETCH_C(rows, 2 * lanes)                                                                            \
+            for (k = 0; k < kc;                                                                                       \
+                 k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {       \
+                int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                         \
+                vec each(declare) b0, b1, ai;                                                                         \
+                each(begin##_START) while (step < steps) {                                                            \
+                    const int64_t stop = begin##_STOP(step, steps);                                                   \
+                    each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                  \
+                        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                       \
+                        b0 = widths##loadu_##si((const vec *)(const void *)b);                                        \
+                        b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                          \
+                        each(begin##_STEP)                                                                            \
+                    }                                                                                                 \
+                    each(begin##_WIDEN)                                                                               \
+                }                                                                                                     \
+                if (k + block >= kc) {                                                                                \
+                    to = c;                                                                                           \
+                    to_ld = ldc;                                                                                      \
+                }                                                                                                     \
+                each(begin##_STORE)                                                                                   \
+            }                                                                                                         \
+        }
+#    define SNIPI_S8_DECLARE(i) p##i, q##i,
+#    define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
+
+SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return x;
+}
+
+#    define SNIPI_S8_STORE_8(i)                                                                                   \
+        {                                                                                                         \
+            __m256 s = _mm256_broadcast_ss(sa + i);                                                               \
+            float *ti = to + i * to_ld;                                                                           \
+            const float *oi = old + i * old_ld;                                                                   \
+            _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), \
+                                                 _mm256_loadu_ps(oi)));                                           \
+            _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)),                   \
+                                                     _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8)));         \
+        }
+
+// A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1,
+                                                         const float *old, float *c) {
+    const __m512 s = _mm512_set1_ps(sa);
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(_mm512_mul_ps(s, sb0), sum0, _mm512_loadu_ps(old)));
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
+}
+
+#    define SNIPI_STORE_16(i, value)                                                                       \
+        snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
+                           old + i * old_ld, to + i * to_ld);
+#    define SNIPI_S8_START_8(i)                                          \
+        p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
+        q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+#    define SNIPI_S8_START_16(i)          \
+        p##i = _mm512_loadu_si512(start); \
+        q##i = _mm512_loadu_si512(start + 16);
+#    define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
+#    define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
+// A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
+#    define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                      \
+        __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch \
+                ", %0, %0|%0, %0, " scratch "}"                                                \
+                : "+" kind(acc)                                                                \
+                : kind(x), kind(y)                                                             \
+                : lost);
+#    define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#    define SNIPI_MADD256_START SNIPI_S8_START_8
+#    define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
+#    define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
+#    define SNIPI_MADD256_STEP(i)                      \
+        ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
+#    define SNIPI_MADD256_WIDEN(i)                                    \
+        p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
+        q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
+#    define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#    define SNIPI_MADD512_START SNIPI_S8_START_16
+#    define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
+#    define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
+#    define SNIPI_MADD512_STEP(i)                      \
+        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
+#    define SNIPI_MADD512_WIDEN(i)                                    \
+        p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
+        q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
+#    define SNIPI_VNNI_STOP(step, steps) (steps)
+#    define SNIPI_VNNI_START SNIPI_S8_START_16
+#    define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
+#    define SNIPI_VNNI_CLEAR(i)
+#    define SNIPI_DPBUSD(acc, x, y)                \
+        __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
+                : "+v"(acc)                        \
+                : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
+#    define SNIPI_VNNI_STEP(i)                         \
+        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_DPBUSD(p##i, ai, b0);                    \
+        SNIPI_DPBUSD(q##i, ai, b1);
+#    define SNIPI_VNNI_WIDEN(i)
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS,
+                SNIPI_MADD256, _mm256_, si256)
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS,
+                SNIPI_MADD512, _mm512_, si512)
+SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI,
+                _mm512_, si512)
+#    ifdef SNIPI_X86_LATE
+// Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
+#        ifndef SNIPI_EMULATED
+#            define SNIPI_DPBUSD256(acc, x, y) \
+                __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
+#            define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
+#            define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#            define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#            define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #            t "|tmm" #            t "}" : :)
+#            define SNIPI_TILE_LOAD(t, p, stride)                                          \
+                __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" \
+                                 :                                                         \
+                                 : "r"(p), "r"(stride)                                     \
+                                 : "memory")
+#            define SNIPI_TILE_STORE(t, p, stride)                                          \
+                __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" \
+                                 :                                                          \
+                                 : "r"(p), "r"(stride)                                      \
+                                 : "memory")
+#            define SNIPI_TILE_DPBSSD(t, a, b) \
+                __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#            define SNIPI_TILE_DPBF16(t, a, b)                                                                       \
+                __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" \
+                                 :                                                                                   \
+                                 :)
+#        endif
+#        define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
+#        define SNIPI_VNNI256_START SNIPI_S8_START_8
+#        define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
+#        define SNIPI_VNNI256_STEP(i)                      \
+            ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+            SNIPI_DPBUSD256(p##i, ai, b0);                 \
+            SNIPI_DPBUSD256(q##i, ai, b1);
+#        define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
+#        define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
+SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE,
+                SNIPI_VNNI256, _mm256_, si256)
+// acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
+#        define SNIPI_BF16_STOP SNIPI_VNNI_STOP
+#        define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
+#        define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
+#        define SNIPI_BF16_STEP(i)                         \
+            ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+            SNIPI_DPBF16(p##i, ai, b0);                    \
+            SNIPI_DPBF16(q##i, ai, b1);
+#        define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
+#        define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
+SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE,
+                SNIPI_BF16, _mm512_, si512)
+
+// AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
+// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's
+// figures, in an S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of
+// sums and 64 of C, 128; loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on
+// at once because the rows of one block are scaled between the products of the next; so at best nine tenths of the
+// unit's rate (BF16: all of it), and much less where blocks are shorter. Shapes and tiles belong to the thread: begin
+// loads the shapes, and end releases them, so that no tile state is left to be saved at context switches.
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} snipi_tile_shapes;
+
+SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
+    snipi_tile_shapes shapes;
+    int t;
+    memset(&shapes, 0, sizeof shapes);
+    shapes.palette = 1;
+    for (t = 0; t < 8; t++) {
+        shapes.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? piece : 64);
+        shapes.rows[t] = (uint8_t)(t >= 6 ? piece / 4 : 16);
+    }
+    SNIPI_TILE_SHAPES(&shapes);
+}
+
+SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
+
+#        define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
+#        define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
+#        define SNIPI_AMX_ROWS(value, count)                                                                      \
+            {                                                                                                     \
+                const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                           \
+                const int64_t stop = snipi_min(row + (count), 32);                                                \
+                for (; row < stop; row++)                                                                         \
+                    snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row),                          \
+                                       value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); \
+            }
+#        define SNIPI_KERNEL_AMX(name, product, value)                                                            \
+            SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b,       \
+                                              const float *sa, const float *sb, const int32_t *start,             \
+                                              const float *from, float *c, int64_t ldc) {                         \
+                __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                 \
+                const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
+                float tile[32 * 32], *to = tile;                                                                  \
+                const float *old = from ? from : c;                                                               \
+                int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                      \
+                int turn = 0;                                                                                     \
+                (void)start;                                                                                      \
+                SNIPI_FETCH_C(32, 32)                                                                             \
+                for (k = 0; k < kc; k += block) {                                                                 \
+                    const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece),                       \
+                                  share = snipi_ceil_div(8, pieces);                                              \
+                    SNIPI_TILE_ZERO(0);                                                                           \
+                    SNIPI_TILE_ZERO(1);                                                                           \
+                    SNIPI_TILE_ZERO(2);                                                                           \
+                    SNIPI_TILE_ZERO(3);                                                                           \
+                    for (p = 0; p < pieces; p++, a += piece,                                                      \
+                        b += 32 * piece) { /* after each product, `share` rows of the block before */             \
+                        SNIPI_TILE_LOAD(4, a, row_bytes);                                                         \
+                        SNIPI_TILE_LOAD(6, b, line);                                                              \
+                        product(0, 4, 6);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        SNIPI_TILE_LOAD(7, b + 64, line);                                                         \
+                        product(1, 4, 7);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                        \
+                        product(2, 5, 6);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        product(3, 5, 7);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                    }                                                                                             \
+                    if (k) {                                                                                      \
+                        sa += 32;                                                                                 \
+                        sb += 32;                                                                                 \
+                        old = tile;                                                                               \
+                        old_ld = 32;                                                                              \
+                    }                                                                                             \
+                    SNIPI_TILE_STORE(0, sums[turn], line);                                                        \
+                    SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                   \
+                    SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                              \
+                    SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                         \
+                    turn = !turn;                                                                                 \
+                    row = 0;                                                                                      \
+                }                                                                                                 \
+                to = c;                                                                                           \
+                to_ld = ldc;                                                                                      \
+                SNIPI_AMX_ROWS(value, 32)                                                                         \
+            }
+SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
+SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
+
+SNIPI_TARGET_AVX2 static void snipi_rows_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
+                                              uint8_t *out, int64_t stride) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice)),
+                  low = _mm256_set1_epi8(15);
+    int64_t t;
+    int r;
+    for (r = 0; r < rows; r++, codes += row_bytes, out += stride) {
+        for (t = 0; t + 8 <= steps;
+             t += 8) {  // 16 bytes in words: the low nibble stays, the high one moves to the next byte
+            __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + 2 * t)));
+            x = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), low);
+            _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
+        }
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
+    }
+}
+
+// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1)),
+                  magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x,
+                                _mm512_set1_epi32(0x400000));
+}
+
+SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
+    for (; n > 0; x += 16, out += 16, n -= 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n);
+        _mm256_mask_storeu_epi16(
+            out, live,
+            _mm512_cvtepi32_epi16(_mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, x)), 16)));
+    }
+}
+
+// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the
+// table.
+SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut,
+                                                     const uint8_t *codes, int n, uint16_t *out) {
+    const snipi_element e = snipi_element_of(format);
+    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)),
+                  base = _mm512_set1_epi16((short)((127 - e.bias) << 7));
+    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
+    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
+        const __mmask32 live = snipi_lowest(n);
+        __m512i v;
+        if (format ==
+            SNIP_E2M1) {  // bytes of two codes in words; low and high nibble to bytes of their own, those to words
+            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8((__mmask16)snipi_lowest((n + 1) / 2), codes));
+            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
+            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
+        } else {
+            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes)),
+                          m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16((short)e.largest))) {  // NaN or infinity among them
+                int i;
+                for (i = 0; i < n && i < 32; i++) {
+                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
+                    memcpy(out + i, &one, 2);
+                }
+                continue;
+            }
+            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
+            v = _mm512_mask_permutexvar_epi16(
+                v, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16((short)(1 << e.mantissa))), m, values);
+            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), _mm512_set1_epi16((short)0x8000)));
+        }
+        _mm512_mask_storeu_epi16(out, live, v);
+    }
+}
+
+SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, int bf16, int n, float *out) {
+    int i;
+    for (i = 0; i < n; i += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n - i), second = (__mmask16)(y ? live : 0);
+        __m512i a, b;  // b's high half over a's
+        if (bf16) {
+            a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)x + i));
+            b = _mm512_slli_epi32(
+                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, (const uint16_t *)(y ? y : x) + i)), 16);
+        } else {
+            a = _mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)x + i)), 16);
+            b = _mm512_and_si512(snipi_rounded512(_mm512_maskz_loadu_epi32(second, (const float *)(y ? y : x) + i)),
+                                 _mm512_set1_epi32((int)0xFFFF0000u));
+        }
+        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
+    }
+}
+#    endif  // SNIPI_X86_LATE
+SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
+                                                int offset, uint8_t *out, int width) {
+    const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice),
+                                       _mm_set1_epi8((char)offset)),
+                  low = _mm_set1_epi8(15);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    int64_t t;
+    int i, r;
+    for (r = 0; r < rows; r += 8) {
+        const int used = rows - r < 8 ? rows - r : 8;
+        const __m256i live = _mm256_cmpgt_epi32(_mm256_set1_epi32(used), lane);
+        for (t = 0; t + 8 <= steps; t += 8) {  // 8 rows x 32 codes, as 8 x 8 dwords
+            __m256i a[8], b[8];
+            for (i = 0; i < 8; i++) {
+                __m128i x = i < used
+                                ? _mm_loadu_si128((const __m128i *)(const void *)(codes + (size_t)(r + i) * row_bytes +
+                                                                                  2 * (size_t)t))
+                                : low;
+                __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low)),
+                        odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));
+                a[i] = _mm256_insertf128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)),
+                                               _mm_unpackhi_epi8(even, odd), 1);
+            }
+            SNIPI_UNROLL
+            for (i = 0; i < 4; i++) {
+                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            }
+            SNIPI_UNROLL
+            for (i = 0; i < 2; i++) {
+                a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
+                a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
+                a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
+            }
+            for (i = 0; i < 8; i++) {
+                int *to = (int *)(void *)(out + 4 * ((t + i) * width + r));
+                __m256i v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x20);
+                if (i >= 4) v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x31);
+                if (used == 8)
+                    _mm256_storeu_si256((__m256i *)(void *)to, v);
+                else
+                    _mm256_maskstore_epi32(to, live, v);
+            }
+        }
+        snipi_spread_scalar(codes + (size_t)r * row_bytes + 2 * (size_t)t, row_bytes, used, steps - t, offset,
+                            out + 4 * (t * width + r), width);
+    }
+}
+
+#    define SNIPI_CODES_16(row) \
+        (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
+
+// Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes
+// of their own.
+SNIPI_TARGET_AVX512 static void snipi_spread_avx512(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
+                                                    int offset, uint8_t *out, int width) {
+    const __m512i table = _mm512_broadcast_i32x4(
+        _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)));
+    const __m512i low = _mm512_set1_epi8(15), odd = _mm512_set1_epi16((short)0xFF00);
+    const __m512i bytes[2] = {
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
+        _mm512_broadcast_i32x4(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15))
+    };
+    int64_t t;
+    int i, r;
+    for (r = 0; r < rows; r += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(rows - r < 16 ? rows - r : 16);
+        for (t = 0; t < steps; t += 8) {
+            const int some = (int)snipi_min(8, steps - t);
+            const __mmask16 there = (__mmask16)snipi_lowest(2 * some);
+            const uint8_t *from = codes + (size_t)r * row_bytes + 2 * (size_t)t;
+            __m512i a[4], b[4];
+            SNIPI_UNROLL
+            for (i = 0; i < 4; i++) {  // rows i, i + 4, i + 8, i + 12 side by side
+                const __m256i near = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i)),
+                                                             SNIPI_CODES_16(i + 4), 1);
+                const __m256i far = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i + 8)),
+                                                            SNIPI_CODES_16(i + 12), 1);
+                a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(near), far, 1);
+            }
+            b[0] = _mm512_unpacklo_epi32(a[0], a[1]);
+            b[1] = _mm512_unpacklo_epi32(a[2], a[3]);
+            b[2] = _mm512_unpackhi_epi32(a[0], a[1]);
+            b[3] = _mm512_unpackhi_epi32(a[2], a[3]);
+            a[0] = _mm512_unpacklo_epi64(b[0], b[1]);
+            a[1] = _mm512_unpackhi_epi64(b[0], b[1]);
+            a[2] = _mm512_unpacklo_epi64(b[2], b[3]);
+            a[3] = _mm512_unpackhi_epi64(b[2], b[3]);
+            SNIPI_UNROLL
+            for (i = 0; i < 8; i++) {
+                const __m512i x = _mm512_shuffle_epi8(a[i / 2], bytes[i % 2]);
+                const __m512i nibbles = _mm512_and_si512(
+                    _mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(x, 4), x, 0xCA), low);  // odd ? x >> 4 : x
+                if (i < some)
+                    _mm512_mask_storeu_epi32(out + 4 * ((t + i) * width + r), live,
+                                             _mm512_shuffle_epi8(table, nibbles));
+            }
+        }
+    }
+}
+
+SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int width, int32_t *start) {
+    const __m256i ones = _mm256_set1_epi8(1), twelve = _mm256_set1_epi16(-12);
+    int64_t t;
+    int i;
+    for (i = 0; i < width; i += 8) {
+        __m256i sum = _mm256_setzero_si256();
+        for (t = 0; t < steps; t++)
+            sum = _mm256_add_epi32(
+                sum, _mm256_madd_epi16(
+                         _mm256_maddubs_epi16(
+                             ones, _mm256_loadu_si256((const __m256i *)(const void *)(b + 4 * (t * width + i)))),
+                         twelve));
+        _mm256_storeu_si256((__m256i *)(void *)(start + i), sum);
+    }
+}
+
+// Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
+// 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
+// 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
+// term is even, so that ties stay ties to even. Less power, the sum is the value.
+// SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
+#    define SNIPI_KEPT(v) __asm__("" : "+x"(v))
+#    define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
+#    define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
+#    define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
+
+enum { SNIPI_AHEAD = 3072 };  // bytes: the hardware prefetcher stops at pages
+
+SNIPI_TARGET_AVX2 static uint32_t snipi_amax_avx2(const float *x, int n, int64_t *nonfinite) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF);
+    __m256i most = _mm256_setzero_si256();
+    uint32_t lane[8], rest, a;
+    int64_t bad = 0;
+    int i;
+    for (i = 0; i + 8 <= n; i += 8) {  // most = max(most, |x|) of bits
+        if (i % 16 == 0) _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
+        most = _mm256_max_epi32(
+            most, _mm256_and_si256(magnitude, _mm256_loadu_si256((const __m256i *)(const void *)(x + i))));
+    }
+    rest = snipi_amax_scalar(x + i, n - i, &bad);
+    _mm256_storeu_si256((__m256i *)(void *)lane, most);
+    for (a = 0, i = 0; i < 8; i++) a = lane[i] > a ? lane[i] : a;
+    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
+    return rest > a ? rest : a;
+}
+
+SNIPI_TARGET_AVX512 static uint32_t snipi_amax_avx512(const float *x, int n, int64_t *nonfinite) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i most = _mm512_setzero_si512(), other = most;
+    uint32_t a;
+    int i;
+    for (i = 0; i + 32 <= n; i += 32) {  // most = max(most, |x|) of bits
+        _mm_prefetch((const char *)(x + i) + SNIPI_AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)(x + i + 16) + SNIPI_AHEAD, _MM_HINT_T0);
+        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i)));
+        other = _mm512_max_epi32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + i + 16)));
+    }
+    for (; i < n; i += 16) {
+        __mmask16 m = (__mmask16)(n - i >= 16 ? 0xFFFF : (1 << (n - i)) - 1);
+        most = _mm512_max_epi32(most, _mm512_and_si512(magnitude, _mm512_maskz_loadu_epi32(m, x + i)));
+    }
+    a = (uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(most, other));
+    return a >= 0x7F800000u ? snipi_amax_scalar(x, n, nonfinite) : a;
+}
+
+// Philox over counters with the same upper half: what the first two rounds have in common, and the keys of the other
+// eight.
+typedef struct {
+    uint64_t first, second[3], key[16];
+} snipi_rounds;
+
+static snipi_rounds snipi_rounds_of(snip_rng_key key, uint32_t upper) {
+    const uint64_t p1 = (uint64_t)key.step * 0xCD9E8D57u,
+                   p0 = (uint64_t)((uint32_t)(p1 >> 32) ^ upper ^ (uint32_t)key.seed) * 0xD2511F53u;
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32), round;
+    snipi_rounds s;
+    s.first = key.tensor ^ k1;
+    s.second[0] = (uint32_t)p1 ^ (k0 + 0x9E3779B9u);
+    s.second[1] = (p0 >> 32) ^ (k1 + 0xBB67AE85u);
+    s.second[2] = (uint32_t)p0;
+    for (round = 2; round < 10; round++) {
+        s.key[2 * round - 4] = (uint32_t)(k0 + round * 0x9E3779B9u);
+        s.key[2 * round - 3] = (uint32_t)(k1 + round * 0xBB67AE85u);
+    }
+    return s;
+}
+
+// Philox over `n` times 4 or 8 counters in 64-bit lanes: the products' latency is long. Only the low halves of c0..c3
+// count until the end. The counters' order makes the unpacked halves come out in sequence.
+#    define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order)                                   \
+        attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) {                \
+            const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57);               \
+            vec c0[n], c1[n], c2[n], c3[n];                                                                     \
+            int g, round;                                                                                       \
+            SNIPI_UNROLL                                                                                        \
+            for (g = 0; g < n; g++) {                                                                           \
+                vec p0 = pre##mul_epu32(                                                                        \
+                    pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order), m0);  \
+                vec p1 = pre##mul_epu32(                                                                        \
+                    pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)), m1);    \
+                c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0])); \
+                c1[g] = p1;                                                                                     \
+                c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1]));                      \
+                c3[g] = pre##set1_epi64##si((int64_t)s->second[2]);                                             \
+            }                                                                                                   \
+            SNIPI_UNROLL                                                                                        \
+            for (round = 0; round < 7; round++) {                                                               \
+                SNIPI_UNROLL                                                                                    \
+                for (g = 0; g < n; g++) {                                                                       \
+                    vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1); /* as snip_philox */    \
+                    c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g],                                  \
+                                               pre##set1_epi64##si((int64_t)s->key[2 * round]));                \
+                    c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g],                                  \
+                                               pre##set1_epi64##si((int64_t)s->key[2 * round + 1]));            \
+                    c1[g] = p1;                                                                                 \
+                    c3[g] = p0;                                                                                 \
+                }                                                                                               \
+            }                                                                                                   \
+            SNIPI_UNROLL                                                                                        \
+            for (g = 0; g < n; g++) {                                                                           \
+                vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g],                                 \
+                                              pre##set1_epi64##si((int64_t)s->key[14]));                        \
+                vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g],                                  \
+                                             pre##set1_epi64##si((int64_t)s->key[15]));                         \
+                SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd));                       \
+                SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd));           \
+            }                                                                                                   \
+        }
+#    define SNIPI_PHILOX(name, attribute, lanes)                                                                      \
+        attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {                     \
+            const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32));                                     \
+            int b = 0;                                                                                                \
+            if (!snipi_one_upper(first, blocks)) {                                                                    \
+                snipi_philox_scalar(key, first, blocks, out);                                                         \
+                return;                                                                                               \
+            }                                                                                                         \
+            for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
+            for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b);              \
+        }
+#    define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
+#    define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)  // the shift's port is the product's
+#    define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
+#    define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+// Halves changed about, and the low one XORed.
+#    define SNIPI_LAST_4(p, c, k)                       \
+        _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), \
+                         _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
+#    define SNIPI_LAST_8(p, c, k) \
+        _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
+#    define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#    define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
+SNIPI_WORDS(snipi_philox_avx2_2, SNIPI_TARGET_AVX2, 2, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
+SNIPI_WORDS(snipi_philox_avx2_4, SNIPI_TARGET_AVX2, 4, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
+SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, 4)
+SNIPI_WORDS(snipi_philox_avx512_2, SNIPI_TARGET_AVX512, 2, __m512i, 8, 512, _mm512_, ,
+            _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+SNIPI_WORDS(snipi_philox_avx512_4, SNIPI_TARGET_AVX512, 4, __m512i, 8, 512, _mm512_, ,
+            _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7))
+SNIPI_PHILOX(snipi_philox_avx512, SNIPI_TARGET_AVX512, 8)
+
+SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7FFFFFFF), exponents = _mm256_set1_epi32(0x7F800000),
+                  least = _mm256_set1_epi32(q->k.least);
+    const __m256i cap = _mm256_set1_epi32(q->k.cap), beyond = _mm256_set1_epi32(q->k.beyond),
+                  largest = _mm256_set1_epi32((int)q->e.largest);
+    const __m256i magic = _mm256_set1_epi32(q->k.magic), unit = _mm256_set1_epi32(q->k.unit),
+                  fixed_top = _mm256_set1_epi32((int)(277u << 23));
+    const __m128i shifts = _mm_cvtsi32_si128(q->k.shift), sign_shifts = _mm_cvtsi32_si128(q->k.sign_shift),
+                  random_shifts = _mm_cvtsi32_si128(q->k.random_shift);
+    const __m256i sign_bit = _mm256_set1_epi32(q->k.sign);
+    const __m256 inverse = _mm256_set1_ps(q->inverse), scale = _mm256_set1_ps(q->scale), max = _mm256_set1_ps(q->e.max);
+    snipi_tally *t = q->tally;
+    __m256i over = _mm256_setzero_si256();
+    __m256 sum_sq[2], err_sq[2];
+    __m256d dot[2];
+    uint32_t lane[8];
+    int i, g;
+    sum_sq[0] = sum_sq[1] = err_sq[0] = err_sq[1] = _mm256_setzero_ps();
+    dot[0] = dot[1] = _mm256_setzero_pd();
+    for (i = 0; i < q->n; i += 16) {
+        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
+        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
+        const uint32_t *random = q->random ? q->random + i : NULL;
+        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
+        uint32_t last_random[16];
+        __m256i code[2];
+        if (!whole) {  // the last elements, padded with zeros
+            memset(last_x, 0, sizeof last_x);
+            memcpy(last_x, x, (size_t)rest * sizeof(float));
+            x = last_x;
+            if (random) {
+                memset(last_random, 0, sizeof last_random);
+                memcpy(last_random, random, (size_t)rest * sizeof(uint32_t));
+                random = last_random;
+            }
+            if (weight) {
+                memset(last_weight, 0, sizeof last_weight);
+                memcpy(last_weight, weight, (size_t)rest * sizeof(float));
+                weight = last_weight;
+            }
+            if (values) values = last_values;
+        }
+        SNIPI_UNROLL
+        for (g = 0; g < 2; g++) {
+            __m256i u = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * g), inverse)),
+                    a = _mm256_and_si256(u, magnitude), k;
+            __m256i capped = _mm256_min_epu32(a, cap), e = _mm256_max_epi32(_mm256_and_si256(capped, exponents), least),
+                    sign = _mm256_andnot_si256(magnitude, u);
+            __m256 value;
+            if (!random) {
+                __m256 power = _mm256_castsi256_ps(
+                    _mm256_add_epi32(_mm256_add_epi32(e, magic), _mm256_srl_epi32(e, shifts)));
+                __m256 sum = _mm256_add_ps(_mm256_castsi256_ps(capped), power);
+                SNIPI_KEPT(sum);
+                k = _mm256_and_si256(_mm256_castps_si256(sum), _mm256_sub_epi32(sign_bit, _mm256_set1_epi32(1)));
+                value = _mm256_sub_ps(sum, power);
+                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(a, beyond));
+            } else {  // k = (|y| * 2^(23 - e) + random) >> shift
+                __m256i r = _mm256_srl_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(random + 8 * g)),
+                                             random_shifts);
+                __m256 fixed = _mm256_mul_ps(_mm256_castsi256_ps(capped),
+                                             _mm256_castsi256_ps(_mm256_sub_epi32(fixed_top, e)));
+                k = _mm256_srl_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(fixed), r), shifts);
+                value = _mm256_min_ps(
+                    max, _mm256_mul_ps(_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(e, unit))));
+                k = _mm256_add_epi32(k, _mm256_srl_epi32(_mm256_sub_epi32(e, least), shifts));
+                over = _mm256_sub_epi32(over, _mm256_cmpgt_epi32(k, largest));
+                k = _mm256_min_epu32(k, largest);
+            }
+            code[g] = _mm256_or_si256(k, _mm256_srl_epi32(sign, sign_shifts));
+            if (q->want_sums) {  // of |y|: the signs of y and value are the same
+                __m256 d = _mm256_sub_ps(value, _mm256_castsi256_ps(a)),
+                       v2 = _mm256_mul_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(a)), d2 = _mm256_mul_ps(d, d);
+                SNIPI_KEPT(v2);
+                SNIPI_KEPT(d2);
+                sum_sq[g] = _mm256_add_ps(sum_sq[g], v2);
+                err_sq[g] = _mm256_add_ps(err_sq[g], d2);
+                if (weight) {
+                    d = _mm256_xor_ps(d, _mm256_castsi256_ps(sign));
+                    dot[0] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g)),
+                                             _mm256_cvtps_pd(_mm256_castps256_ps128(d)), dot[0]);
+                    dot[1] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + 8 * g + 4)),
+                                             _mm256_cvtps_pd(_mm256_extractf128_ps(d, 1)), dot[1]);
+                }
+            }
+            if (values) {
+                value = _mm256_mul_ps(_mm256_or_ps(value, _mm256_castsi256_ps(sign)), scale);
+                if (q->stream && ((uintptr_t)values & 31) == 0)
+                    _mm256_stream_ps(values + 8 * g, value);
+                else
+                    _mm256_storeu_ps(values + 8 * g, value);
+            }
+        }
+        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
+        if (q->codes) {
+            __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(code[0], code[1]), 0xD8);
+            __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
+            if (q->packed) {  // low + 16 * high
+                bytes = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x1001));
+                bytes = _mm_packus_epi16(bytes, bytes);
+            }
+            if (!whole) {
+                _mm_storeu_si128((__m128i *)(void *)last, bytes);
+                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
+            } else if (q->packed)
+                _mm_storel_epi64((__m128i *)(void *)codes, bytes);
+            else if (q->stream && ((uintptr_t)codes & 15) == 0)
+                _mm_stream_si128((__m128i *)(void *)codes, bytes);
+            else
+                _mm_storeu_si128((__m128i *)(void *)codes, bytes);
+        }
+    }
+    _mm256_storeu_si256((__m256i *)(void *)lane, over);
+    for (g = 0; g < 8; g++) t->saturated += lane[g];
+    if (!q->want_sums) return;
+    SNIPI_UNROLL
+    for (g = 0; g < 2; g++) {  // tally += (lane + lane 8 further) * scale^2
+        const __m256d s = _mm256_set1_pd((double)q->scale), s2 = _mm256_set1_pd((double)q->scale * (double)q->scale);
+        __m256d v, d, w = _mm256_mul_pd(dot[g], s);
+#    define SNIPI_HALF(pair)                                                                                    \
+        _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
+                      _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
+        v = _mm256_mul_pd(SNIPI_HALF(sum_sq), s2);
+        d = _mm256_mul_pd(SNIPI_HALF(err_sq), s2);
+        SNIPI_KEPT(v);
+        SNIPI_KEPT(d);
+        SNIPI_KEPT(w);
+        _mm256_storeu_pd(t->sum_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->sum_sq + 4 * g), v));
+        _mm256_storeu_pd(t->err_sq + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->err_sq + 4 * g), d));
+        _mm256_storeu_pd(t->dot + 4 * g, _mm256_add_pd(_mm256_loadu_pd(t->dot + 4 * g), w));
+    }
+}
+
+// Strips and columns, AVX-512: exact for finite runs of ordinary size, as snipi_run_scalar. `power` (above) depends on
+// the exponent alone: a table of 32. The sum keeps the sign of y in its top bit; rotated left by one, it has the code
+// and then the sign in its low bits, and four such words rotated further make up four bytes at a time, eight make up
+// nibbles. Stochastic: below the smallest normal number adding that number, truncated, puts |y| into the same fixed
+// point.
+typedef struct {
+    __m512i magnitude, least, beyond, cap, top, keep, power[2], code_normal, code_below, sign_bit;
+    __m512 least_float;
+} snipi_codec512;
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *q) {
+    snipi_codec512 k;
+    k.power[0] = _mm512_loadu_si512(q->k.power);
+    k.power[1] = _mm512_loadu_si512(q->k.power + 16);
+    k.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    k.sign_bit = _mm512_set1_epi32((int)0x80000000u);
+    k.least = _mm512_set1_epi32(q->k.least);
+    k.least_float = _mm512_castsi512_ps(k.least);
+    k.beyond = _mm512_set1_epi32(q->k.beyond);
+    k.cap = _mm512_set1_epi32(q->k.cap);
+    k.top = _mm512_set1_epi32((int32_t)snipi_bits(q->e.max) + (1 << q->k.shift) - 1);
+    k.keep = _mm512_set1_epi32(-(1 << q->k.shift));
+    k.code_normal = _mm512_set1_epi32(q->k.least - (1 << 23));
+    k.code_below = k.least;
+    return k;
+}
+#    if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
+#        pragma GCC diagnostic push
+#        pragma GCC diagnostic ignored "-Wsign-conversion"
+#    endif
+// y's code, in `sum` as above, and value.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over,
+                                                         __m512i *sum) {
+    __m512 power, s;
+    if (capped) {
+        __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude);
+        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(a, k->beyond), *over, _mm512_set1_epi32(1));
+        y = _mm512_castsi512_ps(
+            _mm512_ternarylogic_epi32(k->magnitude, _mm512_min_epi32(a, k->cap), _mm512_castps_si512(y), 0xCA));
+    }
+    power = _mm512_maskz_range_ps(0xFFFF, y, k->least_float, 3);  // the larger magnitude, with y's sign
+    power = _mm512_castsi512_ps(
+        _mm512_permutex2var_epi32(k->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), k->power[1]));
+    power = _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(power), _mm512_castps_si512(y), k->sign_bit, 0xF8));
+    s = _mm512_add_ps(y, power);
+    SNIPI_KEPT512(s);
+    *sum = _mm512_castps_si512(s);
+    return _mm512_sub_ps(s, power);
+}
+
+// The code from bit `shift` upwards of *sum; the value of |y| is returned.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512 *k, __m512 y, __m512i random,
+                                                            int capped, __m512i *over, __m512i *sum) {
+    __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude), t;
+    __mmask16 below = _mm512_cmplt_epi32_mask(a, k->least);
+    __m512 value;
+    t = _mm512_castps_si512(_mm512_mask_add_round_ps(_mm512_castsi512_ps(a), below, _mm512_castsi512_ps(a),
+                                                     k->least_float, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+    t = _mm512_add_epi32(t, random);
+    if (capped) {
+        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(t, k->top), *over, _mm512_set1_epi32(1));
+        t = _mm512_min_epi32(t, k->top);
+    }
+    value = _mm512_castsi512_ps(_mm512_and_si512(t, k->keep));
+    *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
+    return _mm512_mask_sub_ps(value, below, value, k->least_float);
+}
+#    if defined(__GNUC__) && !defined(__clang__)
+#        pragma GCC diagnostic pop
+#    endif
+// tally += (lane + lane 8 further) * scale^2
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
+    __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
+    SNIPI_KEPT512(v);
+    return _mm512_add_pd(total, v);
+}
+
+SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_t *amax) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const int whole = s->width / 16, tiles = (int)(s->pieces * snipi_ceil_div(s->length, s->width));
+    const float *x = s->x, *p = x;
+    int64_t along = 0;
+    int first, vectors, i, v;
+    for (first = 0; first < tiles; first += 16) {
+        __m512i most[16];
+        for (i = 0; i < 16; i++) {
+            most[i] = _mm512_setzero_si512();
+            if (first + i >= tiles) continue;
+            vectors = s->length - along < s->width ? 4 : whole;
+            if (s->pieces == 1 && along % 64 == 0) _mm_prefetch(s->ahead + along * s->ahead_size / 4, _MM_HINT_T0);
+            if (vectors == 8) {
+                __m512i other = most[i];
+                if (s->pieces == 1) _mm_prefetch(s->ahead + along * s->ahead_size / 4 + 64, _MM_HINT_T0);
+                SNIPI_UNROLL
+                for (v = 0; v < 8; v += 2) {
+                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
+                    other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
+                }
+                most[i] = _mm512_max_epu32(most[i], other);
+            } else
+                for (v = 0; v < vectors; v++)
+                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
+            p += 16 * vectors;
+            along += 16 * vectors;
+            if (along == s->length) {
+                x += s->x_stride;
+                p = x;
+                along = 0;
+            }
+        }
+        // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
+        SNIPI_UNROLL
+        for (i = 0; i < 8; i++)
+            most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]),
+                                       _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
+        SNIPI_UNROLL
+        for (i = 0; i < 4; i++)
+            most[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(most[2 * i], most[2 * i + 1]),
+                                       _mm512_unpackhi_epi64(most[2 * i], most[2 * i + 1]));
+        SNIPI_UNROLL
+        for (i = 0; i < 2; i++)
+            most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88),
+                                       _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
+        most[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88),
+                                   _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
+        _mm512_storeu_si512(amax + first, most[0]);
+    }
+}
+
+// Scales of 16 tiles as snipi_scale_of has them; 0 where an amax is zero, tiny, huge or not finite. Quotients in
+// double, then rounded.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_quotient512(__m512 a, __m512 b) {
+    __m512d low = SNIPI_LOW(b), high = SNIPI_HIGH(b);
+    SNIPI_KEPT512(low);
+    SNIPI_KEPT512(high);
+    low = _mm512_div_pd(SNIPI_LOW(a), low);
+    high = _mm512_div_pd(SNIPI_HIGH(a), high);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_maskz_cvtpd_ps(0xFF, low)),
+                              _mm512_maskz_cvtpd_ps(0xFF, high), 1);
+}
+
+SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *q, float tensor_scale,
+                                                   float tensor_inverse, const uint32_t *amax, int tiles, float *scale,
+                                                   float *inverse, uint8_t *bytes) {
+    const __m512i least = _mm512_set1_epi32((127 - 40) << 23), range = _mm512_set1_epi32(80 << 23),
+                  fraction = _mm512_set1_epi32(0x7FFFFF), one = _mm512_set1_epi32(127);
+    const __m512i max_bits = _mm512_set1_epi32((int)snipi_bits(q->e.max));
+    int i;
+    for (i = 0; i < tiles; i += 16) {
+        const __mmask16 live = (__mmask16)(tiles - i >= 16 ? 0xFFFF : (1 << (tiles - i)) - 1);
+        __m512i a = _mm512_loadu_si512(amax + i), k, up;
+        __m512 s, v;
+        if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(a, least), range)) return 0;
+        a = _mm512_mask_mov_epi32(least, live, a);
+        k = _mm512_sub_epi32(_mm512_srli_epi32(a, 23), _mm512_set1_epi32(127 + q->e.emax));  // as in snipi_scale_of
+        if (kind == SNIP_SCALE_POW2 || kind == SNIP_SCALE_UE8M0_UP) {
+            up = _mm512_and_si512(max_bits, fraction);
+            k = _mm512_mask_add_epi32(k, _mm512_cmpgt_epi32_mask(_mm512_and_si512(a, fraction), up), k,
+                                      _mm512_set1_epi32(1));
+        }
+        if (kind == SNIP_SCALE_F32) {
+            s = snipi_quotient512(_mm512_castsi512_ps(a), _mm512_castsi512_ps(max_bits));
+            v = snipi_quotient512(_mm512_castsi512_ps(max_bits), _mm512_castsi512_ps(a));
+        } else if (kind == SNIP_SCALE_UE4M3) {  // E4M3 by adding a power of two, as >>simd's runs
+            const float sixth = tensor_inverse * snipi_float(0x3E2AAAABu);
+            __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(sixth)), power, sum;
+            __m512i e;
+            SNIPI_KEPT512(y);
+            if (_mm512_mask_cmplt_epu32_mask(live, _mm512_castps_si512(y), _mm512_set1_epi32((127 - 10) << 23)))
+                return 0;  // perhaps a scale of 0
+            y = _mm512_castsi512_ps(
+                _mm512_min_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((int)snipi_bits(448.0f))));
+            e = _mm512_max_epi32(_mm512_andnot_si512(fraction, _mm512_castps_si512(y)),
+                                 _mm512_set1_epi32((127 - 6) << 23));
+            power = _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(20 << 23)));
+            sum = _mm512_add_ps(y, power);
+            SNIPI_KEPT512(sum);
+            y = _mm512_sub_ps(sum, power);
+            SNIPI_KEPT512(y);
+            k = _mm512_add_epi32(
+                _mm512_castps_si512(sum),
+                _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(e, 23), _mm512_set1_epi32(127 - 6)), 3));
+            k = _mm512_and_si512(k, _mm512_set1_epi32(0x7F));
+            s = _mm512_mul_ps(y, _mm512_set1_ps(tensor_scale));
+            if (_mm512_mask_cmpgt_epu32_mask(
+                    live, _mm512_sub_epi32(_mm512_castps_si512(s), _mm512_set1_epi32((127 - 100) << 23)),
+                    _mm512_set1_epi32(200 << 23)))
+                return 0;
+            v = snipi_quotient512(_mm512_set1_ps(1.0f), s);
+            if (bytes) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, k);
+        } else {
+            s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(one, k), 23));
+            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(one, k), 23));
+            if (bytes && kind != SNIP_SCALE_POW2)
+                _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, _mm512_add_epi32(one, k));
+        }
+        _mm512_storeu_ps(scale + i, s);
+        _mm512_storeu_ps(inverse + i, v);
+    }
+    return 1;
+}
+
+// `plain`: codes alone, none beyond the largest.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s,
+                                                            const int stochastic, const int sums, const int narrow,
+                                                            const int plain) {
+    const snipi_codec512 k = snipi_codec512_of(q);
+    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift),
+                  sign_shift = _mm512_set1_epi16((short)q->e.sign);
+    const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign),
+                  bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
+    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, rows = s->pieces > 1,
+              fetched = rows || s->one_scale ? 4 : 3;
+    const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
+    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0 &&
+                             s->length % 128 == 0;
+    const float *scale = s->scale, *inverse = s->inverse;
+    snipi_rounds rounds;
+    snipi_tally *t = s->tally;
+    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq),
+            total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
+    __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
+    __m512i over = _mm512_setzero_si512();
+    __m256i half = _mm256_setzero_si256();  // of a line of packed codes
+    uint32_t words[128];
+    int piece, g, in_tile = 0;
+    if (stochastic) rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
+    for (piece = 0; piece < s->pieces; piece++) {
+        const float *x = s->x + piece * s->x_stride,
+                    *weight = !plain && s->weight ? s->weight + piece * s->x_stride : NULL;
+        const uint32_t *random = words, first = (uint32_t)(s->first + (uint64_t)piece * s->step);
+        float *values = !plain && s->values ? s->values + piece * s->value_stride : NULL;
+        uint8_t *codes = plain || s->codes ? s->codes + piece * s->code_stride : NULL;
+        const char *ahead = s->ahead + piece * s->ahead_stride;
+        const int64_t length = s->length, line = 16 * s->ahead_size;
+        int64_t i;
+        if (fetched == 3) ahead += length * s->ahead_size / 4;  // the first quarter was fetched with the maxima
+        for (i = 0; i < length; i += 64, ahead += fetched * line) {
+            __m512i word[4];
+            if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
+            if (stochastic && !s->random && i % 128 == 0)
+                snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
+            SNIPI_UNROLL
+            for (g = 0; g < 4; g++) {
+                const int64_t at = i + 16 * g;
+                __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
+                if (rows)
+                    _mm_prefetch(ahead + g * line, _MM_HINT_T1);  // they may share sets of the nearest cache
+                else if (g < fetched)
+                    _mm_prefetch(ahead + g * line, _MM_HINT_T0);
+                SNIPI_KEPT512(y);
+                if (stochastic)
+                    value = snipi_stochastic512(&k, y,
+                                                _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift),
+                                                capped, &over, &word[g]);
+                else
+                    value = snipi_nearest512(&k, y, capped, &over, &word[g]);
+                if (stochastic && (values || weight))
+                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value),
+                                                                          _mm512_castps_si512(y), k.sign_bit, 0xF8));
+                if (sums) {
+                    __m512 to = stochastic && !(values || weight)
+                                    ? _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude))
+                                    : y;
+                    __m512 d = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(d, d);
+                    SNIPI_KEPT512(v2);
+                    SNIPI_KEPT512(d2);
+                    sum_sq = _mm512_add_ps(sum_sq, v2);
+                    err_sq = _mm512_add_ps(err_sq, d2);
+                    if (weight) {
+                        __m512 w = _mm512_loadu_ps(weight + at);
+                        dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
+                        dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
+                    }
+                }
+                if (values) {
+                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value),
+                                                                          _mm512_castps_si512(y), k.sign_bit, 0xF8));
+                    value = _mm512_mul_ps(value, _mm512_set1_ps(*scale));
+                    if (stream)
+                        _mm512_stream_ps(values + at, value);
+                    else
+                        _mm512_storeu_ps(values + at, value);
+                }
+                if (stochastic)
+                    word[g] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word[g], shift), _mm512_castps_si512(y),
+                                                        k.sign_bit, 0xF8);
+                word[g] = g == 0   ? _mm512_rol_epi32(word[g], 1)
+                          : g == 1 ? _mm512_rol_epi32(word[g], 9)
+                          : g == 2 ? _mm512_rol_epi32(word[g], 17)
+                                   : _mm512_rol_epi32(word[g], 25);
+                if (narrow || g == 3) {
+                    in_tile += narrow ? 16 : 64;
+                    if (in_tile == s->width || (g == 3 && i + 64 == length)) {
+                        if (sums) {
+                            const __m512d one = _mm512_set1_pd((double)*scale), square = _mm512_mul_pd(one, one);
+                            total_sq = snipi_fold512(total_sq, sum_sq, square);
+                            total_err = snipi_fold512(total_err, err_sq, square);
+                            sum_sq = err_sq = _mm512_setzero_ps();
+                            if (weight) {
+                                __m512d w = _mm512_mul_pd(dot, one);
+                                SNIPI_KEPT512(w);
+                                total_dot = _mm512_add_pd(total_dot, w);
+                                dot = _mm512_setzero_pd();
+                            }
+                        }
+                        in_tile = 0;
+                        scale += step;
+                        inverse += step;
+                    }
+                }
+            }
+            if (codes) {  // byte g of dword j is the code of element 16 g + j
+                __m512i bytes = _mm512_ternarylogic_epi32(
+                    _mm512_set1_epi32(0x0000FFFF),
+                    _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA),
+                    _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA), 0xCA);
+                bytes = _mm512_permutexvar_epi32(turn, _mm512_shuffle_epi8(bytes, spread));
+                bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift),
+                                                  _mm512_srli_epi16(bytes, 1), 0xCA);
+                bytes = _mm512_and_si512(bytes, bytes_kept);
+                if (packed) {  // low + 16 * high
+                    __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF,
+                                                               _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
+                    if (stream_codes && i % 128 == 0)
+                        half = pairs;
+                    else if (stream_codes)
+                        _mm512_stream_si512((__m512i *)(void *)(codes + i / 2 - 32),
+                                            _mm512_inserti64x4(_mm512_castsi256_si512(half), pairs, 1));
+                    else
+                        _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
+                } else if (stream_codes)
+                    _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
+                else
+                    _mm512_storeu_si512(codes + i, bytes);
+            }
+        }
+    }
+    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
+    if (!sums) return;
+    _mm512_storeu_pd(t->sum_sq, total_sq);
+    _mm512_storeu_pd(t->err_sq, total_err);
+    _mm512_storeu_pd(t->dot, total_dot);
+}
+
+SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
+    const int narrow = s->width < 64,
+              plain = s->codes && !s->values && !s->weight && !s->capped;  // constants below: a loop each
+    if (q->stochastic) {
+        if (q->want_sums && plain && !narrow)
+            snipi_strip_avx512_as(q, s, 1, 1, 0, 1);
+        else if (q->want_sums && narrow)
+            snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
+        else if (q->want_sums)
+            snipi_strip_avx512_as(q, s, 1, 1, 0, 0);
+        else
+            snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
+    } else if (plain && !narrow && q->want_sums)
+        snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
+    else if (plain && !narrow)
+        snipi_strip_avx512_as(q, s, 0, 0, 0, 1);
+    else if (q->want_sums && narrow)
+        snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
+    else if (q->want_sums)
+        snipi_strip_avx512_as(q, s, 0, 1, 0, 0);
+    else if (narrow)
+        snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
+    else
+        snipi_strip_avx512_as(q, s, 0, 0, 0, 0);
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
+    __m512i w[16];
+    int i;
+    SNIPI_UNROLL
+    for (i = 0; i < 8; i++) {  // dwords of neighbours, then pairs, then 128-bit lanes
+        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    SNIPI_UNROLL
+    for (i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
+    }
+    SNIPI_UNROLL
+    for (i = 0; i < 4; i++) {
+        w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
+        w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
+    }
+    SNIPI_UNROLL
+    for (i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xDD);
+        v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88);
+        v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
+    }
+}
+
+SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols,
+                                                  int height, float *block, uint32_t *amax) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    const int64_t size = bf16 ? 2 : 4;
+    int r, v;
+    at += r0 * ld;
+    block += r0 * SNIPI_PANEL_LD;
+    amax += r0 / height * SNIPI_RUN;
+    for (v = 0; v < cols; v += 16) {
+        const char *p = (const char *)x + (at + v) * size;
+        __m512i most = r0 % height ? _mm512_loadu_si512(amax + v) : _mm512_setzero_si512();
+        for (r = 0; r < SNIPI_BATCH; r++, p += ld * size) {
+            __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(
+                                                     0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)),
+                                                 16)
+                             : _mm512_loadu_si512(p);
+            _mm512_storeu_si512(block + r * SNIPI_PANEL_LD + v, u);
+            most = _mm512_max_epu32(most, _mm512_and_si512(u, magnitude));
+        }
+        _mm512_storeu_si512(amax + v, most);
+    }
+}
+
+// 4 words each for the counters `index` (8, in 64-bit lanes) of 16 columns, even ones and odd ones.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_random512(snip_rng_key key, __m512i even, __m512i odd, __m512i out[4]) {
+    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+    __m512i c[2][4];
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+    int round, g;
+    c[0][0] = even;
+    c[1][0] = odd;
+    SNIPI_UNROLL
+    for (g = 0; g < 2; g++) {
+        c[g][1] = _mm512_srli_epi64(c[g][0], 32);
+        c[g][2] = _mm512_set1_epi64((int64_t)key.step);
+        c[g][3] = _mm512_set1_epi64((int64_t)key.tensor);
+    }
+    SNIPI_UNROLL
+    for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        SNIPI_UNROLL
+        for (g = 0; g < 2; g++) {
+            __m512i p0 = _mm512_mul_epu32(c[g][0], m0), p1 = _mm512_mul_epu32(c[g][2], m1);
+            c[g][0] = SNIPI_XOR3_8(SNIPI_UPPER_8(p1), c[g][1], _mm512_set1_epi32((int)k0));
+            c[g][2] = SNIPI_XOR3_8(SNIPI_UPPER_8(p0), c[g][3], _mm512_set1_epi32((int)k1));
+            c[g][1] = p1;
+            c[g][3] = p0;
+        }
+    }
+    SNIPI_UNROLL
+    for (g = 0; g < 4; g++) out[g] = _mm512_mask_shuffle_epi32(c[0][g], 0xAAAA, c[1][g], _MM_PERM_CCAA);
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q, const snipi_columns *s,
+                                                              const int stochastic, const int sums, const int packed) {
+    const snipi_codec512 k = snipi_codec512_of(q);
+    const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each,
+              capped = s->capped;  // rows to a dword, to a register of them
+    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift);
+    const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
+    const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)),
+                  kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
+    const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
+    const int stream = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
+    snipi_tally *t = s->tally;
+    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq);
+    __m512i over = _mm512_setzero_si512();
+    int c, r0, d, j, g, i;
+    for (c = 0; c < s->cols; c += 16) {
+        const __m512i columns = _mm512_add_epi64(_mm512_set1_epi64(c), lanes);
+        const __m512i even = _mm512_add_epi64(_mm512_set1_epi64((int64_t)s->first), _mm512_mullo_epi64(columns, step)),
+                      odd = _mm512_add_epi64(even, step);
+        __m512i sum_sq[16], err_sq[16];  // by row modulo 16
+        if (sums)
+            for (i = 0; i < 16; i++) sum_sq[i] = err_sq[i] = _mm512_setzero_si512();
+        for (r0 = 0; r0 < SNIPI_RUN; r0 += rows) {
+            __m512i out[16];
+            for (d = 0; d < 16; d++) {
+                const int r = r0 + each * d, line = (c * SNIPI_RUN / 16 + r);
+                const __m512 inverse = _mm512_loadu_ps(s->inverse + r / s->height * SNIPI_RUN + c);
+                __m512i all = _mm512_setzero_si512(), random[4];
+                if (line < 8 * s->ahead_rows) SNIPI_UNROLL
+                for (j = 0; j < each; j++)
+                    _mm_prefetch(s->ahead + (line >> 3) * s->ahead_stride + ((line & 7) + j) * 64, _MM_HINT_T1);
+                SNIPI_UNROLL
+                for (j = 0; j < each; j++) {
+                    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(s->x + (r + j) * SNIPI_PANEL_LD + c), inverse), value,
+                           to = y;
+                    const __m512i place = _mm512_set1_epi32((int)(((1u << bits) - 1u) << (bits * j)));
+                    __m512i word;
+                    SNIPI_KEPT512(y);
+                    if (stochastic) {
+                        if (j % 4 == 0) {
+                            const __m512i block = _mm512_set1_epi64((r + j) / 4);
+                            snipi_random512(s->key, _mm512_add_epi64(even, block), _mm512_add_epi64(odd, block),
+                                            random);
+                        }
+                        value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(random[j % 4], random_shift), capped,
+                                                    &over, &word);
+                        word = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word, shift), _mm512_castps_si512(y),
+                                                         k.sign_bit, 0xF8);
+                        if (sums) to = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude));
+                    } else
+                        value = snipi_nearest512(&k, y, capped, &over, &word);
+                    word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
+                    all = j == 0 ? word : _mm512_ternarylogic_epi32(place, word, all, 0xCA);
+                    if (sums) {
+                        __m512 dv = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(dv, dv);
+                        SNIPI_KEPT512(v2);
+                        SNIPI_KEPT512(d2);
+                        i = (each * d + j) % 16;
+                        sum_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum_sq[i]), v2));
+                        err_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(err_sq[i]), d2));
+                    }
+                }
+                all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1),
+                                                0xCA);
+                out[d] = _mm512_and_si512(all, kept);
+            }
+            if (!s->codes) continue;
+            snipi_transpose512(out);
+            for (g = 0; g < 16; g++) {
+                uint8_t *codes = s->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
+                if (stream)
+                    _mm512_stream_si512((__m512i *)(void *)codes, out[g]);
+                else
+                    _mm512_storeu_si512(codes, out[g]);
+            }
+        }
+        if (sums) {
+            snipi_transpose512(sum_sq);
+            snipi_transpose512(err_sq);
+            for (i = 0; i < 16; i++) {
+                const __m512d one = _mm512_set1_pd((double)s->scale[c + i]), square = _mm512_mul_pd(one, one);
+                total_sq = snipi_fold512(total_sq, _mm512_castsi512_ps(sum_sq[i]), square);
+                total_err = snipi_fold512(total_err, _mm512_castsi512_ps(err_sq[i]), square);
+            }
+        }
+    }
+    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
+    if (!sums) return;
+    _mm512_storeu_pd(t->sum_sq, total_sq);
+    _mm512_storeu_pd(t->err_sq, total_err);
+}
+
+SNIPI_TARGET_AVX512 static void snipi_columns_avx512(const snipi_run *q, const snipi_columns *s) {
+    const int stochastic = q->stochastic, sums = q->want_sums;
+    if (q->packed) {
+        if (stochastic && sums)
+            snipi_columns_avx512_as(q, s, 1, 1, 1);
+        else if (stochastic)
+            snipi_columns_avx512_as(q, s, 1, 0, 1);
+        else if (sums)
+            snipi_columns_avx512_as(q, s, 0, 1, 1);
+        else
+            snipi_columns_avx512_as(q, s, 0, 0, 1);
+    } else if (stochastic && sums)
+        snipi_columns_avx512_as(q, s, 1, 1, 0);
+    else if (stochastic)
+        snipi_columns_avx512_as(q, s, 1, 0, 0);
+    else if (sums)
+        snipi_columns_avx512_as(q, s, 0, 1, 0);
+    else
+        snipi_columns_avx512_as(q, s, 0, 0, 0);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out,
+                                                   int64_t ld_out) {
+    int r, c, i;
+    for (r = 0; r + 8 <= rows; r += 8)
+        for (c = 0; c < cols; c += 8) {
+            __m256 a[8], b[8];
+            if (c + 8 > cols) {
+                for (i = r; i < r + 8; i++) {
+                    int j;
+                    for (j = c; j < cols; j++) out[j * ld_out + i] = x[i * ld + j];
+                }
+                continue;
+            }
+            SNIPI_UNROLL
+            for (i = 0; i < 4; i++) {  // halves: rows i and i + 4 side by side
+                const float *p = x + (r + i) * ld + c, *p4 = p + 4 * ld;
+                a[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p4), 1);
+                a[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4)), _mm_loadu_ps(p4 + 4), 1);
+            }
+            SNIPI_UNROLL
+            for (i = 0; i < 8; i += 4) {  // 4 x 4 in each half
+                b[0] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+                b[2] = _mm256_unpacklo_ps(a[i + 2], a[i + 3]);
+                b[3] = _mm256_unpackhi_ps(a[i + 2], a[i + 3]);
+                _mm256_storeu_ps(out + (c + i) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0x44));
+                _mm256_storeu_ps(out + (c + i + 1) * ld_out + r, _mm256_shuffle_ps(b[0], b[2], 0xEE));
+                _mm256_storeu_ps(out + (c + i + 2) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0x44));
+                _mm256_storeu_ps(out + (c + i + 3) * ld_out + r, _mm256_shuffle_ps(b[1], b[3], 0xEE));
+            }
+        }
+    for (; r + 4 <= rows; r += 4) {
+        for (c = 0; c + 4 <= cols; c += 4) {
+            __m128 a = _mm_loadu_ps(x + r * ld + c), b = _mm_loadu_ps(x + (r + 1) * ld + c),
+                   d = _mm_loadu_ps(x + (r + 2) * ld + c), e = _mm_loadu_ps(x + (r + 3) * ld + c);
+            _MM_TRANSPOSE4_PS(a, b, d, e);
+            _mm_storeu_ps(out + c * ld_out + r, a);
+            _mm_storeu_ps(out + (c + 1) * ld_out + r, b);
+            _mm_storeu_ps(out + (c + 2) * ld_out + r, d);
+            _mm_storeu_ps(out + (c + 3) * ld_out + r, e);
+        }
+        snipi_transpose_scalar(x + r * ld + c, ld, 4, cols - c, out + c * ld_out + r, ld_out);
+    }
+    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_widen_avx2(const uint16_t *x, int n, float *out) {
+    int i;
+    for (i = 0; i + 8 <= n; i += 8)  // out[i] = bits x[i] << 16
+        _mm256_storeu_si256(
+            (__m256i *)(void *)(out + i),
+            _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(x + i))), 16));
+    snipi_widen_scalar(x + i, n - i, out + i);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_narrow_avx2(const float *x, int n, uint16_t *out) {
+    const __m256i half = _mm256_set1_epi32(0x7FFF), one = _mm256_set1_epi32(1),
+                  magnitude = _mm256_set1_epi32(0x7FFFFFFF), infinity = _mm256_set1_epi32(0x7F800000);
+    int i;
+    for (i = 0; i + 8 <= n; i += 8) {  // as snipi_bf16_round
+        __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)(x + i)), high = _mm256_srli_epi32(u, 16);
+        __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, half), _mm256_and_si256(high, one)),
+                                            16);
+        __m256i nan = _mm256_cmpgt_epi32(_mm256_and_si256(u, magnitude), infinity), w;
+        w = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+        w = _mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0xD8);
+        _mm_storeu_si128((__m128i *)(void *)(out + i), _mm256_castsi256_si128(w));
+    }
+    snipi_narrow_scalar(x + i, n - i, out + i);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_decode_avx2(snip_format format, const float *lut, const uint8_t *codes, int n,
+                                                float scale, float *out, int stream) {
+    const snipi_element e = snipi_element_of(format);
+    const __m256i magnitude = _mm256_set1_epi32((1 << e.sign) - 1), base = _mm256_set1_epi32((127 - e.bias) << 23),
+                  largest = _mm256_set1_epi32((int)e.largest);
+    const __m256i last_tiny = _mm256_set1_epi32((1 << e.mantissa) - 1), sign = _mm256_set1_epi32((int)0x80000000u);
+    const __m128i shift = _mm_cvtsi32_si128(23 - e.mantissa), sign_shift = _mm_cvtsi32_si128(31 - e.sign);
+    const __m256 step = _mm256_set1_ps(lut[1]), s = _mm256_set1_ps(scale);
+    int i = 0, packed = format == SNIP_E2M1;
+    if (snipi_bits(scale) >= (127u - 100u) << 23)
+        for (; i + 8 <= n; i += 8) {
+            __m256i c, m;
+            __m256 tiny, normal;
+            __m128i bytes;
+            if (packed) {
+                int32_t four;
+                memcpy(&four, codes + i / 2, 4);
+                bytes = _mm_cvtsi32_si128(four);
+                bytes = _mm_and_si128(_mm_unpacklo_epi8(bytes, _mm_srli_epi16(bytes, 4)), _mm_set1_epi8(15));
+            } else
+                bytes = _mm_loadl_epi64((const __m128i *)(const void *)(codes + i));
+            c = _mm256_cvtepu8_epi32(bytes);
+            m = _mm256_and_si256(c, magnitude);
+            if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(m, largest))) {  // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
+                continue;
+            }
+            tiny = _mm256_mul_ps(_mm256_cvtepi32_ps(m), step);  // m * smallest, or its fields moved into a float's
+            normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_sll_epi32(m, shift), base));
+            tiny = _mm256_blendv_ps(tiny, normal, _mm256_castsi256_ps(_mm256_cmpgt_epi32(m, last_tiny)));
+            tiny = _mm256_or_ps(tiny, _mm256_castsi256_ps(_mm256_and_si256(_mm256_sll_epi32(c, sign_shift), sign)));
+            tiny = _mm256_mul_ps(s, tiny);
+            if (stream && ((uintptr_t)out & 31) == 0)
+                _mm256_stream_ps(out + i, tiny);
+            else
+                _mm256_storeu_ps(out + i, tiny);
+        }
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+
+// Through float16, whose exponents reach beyond those of all formats of 8 bits; E2M1 by a table.
+SNIPI_TARGET_AVX512 static void snipi_decode_avx512(snip_format format, const float *lut, const uint8_t *codes, int n,
+                                                    float scale, float *out, int stream) {
+    const snipi_element e = snipi_element_of(format);
+    const int packed = format == SNIP_E2M1, past = stream && ((uintptr_t)out & 63) == 0;
+    int i = 0, g;
+    if (snipi_bits(scale) < (127u - 100u) << 23 || snipi_bits(scale) > (127u + 100u) << 23) {
+        snipi_decode_avx2(format, lut, codes, n, scale, out, stream);
+        return;
+    }
+    if (packed) {
+        const __m512 table = _mm512_mul_ps(_mm512_loadu_ps(lut), _mm512_set1_ps(scale));
+        const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+        for (; i + 16 <= n; i += 16) {
+            int32_t half[2];
+            __m512i c;
+            __m512 v;
+            memcpy(half, codes + i / 2, 8);
+            c = _mm512_srlv_epi32(_mm512_mask_set1_epi32(_mm512_set1_epi32(half[0]), 0xFF00, half[1]), places);
+            v = _mm512_permutexvar_ps(c, table);
+            if (past)
+                _mm512_stream_ps(out + i, v);
+            else
+                _mm512_storeu_ps(out + i, v);
+        }
+    } else {
+        const __m512i magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)),
+                      largest = _mm512_set1_epi16((short)e.largest), sign = _mm512_set1_epi16((short)-32768);
+        const __m512i shift = _mm512_set1_epi16((short)(10 - e.mantissa)),
+                      sign_shift = _mm512_set1_epi16((short)(15 - e.sign));
+        const __m512 s = _mm512_set1_ps(scale * snipi_float((uint32_t)(127 + 15 - e.bias) << 23));
+        for (; i + 32 <= n; i += 32) {
+            __m512i c = _mm512_maskz_cvtepu8_epi16(0xFFFFFFFF,
+                                                   _mm256_loadu_si256((const __m256i *)(const void *)(codes + i))),
+                    m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, largest)) {  // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 32, scale, out + i, 0);
+                continue;
+            }
+            m = _mm512_ternarylogic_epi32(sign, _mm512_sllv_epi16(c, sign_shift), _mm512_sllv_epi16(m, shift), 0xCA);
+            SNIPI_UNROLL
+            for (g = 0; g < 2; g++) {
+                const __m256i half = g ? _mm512_maskz_extracti64x4_epi64(0xFF, m, 1) : _mm512_castsi512_si256(m);
+                const __m512 v = _mm512_mul_ps(s, _mm512_maskz_cvtph_ps(0xFFFF, half));
+                if (past)
+                    _mm512_stream_ps(out + i + 16 * g, v);
+                else
+                    _mm512_storeu_ps(out + i + 16 * g, v);
+            }
+        }
+    }
+    snipi_decode_avx2(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+
+// Products of floats are exact in double, so that fused ones are the same.
+SNIPI_TARGET_AVX2 static void snipi_sums_avx2(const float *x, const float *values, const float *weight, int n,
+                                              snipi_tally *t) {
+    __m256d sum_sq[2], err_sq[2], dot[2];
+    int i, g;
+    for (g = 0; g < 2; g++) {
+        sum_sq[g] = _mm256_loadu_pd(t->sum_sq + 4 * g);
+        err_sq[g] = _mm256_loadu_pd(t->err_sq + 4 * g);
+        dot[g] = _mm256_loadu_pd(t->dot + 4 * g);
+    }
+    for (i = 0; i + 8 <= n; i += 8) SNIPI_UNROLL
+    for (g = 0; g < 2; g++) {
+        const __m128 a = _mm_loadu_ps(x + i + 4 * g), b = _mm_loadu_ps(values + i + 4 * g);
+        const __m256d v = _mm256_cvtps_pd(a), d = _mm256_cvtps_pd(_mm_sub_ps(b, a));
+        sum_sq[g] = _mm256_fmadd_pd(v, v, sum_sq[g]);
+        err_sq[g] = _mm256_fmadd_pd(d, d, err_sq[g]);
+        if (weight) dot[g] = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(weight + i + 4 * g)), d, dot[g]);
+    }
+    for (g = 0; g < 2; g++) {
+        _mm256_storeu_pd(t->sum_sq + 4 * g, sum_sq[g]);
+        _mm256_storeu_pd(t->err_sq + 4 * g, err_sq[g]);
+        _mm256_storeu_pd(t->dot + 4 * g, dot[g]);
+    }
+    snipi_sums_exact(x + i, values + i, weight ? weight + i : NULL, n - i, t);
+}
+
+// a m / (sqrt(b v) + eps) where v > 0
+SNIPI_TARGET_AVX2 static void snipi_adam_avx2(const float *m, const float *v, float a, float b, float eps, int64_t n,
+                                              float *out) {
+    int64_t i;
+    for (i = 0; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_loadu_ps(v + i),
+               top = m ? _mm256_mul_ps(_mm256_loadu_ps(m + i), _mm256_set1_ps(a)) : _mm256_set1_ps(a);
+        __m256 u = _mm256_div_ps(
+            top, _mm256_add_ps(_mm256_sqrt_ps(_mm256_mul_ps(x, _mm256_set1_ps(b))), _mm256_set1_ps(eps)));
+        _mm256_storeu_ps(out + i, _mm256_and_ps(u, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ)));
+    }
+    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
+}
+
+SNIPI_TARGET_AVX512 static void snipi_adam_avx512(const float *m, const float *v, float a, float b, float eps,
+                                                  int64_t n, float *out) {
+    int64_t i;
+    for (i = 0; i + 16 <= n; i += 16) {
+        __m512 x = _mm512_loadu_ps(v + i),
+               top = m ? _mm512_mul_ps(_mm512_loadu_ps(m + i), _mm512_set1_ps(a)) : _mm512_set1_ps(a);
+        __m512 bottom = _mm512_add_ps(_mm512_sqrt_ps(_mm512_mul_ps(x, _mm512_set1_ps(b))), _mm512_set1_ps(eps));
+        _mm512_storeu_ps(out + i,
+                         _mm512_maskz_div_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), top, bottom));
+    }
+    snipi_adam_scalar(m ? m + i : NULL, v + i, a, b, eps, n - i, out + i);
+}
+
+SNIPI_TARGET_AVX2 static void snipi_flip_avx2(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    const __m256i top = _mm256_set1_epi32((int)0x80000000u), lane = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 8) {  // x[j] with bit j in its sign place flipped
+        __m256i bits = _mm256_sllv_epi32(_mm256_set1_epi32((int)(signs[j >> 5] >> (j & 31))), lane);
+        _mm256_storeu_ps(x + j,
+                         _mm256_xor_ps(_mm256_loadu_ps(x + j), _mm256_castsi256_ps(_mm256_and_si256(bits, top))));
+    }
+}
+
+SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    const __m512i top = _mm512_set1_epi32((int)0x80000000u);
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 16) {
+        __m512i v = _mm512_loadu_si512(x + j);
+        _mm512_storeu_si512(x + j, _mm512_mask_xor_epi32(v, (__mmask16)(signs[j >> 5] >> (j & 31)), v, top));
+    }
+}
+#endif  // SNIPI_X86
+#if defined(__GNUC__) && !defined(__clang__)
+#    pragma GCC diagnostic pop
+#endif
+#ifdef SNIPI_NEON
+// Vectors of 4 floats, 16 elements a turn, so that element i stays in lane i % 16. Right shifts by a variable are left
+// shifts by its negative. Tiles divide SNIPI_MAX_MR and SNIPI_MAX_NR. Intrinsics are plain arithmetic to the compiler:
+// SNIPI_KEPT also holds sums in their order under -Ofast.
+#    define SNIPI_KEPT(v) __asm__("" : "+w"(v))
+#    ifdef __clang__
+#        define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
+#    else
+#        define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#    endif
+
+#    define SNIPI_NEON_ROW(r)                                      \
+        acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
+        acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
+
+static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c,
+                                  int64_t ldc) {
+    float32x4_t acc[12][2];
+    int64_t k;
+    int i;
+    SNIPI_UNROLL
+    for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = vdupq_n_f32(0.0f);
+    for (k = 0; k < kc; k++, a += 12, b += 8) {
+        float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
+        SNIPI_UNROLL
+        for (i = 0; i < 12; i += 4) {  // acc[i][j] += a[i] * b[j]; of scalars GCC makes too many registers
+            float32x4_t ai = vld1q_f32(a + i);
+            SNIPI_NEON_ROW(0) SNIPI_NEON_ROW(1) SNIPI_NEON_ROW(2) SNIPI_NEON_ROW(3)
+        }
+    }
+    SNIPI_UNROLL
+    for (i = 0; i < 12; i++) {
+        float *ci = c + i * ldc;
+        const float *old = from ? from : ci;
+        vst1q_f32(ci, vaddq_f32(vld1q_f32(old), acc[i][0]));
+        vst1q_f32(ci + 4, vaddq_f32(vld1q_f32(old + 4), acc[i][1]));
+    }
+}
+
+// c[j] = fmaf(sa * sb[j], acc[j], from ? from[j] : c[j]), 8 columns
+SNIPI_INLINE void snipi_scale_neon(float sa, const float *sb, int32x4_t acc0, int32x4_t acc1, const float *from,
+                                   float *c) {
+    const float *old = from ? from : c;
+    vst1q_f32(c, vfmaq_f32(vld1q_f32(old), vmulq_n_f32(vld1q_f32(sb), sa), vcvtq_f32_s32(acc0)));
+    vst1q_f32(c + 4, vfmaq_f32(vld1q_f32(old + 4), vmulq_n_f32(vld1q_f32(sb + 4), sa), vcvtq_f32_s32(acc1)));
+}
+
+static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+                                 const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+    int64_t k;
+    int i, j;
+    for (k = 0; k < kc; k += block, sa += 4, sb += 8, start += 8, from = NULL) {
+        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
+        int32x4_t acc[4][2];
+        SNIPI_UNROLL
+        for (i = 0; i < 4; i++) {
+            acc[i][0] = vld1q_s32(start);
+            acc[i][1] = vld1q_s32(start + 4);
+        }
+        while (steps > 0) {
+            int64_t some = snipi_min(steps, 113);  // 113 * 24 * 12 < 2^15
+            int16x8_t part[4][4];
+            SNIPI_UNROLL
+            for (i = 0; i < 4; i++) part[i][0] = part[i][1] = part[i][2] = part[i][3] = vdupq_n_s16(0);
+            for (steps -= some; some > 0; some--, a += 16, b += 32) {
+                int8x16_t b0 = vld1q_s8(b), b1 = vld1q_s8(b + 16);
+                SNIPI_UNROLL
+                for (i = 0; i < 4; i++) {  // part[i][j / 2][4 (j % 2) + t] += a[4i + t] * b[4j + t]
+                    int32_t four;
+                    int8x16_t ai;
+                    memcpy(&four, a + 4 * i, 4);
+                    ai = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                    part[i][0] = vmlal_s8(part[i][0], vget_low_s8(ai), vget_low_s8(b0));
+                    part[i][1] = vmlal_high_s8(part[i][1], ai, b0);
+                    part[i][2] = vmlal_s8(part[i][2], vget_low_s8(ai), vget_low_s8(b1));
+                    part[i][3] = vmlal_high_s8(part[i][3], ai, b1);
+                }
+            }
+            SNIPI_UNROLL
+            for (i = 0; i < 4; i++) SNIPI_UNROLL
+            for (j = 0; j < 2; j++)
+                acc[i][j] = vaddq_s32(acc[i][j],
+                                      vpaddq_s32(vpaddlq_s16(part[i][2 * j]), vpaddlq_s16(part[i][2 * j + 1])));
+        }
+        SNIPI_UNROLL
+        for (i = 0; i < 4; i++) snipi_scale_neon(sa[i], sb, acc[i][0], acc[i][1], from, c + i * ldc);
+    }
+}
+
+// sum[i][j] = start[j] + a[i] * b[j] over `steps` times 4 elements. The instruction by name, because clang before 16
+// has the intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target
+// does not contain.
+typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
+#    define SNIPI_DOT(v, y, lane)                                                          \
+        {                                                                                  \
+            snipi_vec16 dot = v;                                                           \
+            __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); \
+            v = dot;                                                                       \
+        }
+#    define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
+
+SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start,
+                                            int32_t *sum) {
+    snipi_vec16 acc[12][2], b0 = *(const snipi_vec16 *)(const void *)start,
+                            b1 = *(const snipi_vec16 *)(const void *)(start + 4);
+    int i;
+    SNIPI_UNROLL
+    for (i = 0; i < 12; i++) {
+        acc[i][0] = b0;
+        acc[i][1] = b1;
+    }
+    for (; steps > 0; steps--, a += 48, b += 32) {
+        b0 = *(const snipi_vec16 *)(const void *)b;
+        b1 = *(const snipi_vec16 *)(const void *)(b + 16);
+        SNIPI_UNROLL
+        for (i = 0; i < 12; i += 4) {  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
+            snipi_vec16 ai = *(const snipi_vec16 *)(const void *)(a + 4 * i);
+            SNIPI_DOT_ROW(0) SNIPI_DOT_ROW(1) SNIPI_DOT_ROW(2) SNIPI_DOT_ROW(3)
+        }
+    }
+    SNIPI_UNROLL
+    for (i = 0; i < 12; i++) {
+        *(snipi_vec16 *)(void *)(sum + 8 * i) = acc[i][0];
+        *(snipi_vec16 *)(void *)(sum + 8 * i + 4) = acc[i][1];
+    }
+}
+
+static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+                                     const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+    int64_t k;
+    int i;
+    for (k = 0; k < kc; k += block, sa += 12, sb += 8, start += 8, from = NULL) {
+        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
+        int32_t sum[12 * 8];
+        snipi_dot_neon(steps, a, b, start, sum);
+        a += 48 * steps;
+        b += 32 * steps;
+        for (i = 0; i < 12; i++)
+            snipi_scale_neon(sa[i], sb, vld1q_s32(sum + 8 * i), vld1q_s32(sum + 8 * i + 4), from, c + i * ldc);
+    }
+}
+
+static void snipi_spread_neon(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out,
+                              int width) {
+    const uint8x16_t table = vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(snipi_twice)), vdupq_n_u8((uint8_t)offset));
+    int64_t t;
+    int i, j;
+    for (i = 0; i < rows; i++, codes += row_bytes, out += 4) {
+        for (t = 0; t + 4 <= steps; t += 4) {  // out[t][i][j] = snipi_twice[nibble 4t + j] + offset
+            uint8x8_t bytes = vld1_u8(codes + 2 * t), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
+            uint8_t four[16];
+            vst1q_u8(four, vqtbl1q_u8(table, vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high))));
+            for (j = 0; j < 4; j++) memcpy(out + 4 * (t + j) * width, four + 4 * j, 4);
+        }
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, offset, out + 4 * t * width, width);
+    }
+}
+
+static void snipi_start_neon(const int8_t *b, int64_t steps, int width, int32_t *start) {
+    int64_t t;
+    int i;
+    for (i = 0; i < width; i += 4) {  // start[j] = -12 * (sum of b's row j), 4 rows
+        int32x4_t sum = vdupq_n_s32(0);
+        for (t = 0; t < steps; t++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(b + 4 * (t * width + i))));
+        vst1q_s32(start + i, vmulq_n_s32(sum, -12));
+    }
+}
+
+static uint32_t snipi_amax_neon(const float *x, int n, int64_t *nonfinite) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF);
+    uint32x4_t most[4];
+    uint32_t a, rest;
+    int64_t bad = 0;
+    int i, g;
+    SNIPI_UNROLL
+    for (g = 0; g < 4; g++) most[g] = vdupq_n_u32(0);
+    for (i = 0; i + 16 <= n; i += 16)  // most = max(most, |x|) of bits
+        SNIPI_UNROLL
+    for (g = 0; g < 4; g++)
+        most[g] = vmaxq_u32(most[g], vandq_u32(magnitude, vreinterpretq_u32_f32(vld1q_f32(x + i + 4 * g))));
+    a = vmaxvq_u32(vmaxq_u32(vmaxq_u32(most[0], most[1]), vmaxq_u32(most[2], most[3])));
+    rest = snipi_amax_scalar(x + i, n - i, &bad);
+    if (a >= 0x7F800000u || bad) return snipi_amax_scalar(x, n, nonfinite);
+    return rest > a ? rest : a;
+}
+
+static void snipi_philox_neon(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
+    static const uint32_t order[4] = { 0, 1, 2, 3 };
+    const uint32x4_t m0 = vdupq_n_u32(0xD2511F53u), m1 = vdupq_n_u32(0xCD9E8D57u);
+    int b, g, round;
+    if ((uint32_t)first > 0xFFFFFFFFu - (uint32_t)blocks - 16u) {
+        snipi_philox_scalar(key, first, blocks, out);
+        return;
+    }
+    for (b = 0; b < blocks; b += 8) {  // two vectors in turn: the products' latency is long
+        uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
+        uint32x4x4_t c[2];
+        SNIPI_UNROLL
+        for (g = 0; g < 2; g++) {
+            c[g].val[0] = vaddq_u32(vdupq_n_u32((uint32_t)first + (uint32_t)(b + 4 * g)), vld1q_u32(order));
+            c[g].val[1] = vdupq_n_u32((uint32_t)(first >> 32));
+            c[g].val[2] = vdupq_n_u32(key.step);
+            c[g].val[3] = vdupq_n_u32(key.tensor);
+        }
+        for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) SNIPI_UNROLL
+        for (g = 0; g < 2; g++) {  // as snip_philox: even words are low halves, odd ones high
+            uint32x4_t low0 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[0]), vget_low_u32(m0))),
+                       high0 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[0], m0));
+            uint32x4_t low1 = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(c[g].val[2]), vget_low_u32(m1))),
+                       high1 = vreinterpretq_u32_u64(vmull_high_u32(c[g].val[2], m1));
+            c[g].val[0] = veorq_u32(veorq_u32(vuzp2q_u32(low1, high1), c[g].val[1]), vdupq_n_u32(k0));
+            c[g].val[2] = veorq_u32(veorq_u32(vuzp2q_u32(low0, high0), c[g].val[3]), vdupq_n_u32(k1));
+            c[g].val[1] = vuzp1q_u32(low1, high1);
+            c[g].val[3] = vuzp1q_u32(low0, high0);
+        }
+        SNIPI_UNROLL
+        for (g = 0; g < 2; g++, out += 16) vst4q_u32(out, c[g]);
+    }
+}
+
+// As snipi_run_avx2.
+static void snipi_run_neon(const snipi_run *q) {
+    const uint32x4_t magnitude = vdupq_n_u32(0x7FFFFFFF), exponents = vdupq_n_u32(0x7F800000),
+                     least = vdupq_n_u32((uint32_t)q->k.least);
+    const uint32x4_t cap = vdupq_n_u32((uint32_t)q->k.cap), beyond = vdupq_n_u32((uint32_t)q->k.beyond),
+                     largest = vdupq_n_u32(q->e.largest);
+    const uint32x4_t magic = vdupq_n_u32((uint32_t)q->k.magic), unit = vdupq_n_u32((uint32_t)q->k.unit),
+                     fixed_top = vdupq_n_u32(277u << 23);
+    const int32x4_t shift = vdupq_n_s32(-q->k.shift), sign_shift = vdupq_n_s32(-q->k.sign_shift),
+                    random_shift = vdupq_n_s32(-q->k.random_shift);
+    const uint32x4_t low = vdupq_n_u32((uint32_t)q->k.sign - 1u);
+    const float32x4_t max = vdupq_n_f32(q->e.max);
+    snipi_tally *t = q->tally;
+    uint32x4_t over = vdupq_n_u32(0);
+    float32x4_t sum_sq[4], err_sq[4];
+    float64x2_t dot[4];
+    int i, g;
+    SNIPI_UNROLL
+    for (g = 0; g < 4; g++) {
+        sum_sq[g] = err_sq[g] = vdupq_n_f32(0.0f);
+        dot[g] = vdupq_n_f64(0.0);
+    }
+    for (i = 0; i < q->n; i += 16) {
+        const int whole = q->n - i >= 16, rest = whole ? 16 : q->n - i;
+        const float *x = q->x + i, *weight = q->weight ? q->weight + i : NULL;
+        const uint32_t *random = q->random ? q->random + i : NULL;
+        float *values = q->values ? q->values + i : NULL, last_x[16], last_weight[16], last_values[16];
+        uint32_t last_random[16];
+        uint32x4_t code[4];
+        if (!whole) {  // the last elements, padded with zeros
+            memset(last_x, 0, sizeof last_x);
+            memcpy(last_x, x, (size_t)rest * sizeof(float));
+            x = last_x;
+            if (random) {
+                memset(last_random, 0, sizeof last_random);
+                memcpy(last_random, random, (size_t)rest * sizeof(uint32_t));
+                random = last_random;
+            }
+            if (weight) {
+                memset(last_weight, 0, sizeof last_weight);
+                memcpy(last_weight, weight, (size_t)rest * sizeof(float));
+                weight = last_weight;
+            }
+            if (values) values = last_values;
+        }
+        SNIPI_UNROLL
+        for (g = 0; g < 4; g++) {
+            uint32x4_t u = vreinterpretq_u32_f32(vmulq_n_f32(vld1q_f32(x + 4 * g), q->inverse)),
+                       a = vandq_u32(u, magnitude), k;
+            uint32x4_t capped = vminq_u32(a, cap), e = vmaxq_u32(vandq_u32(capped, exponents), least),
+                       sign = vbicq_u32(u, magnitude);
+            float32x4_t y = vreinterpretq_f32_u32(a), value;
+            if (!random) {
+                float32x4_t power = vreinterpretq_f32_u32(vaddq_u32(vaddq_u32(e, magic), vshlq_u32(e, shift)));
+                float32x4_t sum = vaddq_f32(vreinterpretq_f32_u32(capped), power);
+                SNIPI_KEPT(sum);
+                k = vandq_u32(vreinterpretq_u32_f32(sum), low);
+                value = vsubq_f32(sum, power);
+                over = vsubq_u32(over, vcgtq_u32(a, beyond));
+            } else {  // k = (|y| * 2^(23 - e) + random) >> shift
+                uint32x4_t r = vshlq_u32(vld1q_u32(random + 4 * g), random_shift);
+                float32x4_t fixed = vmulq_f32(vreinterpretq_f32_u32(capped),
+                                              vreinterpretq_f32_u32(vsubq_u32(fixed_top, e)));
+                k = vshlq_u32(vaddq_u32(vcvtq_u32_f32(fixed), r), shift);
+                value = vminq_f32(max, vmulq_f32(vcvtq_f32_u32(k), vreinterpretq_f32_u32(vsubq_u32(e, unit))));
+                k = vaddq_u32(k, vshlq_u32(vsubq_u32(e, least), shift));
+                over = vsubq_u32(over, vcgtq_u32(k, largest));
+                k = vminq_u32(k, largest);
+            }
+            SNIPI_KEPT(value);
+            code[g] = vorrq_u32(k, vshlq_u32(sign, sign_shift));
+            if (q->want_sums) {  // of |y|: the signs of y and value are the same
+                float32x4_t d = vsubq_f32(value, y), v2 = vmulq_f32(y, y), d2 = vmulq_f32(d, d);
+                SNIPI_KEPT(v2);
+                SNIPI_KEPT(d2);
+                sum_sq[g] = vaddq_f32(sum_sq[g], v2);
+                err_sq[g] = vaddq_f32(err_sq[g], d2);
+                SNIPI_KEPT(sum_sq[g]);
+                SNIPI_KEPT(err_sq[g]);
+                if (weight) {  // lane i % 8
+                    const int pair = 2 * (g & 1);
+                    float32x4_t w = vld1q_f32(weight + 4 * g);
+                    d = vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(d), sign));
+                    dot[pair] = vfmaq_f64(dot[pair], vcvt_f64_f32(vget_low_f32(w)), vcvt_f64_f32(vget_low_f32(d)));
+                    dot[pair + 1] = vfmaq_f64(dot[pair + 1], vcvt_high_f64_f32(w), vcvt_high_f64_f32(d));
+                }
+            }
+            if (values)
+                vst1q_f32(values + 4 * g,
+                          vmulq_n_f32(vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(value), sign)), q->scale));
+        }
+        if (!whole && values) memcpy(q->values + i, last_values, (size_t)rest * sizeof(float));
+        if (q->codes) {
+            uint16x8_t words0 = vcombine_u16(vmovn_u32(code[0]), vmovn_u32(code[1])),
+                       words1 = vcombine_u16(vmovn_u32(code[2]), vmovn_u32(code[3]));
+            uint8x16_t bytes = vcombine_u8(vmovn_u16(words0), vmovn_u16(words1));
+            uint8_t *codes = q->codes + (q->packed ? i / 2 : i), last[16];
+            if (q->packed) {  // low + 16 * high
+                uint16x8_t pairs = vreinterpretq_u16_u8(bytes);
+                uint8x8_t packed = vorr_u8(vmovn_u16(pairs), vshrn_n_u16(pairs, 4));
+                bytes = vcombine_u8(packed, packed);
+            }
+            if (!whole) {
+                vst1q_u8(last, bytes);
+                memcpy(codes, last, (size_t)(q->packed ? (rest + 1) / 2 : rest));
+            } else if (q->packed)
+                vst1_u8(codes, vget_low_u8(bytes));
+            else
+                vst1q_u8(codes, bytes);
+        }
+    }
+    t->saturated += vaddvq_u32(over);
+    if (!q->want_sums) return;
+    SNIPI_UNROLL
+    for (g = 0; g < 4; g++) {  // tally += (lane + lane 8 further) * scale^2
+        const double s = (double)q->scale;
+        const int h = g / 2, upper = g & 1;
+        float64x2_t v = upper ? vaddq_f64(vcvt_high_f64_f32(sum_sq[h]), vcvt_high_f64_f32(sum_sq[h + 2]))
+                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(sum_sq[h])),
+                                          vcvt_f64_f32(vget_low_f32(sum_sq[h + 2])));
+        float64x2_t d = upper ? vaddq_f64(vcvt_high_f64_f32(err_sq[h]), vcvt_high_f64_f32(err_sq[h + 2]))
+                              : vaddq_f64(vcvt_f64_f32(vget_low_f32(err_sq[h])),
+                                          vcvt_f64_f32(vget_low_f32(err_sq[h + 2])));
+        float64x2_t w = vmulq_n_f64(dot[g], s);
+        v = vmulq_n_f64(v, s * s);
+        d = vmulq_n_f64(d, s * s);
+        SNIPI_KEPT(v);
+        SNIPI_KEPT(d);
+        SNIPI_KEPT(w);
+        vst1q_f64(t->sum_sq + 2 * g, vaddq_f64(vld1q_f64(t->sum_sq + 2 * g), v));
+        vst1q_f64(t->err_sq + 2 * g, vaddq_f64(vld1q_f64(t->err_sq + 2 * g), d));
+        vst1q_f64(t->dot + 2 * g, vaddq_f64(vld1q_f64(t->dot + 2 * g), w));
+    }
+}
+
+static void snipi_transpose_neon(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
+    int r, c, i;
+    for (r = 0; r + 4 <= rows; r += 4) {
+        for (c = 0; c + 4 <= cols; c += 4) {  // rows 0 and 2, 1 and 3 interleaved, then those
+            const float *p = x + r * ld + c;
+            float *to = out + c * ld_out + r;
+            float32x4_t a0 = vld1q_f32(p), a1 = vld1q_f32(p + ld), a2 = vld1q_f32(p + 2 * ld),
+                        a3 = vld1q_f32(p + 3 * ld);
+            float32x4_t b0 = vzip1q_f32(a0, a2), b1 = vzip1q_f32(a1, a3), b2 = vzip2q_f32(a0, a2),
+                        b3 = vzip2q_f32(a1, a3);
+            vst1q_f32(to, vzip1q_f32(b0, b1));
+            vst1q_f32(to + ld_out, vzip2q_f32(b0, b1));
+            vst1q_f32(to + 2 * ld_out, vzip1q_f32(b2, b3));
+            vst1q_f32(to + 3 * ld_out, vzip2q_f32(b2, b3));
+        }
+        for (; c < cols; c++)
+            for (i = r; i < r + 4; i++) out[c * ld_out + i] = x[i * ld + c];
+    }
+    snipi_transpose_scalar(x + r * ld, ld, rows - r, cols, out + r, ld_out);
+}
+
+static void snipi_widen_neon(const uint16_t *x, int n, float *out) {
+    int i;
+    for (i = 0; i + 4 <= n; i += 4)
+        vst1q_f32(out + i,
+                  vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(x + i)), 16)));  // out[i] = bits x[i] << 16
+    snipi_widen_scalar(x + i, n - i, out + i);
+}
+
+static void snipi_narrow_neon(const float *x, int n, uint16_t *out) {
+    int i;
+    for (i = 0; i + 4 <= n; i += 4) {  // as snipi_bf16_round
+        uint32x4_t u = vreinterpretq_u32_f32(vld1q_f32(x + i)), high = vshrq_n_u32(u, 16);
+        uint32x4_t rounded = vshrq_n_u32(vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7FFF)), vandq_u32(high, vdupq_n_u32(1))),
+                                         16);
+        uint32x4_t nan = vcgtq_u32(vandq_u32(u, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(0x7F800000));
+        vst1_u16(out + i, vmovn_u32(vbslq_u32(nan, vorrq_u32(high, vdupq_n_u32(0x40)), rounded)));
+    }
+    snipi_narrow_scalar(x + i, n - i, out + i);
+}
+
+static void snipi_decode_neon(snip_format format, const float *lut, const uint8_t *codes, int n, float scale,
+                              float *out, int stream) {
+    const snipi_element e = snipi_element_of(format);
+    const uint32x4_t magnitude = vdupq_n_u32((1u << e.sign) - 1u), base = vdupq_n_u32((uint32_t)(127 - e.bias) << 23);
+    const uint32x4_t last_tiny = vdupq_n_u32((1u << e.mantissa) - 1u), top = vdupq_n_u32(0x80000000u);
+    const int32x4_t shift = vdupq_n_s32(23 - e.mantissa), sign_shift = vdupq_n_s32(31 - e.sign);
+    int i = 0, g, packed = format == SNIP_E2M1;
+    (void)stream;
+    if (snipi_bits(scale) >= (127u - 100u) << 23)
+        for (; i + 8 <= n; i += 8) {
+            uint8x8_t bytes;
+            if (packed) {
+                uint32_t four;
+                memcpy(&four, codes + i / 2, 4);
+                bytes = vcreate_u8(four);
+                bytes = vzip1_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4));
+            } else
+                bytes = vld1_u8(codes + i);
+            if (vmaxv_u8(vand_u8(bytes, vdup_n_u8((uint8_t)((1 << e.sign) - 1)))) >
+                e.largest) {  // NaN or infinity among them
+                snipi_decode_scalar(format, lut, codes + i, 8, scale, out + i, 0);
+                continue;
+            }
+            SNIPI_UNROLL
+            for (g = 0; g < 2; g++) {  // m * smallest, or its fields moved into a float's
+                uint16x8_t wide = vmovl_u8(bytes);
+                uint32x4_t c = vmovl_u16(g ? vget_high_u16(wide) : vget_low_u16(wide)), m = vandq_u32(c, magnitude);
+                uint32x4_t tiny = vreinterpretq_u32_f32(vmulq_n_f32(vcvtq_f32_u32(m), lut[1])),
+                           normal = vaddq_u32(vshlq_u32(m, shift), base);
+                uint32x4_t v = vorrq_u32(vbslq_u32(vcgtq_u32(m, last_tiny), normal, tiny),
+                                         vandq_u32(vshlq_u32(c, sign_shift), top));
+                vst1q_f32(out + i + 4 * g, vmulq_n_f32(vreinterpretq_f32_u32(v), scale));
+            }
+        }
+    snipi_decode_scalar(format, lut, codes + (packed ? i / 2 : i), n - i, scale, out + i, 0);
+}
+
+static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
+    static const int32_t lane[4] = { 31, 30, 29, 28 };
+    int j;
+    for (j = 0; j < SNIPI_SIGNS; j += 4) {  // x[j] with bit j in its sign place flipped
+        uint32x4_t bits = vandq_u32(vshlq_u32(vdupq_n_u32(signs[j >> 5] >> (j & 31)), vld1q_s32(lane)),
+                                    vdupq_n_u32(0x80000000u));
+        vst1q_f32(x + j, vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(vld1q_f32(x + j)), bits)));
+    }
+}
+#endif  // SNIPI_NEON
+
+#ifdef SNIPI_X86_LATE
+enum { SNIPI_HAS_AVX_VNNI = 1, SNIPI_HAS_BF16 = 2, SNIPI_HAS_AMX = 4, SNIPI_HAS_ASKED = 8 };
+#    ifdef SNIPI_EMULATED
+static int snipi_x86_late(void) { return SNIPI_HAS_AVX_VNNI | SNIPI_HAS_BF16 | SNIPI_HAS_AMX; }
+#    else
+static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
+    __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
+}
+
+// AMX's tiles must be in the state that the system saves (XCR0 bits 17 and 18), of the usual size, and permitted to
+// this process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small
+// signal stack refuses.
+static int snipi_amx_usable(void) {
+#        ifdef __linux__
+    uint32_t r[4], saved;
+    long result;
+    snipi_cpuid(0x1D, 1, r);
+    __asm__ volatile("xgetbv" : "=a"(saved) : "c"(0) : "rdx");
+    if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
+    __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return result == 0;
+#        else
+    return 0;
+#        endif
+}
+
+static int snipi_x86_late(void) {
+    static int answer;  // the machine's, so the same for all who ask
+    int has = __atomic_load_n(&answer, __ATOMIC_RELAXED);
+    uint32_t r[4], d;
+    if (has) return has;
+    has = SNIPI_HAS_ASKED;
+    if (__builtin_cpu_supports("avx2")) {
+        snipi_cpuid(7, 0, r);
+        d = r[3];
+        if (r[0] >= 1) {
+            snipi_cpuid(7, 1, r);
+            has |= (r[0] >> 4 & 1 ? SNIPI_HAS_AVX_VNNI : 0) | (r[0] >> 5 & 1 ? SNIPI_HAS_BF16 : 0);
+        }
+        if ((d >> 22 & 1) && (d >> 24 & 3) == 3 && snipi_amx_usable()) has |= SNIPI_HAS_AMX;  // BF16, tiles and INT8
+    }
+    __atomic_store_n(&answer, has, __ATOMIC_RELAXED);
+    return has;
+}
+#    endif
+#endif  // SNIPI_X86_LATE
+
+SNIP_API int snip_isa_available(snip_isa isa) {
+#ifdef SNIPI_X86
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (isa == SNIP_ISA_AVX2) return avx2;
+    if (isa == SNIP_ISA_AVX512) return avx512;
+    if (isa == SNIP_ISA_AVX512_VNNI) return vnni;
+#endif
+#ifdef SNIPI_X86_LATE
+    if (isa == SNIP_ISA_AVX_VNNI) return avx2 && snipi_x86_late() & SNIPI_HAS_AVX_VNNI;
+    if (isa == SNIP_ISA_AVX512_BF16) return vnni && snipi_x86_late() & SNIPI_HAS_BF16;
+    if (isa == SNIP_ISA_AMX) return avx512 && snipi_x86_late() & SNIPI_HAS_AMX;
+#endif
+#ifdef SNIPI_NEON
+    if (isa == SNIP_ISA_NEON) return 1;
+#    if defined(__ARM_FEATURE_DOTPROD)
+    if (isa == SNIP_ISA_NEON_DOT) return 1;
+#    elif defined(__linux__)
+    if (isa == SNIP_ISA_NEON_DOT) return (int)(getauxval(AT_HWCAP) >> 20 & 1);  // HWCAP_ASIMDDP
+#    endif
+#endif
+    return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
+}
+
+SNIP_API const char *snip_isa_name(snip_isa isa) {
+    switch (isa) {
+        case SNIP_ISA_BEST: return "best";
+        case SNIP_ISA_SCALAR: return "scalar";
+        case SNIP_ISA_AVX2: return "avx2";
+        case SNIP_ISA_AVX_VNNI: return "avx-vnni";
+        case SNIP_ISA_AVX512: return "avx512";
+        case SNIP_ISA_AVX512_VNNI: return "avx512-vnni";
+        case SNIP_ISA_AVX512_BF16: return "avx512-bf16";
+        case SNIP_ISA_AMX: return "amx";
+        case SNIP_ISA_NEON: return "neon";
+        case SNIP_ISA_NEON_DOT: return "neon-dot";
+        case SNIP_ISA_COUNT: break;
+    }
+    return "?";
+}
+
+static snip_isa snipi_best_isa(void) {
+    int isa;
+    for (isa = SNIP_ISA_COUNT - 1; isa > SNIP_ISA_SCALAR; isa--)
+        if (snip_isa_available((snip_isa)isa)) break;
+    return (snip_isa)isa;
+}
+
+static const snipi_vector *snipi_vector_of(snip_isa isa) {
+    static const snipi_vector scalar = { snipi_amax_scalar,
+                                         snipi_philox_scalar,
+                                         snipi_run_scalar,
+                                         snipi_transpose_scalar,
+                                         snipi_widen_scalar,
+                                         snipi_narrow_scalar,
+                                         snipi_decode_scalar,
+                                         snipi_sums_exact,
+                                         NULL,
+                                         NULL,
+                                         NULL,
+                                         NULL,
+                                         NULL };
+#ifdef SNIPI_X86
+    static const snipi_vector avx2 = { snipi_amax_avx2,
+                                       snipi_philox_avx2,
+                                       snipi_run_avx2,
+                                       snipi_transpose_avx2,
+                                       snipi_widen_avx2,
+                                       snipi_narrow_avx2,
+                                       snipi_decode_avx2,
+                                       snipi_sums_avx2,
+                                       NULL,
+                                       NULL,
+                                       NULL,
+                                       NULL,
+                                       NULL };
+    static const snipi_vector avx512 = { snipi_amax_avx512,    snipi_philox_avx512, snipi_run_avx2,
+                                         snipi_transpose_avx2, snipi_widen_avx2,    snipi_narrow_avx2,
+                                         snipi_decode_avx512,  snipi_sums_avx2,     snipi_peaks_avx512,
+                                         snipi_scales_avx512,  snipi_strip_avx512,  snipi_copy_avx512,
+                                         snipi_columns_avx512 };
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa >= SNIP_ISA_AVX512) return &avx512;
+    if (isa >= SNIP_ISA_AVX2) return &avx2;
+#elif defined(SNIPI_NEON)
+    static const snipi_vector neon = { snipi_amax_neon,
+                                       snipi_philox_neon,
+                                       snipi_run_neon,
+                                       snipi_transpose_neon,
+                                       snipi_widen_neon,
+                                       snipi_narrow_neon,
+                                       snipi_decode_neon,
+                                       snipi_sums_exact,
+                                       NULL,
+                                       NULL,
+                                       NULL,
+                                       NULL,
+                                       NULL };
+    if (isa != SNIP_ISA_SCALAR) return &neon;
+#else
+    (void)isa;
+#endif
+    return &scalar;
+}
+
+static snipi_adam snipi_adam_of(snip_isa isa) {
+#ifdef SNIPI_X86
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa >= SNIP_ISA_AVX512) return snipi_adam_avx512;
+    if (isa >= SNIP_ISA_AVX2) return snipi_adam_avx2;
+#else
+    (void)isa;
+#endif
+    return snipi_adam_scalar;
+}
+
+static snipi_flip snipi_flip_of(snip_isa isa) {
+#ifdef SNIPI_X86
+    if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
+    if (isa >= SNIP_ISA_AVX512) return snipi_flip_avx512;
+    if (isa >= SNIP_ISA_AVX2) return snipi_flip_avx2;
+#elif defined(SNIPI_NEON)
+    if (isa != SNIP_ISA_SCALAR) return snipi_flip_neon;
+#else
+    (void)isa;
+#endif
+    return snipi_flip_scalar;
+}
+
+static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4 * SNIPI_GROUP]) {
+    snipi_vector_of(SNIP_ISA_BEST)->philox(key, first, SNIPI_GROUP, words);
+}
+
+static snipi_kernels snipi_kernels_of(snip_isa isa) {
+    snipi_kernels k = { 4,
+                        16,
+                        4,
+                        16,
+                        0,
+                        0,
+                        snipi_kernel_f32_scalar,
+                        snipi_kernel_s8_scalar,
+                        NULL,
+                        snipi_spread_scalar,
+                        snipi_start_scalar,
+                        NULL,
+                        NULL,
+                        NULL,
+                        NULL,
+                        NULL,
+                        NULL };
+#ifdef SNIPI_X86
+    if (isa != SNIP_ISA_SCALAR) {
+        k.spread = snipi_spread_avx2;
+        k.start = snipi_start_avx2;
+    }
+    if (isa == SNIP_ISA_AVX2 || isa == SNIP_ISA_AVX_VNNI) {
+        k.f32_mr = k.s8_mr = 6;
+        k.f32 = snipi_kernel_f32_avx2;
+        k.s8 = snipi_kernel_s8_avx2;
+    } else if (isa != SNIP_ISA_SCALAR) {
+        k.f32_mr = k.s8_mr = k.bf16_mr = 12;
+        k.f32_nr = k.s8_nr = k.bf16_nr = 32;
+        k.f32 = snipi_kernel_f32_avx512;
+        k.spread = snipi_spread_avx512;
+        k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
+    }
+#    ifdef SNIPI_X86_LATE
+    if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
+    if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
+    if (isa >= SNIP_ISA_AVX512_BF16) {
+        k.round = snipi_round_avx512;
+        k.look_up = snipi_look_up_avx512;
+        k.pair = snipi_pair_avx512;
+    }
+    if (isa == SNIP_ISA_AMX) {
+        k.s8_mr = k.bf16_mr = 32;
+        k.s8 = snipi_kernel_s8_amx;
+        k.bf16 = snipi_kernel_bf16_amx;
+        k.rows = snipi_rows_avx2;
+        k.begin = snipi_tiles_begin;
+        k.end = snipi_tiles_end;
+    }
+#    endif
+#elif defined(SNIPI_NEON)
+    if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
+        k.f32_mr = 12;
+        k.f32_nr = k.s8_nr = 8;
+        k.f32 = snipi_kernel_f32_neon;
+        k.spread = snipi_spread_neon;
+        k.start = snipi_start_neon;
+        k.s8_mr = isa == SNIP_ISA_NEON_DOT ? 12 : 4;
+        k.s8 = isa == SNIP_ISA_NEON_DOT ? snipi_kernel_s8_neon_dot : snipi_kernel_s8_neon;
+    }
+#else
+    (void)isa;
+#endif
+    return k;
+}
+
+#endif  // SNIP_IMPLEMENTATION

@@ -22,28 +22,29 @@
 //   statistics. What has no kernel is SNIP_UNSUPPORTED, never something slower or less precise in silence.
 //
 // DETERMINISM
-//   Codes, scales, values, noise, sketches and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so that
-//   they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given step, not
-//   when its measurement happens to arrive: a run can be repeated.
+//   Codes, scales, values, noise, sketches and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so
+//   that they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given
+//   step, not when its measurement happens to arrive: a run can be repeated.
 //
 // WHAT WAS RUN
-//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled for
-//   7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there. The kernels for 10.x
-//   (tcgen05): compile-tested and emulated, never run on a GPU.
+//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled
+//   for 7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there. The
+//   kernels for 10.x (tcgen05): compile-tested and emulated, never run on a GPU.
 //
 // INDEX (search for the tag)
 //   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
-//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl >>cuda-session-impl
+//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
+//   >>cuda-session-impl
 #ifndef SNIP_CUDA_CUH
 #define SNIP_CUDA_CUH
 
 #include "snip.h"
-#ifndef SNIP_CUDA_SHIM          // the tests' stand-in for the CUDA runtime
-#  include <cuda.h>
-#  include <cuda_runtime.h>
-#  ifdef SNIP_CUBLASLT
-#    include <cublasLt.h>
-#  endif
+#ifndef SNIP_CUDA_SHIM  // the tests' stand-in for the CUDA runtime
+#    include <cuda.h>
+#    include <cuda_runtime.h>
+#    ifdef SNIP_CUBLASLT
+#        include <cublasLt.h>
+#    endif
 #endif
 
 #ifdef __cplusplus
@@ -52,63 +53,75 @@ extern "C" {
 
 // >>cuda-quantize ----------------------------------------------------------------------------------
 typedef enum {
-    SNIP_CUDA_PACKED,           // E2M1 two to a byte, as in snip.h
-    SNIP_CUDA_E4M3_BYTES,       // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
-    SNIP_CUDA_S8_BYTES          // E2M1 values times 2 as INT8, each row of them padded to a multiple of 16 bytes: for snip_cuda_gemm_s8
+    SNIP_CUDA_PACKED,      // E2M1 two to a byte, as in snip.h
+    SNIP_CUDA_E4M3_BYTES,  // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
+    SNIP_CUDA_S8_BYTES     // E2M1 values times 2 as INT8, each row of them padded to a multiple of 16 bytes: for
+                           // snip_cuda_gemm_s8
 } snip_cuda_codes;
 
-// Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may be NULL.
+// Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may
+// be NULL.
 SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols);
 // snip_quantize_with on the GPU; job->isa is ignored. E4M3, E5M2 and E2M1 with tiles of 1 x 16, 32, 64 or 128 or of
-// 128 x 128; both orientations come from one read of x (two if their formats or roundings differ). stats, transposed: device memory, or NULL.
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats, snip_quant_stats *transposed,
-                                        void *scratch, cudaStream_t);
+// 128 x 128; both orientations come from one read of x (two if their formats or roundings differ). stats, transposed:
+// device memory, or NULL.
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats,
+                                        snip_quant_stats *transposed, void *scratch, cudaStream_t);
 // Any recipe of snip.h. x: SNIP_F32 or SNIP_BF16.
-SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                          void *x, snip_format x_format, int64_t ld, cudaStream_t);
+SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows,
+                                          int64_t cols, void *x, snip_format x_format, int64_t ld, cudaStream_t);
 
 // >>cuda-noise -------------------------------------------------------------------------------------
 // out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1); noise is +1 or -1 by (key, i). out may be x.
-SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key, cudaStream_t);
+SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key, cudaStream_t);
 // *dot = sum noise[i] * x[i]. dot and scratch: device memory.
 #define SNIP_CUDA_NOISE_SCRATCH 4096
-SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch,
+                                         cudaStream_t);
 // The same with snip_gauss's noise, by double-precision arithmetic.
-SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key, cudaStream_t);
-SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch, cudaStream_t);
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key, cudaStream_t);
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch,
+                                         cudaStream_t);
 
 // >>cuda-gemm --------------------------------------------------------------------------------------
-// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2, with scale
-// tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128); or two of F32 or
-// BF16, each as it lies or transposed.
-//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma and 10.0's tcgen05: snip_cuda_gemm_s8.
-//   FP8 with k a multiple of 16 and codes 16-byte aligned: on 9.0 (code for sm_90a) wgmma, on 10.x (code for sm_100a, sm_103a or
-//   sm_100f) tcgen05. On 8.9 and 12.x: FP8 mma. Otherwise from 8.0 on: FP16 mma of the same values. Tensor cores keep as little as
-//   14 bits of an FP8 sum; after every 128 of k it is added in float32.
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2,
+// with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
+// or two of F32 or BF16, each as it lies or transposed.
+//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma and 10.0's tcgen05:
+//   snip_cuda_gemm_s8. FP8 with k a multiple of 16 and codes 16-byte aligned: on 9.0 (code for sm_90a) wgmma, on 10.x
+//   (code for sm_100a, sm_103a or sm_100f) tcgen05. On 8.9 and 12.x: FP8 mma. Otherwise from 8.0 on: FP16 mma of the
+//   same values. Tensor cores keep as little as 14 bits of an FP8 sum; after every 128 of k it is added in float32.
 //   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
-// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma or tcgen05, bit for bit
-// snip_gemm's too. On 9.0 (code for sm_90a) and 10.0 (sm_100a), whose tensor cores mma cannot keep busy; elsewhere SNIP_UNSUPPORTED.
+// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma or tcgen05, bit for
+// bit snip_gemm's too. On 9.0 (code for sm_90a) and 10.0 (sm_100a), whose tensor cores mma cannot keep busy; elsewhere
+// SNIP_UNSUPPORTED.
 SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                        float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
-SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
-#ifdef SNIP_CUBLASLT            // in every file that includes this one; link with -lcublasLt
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                              const snip_operand *b, float *c, int64_t ldc, int accumulate,
+                                              const float *bias, cudaStream_t);
+#ifdef SNIP_CUBLASLT  // in every file that includes this one; link with -lcublasLt
 // snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: a session goes there after snip_cuda_use_cublaslt.
-// Tiles of 1 x 128 or 128 x 128 with float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt (12.9 or later, 9.0) has: not two operands of
-// 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are not the same on every GPU.
-// scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what is beyond, cuBLASLt may work in (32 MiB are plenty).
+// Tiles of 1 x 128 or 128 x 128 with float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt
+// (12.9 or later, 9.0) has: not two operands of 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are
+// not the same on every GPU. scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what
+// is beyond, cuBLASLt may work in (32 MiB are plenty).
 SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k);
-SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                             float *c, int64_t ldc, int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t);
+SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                             const snip_operand *b, float *c, int64_t ldc, int accumulate,
+                                             void *scratch, size_t scratch_bytes, cudaStream_t);
 #endif
 
 // >>cuda-session -----------------------------------------------------------------------------------
-// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the host
-// (snip_bind_adamw: device pointers). What a step measures is gathered in device memory, copied to the host behind the
-// step's own work, and read `lag` steps later, so that the device has work while the host solves (the paper's Figure 6):
+// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the
+// host (snip_bind_adamw: device pointers). What a step measures is gathered in device memory, copied to the host behind
+// the step's own work, and read `lag` steps later, so that the device has work while the host solves (the paper's
+// Figure 6):
 //     cudaMalloc(&memory, snip_cuda_memory(s, rows));
 //     snip_cuda *c = snip_cuda_create(s, rows, 2, memory, stream);
 //     for (step = 1; ; step++) {
@@ -120,34 +133,41 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_
 //         optimizer_step();
 //         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
 //     }
-// In a CUDA graph: capture a pass and the optimizer when snip_current_pass() is SNIP_PASS_ORDINARY, replay them in ordinary
-// steps, and capture anew when snip_reason() has changed. Measuring steps, snip_cuda_next_pass and _end_step run outside.
-// Random numbers move on, because kernels read the step from device memory.
-// All calls on one stream. For desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
+// In a CUDA graph: capture a pass and the optimizer when snip_current_pass() is SNIP_PASS_ORDINARY, replay them in
+// ordinary steps, and capture anew when snip_reason() has changed. Measuring steps, snip_cuda_next_pass and _end_step
+// run outside. Random numbers move on, because kernels read the step from device memory. All calls on one stream. For
+// desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
 typedef struct snip_cuda snip_cuda;
-// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as it lies and
-// transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all micro-batches.
+// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as
+// it lies and transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all
+// micro-batches.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
-// After the last snip_add_linear and snip_state_load. memory: 16-byte aligned, stays the caller's; lag: 0 .. every - 1. NULL: snip_message says why.
+// After the last snip_add_linear and snip_state_load. memory: 16-byte aligned, stays the caller's; lag: 0 .. every - 1.
+// NULL: snip_message says why.
 SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
-SNIP_API void snip_cuda_destroy(snip_cuda *);           // before snip_destroy; waits for the device
+SNIP_API void snip_cuda_destroy(snip_cuda *);  // before snip_destroy; waits for the device
 // As snip_linear_forward and _backward, all pointers to device memory, contiguous.
-SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t);
-SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
-                                               const float *inp, const float *weight, int64_t rows, cudaStream_t);
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight,
+                                              const float *bias, int64_t rows, cudaStream_t);
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias,
+                                               const float *dout, const float *inp, const float *weight, int64_t rows,
+                                               cudaStream_t);
 // loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
 SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
-// Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What it returns
-// is about that step, except for refused arguments. Counts NaN, infinity and saturated elements in what was quantized, and NaN
-// and infinity in products in high precision; snip_layer has that step's counts. grad_scale: device memory, instead of adamw's; or NULL.
+// Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What
+// it returns is about that step, except for refused arguments. Counts NaN, infinity and saturated elements in what was
+// quantized, and NaN and infinity in products in high precision; snip_layer has that step's counts. grad_scale: device
+// memory, instead of adamw's; or NULL.
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
-// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most snip_cuda_create's.
+// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most
+// snip_cuda_create's.
 SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
 // Reads all steps ended so far: before snip_state_save, and at the end of the training.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 #ifdef SNIP_CUBLASLT
-// From now on the session's FP8 products go to snip_cuda_gemm_cublaslt; with a NULL handle no longer. What cuBLASLt lacks is then
-// SNIP_UNSUPPORTED, nothing is replaced in silence. scratch: as there, snip_cuda_cublaslt_memory bytes at least; stays the caller's.
+// From now on the session's FP8 products go to snip_cuda_gemm_cublaslt; with a NULL handle no longer. What cuBLASLt
+// lacks is then SNIP_UNSUPPORTED, nothing is replaced in silence. scratch: as there, snip_cuda_cublaslt_memory bytes at
+// least; stays the caller's.
 SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *);
 SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *, cublasLtHandle_t, void *scratch, size_t scratch_bytes);
 #endif
@@ -155,7 +175,7 @@ SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *, cublasLtHandle_t, void 
 #ifdef __cplusplus
 }
 #endif
-#endif // SNIP_CUDA_CUH
+#endif  // SNIP_CUDA_CUH
 
 // ================= END OF THE API. You need not read further to use the library. =====================
 #if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_CUDA_IMPLEMENTATION_DONE)
@@ -163,11 +183,14 @@ SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *, cublasLtHandle_t, void 
 
 // >>cuda-launch ------------------------------------------------------------------------------------
 #define SNIPI_DEVICE static __device__ __forceinline__
+
 enum { SNIPI_WARP = 32 };
+
 static const unsigned SNIPI_ALL_LANES = 0xFFFFFFFFu;
 
 template <class... P, class... A>
-static snip_status snipi_cuda_launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared, cudaStream_t stream, const A &...args) {
+static snip_status snipi_cuda_launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
+                                     cudaStream_t stream, const A &...args) {
     cudaLaunchConfig_t config = {};
     if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
     config.gridDim = dim3((unsigned)blocks);
@@ -177,16 +200,18 @@ static snip_status snipi_cuda_launch(void (*kernel)(P...), int64_t blocks, int t
     return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
 }
 
-SNIPI_DEVICE uint32_t snipi_cuda_amax(uint32_t amax, float x) {         // of finite elements
+SNIPI_DEVICE uint32_t snipi_cuda_amax(uint32_t amax, float x) {  // of finite elements
     uint32_t a = snipi_bits(x) & 0x7FFFFFFFu;
     return a < 0x7F800000u && a > amax ? a : amax;
 }
+
 // The sum over a block, in thread 0. `sums` has a place for each warp.
 SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
-    int lane = (int)threadIdx.x % SNIPI_WARP, warp = (int)threadIdx.x / SNIPI_WARP, warps = (int)blockDim.x / SNIPI_WARP;
+    int lane = (int)threadIdx.x % SNIPI_WARP, warp = (int)threadIdx.x / SNIPI_WARP,
+        warps = (int)blockDim.x / SNIPI_WARP;
     double sum = 0;
     for (int o = SNIPI_WARP / 2; o > 0; o /= 2) x += __shfl_down_sync(SNIPI_ALL_LANES, x, o);
-    __syncthreads();                    // the last sum's places have been read
+    __syncthreads();  // the last sum's places have been read
     if (lane == 0) sums[warp] = x;
     __syncthreads();
     if (threadIdx.x == 0)
@@ -196,26 +221,35 @@ SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
 
 // >>cuda-ptx ---------------------------------------------------------------------------------------
 #ifndef SNIP_CUDA_SHIM
-// Bytes of low (0 to 3) and high (4 to 7) by the low four nibbles of select; a nibble's top bit takes the byte's sign eight times.
+// Bytes of low (0 to 3) and high (4 to 7) by the low four nibbles of select; a nibble's top bit takes the byte's sign
+// eight times.
 SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
     uint32_t r;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
     return r;
 }
+
 // Four 8 x 8 matrices of 16 bits; lane l gives row l % 8 of matrix l / 8.
 SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "memory");
 }
+
 SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
     uint32_t r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
-#define SNIPI_PTX_MMA(name, shape, types, acc, constraint) \
-    SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) { \
-        asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
-                     : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1])); \
-    }
+
+#    define SNIPI_PTX_MMA(name, shape, types, acc, constraint)                                    \
+        SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) {              \
+            asm volatile("mma.sync.aligned." shape ".row.col." types                              \
+                         " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
+                         : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]) \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));     \
+        }
 SNIPI_PTX_MMA(snipi_ptx_mma_s8, "m16n8k32", "s32.s8.s8.s32", int32_t, "+r")
 SNIPI_PTX_MMA(snipi_ptx_mma_f16, "m16n8k16", "f32.f16.f16.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_bf16, "m16n8k16", "f32.bf16.bf16.f32", float, "+f")
@@ -226,83 +260,147 @@ SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "
 
 // Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
 SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-SNIPI_DEVICE char *snipi_ptx_dynamic_shared() { extern __shared__ char snipi_dynamic_shared[]; return snipi_dynamic_shared; }
-SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory"); }
+
+SNIPI_DEVICE char *snipi_ptx_dynamic_shared() {
+    extern __shared__ char snipi_dynamic_shared[];
+    return snipi_dynamic_shared;
+}
+
+SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory");
+}
+
 // Initialized barriers become visible to other threads, and to TMA, which is of another proxy.
-SNIPI_DEVICE void snipi_ptx_barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" : : : "memory"); }
-SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory"); }
+SNIPI_DEVICE void snipi_ptx_barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" : : : "memory");
+}
+
+SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory");
+}
+
 SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :
+                 : "r"(snipi_ptx_shared(b)), "r"(bytes)
+                 : "memory");
 }
+
 SNIPI_DEVICE void snipi_ptx_barrier_wait(uint64_t *b, int parity) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" : : "r"(snipi_ptx_shared(b)), "r"(parity) : "memory");
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        :
+        : "r"(snipi_ptx_shared(b)), "r"(parity)
+        : "memory");
 }
+
 SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-                 : : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(b)), "r"(x), "r"(y) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        :
+        : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(b)), "r"(x), "r"(y)
+        : "memory");
 }
-template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
-template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS)); }
+
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+
+template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+
 SNIPI_DEVICE void snipi_ptx_settled(float &x) { asm volatile("" : "+f"(x) : : "memory"); }
+
 SNIPI_DEVICE void snipi_ptx_settled(int32_t &x) { asm volatile("" : "+r"(x) : : "memory"); }
+
 template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_begin(D d[64]) {
-#pragma unroll
+#    pragma unroll
     for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
     asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 }
+
 template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_end(D d[64]) {
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : : : "memory");
-#pragma unroll
+#    pragma unroll
     for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
 }
-#define SNIPI_PTX_8(x, d, i) x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3]), x(d[i + 4]), x(d[i + 5]), x(d[i + 6]), x(d[i + 7])
+
+#    define SNIPI_PTX_8(x, d, i) \
+        x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3]), x(d[i + 4]), x(d[i + 5]), x(d[i + 6]), x(d[i + 7])
 // d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup.
-#define SNIPI_PTX_WGMMA(name, types, acc, x, signs) \
-    SNIPI_DEVICE void name(acc d[64], uint64_t a, uint64_t b, int add) { \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32." types \
-                     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-                     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
-                     " %64, %65, add" signs ";\n}" \
-                     : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24), SNIPI_PTX_8(x, d, 32), SNIPI_PTX_8(x, d, 40), SNIPI_PTX_8(x, d, 48), SNIPI_PTX_8(x, d, 56) \
-                     : "l"(a), "l"(b), "r"(add)); \
-    }
+#    define SNIPI_PTX_WGMMA(name, types, acc, x, signs)                                                                                             \
+        SNIPI_DEVICE void name(acc d[64], uint64_t a, uint64_t b, int add) {                                                                        \
+            asm volatile(                                                                                                                           \
+                "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32." types                                      \
+                " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"          \
+                "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
+                " %64, %65, add" signs ";\n}"                                                                                                       \
+                : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24),                                         \
+                  SNIPI_PTX_8(x, d, 32), SNIPI_PTX_8(x, d, 40), SNIPI_PTX_8(x, d, 48), SNIPI_PTX_8(x, d, 56)                                        \
+                : "l"(a), "l"(b), "r"(add));                                                                                                        \
+        }
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "f32.e4m3.e4m3", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "f32.e4m3.e5m2", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "f32.e5m2.e4m3", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "f32.e5m2.e5m2", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_s8, "s32.s8.s8", int32_t, "+r", "")
 
-// Datacenter Blackwell. Tensor memory has 128 lanes of 512 columns of 32 bits, address lane << 16 | column. A warp takes all of it
-// and gives it back.
+// Datacenter Blackwell. Tensor memory has 128 lanes of 512 columns of 32 bits, address lane << 16 | column. A warp
+// takes all of it and gives it back.
 SNIPI_DEVICE void snipi_ptx_tensor_memory_alloc(uint32_t *address) {
-    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 512;\ntcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;" : : "r"(snipi_ptx_shared(address)) : "memory");
+    asm volatile(
+        "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 512;\ntcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
+        :
+        : "r"(snipi_ptx_shared(address))
+        : "memory");
 }
-SNIPI_DEVICE void snipi_ptx_tensor_memory_free(uint32_t address) { asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 512;" : : "r"(address) : "memory"); }
+
+SNIPI_DEVICE void snipi_ptx_tensor_memory_free(uint32_t address) {
+    asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 512;" : : "r"(address) : "memory");
+}
+
 // Before a thread tells others, and after it was told, of work on tensor memory. Commit implies the first.
 SNIPI_DEVICE void snipi_ptx_tcgen05_before() { asm volatile("tcgen05.fence::before_thread_sync;" : : : "memory"); }
+
 SNIPI_DEVICE void snipi_ptx_tcgen05_after() { asm volatile("tcgen05.fence::after_thread_sync;" : : : "memory"); }
+
 // d (+)= A B^T from 32 bytes of k, started by one thread.
-#define SNIPI_PTX_TCGEN05(name, kind) \
-    SNIPI_DEVICE void name(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) { \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\ntcgen05.mma.cta_group::1.kind::" kind " [%0], %1, %2, %3, add;\n}" : : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"(add) : "memory"); \
-    }
+#    define SNIPI_PTX_TCGEN05(name, kind)                                                                    \
+        SNIPI_DEVICE void name(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {          \
+            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\ntcgen05.mma.cta_group::1.kind::" kind \
+                         " [%0], %1, %2, %3, add;\n}"                                                        \
+                         :                                                                                   \
+                         : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"(add)                                \
+                         : "memory");                                                                        \
+        }
 SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_fp8, "f8f6f4")
 SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_s8, "i8")
+
 // The barrier gets an arrival when all that this thread has started is done.
 SNIPI_DEVICE void snipi_ptx_tcgen05_commit(uint64_t *b) {
-    asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];" : : "r"(snipi_ptx_shared(b)) : "memory");
+    asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];"
+                 :
+                 : "r"(snipi_ptx_shared(b))
+                 : "memory");
 }
-// 16 lanes of 64 columns, in a warp's registers as wgmma's sums; from lane 32 * (warp % 4), or 16 further. Wait before they are used.
-#define SNIPI_PTX_LOAD(acc, x) \
-    SNIPI_DEVICE void snipi_ptx_tensor_memory_load(acc d[32], uint32_t address) { \
-        asm volatile("tcgen05.ld.sync.aligned.16x256b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, [%32];" \
-                     : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24) : "r"(address) : "memory"); \
-    }
+
+// 16 lanes of 64 columns, in a warp's registers as wgmma's sums; from lane 32 * (warp % 4), or 16 further. Wait before
+// they are used.
+#    define SNIPI_PTX_LOAD(acc, x)                                                                                                                                                       \
+        SNIPI_DEVICE void snipi_ptx_tensor_memory_load(acc d[32], uint32_t address) {                                                                                                    \
+            asm volatile(                                                                                                                                                                \
+                "tcgen05.ld.sync.aligned.16x256b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, [%32];" \
+                : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24)                                                                               \
+                : "r"(address)                                                                                                                                                           \
+                : "memory");                                                                                                                                                             \
+        }
 SNIPI_PTX_LOAD(float, "=f")
 SNIPI_PTX_LOAD(int32_t, "=r")
+
 template <class D> SNIPI_DEVICE void snipi_ptx_tensor_memory_wait(D d[32]) {
     asm volatile("tcgen05.wait::ld.sync.aligned;" : : : "memory");
-#pragma unroll
+#    pragma unroll
     for (int i = 0; i < 32; i++) snipi_ptx_settled(d[i]);
 }
 
@@ -312,49 +410,71 @@ static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t ro
     cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
     cudaDriverEntryPointQueryResult found;
     void *encode = NULL;
-#if CUDART_VERSION >= 12050
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault, &found);
-#else
+#    if CUDART_VERSION >= 12050
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault,
+                                                         &found);
+#    else
     cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
-#endif
+#    endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !encode) return 0;
-    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes,
+                                                       size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 #endif
 
 template <int A, int B> SNIPI_DEVICE void snipi_ptx_mma_fp8(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_mma_e4m3_e4m3(d, a, b);
-    else if constexpr (A == SNIP_E4M3) snipi_ptx_mma_e4m3_e5m2(d, a, b);
-    else if constexpr (B == SNIP_E4M3) snipi_ptx_mma_e5m2_e4m3(d, a, b);
-    else snipi_ptx_mma_e5m2_e5m2(d, a, b);
+    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3)
+        snipi_ptx_mma_e4m3_e4m3(d, a, b);
+    else if constexpr (A == SNIP_E4M3)
+        snipi_ptx_mma_e4m3_e5m2(d, a, b);
+    else if constexpr (B == SNIP_E4M3)
+        snipi_ptx_mma_e5m2_e4m3(d, a, b);
+    else
+        snipi_ptx_mma_e5m2_e5m2(d, a, b);
 }
+
 template <int A, int B, class D> SNIPI_DEVICE void snipi_ptx_wgmma(D d[64], uint64_t a, uint64_t b, int add) {
-    if constexpr (A == SNIP_E2M1) snipi_ptx_wgmma_s8(d, a, b, add);
-    else if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
-    else if constexpr (A == SNIP_E4M3) snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
-    else if constexpr (B == SNIP_E4M3) snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
-    else snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+    if constexpr (A == SNIP_E2M1)
+        snipi_ptx_wgmma_s8(d, a, b, add);
+    else if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3)
+        snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
+    else if constexpr (A == SNIP_E4M3)
+        snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
+    else if constexpr (B == SNIP_E4M3)
+        snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
+    else
+        snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
 }
-// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to group, version
-// (wgmma 0, tcgen05 1), mode. 32 bytes of k further is the address plus 32: the hardware swizzles by address bits, so that groups must
-// lie at multiples of 1024.
+
+// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to
+// group, version (wgmma 0, tcgen05 1), mode. 32 bytes of k further is the address plus 32: the hardware swizzles by
+// address bits, so that groups must lie at multiples of 1024.
 SNIPI_DEVICE uint64_t snipi_ptx_operand(const void *p, int version) {
-    return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | (uint64_t)version << 46 | 1ull << 62;
+    return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | (uint64_t)version << 46 |
+           1ull << 62;
 }
+
 // tcgen05: types of D (1 float, 2 int32), A and B (E4M3 0, E5M2 1, signed bytes 1), columns / 8, rows / 16.
 template <int A, int B> SNIPI_DEVICE constexpr uint32_t snipi_ptx_instruction(int rows, int columns) {
-    return (A == SNIP_E2M1 ? 2u : 1u) << 4 | (A == SNIP_E4M3 ? 0u : 1u) << 7 | (B == SNIP_E4M3 ? 0u : 1u) << 10 | (uint32_t)columns / 8 << 17 | (uint32_t)rows / 16 << 24;
+    return (A == SNIP_E2M1 ? 2u : 1u) << 4 | (A == SNIP_E4M3 ? 0u : 1u) << 7 | (B == SNIP_E4M3 ? 0u : 1u) << 10 |
+           (uint32_t)columns / 8 << 17 | (uint32_t)rows / 16 << 24;
 }
-template <int A> SNIPI_DEVICE void snipi_ptx_tcgen05(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
-    if constexpr (A == SNIP_E2M1) snipi_ptx_tcgen05_s8(d, a, b, instruction, add);
-    else snipi_ptx_tcgen05_fp8(d, a, b, instruction, add);
+
+template <int A>
+SNIPI_DEVICE void snipi_ptx_tcgen05(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
+    if constexpr (A == SNIP_E2M1)
+        snipi_ptx_tcgen05_s8(d, a, b, instruction, add);
+    else
+        snipi_ptx_tcgen05_fp8(d, a, b, instruction, add);
 }
 
 // Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
 // negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
 SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
-    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes), negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
+    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes),
+             negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
     return (positive + 0x80808080u - negative) ^ 0x80808080u;
 }
 
@@ -365,72 +485,100 @@ SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
 // 4 columns 32 apart, so that its warp reads whole lines. Blocks in the interior that only want codes to nearest hold
 // their elements in registers (straight's columns); the others read them again, from caches.
 enum { SNIPI_BLOCK = 128, SNIPI_THREADS = 256, SNIPI_ROWS = 16, SNIPI_TILES = SNIPI_BLOCK * (SNIPI_BLOCK / 16) };
-enum { SNIPI_E2M1_WIDE = 64, SNIPI_E2M1_S8 };       // as a kernel's FORMAT: E2M1 values stored as E4M3; twice them as INT8
-enum { SNIPI_NEAREST, SNIPI_STOCHASTIC, SNIPI_MEASURE };    // a kernel's MODE: codes alone, or with either rounding statistics and values
 
-typedef struct {                        // one orientation
-    snip_recipe recipe;                 // format 0: not wanted
-    int64_t rows, cols, row_bytes;      // as quantized
-    int log2_tile_cols, aligned;        // aligned: straight, four codes may be stored as a word; turned, sixteen
-    uint8_t *codes;                     // may be NULL
-    void *scales;                       // may be NULL
-    snip_quant_stats *part;             // [blocks], or NULL
-    unsigned long long *counts;         // NaN and infinity, saturated; or NULL
+enum { SNIPI_E2M1_WIDE = 64, SNIPI_E2M1_S8 };  // as a kernel's FORMAT: E2M1 values stored as E4M3; twice them as INT8
+
+enum {
+    SNIPI_NEAREST,
+    SNIPI_STOCHASTIC,
+    SNIPI_MEASURE
+};  // a kernel's MODE: codes alone, or with either rounding statistics and values
+
+typedef struct {                    // one orientation
+    snip_recipe recipe;             // format 0: not wanted
+    int64_t rows, cols, row_bytes;  // as quantized
+    int log2_tile_cols, aligned;    // aligned: straight, four codes may be stored as a word; turned, sixteen
+    uint8_t *codes;                 // may be NULL
+    void *scales;                   // may be NULL
+    snip_quant_stats *part;         // [blocks], or NULL
+    unsigned long long *counts;     // NaN and infinity, saturated; or NULL
 } snipi_cuda_side;
+
 typedef struct {
     const void *x;
     const float *weight;
     int64_t rows, cols, ld;
-    int bf16, vectors, held;                  // rows of x may be read four elements at a time; interior blocks may be held
+    int bf16, vectors, held;  // rows of x may be read four elements at a time; interior blocks may be held
     snipi_cuda_side straight, turned;
-    void *out;                          // values of `straight`, or NULL
+    void *out;  // values of `straight`, or NULL
     int64_t ld_out;
     int out_bf16;
-    snip_rng_key key, key_t;            // of straight and turned
-    const uint32_t *step;               // instead of theirs, or NULL
-    const unsigned long long *more;     // two, for straight.counts (or turned's, if alone), or NULL
-    const uint32_t *amax;               // of the tensor, for SNIP_SCALE_UE4M3
+    snip_rng_key key, key_t;         // of straight and turned
+    const uint32_t *step;            // instead of theirs, or NULL
+    const unsigned long long *more;  // two, for straight.counts (or turned's, if alone), or NULL
+    const uint32_t *amax;            // of the tensor, for SNIP_SCALE_UE4M3
 } snipi_cuda_quantizer;
+
 typedef struct {
     uint32_t amax[SNIPI_TILES];
     float scale[SNIPI_TILES], inverse[SNIPI_TILES];
     uint4 codes[SNIPI_BLOCK * SNIPI_BLOCK / 16];
     double sums[SNIPI_THREADS / SNIPI_WARP];
-    int low;                            // a tile is
+    int low;  // a tile is
 } snipi_cuda_shared;
-typedef struct { double sum_sq, err_sq, dot; uint32_t amax; int nonfinite, saturated; } snipi_cuda_tally;
+
+typedef struct {
+    double sum_sq, err_sq, dot;
+    uint32_t amax;
+    int nonfinite, saturated;
+} snipi_cuda_tally;
 
 SNIPI_DEVICE float snipi_cuda_load(const float *x) { return *x; }
+
 SNIPI_DEVICE float snipi_cuda_load(const uint16_t *x) { return snipi_float((uint32_t)*x << 16); }
+
 SNIPI_DEVICE void snipi_cuda_load4(const float *x, float out[4]) {
     float4 v = *(const float4 *)x;
-    out[0] = v.x; out[1] = v.y; out[2] = v.z; out[3] = v.w;
+    out[0] = v.x;
+    out[1] = v.y;
+    out[2] = v.z;
+    out[3] = v.w;
 }
+
 SNIPI_DEVICE void snipi_cuda_load4(const uint16_t *x, float out[4]) {
     uint2 v = *(const uint2 *)x;
-    out[0] = snipi_float(v.x << 16); out[1] = snipi_float(v.x & 0xFFFF0000u);
-    out[2] = snipi_float(v.y << 16); out[3] = snipi_float(v.y & 0xFFFF0000u);
+    out[0] = snipi_float(v.x << 16);
+    out[1] = snipi_float(v.x & 0xFFFF0000u);
+    out[2] = snipi_float(v.y << 16);
+    out[3] = snipi_float(v.y & 0xFFFF0000u);
 }
+
 // Elements of x, zeros beyond its edges.
 SNIPI_DEVICE float snipi_cuda_at(const snipi_cuda_quantizer &q, int64_t r, int64_t c) {
     int64_t at = r * q.ld + c;
     if (r >= q.rows || c >= q.cols) return 0.0f;
     return q.bf16 ? snipi_cuda_load((const uint16_t *)q.x + at) : ((const float *)q.x)[at];
 }
+
 SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
     int64_t at = r * q.ld + c;
     if (!q.vectors || r >= q.rows || c + 4 > q.cols)
         for (int j = 0; j < 4; j++) out[j] = snipi_cuda_at(q, r, c + j);
-    else if (q.bf16) snipi_cuda_load4((const uint16_t *)q.x + at, out);
-    else snipi_cuda_load4((const float *)q.x + at, out);
+    else if (q.bf16)
+        snipi_cuda_load4((const uint16_t *)q.x + at, out);
+    else
+        snipi_cuda_load4((const float *)q.x + at, out);
 }
+
 SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
     for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(q, r + i, c);
 }
+
 SNIPI_DEVICE snip_rng_key snipi_cuda_key(const snipi_cuda_quantizer &q, snip_rng_key key) {
     if (q.step) key.step = *q.step;
     return key;
 }
+
 // Random words of the four elements from `element` on, which may straddle two counters.
 SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_t out[4]) {
     uint32_t w[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, skip = (uint32_t)(element & 3);
@@ -440,7 +588,9 @@ SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_
     for (int i = 0; i < 4; i++) out[i] = skip == 0 ? w[i] : skip == 1 ? w[i + 1] : skip == 2 ? w[i + 2] : w[i + 3];
 }
 
-template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() { return FORMAT >= SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT; }
+template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() {
+    return FORMAT >= SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT;
+}
 
 template <int MODE> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side &side) {
     return MODE == SNIPI_STOCHASTIC || (MODE == SNIPI_MEASURE && side.recipe.rounding == SNIP_ROUND_STOCHASTIC);
@@ -450,22 +600,25 @@ template <int MODE> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_encode(float y, int stochastic, uint32_t random, int *over) {
     snipi_element e = snipi_element_of(snipi_cuda_format<FORMAT>());
     uint32_t u = snipi_bits(y), a = u & 0x7FFFFFFFu;
-    uint32_t c = stochastic ? snipi_encode_stochastic(a, random, e.mantissa, e.bias) : snipi_encode_nearest(a, e.mantissa, e.bias);
+    uint32_t c = stochastic ? snipi_encode_stochastic(a, random, e.mantissa, e.bias)
+                            : snipi_encode_nearest(a, e.mantissa, e.bias);
     *over = c > e.largest;
     c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
     return a > 0x7F800000u ? e.nan : c;
 }
+
 // Codes of four elements as they are stored: bytes, or nibbles in the low half.
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_pack(const uint32_t c[4]) {
     uint32_t word = 0;
     for (int i = 0; i < 4; i++) {
         uint32_t code = c[i], magnitude = code & 7;
-        if (FORMAT == SNIPI_E2M1_WIDE)          // 0, .5 and the normal numbers 1 .. 6, whose mantissa bit is E4M3's highest
+        if (FORMAT == SNIPI_E2M1_WIDE)  // 0, .5 and the normal numbers 1 .. 6, whose mantissa bit is E4M3's highest
             code = (code & 8) << 4 | (magnitude > 1 ? 0x30 + 4 * magnitude : 0x30 * magnitude);
         word |= code << (FORMAT == SNIP_E2M1 || FORMAT == SNIPI_E2M1_S8 ? 4 : 8) * i;
     }
     return FORMAT == SNIPI_E2M1_S8 ? snipi_mma_twice(word) : word;
 }
+
 // Four codes to nearest, where the tile is not low.
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4], float inverse) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -473,8 +626,10 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4]
         uint16_t pair[2];
         for (int i = 0; i < 2; i++) {
             float low = __fmul_rn(x[2 * i], inverse), high = __fmul_rn(x[2 * i + 1], inverse);
-            if constexpr (FORMAT == SNIP_E4M3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
-            else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
+            if constexpr (FORMAT == SNIP_E4M3)
+                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
+            else
+                asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
         }
         return pair[0] | (uint32_t)pair[1] << 16;
     } else
@@ -486,12 +641,19 @@ template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4]
         return snipi_cuda_pack<FORMAT>(code);
     }
 }
+
 // Four elements side by side in the quantized matrix, in any tile: packed codes; with MEASURE their values and tally.
-typedef struct { uint32_t random[4]; float weight[4], value[4]; } snipi_cuda_extras;
+typedef struct {
+    uint32_t random[4];
+    float weight[4], value[4];
+} snipi_cuda_extras;
+
 template <int FORMAT, int MODE>
-SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side &side, const snipi_cuda_shared *shared, int slot, snipi_cuda_extras *extra, snipi_cuda_tally *tally) {
+SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side &side, const snipi_cuda_shared *shared,
+                                         int slot, snipi_cuda_extras *extra, snipi_cuda_tally *tally) {
     float scale = shared->scale[slot], inverse = shared->inverse[slot];
-    int low = side.recipe.scale != SNIP_SCALE_NONE && (shared->amax[slot] < (127u - 64u) << 23 || snipi_bits(scale) == 0);      // as in snipi_encode_tile
+    int low = side.recipe.scale != SNIP_SCALE_NONE &&
+              (shared->amax[slot] < (127u - 64u) << 23 || snipi_bits(scale) == 0);  // as in snipi_encode_tile
     uint32_t code[4];
     if (low) inverse *= snipi_float((127u - 64u) << 23);
     for (int i = 0; i < 4; i++) {
@@ -499,9 +661,11 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
         float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
         code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
         tally->saturated += finite & over;
-        if (MODE == SNIPI_MEASURE) {    // the error in units of the scale: there nothing overflows
+        if (MODE == SNIPI_MEASURE) {  // the error in units of the scale: there nothing overflows
             float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
-            double v = finite ? (double)x[i] : 0, d = !finite ? 0 : low ? (double)(value - x[i]) : (double)(element - y) * (double)scale;
+            double v = finite ? (double)x[i] : 0, d = !finite ? 0
+                                                      : low   ? (double)(value - x[i])
+                                                              : (double)(element - y) * (double)scale;
             extra->value[i] = value;
             tally->sum_sq += v * v;
             tally->err_sq += d * d;
@@ -517,6 +681,7 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
 SNIPI_DEVICE int snipi_cuda_slot(const snipi_cuda_side &side, int r, int c) {
     return side.recipe.tile_rows == SNIPI_BLOCK ? 0 : (r << (7 - side.log2_tile_cols)) + (c >> side.log2_tile_cols);
 }
+
 // The largest of `lanes` neighbours, a power of two.
 SNIPI_DEVICE uint32_t snipi_cuda_lanes_max(uint32_t amax, int lanes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -528,15 +693,20 @@ SNIPI_DEVICE uint32_t snipi_cuda_lanes_max(uint32_t amax, int lanes) {
     }
     return amax;
 }
+
 SNIPI_DEVICE void snipi_cuda_clear(snipi_cuda_shared *shared) {
     for (int t = (int)threadIdx.x; t < SNIPI_TILES; t += SNIPI_THREADS) shared->amax[t] = 0;
     if (threadIdx.x == 0) shared->low = 0;
     __syncthreads();
 }
+
 // Scales of the block at (r0, c0), as quantized, from its tiles' largest magnitudes.
-SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_cuda_side &side, snipi_cuda_shared *shared, snip_format format, int64_t r0, int64_t c0) {
-    const int single = side.recipe.tile_rows == SNIPI_BLOCK, log2_across = 7 - side.log2_tile_cols, tiles = single ? 1 : SNIPI_BLOCK << log2_across;
-    const int64_t across = (side.cols + (1 << side.log2_tile_cols) - 1) >> side.log2_tile_cols, down = single ? (side.rows + SNIPI_BLOCK - 1) / SNIPI_BLOCK : side.rows;
+SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_cuda_side &side,
+                                    snipi_cuda_shared *shared, snip_format format, int64_t r0, int64_t c0) {
+    const int single = side.recipe.tile_rows == SNIPI_BLOCK, log2_across = 7 - side.log2_tile_cols,
+              tiles = single ? 1 : SNIPI_BLOCK << log2_across;
+    const int64_t across = (side.cols + (1 << side.log2_tile_cols) - 1) >> side.log2_tile_cols,
+                  down = single ? (side.rows + SNIPI_BLOCK - 1) / SNIPI_BLOCK : side.rows;
     float tensor_inverse = 1.0f, tensor_scale = 1.0f;
     __syncthreads();
     if (side.recipe.scale == SNIP_SCALE_UE4M3) {
@@ -549,33 +719,45 @@ SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_c
         }
     }
     for (int t = (int)threadIdx.x; t < tiles; t += SNIPI_THREADS) {
-        int64_t tr = single ? r0 / SNIPI_BLOCK : r0 + (t >> log2_across), tc = (c0 >> side.log2_tile_cols) + (t & ((1 << log2_across) - 1));
-        snipi_tile_scale s = snipi_scale_of(side.recipe.scale, snipi_element_of(format), shared->amax[t], tensor_scale, tensor_inverse);
+        int64_t tr = single ? r0 / SNIPI_BLOCK : r0 + (t >> log2_across),
+                tc = (c0 >> side.log2_tile_cols) + (t & ((1 << log2_across) - 1));
+        snipi_tile_scale s = snipi_scale_of(side.recipe.scale, snipi_element_of(format), shared->amax[t], tensor_scale,
+                                            tensor_inverse);
         shared->scale[t] = s.scale;
         shared->inverse[t] = s.inverse;
         if (shared->amax[t] && (shared->amax[t] < (127u - 64u) << 23 || snipi_bits(s.scale) == 0)) shared->low = 1;
         if (!side.scales || side.recipe.scale == SNIP_SCALE_NONE || tr >= down || tc >= across) continue;
-        if (snipi_byte_scale(side.recipe.scale)) ((uint8_t *)side.scales)[tr * across + tc] = (uint8_t)s.byte;
-        else ((float *)side.scales)[tr * across + tc] = s.scale;
+        if (snipi_byte_scale(side.recipe.scale))
+            ((uint8_t *)side.scales)[tr * across + tc] = (uint8_t)s.byte;
+        else
+            ((float *)side.scales)[tr * across + tc] = s.scale;
     }
     __syncthreads();
 }
-SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda_shared *shared, snip_quant_stats *part) {
-    double sum_sq = snipi_cuda_block_sum(tally.sum_sq, shared->sums), err_sq = snipi_cuda_block_sum(tally.err_sq, shared->sums);
-    double dot = snipi_cuda_block_sum(tally.dot, shared->sums), nonfinite = snipi_cuda_block_sum(tally.nonfinite, shared->sums);
+
+SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda_shared *shared,
+                                       snip_quant_stats *part) {
+    double sum_sq = snipi_cuda_block_sum(tally.sum_sq, shared->sums),
+           err_sq = snipi_cuda_block_sum(tally.err_sq, shared->sums);
+    double dot = snipi_cuda_block_sum(tally.dot, shared->sums),
+           nonfinite = snipi_cuda_block_sum(tally.nonfinite, shared->sums);
     double saturated = snipi_cuda_block_sum(tally.saturated, shared->sums);
     if (threadIdx.x == 0) shared->amax[0] = 0;
     __syncthreads();
     atomicMax(&shared->amax[0], tally.amax);
     __syncthreads();
-    if (threadIdx.x == 0) *part = { sum_sq, err_sq, dot, snipi_float(shared->amax[0]), (int64_t)nonfinite, (int64_t)saturated };
+    if (threadIdx.x == 0)
+        *part = { sum_sq, err_sq, dot, snipi_float(shared->amax[0]), (int64_t)nonfinite, (int64_t)saturated };
 }
 
 // (r0, c0): the block's first element in x. held: its elements of this thread, if HELD.
-template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
-    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP, lanes = 1 << (q.straight.log2_tile_cols - 2);
+template <int HELD>
+SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared,
+                                           const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP,
+              lanes = 1 << (q.straight.log2_tile_cols - 2);
     int bad = 0;
-#pragma unroll (HELD ? SNIPI_ROWS : 1)
+#pragma unroll(HELD ? SNIPI_ROWS : 1)
     for (int i = 0; i < SNIPI_ROWS; i++) {
         float x[4];
         uint32_t amax = 0;
@@ -589,14 +771,17 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_
     }
     if (bad && q.straight.counts) atomicAdd(q.straight.counts, (unsigned long long)bad);
 }
-template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+
+template <int HELD>
+SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared,
+                                         const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
     int bad = 0;
-#pragma unroll (HELD ? 4 : 1)
+#pragma unroll(HELD ? 4 : 1)
     for (int j = 0; j < 4; j++) {
         int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
         uint32_t amax = 0;
-#pragma unroll (HELD ? SNIPI_ROWS : 4)
+#pragma unroll(HELD ? SNIPI_ROWS : 4)
         for (int i = 0; i < SNIPI_ROWS; i++) {
             float x = HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col);
             amax = snipi_cuda_amax(amax, x);
@@ -606,19 +791,26 @@ template <int HELD> SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_qu
     }
     if (bad && q.turned.counts) atomicAdd(q.turned.counts, (unsigned long long)bad);
 }
-template <int FORMAT> SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
+
+template <int FORMAT>
+SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared,
+                                           const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
     if (!side.codes) return;
 #pragma unroll
     for (int i = 0; i < SNIPI_ROWS; i++) {
         uint32_t word = snipi_cuda_nearest4<FORMAT>(held[i], shared->inverse[snipi_cuda_slot(side, row + i, col)]);
         uint8_t *at = side.codes + (r0 + row + i) * side.row_bytes;
-        if (FORMAT == SNIP_E2M1) ((uint16_t *)at)[(c0 + col) / 4] = (uint16_t)word;
-        else ((uint32_t *)at)[(c0 + col) / 4] = word;
+        if (FORMAT == SNIP_E2M1)
+            ((uint16_t *)at)[(c0 + col) / 4] = (uint16_t)word;
+        else
+            ((uint32_t *)at)[(c0 + col) / 4] = word;
     }
 }
+
 template <int FORMAT, int MODE>
-SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0,
+                                          int64_t c0) {
     const snipi_cuda_side &side = q.straight;
     const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
     const int64_t c = c0 + col;
@@ -632,7 +824,8 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
         uint32_t word;
         float x[4];
         snipi_cuda_row4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side))
+            snipi_cuda_random4(key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int j = 0; j < 4; j++)
                 if (j < n && q.weight) extra.weight[j] = q.weight[r * q.ld + c + j];
@@ -641,15 +834,19 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
             uint8_t *at = side.codes + r * side.row_bytes + (FORMAT == SNIP_E2M1 ? c >> 1 : c);
             if (!side.aligned || n < 4)
                 for (int b = 0; b < bytes; b++) at[b] = (uint8_t)(word >> 8 * b);
-            else if (FORMAT == SNIP_E2M1) *(uint16_t *)at = (uint16_t)word;
-            else *(uint32_t *)at = word;
+            else if (FORMAT == SNIP_E2M1)
+                *(uint16_t *)at = (uint16_t)word;
+            else
+                *(uint32_t *)at = word;
         }
         if constexpr (MODE == SNIPI_MEASURE)
             for (int j = 0; j < 4; j++) {
                 int64_t at = r * q.ld_out + c + j;
                 if (j >= n || !q.out) continue;
-                if (q.out_bf16) ((uint16_t *)q.out)[at] = (uint16_t)snipi_bf16_round(snipi_bits(extra.value[j]));
-                else ((float *)q.out)[at] = extra.value[j];
+                if (q.out_bf16)
+                    ((uint16_t *)q.out)[at] = (uint16_t)snipi_bf16_round(snipi_bits(extra.value[j]));
+                else
+                    ((float *)q.out)[at] = extra.value[j];
             }
     }
     if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
@@ -661,7 +858,10 @@ SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_c
 template <int FORMAT> SNIPI_DEVICE uint8_t *snipi_cuda_chunk(snipi_cuda_shared *shared, int col, int chunk) {
     return (uint8_t *)shared->codes + (col * 8 + (chunk ^ ((col ^ col >> 3) & 7))) * (FORMAT == SNIP_E2M1 ? 8 : 16);
 }
-template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_held(const snipi_cuda_side &side, snipi_cuda_shared *shared, const float held[SNIPI_ROWS][4]) {
+
+template <int FORMAT>
+SNIPI_DEVICE void snipi_cuda_turned_held(const snipi_cuda_side &side, snipi_cuda_shared *shared,
+                                         const float held[SNIPI_ROWS][4]) {
     const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -674,12 +874,16 @@ template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_held(const snipi_cuda_
             float x[4] = { held[4 * g][j], held[4 * g + 1][j], held[4 * g + 2][j], held[4 * g + 3][j] };
             word[g] = snipi_cuda_nearest4<FORMAT>(x, inverse);
         }
-        if (FORMAT == SNIP_E2M1) *(uint2 *)to = make_uint2(word[0] | word[1] << 16, word[2] | word[3] << 16);
-        else *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+        if (FORMAT == SNIP_E2M1)
+            *(uint2 *)to = make_uint2(word[0] | word[1] << 16, word[2] | word[3] << 16);
+        else
+            *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
+
 template <int FORMAT, int MODE>
-SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0,
+                                        int64_t c0) {
     const snipi_cuda_side &side = q.turned;
     const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
     const snip_rng_key key = snipi_cuda_key(q, q.key_t);
@@ -693,19 +897,25 @@ SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cud
         uint32_t word;
         float x[4];
         snipi_cuda_column4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side)) snipi_cuda_random4(key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
+        if (snipi_cuda_stochastic<MODE>(side))
+            snipi_cuda_random4(key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
         if constexpr (MODE == SNIPI_MEASURE)
             for (int i = 0; i < 4; i++)
                 if (r + i < q.rows && c < q.cols && q.weight) extra.weight[i] = q.weight[(r + i) * q.ld + c];
         word = snipi_cuda_encode4<FORMAT, MODE>(x, side, shared, snipi_cuda_slot(side, col, row), &extra, &tally);
-        if (FORMAT == SNIP_E2M1) ((uint16_t *)to)[k % 4] = (uint16_t)word;
-        else ((uint32_t *)to)[k % 4] = word;
+        if (FORMAT == SNIP_E2M1)
+            ((uint16_t *)to)[k % 4] = (uint16_t)word;
+        else
+            ((uint32_t *)to)[k % 4] = word;
     }
     if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
     if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
 }
+
 // Out of shared memory, 16 codes a thread.
-template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda_side &side, snipi_cuda_shared *shared, int64_t r0, int64_t c0) {
+template <int FORMAT>
+SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda_side &side, snipi_cuda_shared *shared, int64_t r0,
+                                          int64_t c0) {
     const int size = FORMAT == SNIP_E2M1 ? 8 : 16;
     __syncthreads();
     for (int t = (int)threadIdx.x; side.codes && t < SNIPI_BLOCK * 8; t += SNIPI_THREADS) {
@@ -715,8 +925,10 @@ template <int FORMAT> SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda
         uint8_t *at = side.codes + c * side.row_bytes + byte;
         if (!side.aligned || n < size)
             for (int b = 0; b < n; b++) at[b] = from[b];
-        else if (FORMAT == SNIP_E2M1) *(uint2 *)at = *(const uint2 *)from;
-        else *(uint4 *)at = *(const uint4 *)from;
+        else if (FORMAT == SNIP_E2M1)
+            *(uint2 *)at = *(const uint2 *)from;
+        else
+            *(uint4 *)at = *(const uint4 *)from;
     }
 }
 
@@ -724,11 +936,13 @@ template <int FORMAT, int MODE>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_kernel(const snipi_cuda_quantizer q) {
     __shared__ snipi_cuda_shared shared;
     const snip_format format = snipi_cuda_format<FORMAT>();
-    const int64_t across = (q.cols + SNIPI_BLOCK - 1) / SNIPI_BLOCK, r0 = blockIdx.x / across * SNIPI_BLOCK, c0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t across = (q.cols + SNIPI_BLOCK - 1) / SNIPI_BLOCK, r0 = blockIdx.x / across * SNIPI_BLOCK,
+                  c0 = blockIdx.x % across * SNIPI_BLOCK;
     const int straight = q.straight.recipe.format != 0, turned = q.turned.recipe.format != 0;
     const int hold = MODE == SNIPI_NEAREST && q.held && r0 + SNIPI_BLOCK <= q.rows && c0 + SNIPI_BLOCK <= q.cols;
     float x[SNIPI_ROWS][4];
-    if (q.more && blockIdx.x == 0 && threadIdx.x < 2) atomicAdd((straight ? q.straight.counts : q.turned.counts) + threadIdx.x, q.more[threadIdx.x]);
+    if (q.more && blockIdx.x == 0 && threadIdx.x < 2)
+        atomicAdd((straight ? q.straight.counts : q.turned.counts) + threadIdx.x, q.more[threadIdx.x]);
     if (hold) {
         const int64_t at = (r0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * q.ld + c0 + threadIdx.x % SNIPI_WARP * 4;
         if (q.bf16) {
@@ -739,35 +953,47 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_k
             for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const float *)q.x + at + i * q.ld, x[i]);
         }
     }
-    if (turned) {                       // first, because out may be x; nothing of it is read after the barrier in turned_store but codes
+    if (turned) {  // first, because out may be x; nothing of it is read after the barrier in turned_store but codes
         snipi_cuda_clear(&shared);
-        if (hold) snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
-        else snipi_cuda_turned_amax<0>(q, &shared, x, r0, c0);
+        if (hold)
+            snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
+        else
+            snipi_cuda_turned_amax<0>(q, &shared, x, r0, c0);
         snipi_cuda_scales(q, q.turned, &shared, format, c0, r0);
-        if (hold && !shared.low) snipi_cuda_turned_held<FORMAT>(q.turned, &shared, x);
-        else snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
+        if (hold && !shared.low)
+            snipi_cuda_turned_held<FORMAT>(q.turned, &shared, x);
+        else
+            snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
         snipi_cuda_turned_store<FORMAT>(q.turned, &shared, r0, c0);
     }
     if (straight) {
         snipi_cuda_clear(&shared);
-        if (hold) snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
-        else snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
+        if (hold)
+            snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
+        else
+            snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
         snipi_cuda_scales(q, q.straight, &shared, format, r0, c0);
-        if (hold && !shared.low) snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
-        else snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
+        if (hold && !shared.low)
+            snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
+        else
+            snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
     }
 }
 
 // Largest magnitude of a tensor; a block takes a row at a time. *amax is 0 before.
-template <class T> static __global__ void snipi_cuda_amax_kernel(const T *x, int64_t rows, int64_t cols, int64_t ld, uint32_t *amax) {
+template <class T>
+static __global__ void snipi_cuda_amax_kernel(const T *x, int64_t rows, int64_t cols, int64_t ld, uint32_t *amax) {
     uint32_t largest = 0;
     for (int64_t r = blockIdx.x; r < rows; r += gridDim.x)
-        for (int64_t c = threadIdx.x; c < cols; c += blockDim.x) largest = snipi_cuda_amax(largest, snipi_cuda_load(x + r * ld + c));
+        for (int64_t c = threadIdx.x; c < cols; c += blockDim.x)
+            largest = snipi_cuda_amax(largest, snipi_cuda_load(x + r * ld + c));
     largest = snipi_cuda_lanes_max(largest, SNIPI_WARP);
     if (threadIdx.x % SNIPI_WARP == 0) atomicMax(amax, largest);
 }
+
 // One thread block adds the others' parts.
-static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats, int add) {
+static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats,
+                                               int add) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     __shared__ uint32_t amax;
     snip_quant_stats s = { 0, 0, 0, 0, 0, 0 };
@@ -793,15 +1019,19 @@ static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int
 }
 
 typedef void (*snipi_cuda_quantize_fn)(const snipi_cuda_quantizer);
+
 template <int FORMAT> static snipi_cuda_quantize_fn snipi_cuda_quantize_of(int mode) {
-    return mode == SNIPI_NEAREST ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_NEAREST> :
-           mode == SNIPI_STOCHASTIC ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_STOCHASTIC> : snipi_cuda_quantize_kernel<FORMAT, SNIPI_MEASURE>;
+    return mode == SNIPI_NEAREST      ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_NEAREST>
+           : mode == SNIPI_STOCHASTIC ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_STOCHASTIC>
+                                      : snipi_cuda_quantize_kernel<FORMAT, SNIPI_MEASURE>;
 }
+
 static snipi_cuda_quantize_fn snipi_cuda_quantize_of(snip_format format, snip_cuda_codes codes, int mode) {
     if (format == SNIP_E4M3) return snipi_cuda_quantize_of<SNIP_E4M3>(mode);
     if (format == SNIP_E5M2) return snipi_cuda_quantize_of<SNIP_E5M2>(mode);
     if (codes == SNIP_CUDA_S8_BYTES) return snipi_cuda_quantize_of<SNIPI_E2M1_S8>(mode);
-    return codes == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode) : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
+    return codes == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode)
+                                     : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
 }
 
 static int snipi_cuda_recipe_ok(const snip_recipe *r) {
@@ -810,19 +1040,36 @@ static int snipi_cuda_recipe_ok(const snip_recipe *r) {
     if (r->tile_rows == SNIPI_BLOCK) return r->tile_cols == SNIPI_BLOCK;
     return r->tile_rows == 1 && (r->tile_cols == 16 || r->tile_cols == 32 || r->tile_cols == 64 || r->tile_cols == 128);
 }
-// Whether rounding to nearest may put an element beyond the largest: not where the scale follows from the tile's largest and is not rounded down.
-static int snipi_cuda_may_saturate(const snip_recipe *r) { return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP; }
-static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) { return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK); }
 
-static int64_t snipi_cuda_s8_row(int64_t cols) { return (cols + 15) / 16 * 16; }     // bytes: TMA's rows begin at multiples of 16
+// Whether rounding to nearest may put an element beyond the largest: not where the scale follows from the tile's
+// largest and is not rounded down.
+static int snipi_cuda_may_saturate(const snip_recipe *r) {
+    return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP;
+}
+
+static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) {
+    return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK);
+}
+
+static int64_t snipi_cuda_s8_row(int64_t cols) {
+    return (cols + 15) / 16 * 16;
+}  // bytes: TMA's rows begin at multiples of 16
+
 // word: of codes stored at once.
-static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows, int64_t cols, void *codes, void *scales, int word) {
+static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows,
+                                 int64_t cols, void *codes, void *scales, int word) {
     int packed = recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_PACKED;
     s->recipe = *recipe;
-    if (recipe->scale == SNIP_SCALE_NONE) { s->recipe.tile_rows = 1; s->recipe.tile_cols = SNIPI_BLOCK; }
+    if (recipe->scale == SNIP_SCALE_NONE) {
+        s->recipe.tile_rows = 1;
+        s->recipe.tile_cols = SNIPI_BLOCK;
+    }
     while (1 << s->log2_tile_cols < s->recipe.tile_cols) s->log2_tile_cols++;
-    s->rows = rows; s->cols = cols;
-    s->row_bytes = packed ? (cols + 1) / 2 : recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_S8_BYTES ? snipi_cuda_s8_row(cols) : cols;
+    s->rows = rows;
+    s->cols = cols;
+    s->row_bytes = packed                                                          ? (cols + 1) / 2
+                   : recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_S8_BYTES ? snipi_cuda_s8_row(cols)
+                                                                                   : cols;
     s->codes = (uint8_t *)codes;
     s->scales = scales;
     if (packed) word /= 2;
@@ -833,22 +1080,26 @@ SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
     return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
+
 typedef struct {
-    uint32_t tensor_t;                  // of the transposed one's random numbers
+    uint32_t tensor_t;  // of the transposed one's random numbers
     const uint32_t *step;
-    unsigned long long *counts, *counts_t;      // added to, by orientation: NaN and infinity, saturated; or NULL
-    const unsigned long long *more;     // two more for the first of these, or NULL
+    unsigned long long *counts, *counts_t;  // added to, by orientation: NaN and infinity, saturated; or NULL
+    const unsigned long long *more;         // two more for the first of these, or NULL
     int add_stats;
 } snipi_cuda_options;
-static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
-                                       void *scratch, const snipi_cuda_options &options, cudaStream_t stream) {
+
+static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats,
+                                       snip_quant_stats *stats_t, void *scratch, const snipi_cuda_options &options,
+                                       cudaStream_t stream) {
     snipi_cuda_quantizer q = {};
     snip_quantize_job any;
     const snip_recipe *r, *r_t;
     int64_t blocks;
     int nvfp4, mode;
     snip_status status;
-    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES && codes != SNIP_CUDA_S8_BYTES)) return SNIP_BAD_ARGUMENT;
+    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES && codes != SNIP_CUDA_S8_BYTES))
+        return SNIP_BAD_ARGUMENT;
     any = *job;
     any.isa = SNIP_ISA_BEST;
     status = snipi_job_check(&any);
@@ -858,7 +1109,9 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     nvfp4 = (r && r->scale == SNIP_SCALE_UE4M3) || (r_t && r_t->scale == SNIP_SCALE_UE4M3);
     if ((stats && !r) || (stats_t && !r_t)) return SNIP_BAD_ARGUMENT;
     if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
-    if (r && r_t && (r->format != r_t->format || r->rounding != r_t->rounding)) {       // one after the other; turned first, because out may be x
+    if (r && r_t &&
+        (r->format != r_t->format ||
+         r->rounding != r_t->rounding)) {  // one after the other; turned first, because out may be x
         snipi_cuda_options uncounted = options;
         uncounted.more = NULL;
         any.recipe = NULL;
@@ -878,11 +1131,16 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     }
     if ((stats || stats_t || nvfp4) && !scratch) return SNIP_BAD_ARGUMENT;
     if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
-    q.x = job->x; q.weight = job->weight;
-    q.rows = job->rows; q.cols = job->cols; q.ld = job->ld;
+    q.x = job->x;
+    q.weight = job->weight;
+    q.rows = job->rows;
+    q.cols = job->cols;
+    q.ld = job->ld;
     q.bf16 = job->x_format == SNIP_BF16;
     q.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (q.bf16 ? 8 : 16) == 0;
-    q.out = job->out; q.ld_out = job->ld_out; q.out_bf16 = job->out_format == SNIP_BF16;
+    q.out = job->out;
+    q.ld_out = job->ld_out;
+    q.out_bf16 = job->out_format == SNIP_BF16;
     q.key = q.key_t = job->key;
     q.key_t.tensor = options.tensor_t;
     q.step = options.step;
@@ -892,26 +1150,37 @@ static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_c
     if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
     if (r) q.straight.counts = options.counts;
     if (r_t) q.turned.counts = options.counts_t;
-    q.held = q.vectors && (!r || q.straight.aligned) && !(q.straight.counts && snipi_cuda_may_saturate(r)) && !(q.turned.counts && snipi_cuda_may_saturate(r_t));
+    q.held = q.vectors && (!r || q.straight.aligned) && !(q.straight.counts && snipi_cuda_may_saturate(r)) &&
+             !(q.turned.counts && snipi_cuda_may_saturate(r_t));
     if (stats) q.straight.part = (snip_quant_stats *)((char *)scratch + 256);
     if (stats_t) q.turned.part = (snip_quant_stats *)((char *)scratch + 256) + blocks;
     if (nvfp4) {
         int64_t rows = snipi_min(job->rows, 4096);
         if (cudaMemsetAsync(scratch, 0, sizeof(uint32_t), stream) != cudaSuccess) return SNIP_DEVICE;
         if (q.bf16)
-            status = snipi_cuda_launch(snipi_cuda_amax_kernel<uint16_t>, rows, SNIPI_THREADS, 0, stream, (const uint16_t *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
+            status = snipi_cuda_launch(snipi_cuda_amax_kernel<uint16_t>, rows, SNIPI_THREADS, 0, stream,
+                                       (const uint16_t *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
         else
-            status = snipi_cuda_launch(snipi_cuda_amax_kernel<float>, rows, SNIPI_THREADS, 0, stream, (const float *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
+            status = snipi_cuda_launch(snipi_cuda_amax_kernel<float>, rows, SNIPI_THREADS, 0, stream,
+                                       (const float *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
         if (status) return status;
     }
-    mode = stats || stats_t || job->out ? SNIPI_MEASURE : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC : SNIPI_NEAREST;
-    status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0, stream, q);
-    if (!status && stats) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.straight.part, blocks, stats, options.add_stats);
-    if (!status && stats_t) status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, (const snip_quant_stats *)q.turned.part, blocks, stats_t, options.add_stats);
+    mode = stats || stats_t || job->out                       ? SNIPI_MEASURE
+           : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC
+                                                              : SNIPI_NEAREST;
+    status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0,
+                               stream, q);
+    if (!status && stats)
+        status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream,
+                                   (const snip_quant_stats *)q.straight.part, blocks, stats, options.add_stats);
+    if (!status && stats_t)
+        status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream,
+                                   (const snip_quant_stats *)q.turned.part, blocks, stats_t, options.add_stats);
     return status;
 }
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats, snip_quant_stats *stats_t,
-                                        void *scratch, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats,
+                                        snip_quant_stats *stats_t, void *scratch, cudaStream_t stream) {
     snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, NULL, NULL, 0 };
     return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
 }
@@ -925,7 +1194,8 @@ typedef struct {
     const float *tensor_scale;
 } snipi_cuda_reader;
 
-static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *codes, const void *scales, int64_t rows, int64_t cols) {
+static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *codes, const void *scales, int64_t rows,
+                                              int64_t cols) {
     snipi_cuda_reader q = {};
     q.recipe = *r;
     q.codes = (const uint8_t *)codes;
@@ -937,43 +1207,61 @@ static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *
     if (r->scale == SNIP_SCALE_UE4M3) q.tensor_scale = (const float *)snipi_tensor_scale_at(r, scales, rows, cols);
     return q;
 }
+
 SNIPI_DEVICE float snipi_cuda_scale_at(const snipi_cuda_reader &q, int64_t i) {
     switch (q.recipe.scale) {
         case SNIP_SCALE_NONE: break;
-        case SNIP_SCALE_F32: case SNIP_SCALE_POW2: return ((const float *)q.scales)[i];
-        case SNIP_SCALE_UE8M0: case SNIP_SCALE_UE8M0_UP: return snipi_ue8m0_decode(((const uint8_t *)q.scales)[i]);
-        case SNIP_SCALE_UE4M3: return snipi_multiply(snipi_decode(((const uint8_t *)q.scales)[i] & 127u, SNIP_E4M3), *q.tensor_scale);
+        case SNIP_SCALE_F32:
+        case SNIP_SCALE_POW2: return ((const float *)q.scales)[i];
+        case SNIP_SCALE_UE8M0:
+        case SNIP_SCALE_UE8M0_UP: return snipi_ue8m0_decode(((const uint8_t *)q.scales)[i]);
+        case SNIP_SCALE_UE4M3:
+            return snipi_multiply(snipi_decode(((const uint8_t *)q.scales)[i] & 127u, SNIP_E4M3), *q.tensor_scale);
     }
     return 1.0f;
 }
+
 SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int64_t tile_col) {
     return snipi_cuda_scale_at(q, row / q.tile_rows * q.tiles_across + tile_col);
 }
+
 SNIPI_DEVICE uint32_t snipi_cuda_code(const snipi_cuda_reader &q, int64_t row, int64_t col) {
     const uint8_t *at = q.codes + row * q.row_bytes;
     return q.recipe.format == SNIP_E2M1 ? at[col >> 1] >> (col & 1) * 4 & 15u : at[col];
 }
+
 SNIPI_DEVICE float snipi_cuda_element(const snipi_cuda_reader &q, int64_t row, int64_t col) {
     const uint8_t *at = q.codes + row * q.row_bytes;
     if (q.recipe.format == SNIP_F32) return ((const float *)at)[col];
     if (q.recipe.format == SNIP_BF16) return snipi_cuda_load((const uint16_t *)at + col);
-    return snipi_value(snipi_cuda_scale(q, row, col / q.tile_cols), snipi_decode(snipi_cuda_code(q, row, col), q.recipe.format));
+    return snipi_value(snipi_cuda_scale(q, row, col / q.tile_cols),
+                       snipi_decode(snipi_cuda_code(q, row, col), q.recipe.format));
 }
-static __global__ void snipi_cuda_dequantize_kernel(const snipi_cuda_reader q, int64_t rows, int64_t cols, void *x, int bf16, int64_t ld) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * cols; i += (int64_t)gridDim.x * blockDim.x) {
+
+static __global__ void snipi_cuda_dequantize_kernel(const snipi_cuda_reader q, int64_t rows, int64_t cols, void *x,
+                                                    int bf16, int64_t ld) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * cols;
+         i += (int64_t)gridDim.x * blockDim.x) {
         int64_t r = i / cols, c = i % cols;
         float value = snipi_cuda_element(q, r, c);
-        if (bf16) ((uint16_t *)x)[r * ld + c] = (uint16_t)snipi_bf16_round(snipi_bits(value));
-        else ((float *)x)[r * ld + c] = value;
+        if (bf16)
+            ((uint16_t *)x)[r * ld + c] = (uint16_t)snipi_bf16_round(snipi_bits(value));
+        else
+            ((float *)x)[r * ld + c] = value;
     }
 }
-SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                          void *x, snip_format x_format, int64_t ld, cudaStream_t stream) {
-    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld) || !snipi_element_size(x_format)) return SNIP_BAD_ARGUMENT;
+
+SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void *codes, const void *scales,
+                                          int64_t rows, int64_t cols, void *x, snip_format x_format, int64_t ld,
+                                          cudaStream_t stream) {
+    if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld) || !snipi_element_size(x_format))
+        return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
-    return snipi_cuda_launch(snipi_cuda_dequantize_kernel, snipi_min(snipi_ceil_div(rows * cols, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream,
-                             snipi_cuda_reader_of(recipe, codes, scales, rows, cols), rows, cols, x, (int)(x_format == SNIP_BF16), ld);
+    return snipi_cuda_launch(snipi_cuda_dequantize_kernel,
+                             snipi_min(snipi_ceil_div(rows * cols, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream,
+                             snipi_cuda_reader_of(recipe, codes, scales, rows, cols), rows, cols, x,
+                             (int)(x_format == SNIP_BF16), ld);
 }
 
 // >>cuda-noise-impl --------------------------------------------------------------------------------
@@ -990,9 +1278,11 @@ SNIPI_DEVICE uint32_t snipi_cuda_signs(const uint32_t words[4], int group) {
     }
     return mine >> (4 * (threadIdx.x % 8));
 }
+
 // Calls visit(i, sign) for this thread's elements, sign 0 or the sign bit of a float.
 template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_key key, F visit) {
-    const int64_t spans = (n + SNIPI_WARP * SNIPI_SIGNS - 1) / (SNIPI_WARP * SNIPI_SIGNS), warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
+    const int64_t spans = (n + SNIPI_WARP * SNIPI_SIGNS - 1) / (SNIPI_WARP * SNIPI_SIGNS),
+                  warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
     const int lane = (int)threadIdx.x % SNIPI_WARP;
     for (int64_t s = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / SNIPI_WARP; s < spans; s += warps) {
         uint32_t words[4];
@@ -1005,66 +1295,95 @@ template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_ke
         }
     }
 }
+
 // device_scale: where it lies in device memory; NULL: `scale`.
-static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key) {
+static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale,
+                                                   const double *device_scale, const float *shape, snip_rng_key key) {
     if (device_scale) scale = (float)*device_scale;
     snipi_cuda_each_sign(n, key, [=](int64_t i, uint32_t sign) {
         float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
         out[i] = __fadd_rn(x[i], snipi_float(snipi_bits(noise) ^ sign));
     });
 }
+
 static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, snip_rng_key key, double *part) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     double sum = 0;
-    snipi_cuda_each_sign(n, key, [&](int64_t i, uint32_t sign) { sum += (double)snipi_float(snipi_bits(x[i]) ^ sign); });
+    snipi_cuda_each_sign(n, key,
+                         [&](int64_t i, uint32_t sign) { sum += (double)snipi_float(snipi_bits(x[i]) ^ sign); });
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
+
 // Blocks of a sum over n elements: a function of n alone, and with it the order of the sum.
-static int64_t snipi_cuda_sum_blocks(int64_t n) { return snipi_max(1, snipi_min(SNIPI_NOISE_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS))); }
+static int64_t snipi_cuda_sum_blocks(int64_t n) {
+    return snipi_max(1, snipi_min(SNIPI_NOISE_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS)));
+}
+
 // part[block]: the sum of f(i), i < n
 template <class F> static __global__ void snipi_cuda_reduce_kernel(const F f, int64_t n, double *part) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     double sum = 0;
-    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) sum += f(i);
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
+        sum += f(i);
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) part[blockIdx.x] = sum;
 }
+
 static __global__ void snipi_cuda_sum_kernel(const double *part, int parts, double *total, double factor, int add) {
     __shared__ double sums[SNIPI_NOISE_BLOCKS / SNIPI_WARP];
     double sum = snipi_cuda_block_sum((int)threadIdx.x < parts ? part[threadIdx.x] : 0, sums);
     if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
 }
-static snip_status snipi_cuda_sum(const void *part, int64_t parts, double *total, double factor, int add, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(parts, SNIPI_WARP) * SNIPI_WARP, 0, stream, (const double *)part, (int)parts, total, factor, add);
+
+static snip_status snipi_cuda_sum(const void *part, int64_t parts, double *total, double factor, int add,
+                                  cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(parts, SNIPI_WARP) * SNIPI_WARP, 0, stream,
+                             (const double *)part, (int)parts, total, factor, add);
 }
+
 // *total (+)= factor * the sum of f(i), i < n
-template <class F> static snip_status snipi_cuda_reduce(const F &f, int64_t n, double *total, double factor, int add, void *scratch, cudaStream_t stream) {
+template <class F>
+static snip_status snipi_cuda_reduce(const F &f, int64_t n, double *total, double factor, int add, void *scratch,
+                                     cudaStream_t stream) {
     const int64_t blocks = snipi_cuda_sum_blocks(n);
-    snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<F>, blocks, SNIPI_THREADS, 0, stream, f, n, (double *)scratch);
+    snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<F>, blocks, SNIPI_THREADS, 0, stream, f, n,
+                                           (double *)scratch);
     return status ? status : snipi_cuda_sum(scratch, blocks, total, factor, add, stream);
 }
-static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0, stream,
-                             out, x, n, scale, device_scale, shape, key);
+
+static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale,
+                                        const float *shape, snip_rng_key key, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel,
+                             snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0,
+                             stream, out, x, n, scale, device_scale, shape, key);
 }
-static snip_status snipi_cuda_dot_noise(const float *x, int64_t n, snip_rng_key key, double *dot, int add, void *scratch, cudaStream_t stream) {
+
+static snip_status snipi_cuda_dot_noise(const float *x, int64_t n, snip_rng_key key, double *dot, int add,
+                                        void *scratch, cudaStream_t stream) {
     const int64_t blocks = snipi_cuda_sum_blocks(n);
-    snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n, key, (double *)scratch);
+    snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n, key,
+                                           (double *)scratch);
     return status ? status : snipi_cuda_sum(scratch, blocks, dot, 1, add, stream);
 }
-SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key key, cudaStream_t stream) {
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     return n ? snipi_cuda_add_noise(out, x, n, scale, NULL, shape, key, stream) : SNIP_OK;
 }
-SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch,
+                                         cudaStream_t stream) {
     if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
     return snipi_cuda_dot_noise(x, n, key, dot, 0, scratch, stream);
 }
 
 // A thread makes four elements' noise at a time.
-static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key) {
-    for (int64_t b = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; 4 * b < n; b += (int64_t)gridDim.x * SNIPI_THREADS) {
+static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, int64_t n, float scale,
+                                                   const float *shape, snip_rng_key key) {
+    for (int64_t b = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; 4 * b < n;
+         b += (int64_t)gridDim.x * SNIPI_THREADS) {
         float noise[4];
         snipi_gauss(key, (uint64_t)b, noise);
         for (int j = 0; j < 4; j++) {
@@ -1073,10 +1392,12 @@ static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, i
         }
     }
 }
+
 struct snipi_cuda_gauss_dot {
     const float *x;
     int64_t n;
     snip_rng_key key;
+
     __device__ double operator()(int64_t b) const {
         float noise[4];
         double sum = 0;
@@ -1086,12 +1407,17 @@ struct snipi_cuda_gauss_dot {
         return sum;
     }
 };
-SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key key, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key key, cudaStream_t stream) {
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     if (n == 0) return SNIP_OK;
-    return snipi_cuda_launch(snipi_cuda_gauss_add_kernel, snipi_min(snipi_ceil_div(n, 4 * SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+    return snipi_cuda_launch(snipi_cuda_gauss_add_kernel, snipi_min(snipi_ceil_div(n, 4 * SNIPI_THREADS), 1 << 16),
+                             SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
 }
-SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch,
+                                         cudaStream_t stream) {
     snipi_cuda_gauss_dot f = { x, n, key };
     if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
     return snipi_cuda_reduce(f, snipi_ceil_div(n, 4), dot, 1, 0, scratch, stream);
@@ -1100,39 +1426,48 @@ SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key
 // >>cuda-gemm-impl ---------------------------------------------------------------------------------
 typedef struct {
     snipi_cuda_reader reader;
-    int64_t rows, across, along;        // F32 and BF16: element (row, k) lies at row * across + k * along
-    int plain, round_bf16, aligned;     // aligned: 16 bytes of codes, or four floats of a row, may be read at once
+    int64_t rows, across, along;     // F32 and BF16: element (row, k) lies at row * across + k * along
+    int plain, round_bf16, aligned;  // aligned: 16 bytes of codes, or four floats of a row, may be read at once
 } snipi_cuda_operand;
+
 typedef struct {
     snipi_cuda_operand a, b;
-    int64_t m, n, k, ldc, block;        // block: of exact sums along k, 0: float sums
+    int64_t m, n, k, ldc, block;  // block: of exact sums along k, 0: float sums
     float *c;
     const float *bias;
-    int accumulate, pairs;              // pairs: two floats of a row of C may be read or written at once
-    unsigned long long *nonfinite;      // counts C's, where the operands are plain; or NULL
+    int accumulate, pairs;          // pairs: two floats of a row of C may be read or written at once
+    unsigned long long *nonfinite;  // counts C's, where the operands are plain; or NULL
 } snipi_cuda_gemm_job;
 
 SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
     int64_t at = row * o.across + k * o.along;
     float x;
     if (!o.plain) return snipi_cuda_element(o.reader, row, k);
-    x = o.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)o.reader.codes + at) : ((const float *)o.reader.codes)[at];
+    x = o.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)o.reader.codes + at)
+                                            : ((const float *)o.reader.codes)[at];
     return o.round_bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x)) << 16) : x;
 }
+
 SNIPI_DEVICE int snipi_cuda_twice(const snipi_cuda_operand &o, int64_t row, int64_t k) {
     return (int)(2.0f * snipi_decode(snipi_cuda_code(o.reader, row, k), SNIP_E2M1));
 }
+
 SNIPI_DEVICE float snipi_cuda_begin_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j) {
     return g.accumulate ? g.c[i * g.ldc + j] : g.bias ? g.bias[j] : 0.0f;
 }
+
 SNIPI_DEVICE void snipi_cuda_end_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j, float c) {
     g.c[i * g.ldc + j] = g.accumulate && g.bias ? __fadd_rn(c, g.bias[j]) : c;
 }
+
 // Of halved scales, because the exact sums are of doubled elements.
-SNIPI_DEVICE float snipi_cuda_add_block(float scale_a, float scale_b, float sum, float c) { return fmaf(__fmul_rn(scale_a, scale_b), sum, c); }
+SNIPI_DEVICE float snipi_cuda_add_block(float scale_a, float scale_b, float sum, float c) {
+    return fmaf(__fmul_rn(scale_a, scale_b), sum, c);
+}
 
 static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_job g) {
-    const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16, j = blockIdx.x % across * 16 + threadIdx.x % 16;
+    const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16,
+                  j = blockIdx.x % across * 16 + threadIdx.x % 16;
     if (i >= g.m || j >= g.n) return;
     float c = snipi_cuda_begin_c(g, i, j);
     for (int64_t k0 = 0, step = g.block ? g.block : (int64_t)SNIPI_KC_F32; k0 < g.k; k0 += step) {
@@ -1140,10 +1475,12 @@ static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_jo
         if (g.block) {
             int32_t sum = 0;
             for (int64_t k = k0; k < end; k++) sum += snipi_cuda_twice(g.a, i, k) * snipi_cuda_twice(g.b, j, k);
-            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(g.a.reader, i, k0 / g.a.reader.tile_cols), 0.5f * snipi_cuda_scale(g.b.reader, j, k0 / g.b.reader.tile_cols), (float)sum, c);
+            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(g.a.reader, i, k0 / g.a.reader.tile_cols),
+                                     0.5f * snipi_cuda_scale(g.b.reader, j, k0 / g.b.reader.tile_cols), (float)sum, c);
         } else {
             float sum = 0;
-            for (int64_t k = k0; k < end; k++) sum = fmaf(snipi_cuda_operand_at(g.a, i, k), snipi_cuda_operand_at(g.b, j, k), sum);
+            for (int64_t k = k0; k < end; k++)
+                sum = fmaf(snipi_cuda_operand_at(g.a, i, k), snipi_cuda_operand_at(g.b, j, k), sum);
             c += sum;
         }
     }
@@ -1154,15 +1491,20 @@ static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_jo
 // 64 x 32 each. While a warp multiplies, the next codes are on their way from memory to registers, and are then stored
 // to the other half of shared memory: E2M1 as twice its value, FP8 as it is. After every 128 elements of k the partial
 // sums are multiplied by both scales and added to C's, as snip_gemm does.
-enum { SNIPI_MMA_S8, SNIPI_MMA_FP8, SNIPI_MMA_F16 };    // products of: E2M1 as INT8; FP8; FP8 as FP16
+enum { SNIPI_MMA_S8, SNIPI_MMA_FP8, SNIPI_MMA_F16 };  // products of: E2M1 as INT8; FP8; FP8 as FP16
+
 enum { SNIPI_MMA_BYTES = 64, SNIPI_MMA_TILE = SNIPI_BLOCK * SNIPI_MMA_BYTES };
+
 typedef struct {
-    uint4 tile[2][2][SNIPI_MMA_TILE / 16];      // [half][A, B]
-    float scale[2][2][SNIPI_BLOCK];             // [k block % 2][A, B]
+    uint4 tile[2][2][SNIPI_MMA_TILE / 16];  // [half][A, B]
+    float scale[2][2][SNIPI_BLOCK];         // [k block % 2][A, B]
 } snipi_mma_shared;
 
-// Rows are 64 bytes; the 16-byte chunks of two rows are permuted by their line, so that eight rows' chunks lie in different banks.
-SNIPI_DEVICE uint4 *snipi_mma_chunk(uint4 *tile, int row, int chunk) { return tile + row * 4 + (chunk ^ (row >> 1 & 3)); }
+// Rows are 64 bytes; the 16-byte chunks of two rows are permuted by their line, so that eight rows' chunks lie in
+// different banks.
+SNIPI_DEVICE uint4 *snipi_mma_chunk(uint4 *tile, int row, int chunk) {
+    return tile + row * 4 + (chunk ^ (row >> 1 & 3));
+}
 
 // 16 bytes of codes, zeros beyond the edges. Of an odd number of E2M1 codes, the last byte holds one.
 SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64_t row, int64_t byte) {
@@ -1180,15 +1522,18 @@ SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64
     }
     return make_uint4(w[0], w[1], w[2], w[3]);
 }
+
 // Two of four FP8 bytes, the even ones, as FP16: E4M3 times 2^-8, E5M2 as it is.
 template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
     if (FORMAT == SNIP_E5M2) return (x & 0x00FF00FFu) << 8;
     uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
     return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
 }
-template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+
+template <int FORMAT_A, int FORMAT_B>
+SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #pragma unroll
-    for (int odd = 0; odd < 2; odd++) {         // the same elements of k in A and B, in whatever order
+    for (int odd = 0; odd < 2; odd++) {  // the same elements of k in A and B, in whatever order
         uint32_t a16[4], b16[2];
 #pragma unroll
         for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
@@ -1201,14 +1546,20 @@ template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_f16(float d[4]
 template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
     typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
     __shared__ snipi_mma_shared shared;
-    const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2, per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;       // of 16 bytes, for each operand
-    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2,
+              per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;  // of 16 bytes, for each operand
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64,
+              warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
+                  n0 = blockIdx.x % across * SNIPI_BLOCK;
     const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
     // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
     const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
-    const float post = KIND == SNIPI_MMA_S8 ? 0.5f : KIND == SNIPI_MMA_FP8 ? 1.0f : 256.0f;       // of the elements multiplied
-    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post, post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E5M2 ? 1.0f : post;
+    const float post = KIND == SNIPI_MMA_S8    ? 0.5f
+                       : KIND == SNIPI_MMA_FP8 ? 1.0f
+                                               : 256.0f;  // of the elements multiplied
+    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post,
+                post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E5M2 ? 1.0f : post;
     accumulator d[4][4][4];
     float c[4][4][4];
     uint4 next[2][2];
@@ -1220,7 +1571,8 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2),
+                        col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
                 c[i][j][e] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
                 d[i][j][e] = start;
             }
@@ -1233,10 +1585,12 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
                 next[0][f] = snipi_mma_fetch(g.a, g.k, m0 + at / per_row, byte);
                 next[1][f] = snipi_mma_fetch(g.b, g.k, n0 + at / per_row, byte);
             }
-            if (t & 1) {                // a block of 128 begins: half the threads fetch a row's scale of A, half of B
+            if (t & 1) {  // a block of 128 begins: half the threads fetch a row's scale of A, half of B
                 int64_t row = thread < SNIPI_BLOCK ? m0 + thread : n0 + thread - SNIPI_BLOCK;
-                if (thread < SNIPI_BLOCK) next_scale = row < g.m ? post_a * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
-                else next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
+                if (thread < SNIPI_BLOCK)
+                    next_scale = row < g.m ? post_a * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
+                else
+                    next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
             }
         }
         if (t >= 0) {
@@ -1245,29 +1599,38 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
             for (int kk = 0; kk < 2; kk++) {
                 uint32_t a[4][4], b[2][4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile_a, warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+                for (int i = 0; i < 4; i++)
+                    snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile_a, warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
 #pragma unroll
-                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile_b, warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+                for (int j = 0; j < 2; j++)
+                    snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile_b, warp_n + 16 * j + lane % 8 + lane / 16 * 8,
+                                                              2 * kk + lane / 8 % 2));
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) {
                         const uint32_t *bj = b[j / 2] + j % 2 * 2;
-                        if constexpr (KIND == SNIPI_MMA_S8) snipi_ptx_mma_s8(d[i][j], a[i], bj);
-                        else if constexpr (KIND == SNIPI_MMA_F16) snipi_mma_f16<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
-                        else snipi_ptx_mma_fp8<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
+                        if constexpr (KIND == SNIPI_MMA_S8)
+                            snipi_ptx_mma_s8(d[i][j], a[i], bj);
+                        else if constexpr (KIND == SNIPI_MMA_F16)
+                            snipi_mma_f16<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
+                        else
+                            snipi_ptx_mma_fp8<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
                     }
             }
             if ((t & 1) || t == tiles - 1) {
-                const float *scale_a = shared.scale[t / 2 & 1][0] + warp_m + lane / 4, *scale_b = shared.scale[t / 2 & 1][1] + warp_n + lane % 4 * 2;
+                const float *scale_a = shared.scale[t / 2 & 1][0] + warp_m + lane / 4,
+                            *scale_b = shared.scale[t / 2 & 1][1] + warp_n + lane % 4 * 2;
 #pragma unroll
                 for (int i = 0; i < 4; i++)
 #pragma unroll
                     for (int j = 0; j < 4; j++)
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            float sum = KIND == SNIPI_MMA_S8 ? snipi_float((uint32_t)d[i][j][e]) - 12582912.0f : (float)d[i][j][e];
-                            c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2], sum, c[i][j][e]);
+                            float sum = KIND == SNIPI_MMA_S8 ? snipi_float((uint32_t)d[i][j][e]) - 12582912.0f
+                                                             : (float)d[i][j][e];
+                            c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2],
+                                                              sum, c[i][j][e]);
                             d[i][j][e] = start;
                         }
             }
@@ -1280,8 +1643,12 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
                     int at = thread + SNIPI_THREADS * f, row = at / per_row, chunk = at % per_row;
                     uint4 *tile = shared.tile[(t + 1) & 1][side], codes = next[side][f];
                     if (KIND == SNIPI_MMA_S8) {
-                        *snipi_mma_chunk(tile, row, 2 * chunk) = make_uint4(snipi_mma_twice(codes.x), snipi_mma_twice(codes.x >> 16), snipi_mma_twice(codes.y), snipi_mma_twice(codes.y >> 16));
-                        *snipi_mma_chunk(tile, row, 2 * chunk + 1) = make_uint4(snipi_mma_twice(codes.z), snipi_mma_twice(codes.z >> 16), snipi_mma_twice(codes.w), snipi_mma_twice(codes.w >> 16));
+                        *snipi_mma_chunk(tile, row, 2 * chunk) = make_uint4(
+                            snipi_mma_twice(codes.x), snipi_mma_twice(codes.x >> 16), snipi_mma_twice(codes.y),
+                            snipi_mma_twice(codes.y >> 16));
+                        *snipi_mma_chunk(tile, row, 2 * chunk + 1) = make_uint4(
+                            snipi_mma_twice(codes.z), snipi_mma_twice(codes.z >> 16), snipi_mma_twice(codes.w),
+                            snipi_mma_twice(codes.w >> 16));
                     } else
                         *snipi_mma_chunk(tile, row, chunk) = codes;
                 }
@@ -1295,17 +1662,20 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2), col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
+                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2),
+                        col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
                 if (row < g.m && col < g.n) snipi_cuda_end_c(g, row, col, c[i][j][e]);
             }
 }
+
 // Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
 template <int KIND, int FORMAT_A, int FORMAT_B>
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
 #if defined(__CUDA_ARCH__)
-    if constexpr (__CUDA_ARCH__ >= 800 && KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
+    if constexpr (__CUDA_ARCH__ >= 800 &&
+                  KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
-    snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
+        snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
 }
 
 // F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
@@ -1315,15 +1685,18 @@ SNIPI_DEVICE void snipi_plain_place(const snipi_cuda_operand &o, int n, int acro
     *row = turned ? n % SNIPI_BLOCK : n / across;
     *piece = turned ? n / SNIPI_BLOCK : n % across;
 }
+
 SNIPI_DEVICE float snipi_plain_at(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end) {
     return row < o.rows && k < k_end ? snipi_cuda_operand_at(o, row, k) : 0.0f;
 }
+
 SNIPI_DEVICE void snipi_plain_end(const snipi_cuda_gemm_job &g, int64_t row, int64_t col, float c, int *bad) {
     if (row >= g.m || col >= g.n) return;
     if (g.accumulate && g.bias) c = __fadd_rn(c, g.bias[col]);
     g.c[row * g.ldc + col] = c;
     *bad += snipi_nonfinite(c);
 }
+
 SNIPI_DEVICE void snipi_plain_count(const snipi_cuda_gemm_job &g, int bad) {
     if (bad && g.nonfinite) atomicAdd(g.nonfinite, (unsigned long long)bad);
 }
@@ -1339,16 +1712,20 @@ SNIPI_DEVICE void snipi_bf16_fetch(const snipi_cuda_operand &o, int64_t row, int
         for (int i = 0; i < 8; i++) x[i] = snipi_plain_at(o, row, k + i, k_end);
     }
 }
+
 SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
-    __shared__ uint4 tile[2][2][SNIPI_MMA_TILE / 16];       // [half][A, B]
-    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64, warp_n = thread / SNIPI_WARP / 2 * 32;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    __shared__ uint4 tile[2][2][SNIPI_MMA_TILE / 16];  // [half][A, B]
+    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64,
+              warp_n = thread / SNIPI_WARP / 2 * 32;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
+                  n0 = blockIdx.x % across * SNIPI_BLOCK;
     const int64_t tiles = (g.k + 31) / 32;
     float c[4][4][4], next[2][2][8];
     int bad = 0;
 #pragma unroll
     for (int i = 0; i < 64; i++) {
-        int64_t row = m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), col = n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
+        int64_t row = m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2),
+                col = n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
         c[i / 16][i / 4 % 4][i % 4] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
     }
     for (int64_t t = -1; t < tiles; t++) {
@@ -1357,7 +1734,8 @@ SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
             for (int f = 0; f < 4; f++) {
                 int row, chunk;
                 snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
-                snipi_bf16_fetch(f / 2 ? g.b : g.a, (f / 2 ? n0 : m0) + row, 32 * (t + 1) + 8 * chunk, g.k, next[f / 2][f % 2]);
+                snipi_bf16_fetch(f / 2 ? g.b : g.a, (f / 2 ? n0 : m0) + row, 32 * (t + 1) + 8 * chunk, g.k,
+                                 next[f / 2][f % 2]);
             }
         }
         if (t >= 0) {
@@ -1365,9 +1743,14 @@ SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
             for (int kk = 0; kk < 2; kk++) {
                 uint32_t a[4][4], b[2][4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile[t & 1][0], warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
+                for (int i = 0; i < 4; i++)
+                    snipi_ptx_ldmatrix4(
+                        a[i], snipi_mma_chunk(tile[t & 1][0], warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
 #pragma unroll
-                for (int j = 0; j < 2; j++) snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile[t & 1][1], warp_n + 16 * j + lane % 8 + lane / 16 * 8, 2 * kk + lane / 8 % 2));
+                for (int j = 0; j < 2; j++)
+                    snipi_ptx_ldmatrix4(b[j],
+                                        snipi_mma_chunk(tile[t & 1][1], warp_n + 16 * j + lane % 8 + lane / 16 * 8,
+                                                        2 * kk + lane / 8 % 2));
 #pragma unroll
                 for (int i = 0; i < 16; i++) snipi_ptx_mma_bf16(c[i / 4][i % 4], a[i / 4], b[i % 4 / 2] + i % 2 * 2);
             }
@@ -1378,17 +1761,20 @@ SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
                 const float *x = next[f / 2][f % 2];
                 int row, chunk;
                 snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
-                *snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row, chunk) =
-                    make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]), snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
+                *snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row,
+                                 chunk) = make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]),
+                                                     snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
             }
         }
         __syncthreads();
     }
 #pragma unroll
     for (int i = 0; i < 64; i++)
-        snipi_plain_end(g, m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2), n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2, c[i / 16][i / 4 % 4][i % 4], &bad);
+        snipi_plain_end(g, m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2),
+                        n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2, c[i / 16][i / 4 % 4][i % 4], &bad);
     snipi_plain_count(g, bad);
 }
+
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(const snipi_cuda_gemm_job g) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     snipi_bf16_kernel_body(g);
@@ -1396,11 +1782,13 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(con
 }
 
 // F32: 16 elements of k at a time; a thread has four times 4 x 4 of C, 64 apart.
-enum { SNIPI_F32_K = 16, SNIPI_F32_ROW = SNIPI_BLOCK + 4 };     // padded: a row's elements lie in different banks
+enum { SNIPI_F32_K = 16, SNIPI_F32_ROW = SNIPI_BLOCK + 4 };  // padded: a row's elements lie in different banks
+
 static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(const snipi_cuda_gemm_job g) {
-    __shared__ float4 tile[2][2][SNIPI_F32_K * SNIPI_F32_ROW / 4];      // [half][A, B][k][row]
+    __shared__ float4 tile[2][2][SNIPI_F32_K * SNIPI_F32_ROW / 4];  // [half][A, B][k][row]
     const int thread = (int)threadIdx.x, down = thread / 16 * 4, along = thread % 16 * 4;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK, n0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
+                  n0 = blockIdx.x % across * SNIPI_BLOCK;
     const int64_t tiles = (g.k + SNIPI_F32_K - 1) / SNIPI_F32_K;
     float c[8][8], next[2][8];
     int bad = 0;
@@ -1415,7 +1803,8 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
             for (int f = 0; f < 16; f++) {
                 int row, k;
                 snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
-                next[f / 8][f % 8] = snipi_plain_at(f / 8 ? g.b : g.a, (f / 8 ? n0 : m0) + row, SNIPI_F32_K * (t + 1) + k, g.k);
+                next[f / 8][f % 8] = snipi_plain_at(f / 8 ? g.b : g.a, (f / 8 ? n0 : m0) + row,
+                                                    SNIPI_F32_K * (t + 1) + k, g.k);
             }
         }
         if (t >= 0) {
@@ -1423,8 +1812,10 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 #pragma unroll
             for (int k = 0; k < SNIPI_F32_K; k++, a += SNIPI_F32_ROW, b += SNIPI_F32_ROW) {
                 float x[8], y[8];
-                snipi_cuda_load4(a, x); snipi_cuda_load4(a + 64, x + 4);
-                snipi_cuda_load4(b, y); snipi_cuda_load4(b + 64, y + 4);
+                snipi_cuda_load4(a, x);
+                snipi_cuda_load4(a + 64, x + 4);
+                snipi_cuda_load4(b, y);
+                snipi_cuda_load4(b + 64, y + 4);
 #pragma unroll
                 for (int i = 0; i < 64; i++) c[i / 8][i % 8] = fmaf(x[i / 8], y[i % 8], c[i / 8][i % 8]);
             }
@@ -1440,44 +1831,58 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
         __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < 64; i++) snipi_plain_end(g, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8], &bad);
+    for (int i = 0; i < 64; i++)
+        snipi_plain_end(g, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8],
+                        &bad);
     snipi_plain_count(g, bad);
 }
 
-// Hopper and datacenter Blackwell: a persistent thread block a multiprocessor makes tiles of C, of 128 rows and COLUMNS columns.
-// One warpgroup produces: a thread lets TMA copy 128 bytes of each row of A and B to one of several stages of shared memory, all
-// of them fetch rows' scales of A and of B. Two warpgroups consume.
-// Barriers: full, when both have come; empty, when every consuming warp has read the stage.
+// Hopper and datacenter Blackwell: a persistent thread block a multiprocessor makes tiles of C, of 128 rows and COLUMNS
+// columns. One warpgroup produces: a thread lets TMA copy 128 bytes of each row of A and B to one of several stages of
+// shared memory, all of them fetch rows' scales of A and of B. Two warpgroups consume. Barriers: full, when both have
+// come; empty, when every consuming warp has read the stage.
 enum { SNIPI_STAGED = 192 * 1024, SNIPI_TMA_SHARED = SNIPI_STAGED + 1024, SNIPI_RASTER = 8 };
+
 template <int COLUMNS> struct snipi_tma_shared {
     enum { STAGE_BYTES = (SNIPI_BLOCK + COLUMNS) * 128, STAGES = SNIPI_STAGED / STAGE_BYTES };
+
     uint64_t full[STAGES], empty[STAGES];
-    float scale[STAGES][SNIPI_BLOCK + COLUMNS];         // of A's rows, of B's
+    float scale[STAGES][SNIPI_BLOCK + COLUMNS];  // of A's rows, of B's
 };
+
 static_assert(SNIPI_BLOCK == 128, "a tile is of TMA boxes, each at a multiple of 1024 bytes");
 
-// The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the cache.
-template <int COLUMNS> SNIPI_DEVICE void snipi_tma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
+// The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the
+// cache.
+template <int COLUMNS>
+SNIPI_DEVICE void snipi_tma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
     int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + COLUMNS - 1) / COLUMNS;
-    int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down), width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
+    int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down),
+            width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
     *m0 = in / width * SNIPI_BLOCK;
     *n0 = (column * SNIPI_RASTER + in % width) * COLUMNS;
 }
+
 template <int COLUMNS> SNIPI_DEVICE void snipi_tma_barriers(snipi_tma_shared<COLUMNS> *shared) {
     for (int s = 0; s < shared->STAGES; s++) {
         snipi_ptx_barrier_init(&shared->full[s], 128 + 1);
         snipi_ptx_barrier_init(&shared->empty[s], 8);
     }
 }
+
 template <int COLUMNS>
-SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b, char *stages, snipi_tma_shared<COLUMNS> *shared, int64_t tiles, int blocks, float post) {
+SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b,
+                                    char *stages, snipi_tma_shared<COLUMNS> *shared, int64_t tiles, int blocks,
+                                    float post) {
     enum { WIDE = COLUMNS / SNIPI_BLOCK };
-    int stage = 0, parity = 1;          // of the empty barriers: the first wait is for a phase before the first
+
+    int stage = 0, parity = 1;  // of the empty barriers: the first wait is for a phase before the first
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0, at_b[WIDE];
         float next_b[WIDE];
         snipi_tma_tile<COLUMNS>(g, t, &m0, &n0);
-        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x, at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across;
+        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x,
+                      at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across;
         float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f;
 #pragma unroll
         for (int j = 0; j < WIDE; j++) {
@@ -1491,7 +1896,9 @@ SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensor
             if (kb + 1 < blocks) {
                 next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a + kb + 1) : 0.0f;
 #pragma unroll
-                for (int j = 0; j < WIDE; j++) next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j] + kb + 1) : 0.0f;
+                for (int j = 0; j < WIDE; j++)
+                    next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j] + kb + 1)
+                                                              : 0.0f;
             }
             snipi_ptx_barrier_wait(&shared->empty[stage], parity);
             if (threadIdx.x == 0) {
@@ -1499,18 +1906,26 @@ SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensor
                 snipi_ptx_barrier_arrive_expect(&shared->full[stage], shared->STAGE_BYTES);
                 snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
 #pragma unroll
-                for (int j = 0; j < WIDE; j++) snipi_ptx_tma_load(to + (1 + j) * SNIPI_BLOCK * 128, map_b, &shared->full[stage], kb * SNIPI_BLOCK, (int)n0 + SNIPI_BLOCK * j);
+                for (int j = 0; j < WIDE; j++)
+                    snipi_ptx_tma_load(to + (1 + j) * SNIPI_BLOCK * 128, map_b, &shared->full[stage], kb * SNIPI_BLOCK,
+                                       (int)n0 + SNIPI_BLOCK * j);
             }
             shared->scale[stage][threadIdx.x] = post * scale_a;
 #pragma unroll
-            for (int j = 0; j < WIDE; j++) shared->scale[stage][(1 + j) * SNIPI_BLOCK + threadIdx.x] = post * scale_b[j];
+            for (int j = 0; j < WIDE; j++)
+                shared->scale[stage][(1 + j) * SNIPI_BLOCK + threadIdx.x] = post * scale_b[j];
             snipi_ptx_barrier_arrive(&shared->full[stage]);
-            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
     }
 }
-// A thread's part of 16 rows, the r-th and the eighth below, by 128 columns from the j-th: c[i] lies i / 4 * 8 columns further, for
-// i & 2 in the row below, for i & 1 in the next column. Two neighbours at once where g.pairs says that they may be.
+
+// A thread's part of 16 rows, the r-th and the eighth below, by 128 columns from the j-th: c[i] lies i / 4 * 8 columns
+// further, for i & 2 in the row below, for i & 1 in the next column. Two neighbours at once where g.pairs says that
+// they may be.
 SNIPI_DEVICE void snipi_tma_begin_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, float c[64]) {
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
@@ -1519,53 +1934,68 @@ SNIPI_DEVICE void snipi_tma_begin_c(const snipi_cuda_gemm_job &g, int64_t r0, in
         if (r >= g.m || j >= g.n) continue;
         if (g.accumulate && g.pairs) {
             float2 v = *(const float2 *)(g.c + r * g.ldc + j);
-            c[i] = v.x; c[i + 1] = v.y;
+            c[i] = v.x;
+            c[i + 1] = v.y;
         } else {
             c[i] = snipi_cuda_begin_c(g, r, j);
             if (j + 1 < g.n) c[i + 1] = snipi_cuda_begin_c(g, r, j + 1);
         }
     }
 }
+
 SNIPI_DEVICE void snipi_tma_end_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, const float c[64]) {
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
         int64_t r = r0 + (i & 2) * 4, j = j0 + i / 4 * 8;
         if (r >= g.m || j >= g.n) continue;
-        if (g.pairs && !(g.accumulate && g.bias)) *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[i], c[i + 1]);
+        if (g.pairs && !(g.accumulate && g.bias))
+            *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[i], c[i + 1]);
         else {
             snipi_cuda_end_c(g, r, j, c[i]);
             if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[i + 1]);
         }
     }
 }
+
 // N of them get a block's sums times both scales. one_scale: all columns have the same.
-template <int N, class D> SNIPI_DEVICE void snipi_tma_promote(float *c, const D *d, float above, float below, const float *scale_b, int col, int one_scale) {
-    if (one_scale) {                    // the same products of scales, two instead of N
+template <int N, class D>
+SNIPI_DEVICE void snipi_tma_promote(float *c, const D *d, float above, float below, const float *scale_b, int col,
+                                    int one_scale) {
+    if (one_scale) {  // the same products of scales, two instead of N
         above = __fmul_rn(above, scale_b[0]);
         below = __fmul_rn(below, scale_b[0]);
 #pragma unroll
         for (int i = 0; i < N; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < N; i++) c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
+        for (int i = 0; i < N; i++)
+            c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
     }
 }
-SNIPI_DEVICE int64_t snipi_tma_tiles(const snipi_cuda_gemm_job &g, int columns) { return (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + columns - 1) / columns); }
 
-// Hopper: tiles of 128 x 128, six stages. A consuming warpgroup multiplies 64 rows by wgmma, then adds the sums times both scales
-// to C's. While one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor cores 256 clocks,
-// conversions of integer sums 128, on the integer pipe, and multiply-adds 64.
+SNIPI_DEVICE int64_t snipi_tma_tiles(const snipi_cuda_gemm_job &g, int columns) {
+    return (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + columns - 1) / columns);
+}
+
+// Hopper: tiles of 128 x 128, six stages. A consuming warpgroup multiplies 64 rows by wgmma, then adds the sums times
+// both scales to C's. While one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor
+// cores 256 clocks, conversions of integer sums 128, on the integer pipe, and multiply-adds 64.
 enum { SNIPI_WGMMA_THREADS = 384, SNIPI_PRODUCER_REGISTERS = 40, SNIPI_WGMMA_REGISTERS = 232 };
+
 typedef snipi_tma_shared<128> snipi_wgmma_shared;
 static_assert(SNIPI_TMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
-static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_WGMMA_REGISTERS <= SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8), "registers of the launch");
+static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_WGMMA_REGISTERS <=
+                  SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8),
+              "registers of the launch");
 static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_WGMMA_REGISTERS % 8 == 0, "setmaxnreg");
 
 // Formats E2M1: their values times 2, as INT8.
 template <int FORMAT_A, int FORMAT_B>
-SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared, int64_t tiles, int blocks) {
-    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
-    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;      // for all of a tile's columns
+SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared,
+                                      int64_t tiles, int blocks) {
+    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP,
+              row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
+    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a tile's columns
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
@@ -1576,7 +2006,8 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
 #pragma unroll
         for (int i = 0; i < 64; i++) d[i] = 0;
         for (int kb = 0; kb < blocks; kb++) {
-            const char *a = stages + stage * shared->STAGE_BYTES + group * 64 * 128, *b = stages + stage * shared->STAGE_BYTES + SNIPI_BLOCK * 128;
+            const char *a = stages + stage * shared->STAGE_BYTES + group * 64 * 128,
+                       *b = stages + stage * shared->STAGE_BYTES + SNIPI_BLOCK * 128;
             const float *scale = shared->scale[stage];
             snipi_ptx_barrier_wait(&shared->full[stage], parity);
             snipi_ptx_wgmma_begin(d);
@@ -1589,13 +2020,19 @@ SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages
             snipi_tma_promote<64>(c, d, scale[row], scale[row + 8], scale + SNIPI_BLOCK, col, one_scale);
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
-            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
         snipi_tma_end_c(g, m0 + row, n0 + col, c);
     }
 }
+
 template <int FORMAT_A, int FORMAT_B>
-static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
+static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1)
+    snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a,
+                       const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ snipi_wgmma_shared shared;
     char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
@@ -1616,85 +2053,116 @@ static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1) snipi_wgmma_ker
 #endif
 }
 
-// Datacenter Blackwell: tiles of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A thread of a fourth
-// warpgroup lets tcgen05 multiply; each consuming warpgroup loads the sums of 128 columns, and adds them times both scales to C's,
-// while the next block's are made in the other accumulator. At nominal rates (8192 products and 128 multiply-adds a clock) a block
-// takes the tensor cores 512 clocks and the multiply-adds 256: multiplying is the limit. Where columns have scales of their own,
-// products of scales take 256 more, and adding is about as long; so are conversions of integer sums, 64 a clock. 256 columns rather
-// than 128, so that the cache has to give 96 bytes a clock, not 128. Compile-tested and emulated, never run on a GPU.
-// Barriers: summed, when a stage's products are done. The stage is empty when they have been read, and so is its accumulator.
-enum { SNIPI_TCGEN05_COLUMNS = 256, SNIPI_TCGEN05_THREADS = 512, SNIPI_MULTIPLIER_REGISTERS = 24, SNIPI_TCGEN05_REGISTERS = 224 };
+// Datacenter Blackwell: tiles of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A thread of
+// a fourth warpgroup lets tcgen05 multiply; each consuming warpgroup loads the sums of 128 columns, and adds them times
+// both scales to C's, while the next block's are made in the other accumulator. At nominal rates (8192 products and 128
+// multiply-adds a clock) a block takes the tensor cores 512 clocks and the multiply-adds 256: multiplying is the limit.
+// Where columns have scales of their own, products of scales take 256 more, and adding is about as long; so are
+// conversions of integer sums, 64 a clock. 256 columns rather than 128, so that the cache has to give 96 bytes a clock,
+// not 128. Compile-tested and emulated, never run on a GPU. Barriers: summed, when a stage's products are done. The
+// stage is empty when they have been read, and so is its accumulator.
+enum {
+    SNIPI_TCGEN05_COLUMNS = 256,
+    SNIPI_TCGEN05_THREADS = 512,
+    SNIPI_MULTIPLIER_REGISTERS = 24,
+    SNIPI_TCGEN05_REGISTERS = 224
+};
+
 struct snipi_tcgen05_shared : snipi_tma_shared<SNIPI_TCGEN05_COLUMNS> {
     uint64_t summed[STAGES];
     uint32_t tensor_memory;
 };
+
 static_assert(snipi_tcgen05_shared::STAGES == 4, "two stages for each accumulator");
 static_assert(SNIPI_TMA_SHARED + sizeof(snipi_tcgen05_shared) <= 232448, "a thread block's shared memory on Blackwell");
-static_assert(128 * (SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <= 65536, "registers of the launch");
+static_assert(128 * (SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <= 65536,
+              "registers of the launch");
 
-template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_multiply(char *stages, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
+template <int FORMAT_A, int FORMAT_B>
+SNIPI_DEVICE void snipi_tcgen05_multiply(char *stages, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
     const uint32_t instruction = snipi_ptx_instruction<FORMAT_A, FORMAT_B>(SNIPI_BLOCK, SNIPI_TCGEN05_COLUMNS);
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
         for (int kb = 0; kb < blocks; kb++) {
             const char *a = stages + stage * shared->STAGE_BYTES, *b = a + SNIPI_BLOCK * 128;
             snipi_ptx_barrier_wait(&shared->full[stage], parity);
-            snipi_ptx_barrier_wait(&shared->empty[stage ^ 2], stage < 2 ? parity ^ 1 : parity);     // two blocks ago, the accumulator's last
+            snipi_ptx_barrier_wait(&shared->empty[stage ^ 2],
+                                   stage < 2 ? parity ^ 1 : parity);  // two blocks ago, the accumulator's last
             snipi_ptx_tcgen05_after();
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
                 uint64_t at_a = snipi_ptx_operand(a + 32 * kk, 1), at_b = snipi_ptx_operand(b + 32 * kk, 1);
-                snipi_ptx_tcgen05<FORMAT_A>(shared->tensor_memory + stage % 2 * SNIPI_TCGEN05_COLUMNS, at_a, at_b, instruction, kk > 0);
+                snipi_ptx_tcgen05<FORMAT_A>(shared->tensor_memory + stage % 2 * SNIPI_TCGEN05_COLUMNS, at_a, at_b,
+                                            instruction, kk > 0);
             }
             snipi_ptx_tcgen05_commit(&shared->summed[stage]);
-            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
 }
-template <int FORMAT_A> SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_job &g, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
-    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP, warp_row = (int)threadIdx.x % 128 / SNIPI_WARP * 32, row = warp_row + lane / 4, col = lane % 4 * 2;
-    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;      // for all of a group's columns
+
+template <int FORMAT_A>
+SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_job &g, snipi_tcgen05_shared *shared, int64_t tiles,
+                                        int blocks) {
+    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP,
+              warp_row = (int)threadIdx.x % 128 / SNIPI_WARP * 32, row = warp_row + lane / 4, col = lane % 4 * 2;
+    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a group's columns
     const uint32_t sums = shared->tensor_memory + ((uint32_t)warp_row << 16) + (uint32_t)group * SNIPI_BLOCK;
     int stage = 0, parity = 0;
     for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
         int64_t m0, n0;
-        float c[2][64];                 // of two times 16 rows
+        float c[2][64];  // of two times 16 rows
         typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[2][32];
         snipi_tma_tile<SNIPI_TCGEN05_COLUMNS>(g, t, &m0, &n0);
         n0 += group * SNIPI_BLOCK;
 #pragma unroll
         for (int i = 0; i < 2; i++) snipi_tma_begin_c(g, m0 + row + 16 * i, n0 + col, c[i]);
         for (int kb = 0; kb < blocks; kb++) {
-            const float *scale_a = shared->scale[stage] + row, *scale_b = shared->scale[stage] + (1 + group) * SNIPI_BLOCK;
+            const float *scale_a = shared->scale[stage] + row,
+                        *scale_b = shared->scale[stage] + (1 + group) * SNIPI_BLOCK;
             const uint32_t at = sums + (uint32_t)stage % 2 * SNIPI_TCGEN05_COLUMNS;
-            snipi_ptx_barrier_wait(&shared->full[stage], parity);       // the scales
+            snipi_ptx_barrier_wait(&shared->full[stage], parity);  // the scales
             snipi_ptx_barrier_wait(&shared->summed[stage], parity);
             snipi_ptx_tcgen05_after();
             snipi_ptx_tensor_memory_load(d[0], at);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {           // 16 rows by 64 columns; the next are loaded while these are added
+            for (int i = 0; i < 4; i++) {  // 16 rows by 64 columns; the next are loaded while these are added
                 snipi_ptx_tensor_memory_wait(d[i % 2]);
-                if (i < 3) snipi_ptx_tensor_memory_load(d[(i + 1) % 2], at + ((uint32_t)(i + 1) / 2 * 16 << 16) + (uint32_t)(i + 1) % 2 * 64);
-                snipi_tma_promote<32>(c[i / 2] + i % 2 * 32, d[i % 2], scale_a[i / 2 * 16], scale_a[i / 2 * 16 + 8], scale_b + i % 2 * 64, col, one_scale);
+                if (i < 3)
+                    snipi_ptx_tensor_memory_load(d[(i + 1) % 2],
+                                                 at + ((uint32_t)(i + 1) / 2 * 16 << 16) + (uint32_t)(i + 1) % 2 * 64);
+                snipi_tma_promote<32>(c[i / 2] + i % 2 * 32, d[i % 2], scale_a[i / 2 * 16], scale_a[i / 2 * 16 + 8],
+                                      scale_b + i % 2 * 64, col, one_scale);
             }
             snipi_ptx_tcgen05_before();
             __syncwarp();
             if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
-            if (++stage == shared->STAGES) { stage = 0; parity ^= 1; }
+            if (++stage == shared->STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) snipi_tma_end_c(g, m0 + row + 16 * i, n0 + col, c[i]);
     }
 }
+
 SNIPI_DEVICE void snipi_tcgen05_syncthreads() {
     snipi_ptx_tcgen05_before();
     __syncthreads();
     snipi_ptx_tcgen05_after();
 }
-template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b) {
+
+template <int FORMAT_A, int FORMAT_B>
+SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a,
+                                            const CUtensorMap *map_b) {
     __shared__ snipi_tcgen05_shared shared;
     char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
     const int64_t tiles = snipi_tma_tiles(g, SNIPI_TCGEN05_COLUMNS);
-    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK), group = (int)threadIdx.x / 128, multiplier = (int)threadIdx.x / SNIPI_WARP == 12;
+    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK), group = (int)threadIdx.x / 128,
+              multiplier = (int)threadIdx.x / SNIPI_WARP == 12;
     if (threadIdx.x == 0) {
         snipi_tma_barriers(&shared);
         for (int s = 0; s < shared.STAGES; s++) snipi_ptx_barrier_init(&shared.summed[s], 1);
@@ -1704,7 +2172,8 @@ template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_kernel_bod
     snipi_tcgen05_syncthreads();
     if (group == 0) {
         snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
-        snipi_tma_produce<SNIPI_TCGEN05_COLUMNS>(g, map_a, map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
+        snipi_tma_produce<SNIPI_TCGEN05_COLUMNS>(g, map_a, map_b, stages, &shared, tiles, blocks,
+                                                 FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
     } else if (group < 3) {
         snipi_ptx_registers_more<SNIPI_TCGEN05_REGISTERS>();
         snipi_tcgen05_consume<FORMAT_A>(g, &shared, tiles, blocks);
@@ -1716,12 +2185,16 @@ template <int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_tcgen05_kernel_bod
     snipi_tcgen05_syncthreads();
     if (multiplier) snipi_ptx_tensor_memory_free(shared.tensor_memory);
 }
+
 // tcgen05 multiplies bytes as integers on 10.0 alone, and only in code for sm_100a.
 template <int FORMAT_A, int FORMAT_B>
-static __global__ void __launch_bounds__(SNIPI_TCGEN05_THREADS, 1) snipi_tcgen05_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b) {
+static __global__ void __launch_bounds__(SNIPI_TCGEN05_THREADS, 1)
+    snipi_tcgen05_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a,
+                         const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
     snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
-#elif defined(__CUDA_ARCH_FEAT_SM103_ALL) || (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100 && defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
+#elif defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
+    (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100 && defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
     if constexpr (FORMAT_A != SNIP_E2M1) snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
 #endif
 }
@@ -1735,16 +2208,23 @@ static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t r
     q.along = o->transposed ? ld : 1;
     q.plain = snipi_plain(o->recipe->format);
     q.round_bf16 = o->round_bf16;
-    q.aligned = (q.plain ? o->recipe->format == SNIP_F32 && !o->transposed && ld % 4 == 0 : k % 2 == 0 && q.reader.row_bytes % 16 == 0) && (uintptr_t)o->codes % 16 == 0;
+    q.aligned = (q.plain ? o->recipe->format == SNIP_F32 && !o->transposed && ld % 4 == 0
+                         : k % 2 == 0 && q.reader.row_bytes % 16 == 0) &&
+                (uintptr_t)o->codes % 16 == 0;
     return q;
 }
-static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                         float *c, int64_t ldc, int accumulate, const float *bias) {
+
+static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                         const snip_operand *b, float *c, int64_t ldc, int accumulate,
+                                         const float *bias) {
     if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
     if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
     if (m > 0 && n > 0 && !c) return SNIP_BAD_ARGUMENT;
-    g->m = m; g->n = n; g->k = k;
-    g->c = c; g->ldc = ldc;
+    g->m = m;
+    g->n = n;
+    g->k = k;
+    g->c = c;
+    g->ldc = ldc;
     g->bias = bias;
     g->accumulate = accumulate != 0;
     g->pairs = n % 2 == 0 && ldc % 2 == 0 && (uintptr_t)c % sizeof(float2) == 0;
@@ -1754,68 +2234,106 @@ static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int6
     g->block = snipi_s8_block(a, b, k);
     return SNIP_OK;
 }
-SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                              float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                              const snip_operand *b, float *c, int64_t ldc, int accumulate,
+                                              const float *bias, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status || m == 0 || n == 0) return status;
-    return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0, stream, g);
+    return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0,
+                             stream, g);
 }
-// Whether the kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that from 9.0
-// on the system adds to every kernel beside one that has some.
+
+// Whether the kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that
+// from 9.0 on the system adds to every kernel beside one that has some.
 enum { SNIPI_EMPTY_SHARED = 4096 };
-static_assert(sizeof(snipi_wgmma_shared) > SNIPI_EMPTY_SHARED && sizeof(snipi_mma_shared) > SNIPI_EMPTY_SHARED, "a body is told by its shared memory");
+
+static_assert(sizeof(snipi_wgmma_shared) > SNIPI_EMPTY_SHARED && sizeof(snipi_mma_shared) > SNIPI_EMPTY_SHARED,
+              "a body is told by its shared memory");
+
 template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return attributes.sharedSizeBytes > SNIPI_EMPTY_SHARED;
-    cudaGetLastError();                 // it has none: no error of the caller's
+    if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
+        return attributes.sharedSizeBytes > SNIPI_EMPTY_SHARED;
+    cudaGetLastError();  // it has none: no error of the caller's
     return 0;
 }
+
 // The kernel that TMA feeds, if this GPU has one and TMA can read the operands; or NULL.
 typedef void (*snipi_tma_fn)(const snipi_cuda_gemm_job, const CUtensorMap, const CUtensorMap);
+
 template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel() {
     if (snipi_cuda_has_body(snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>)) return snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>;
     return snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>) ? snipi_wgmma_kernel<FORMAT_A, FORMAT_B> : NULL;
 }
+
 template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel_of(const snipi_cuda_gemm_job &g) {
-    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned ? snipi_tma_kernel<FORMAT_A, FORMAT_B>() : NULL;
+    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned
+               ? snipi_tma_kernel<FORMAT_A, FORMAT_B>()
+               : NULL;
 }
-static snip_status snipi_tma_launch(snipi_tma_fn kernel, bool tcgen05, const snipi_cuda_gemm_job &g, cudaStream_t stream) {
-    const int columns = tcgen05 ? (int)SNIPI_TCGEN05_COLUMNS : SNIPI_BLOCK, threads = tcgen05 ? (int)SNIPI_TCGEN05_THREADS : SNIPI_WGMMA_THREADS;
+
+static snip_status snipi_tma_launch(snipi_tma_fn kernel, bool tcgen05, const snipi_cuda_gemm_job &g,
+                                    cudaStream_t stream) {
+    const int columns = tcgen05 ? (int)SNIPI_TCGEN05_COLUMNS : SNIPI_BLOCK,
+              threads = tcgen05 ? (int)SNIPI_TCGEN05_THREADS : SNIPI_WGMMA_THREADS;
     const int64_t tiles = snipi_ceil_div(g.m, SNIPI_BLOCK) * snipi_ceil_div(g.n, columns);
     CUtensorMap map_a, map_b;
     int device, processors;
-    if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_TMA_SHARED) != cudaSuccess ||
-        !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k, g.a.reader.row_bytes) || !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k, g.b.reader.row_bytes)) return SNIP_DEVICE;
+        !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k, g.a.reader.row_bytes) ||
+        !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k, g.b.reader.row_bytes))
+        return SNIP_DEVICE;
     return snipi_cuda_launch(kernel, snipi_min(tiles, processors), threads, SNIPI_TMA_SHARED, stream, g, map_a, map_b);
 }
-template <int FORMAT_A, int FORMAT_B> static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
+
+template <int FORMAT_A, int FORMAT_B>
+static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
     int64_t blocks = snipi_cuda_blocks(g.m, g.n);
     snipi_tma_fn kernel = g.k > 0 ? snipi_tma_kernel_of<FORMAT_A, FORMAT_B>(g) : NULL;
     if (kernel) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>, g, stream);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>)) return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream, g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>))
+        return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream,
+                                 g);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>))
+        return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream,
+                                 g);
     return SNIP_UNSUPPORTED;
 }
+
 static int snipi_cuda_is_fp8(snip_format f) { return f == SNIP_E4M3 || f == SNIP_E5M2; }
+
 static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
+
 // codes: of E2M1 operands, packed or S8_BYTES.
-static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, snip_cuda_codes codes,
-                                   float *c, int64_t ldc, int accumulate, const float *bias, unsigned long long *nonfinite, cudaStream_t stream) {
+static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   snip_cuda_codes codes, float *c, int64_t ldc, int accumulate, const float *bias,
+                                   unsigned long long *nonfinite, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status) return status;
     snip_format format_a = a->recipe->format, format_b = b->recipe->format;
-    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
+    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1,
+        fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
     int plain = snipi_plain(format_a) && snipi_plain(format_b);
-    if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK)) return SNIP_UNSUPPORTED;
+    if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK))
+        return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
     g.nonfinite = nonfinite;
-    if (plain) return snipi_cuda_launch(snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel : snipi_f32_kernel,
-                                        snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
-    if (fp8 && format_a == SNIP_E5M2) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
-    if (fp8) return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream) : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
+    if (plain)
+        return snipi_cuda_launch(
+            snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel
+                                                                                                     : snipi_f32_kernel,
+            snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+    if (fp8 && format_a == SNIP_E5M2)
+        return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream)
+                                     : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
+    if (fp8)
+        return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream)
+                                     : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
     if (codes == SNIP_CUDA_S8_BYTES) {
         for (snipi_cuda_operand *o : { &g.a, &g.b }) {
             o->reader.row_bytes = snipi_cuda_s8_row(k);
@@ -1826,15 +2344,19 @@ static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_o
         if (k > 0) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>, g, stream);
     }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
-    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
+    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n),
+                             SNIPI_THREADS, 0, stream, g);
 }
+
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                     float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
     return snipi_cuda_gemm(m, n, k, a, b, SNIP_CUDA_PACKED, c, ldc, accumulate, bias, NULL, stream);
 }
+
 SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                        float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream) {
-    if (a && b && a->recipe && b->recipe && (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1)) return SNIP_UNSUPPORTED;
+    if (a && b && a->recipe && b->recipe && (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1))
+        return SNIP_UNSUPPORTED;
     return snipi_cuda_gemm(m, n, k, a, b, SNIP_CUDA_S8_BYTES, c, ldc, accumulate, bias, NULL, stream);
 }
 
@@ -1843,9 +2365,10 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
 typedef struct {
     cudaDataType_t type;
     int64_t rows;
-    int scale_rows;                     // of a scale's tile: 1 or 128; 0: no scales
-    const float *scales;                // in cuBLASLt's order
+    int scale_rows;       // of a scale's tile: 1 or 128; 0: no scales
+    const float *scales;  // in cuBLASLt's order
 } snipi_cublaslt_matrix;
+
 typedef struct {
     cublasLtMatmulDescOpaque_t product;
     cublasLtMatrixLayoutOpaque_t a, b, c;
@@ -1854,41 +2377,61 @@ typedef struct {
 
 // What cuBLASLt calls invalid is a configuration that it lacks: the arguments were checked before.
 static snip_status snipi_cublaslt_status(cublasStatus_t status) {
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH || status == CUBLAS_STATUS_INVALID_VALUE) return SNIP_UNSUPPORTED;
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_ARCH_MISMATCH ||
+        status == CUBLAS_STATUS_INVALID_VALUE)
+        return SNIP_UNSUPPORTED;
     return status == CUBLAS_STATUS_SUCCESS ? SNIP_OK : SNIP_DEVICE;
 }
+
 static int64_t snipi_cublaslt_blocks(int64_t k) { return snipi_round_up(snipi_ceil_div(k, SNIPI_BLOCK), 4); }
+
 // Scales [rows][blocks]: of 1 x 128 block after block; of 128 x 128 row after row, each padded to `padded`.
-static __global__ void snipi_cublaslt_order_kernel(float *to, const float *scales, int64_t rows, int64_t blocks, int64_t padded) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * blocks; i += (int64_t)gridDim.x * blockDim.x)
+static __global__ void snipi_cublaslt_order_kernel(float *to, const float *scales, int64_t rows, int64_t blocks,
+                                                   int64_t padded) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * blocks;
+         i += (int64_t)gridDim.x * blockDim.x)
         to[padded ? i / blocks * padded + i % blocks : i % blocks * rows + i / blocks] = scales[i];
 }
-static snip_status snipi_cublaslt_order(float *to, const void *scales, int64_t rows, int64_t k, int scale_rows, cudaStream_t stream) {
-    const int64_t down = snipi_ceil_div(rows, scale_rows), blocks = snipi_ceil_div(k, SNIPI_BLOCK), padded = scale_rows > 1 ? snipi_cublaslt_blocks(k) : 0;
-    return snipi_cuda_launch(snipi_cublaslt_order_kernel, snipi_min(1024, snipi_ceil_div(down * blocks, 256)), 256, 0, stream, to, (const float *)scales, down, blocks, padded);
+
+static snip_status snipi_cublaslt_order(float *to, const void *scales, int64_t rows, int64_t k, int scale_rows,
+                                        cudaStream_t stream) {
+    const int64_t down = snipi_ceil_div(rows, scale_rows), blocks = snipi_ceil_div(k, SNIPI_BLOCK),
+                  padded = scale_rows > 1 ? snipi_cublaslt_blocks(k) : 0;
+    return snipi_cuda_launch(snipi_cublaslt_order_kernel, snipi_min(1024, snipi_ceil_div(down * blocks, 256)), 256, 0,
+                             stream, to, (const float *)scales, down, blocks, padded);
 }
+
 // A way to make C from rows of k elements without gaps, all of them 16-byte aligned.
-static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, cublasComputeType_t compute, cudaDataType_t sum, const snipi_cublaslt_matrix *a, const snipi_cublaslt_matrix *b,
-                                       int64_t k, int64_t ldc, size_t workspace) {
+static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, cublasComputeType_t compute,
+                                       cudaDataType_t sum, const snipi_cublaslt_matrix *a,
+                                       const snipi_cublaslt_matrix *b, int64_t k, int64_t ldc, size_t workspace) {
     const cublasOperation_t transposed = CUBLAS_OP_T;
     const uint32_t alignment = 16;
     cublasLtMatmulPreferenceOpaque_t preference;
     int count = 0;
-#define SNIPI_LT(call) do { snip_status error = snipi_cublaslt_status(call); if (error) return error; } while (0)
-#define SNIPI_LT_PRODUCT(attribute, value) SNIPI_LT(cublasLtMatmulDescSetAttribute(&p->product, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
-#define SNIPI_LT_PREFER(attribute, value) SNIPI_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_##attribute##_BYTES, &(value), sizeof(value)))
+#    define SNIPI_LT(call)                                   \
+        do {                                                 \
+            snip_status error = snipi_cublaslt_status(call); \
+            if (error) return error;                         \
+        } while (0)
+#    define SNIPI_LT_PRODUCT(attribute, value) \
+        SNIPI_LT(cublasLtMatmulDescSetAttribute(&p->product, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
+#    define SNIPI_LT_PREFER(attribute, value)                                                                          \
+        SNIPI_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_##attribute##_BYTES, &(value), \
+                                                      sizeof(value)))
     SNIPI_LT(cublasLtMatmulDescInit(&p->product, compute, sum));
     SNIPI_LT_PRODUCT(TRANSA, transposed);
     if (a->scale_rows) {
-#if CUBLAS_VERSION >= 120900
-        const cublasLtMatmulMatrixScale_t modes[2] = { CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F, CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F };
+#    if CUBLAS_VERSION >= 120900
+        const cublasLtMatmulMatrixScale_t modes[2] = { CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F,
+                                                       CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F };
         SNIPI_LT_PRODUCT(A_SCALE_MODE, modes[b->scale_rows > 1]);
         SNIPI_LT_PRODUCT(B_SCALE_MODE, modes[a->scale_rows > 1]);
         SNIPI_LT_PRODUCT(A_SCALE_POINTER, b->scales);
         SNIPI_LT_PRODUCT(B_SCALE_POINTER, a->scales);
-#else
+#    else
         return SNIP_UNSUPPORTED;
-#endif
+#    endif
     }
     SNIPI_LT(cublasLtMatrixLayoutInit(&p->a, b->type, (uint64_t)k, (uint64_t)b->rows, k));
     SNIPI_LT(cublasLtMatrixLayoutInit(&p->b, a->type, (uint64_t)k, (uint64_t)a->rows, k));
@@ -1899,18 +2442,22 @@ static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, c
     SNIPI_LT_PREFER(MIN_ALIGNMENT_B, alignment);
     SNIPI_LT_PREFER(MIN_ALIGNMENT_C, alignment);
     SNIPI_LT_PREFER(MIN_ALIGNMENT_D, alignment);
-    SNIPI_LT(cublasLtMatmulAlgoGetHeuristic(lt, &p->product, &p->a, &p->b, &p->c, &p->c, &preference, 1, &p->found, &count));
+    SNIPI_LT(
+        cublasLtMatmulAlgoGetHeuristic(lt, &p->product, &p->a, &p->b, &p->c, &p->c, &preference, 1, &p->found, &count));
     return count > 0 ? snipi_cublaslt_status(p->found.state) : SNIP_UNSUPPORTED;
-#undef SNIPI_LT
-#undef SNIPI_LT_PRODUCT
-#undef SNIPI_LT_PREFER
+#    undef SNIPI_LT
+#    undef SNIPI_LT_PRODUCT
+#    undef SNIPI_LT_PREFER
 }
+
 SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k) {
     if (!snipi_shape_ok(m, k, k) || !snipi_shape_ok(n, k, k)) return 0;
     return (size_t)(snipi_round_up(m, 64) + snipi_round_up(n, 64)) * (size_t)snipi_cublaslt_blocks(k) * sizeof(float);
 }
-SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                             float *c, int64_t ldc, int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int64_t n, int64_t k,
+                                             const snip_operand *a, const snip_operand *b, float *c, int64_t ldc,
+                                             int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t stream) {
     snipi_cuda_gemm_job g = {};
     snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, NULL);
     const size_t scales = snip_cuda_cublaslt_scratch(m, n, k);
@@ -1923,65 +2470,113 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int
     for (int i = 0; i < 2; i++) {
         const snip_operand *o = i ? b : a;
         const snip_recipe *r = o->recipe;
-        if (!snipi_cuda_is_fp8(r->format) || (r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_POW2) || r->tile_cols != SNIPI_BLOCK || (r->tile_rows != 1 && r->tile_rows != SNIPI_BLOCK) ||
-            k == 0 || (uintptr_t)o->codes % 16) return SNIP_UNSUPPORTED;
+        if (!snipi_cuda_is_fp8(r->format) || (r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_POW2) ||
+            r->tile_cols != SNIPI_BLOCK || (r->tile_rows != 1 && r->tile_rows != SNIPI_BLOCK) || k == 0 ||
+            (uintptr_t)o->codes % 16)
+            return SNIP_UNSUPPORTED;
         of[i] = { r->format == SNIP_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2, i ? n : m, r->tile_rows, to };
         to += snipi_round_up(of[i].rows, 64) * snipi_cublaslt_blocks(k);
     }
     if (ldc % 4 || (uintptr_t)c % 16) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
-    status = snipi_cublaslt_find(&p, lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, &of[0], &of[1], k, ldc, scratch_bytes - scales);
-    for (int i = 0; i < 2 && !status; i++) status = snipi_cublaslt_order((float *)of[i].scales, (i ? b : a)->scales, of[i].rows, k, of[i].scale_rows, stream);
+    status = snipi_cublaslt_find(&p, lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, &of[0], &of[1], k, ldc,
+                                 scratch_bytes - scales);
+    for (int i = 0; i < 2 && !status; i++)
+        status = snipi_cublaslt_order((float *)of[i].scales, (i ? b : a)->scales, of[i].rows, k, of[i].scale_rows,
+                                      stream);
     if (status) return status;
-    return snipi_cublaslt_status(cublasLtMatmul(lt, &p.product, &one, b->codes, &p.a, a->codes, &p.b, &beta, c, &p.c, c, &p.c, &p.found.algo, (char *)scratch + scales, scratch_bytes - scales, stream));
+    return snipi_cublaslt_status(cublasLtMatmul(lt, &p.product, &one, b->codes, &p.a, a->codes, &p.b, &beta, c, &p.c, c,
+                                                &p.c, &p.found.algo, (char *)scratch + scales, scratch_bytes - scales,
+                                                stream));
 }
 #endif
 
 // >>cuda-session-impl ------------------------------------------------------------------------------
 // The formulas are >>session-impl's, call for call; only sums are taken in another order.
 enum { SNIPI_CUDA_ROW_SUMS = 5 };
-typedef struct {                        // a layer's measurement
-    double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq, update_sq;    // input_sq: of the loss probe's first micro-batch
+
+typedef struct {  // a layer's measurement
+    double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq,
+        update_sq;  // input_sq: of the loss probe's first micro-batch
     double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
-    snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];                    // added up over micro-batches
+    snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];  // added up over micro-batches
     snip_quant_stats self_w[SNIPI_CANDIDATES];
-    double rows[SNIPI_CANDIDATES][SNIPI_CUDA_ROW_SUMS], scaling[SNIPI_BLOCKS];       // rows: dx_sq, along_x, both_x, scale_x, self_x
+    double rows[SNIPI_CANDIDATES][SNIPI_CUDA_ROW_SUMS],
+        scaling[SNIPI_BLOCKS];  // rows: dx_sq, along_x, both_x, scale_x, self_x
 } snipi_cuda_record;
-typedef struct { double tau; float loss, grad_scale; uint32_t step; } snipi_cuda_globals;
-typedef struct {                        // of a layer in every step, as in snipi_layer
+
+typedef struct {
+    double tau;
+    float loss, grad_scale;
+    uint32_t step;
+} snipi_cuda_globals;
+
+typedef struct {  // of a layer in every step, as in snipi_layer
     double seen_sq[2], seen[2];
-    unsigned long long counts[2], held[2][2];   // NaN and infinity, saturated; held: of the weight that micro-batches share, and its transpose
+    unsigned long long counts[2],
+        held[2][2];  // NaN and infinity, saturated; held: of the weight that micro-batches share, and its transpose
 } snipi_cuda_watched;
+
 // A layer's weight as quantized, as it lies and transposed: for a step's ordinary pass, within or without a CUDA graph.
-typedef struct { void *codes[2], *scales[2]; const float *of[2]; snip_format format[2]; int64_t step[2]; unsigned long long capture[2]; } snipi_cuda_held;
-typedef struct {                        // a step on its way to the host
+typedef struct {
+    void *codes[2], *scales[2];
+    const float *of[2];
+    snip_format format[2];
+    int64_t step[2];
+    unsigned long long capture[2];
+} snipi_cuda_held;
+
+typedef struct {  // a step on its way to the host
     cudaEvent_t done;
-    snipi_cuda_globals *globals;        // pinned
-    snipi_cuda_watched *watched;        // pinned, [layers]
+    snipi_cuda_globals *globals;  // pinned
+    snipi_cuda_watched *watched;  // pinned, [layers]
     int ordinary, told, measured, device_scale;
     snip_adamw adamw;
 } snipi_cuda_ended;
-enum { SNIPI_CUDA_RECORD, SNIPI_CUDA_GLOBALS, SNIPI_CUDA_WATCHED, SNIPI_CUDA_SKETCHES, SNIPI_CUDA_A, SNIPI_CUDA_A_SCALES, SNIPI_CUDA_TURNED, SNIPI_CUDA_TURNED_SCALES,
-       SNIPI_CUDA_B, SNIPI_CUDA_B_SCALES, SNIPI_CUDA_SUMS, SNIPI_CUDA_STATS, SNIPI_CUDA_X, SNIPI_CUDA_W, SNIPI_CUDA_OWN, SNIPI_CUDA_SAMPLE, SNIPI_CUDA_SAMPLE_OUT,
-       SNIPI_CUDA_PROJECT, SNIPI_CUDA_PROJECTED, SNIPI_CUDA_MIXED, SNIPI_CUDA_SKETCH, SNIPI_CUDA_SLOTS };
+
+enum {
+    SNIPI_CUDA_RECORD,
+    SNIPI_CUDA_GLOBALS,
+    SNIPI_CUDA_WATCHED,
+    SNIPI_CUDA_SKETCHES,
+    SNIPI_CUDA_A,
+    SNIPI_CUDA_A_SCALES,
+    SNIPI_CUDA_TURNED,
+    SNIPI_CUDA_TURNED_SCALES,
+    SNIPI_CUDA_B,
+    SNIPI_CUDA_B_SCALES,
+    SNIPI_CUDA_SUMS,
+    SNIPI_CUDA_STATS,
+    SNIPI_CUDA_X,
+    SNIPI_CUDA_W,
+    SNIPI_CUDA_OWN,
+    SNIPI_CUDA_SAMPLE,
+    SNIPI_CUDA_SAMPLE_OUT,
+    SNIPI_CUDA_PROJECT,
+    SNIPI_CUDA_PROJECTED,
+    SNIPI_CUDA_MIXED,
+    SNIPI_CUDA_SKETCH,
+    SNIPI_CUDA_SLOTS
+};
+
 struct snip_cuda {
     snip *s;
-    int64_t rows, step, read;           // step: the one under way; read: steps whose results have been read
-    int64_t measuring;                  // the last measuring step, until it has been read; then -1
+    int64_t rows, step, read;  // step: the one under way; read: steps whose results have been read
+    int64_t measuring;         // the last measuring step, until it has been read; then -1
     int lag;
-    snip_cuda_codes codes;              // of E2M1 operands: S8_BYTES where wgmma or tcgen05 takes them
-    void *slot[SNIPI_CUDA_SLOTS];       // device memory
-    snipi_cuda_record *record, *host_record;        // [layers]; host_record: pinned
+    snip_cuda_codes codes;                    // of E2M1 operands: S8_BYTES where wgmma or tcgen05 takes them
+    void *slot[SNIPI_CUDA_SLOTS];             // device memory
+    snipi_cuda_record *record, *host_record;  // [layers]; host_record: pinned
     snipi_cuda_globals *globals;
-    snipi_cuda_watched *watched;        // [layers], of the step under way
-    float *sketch;                      // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
-    snipi_cuda_ended *ended;            // [lag + 1]
-    const snipi_cuda_watched *last;     // of the last step read
-    snipi_cuda_held *held;              // [layers]
-    int64_t *seen;                      // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
+    snipi_cuda_watched *watched;     // [layers], of the step under way
+    float *sketch;                   // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
+    snipi_cuda_ended *ended;         // [lag + 1]
+    const snipi_cuda_watched *last;  // of the last step read
+    snipi_cuda_held *held;           // [layers]
+    int64_t *seen;                   // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
     void *pinned;
 #ifdef SNIP_CUBLASLT
-    cublasLtHandle_t lt;                // or NULL
+    cublasLtHandle_t lt;  // or NULL
     void *lt_scratch;
     size_t lt_bytes;
 #endif
@@ -1997,12 +2592,15 @@ static size_t snipi_cuda_widest(const snip *s, snipi_kind kind, int64_t rows, in
     }
     return most;
 }
+
 static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     const snip *s = c->s;
     const int64_t rows = c->rows, floats = (int64_t)sizeof(float);
     const int measures = s->desc.every > 0;
     size_t need[SNIPI_CUDA_SLOTS] = {}, used = 0;
-    auto want = [&](int slot, size_t size) { if (size > need[slot]) need[slot] = size; };
+    auto want = [&](int slot, size_t size) {
+        if (size > need[slot]) need[slot] = size;
+    };
     want(SNIPI_CUDA_RECORD, (size_t)s->n_layers * sizeof(snipi_cuda_record));
     want(SNIPI_CUDA_GLOBALS, sizeof(snipi_cuda_globals));
     want(SNIPI_CUDA_WATCHED, (size_t)s->n_layers * sizeof(snipi_cuda_watched));
@@ -2027,7 +2625,8 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
         want(SNIPI_CUDA_SAMPLE, (size_t)(rows * snipi_max(samples, SNIPI_PROJECTED) * floats));
         want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
         want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
-        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 2 * SNIPI_CUDA_ROW_SUMS * rows) * floats));      // also doubles, each row's sums
+        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 2 * SNIPI_CUDA_ROW_SUMS * rows) *
+                                            floats));  // also doubles, each row's sums
         want(SNIPI_CUDA_MIXED, (size_t)(SNIPI_MIXED * snipi_max(n, k) * floats));
     }
     for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
@@ -2048,28 +2647,47 @@ static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
     c->sketch = (float *)c->slot[SNIPI_CUDA_SKETCHES];
     return used;
 }
+
 static float *snipi_cuda_floats(const snip_cuda *c, int slot) { return (float *)c->slot[slot]; }
 
 // f(i) for i < n.
 template <class F> static __global__ void snipi_cuda_each_kernel(const F f, int64_t n) {
-    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS) f(i);
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
+        f(i);
 }
+
 template <class F> static snip_status snipi_cuda_each(const F &f, int64_t n, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_each_kernel<F>, snipi_min(snipi_ceil_div(n, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream, f, n);
+    return snipi_cuda_launch(snipi_cuda_each_kernel<F>, snipi_min(snipi_ceil_div(n, SNIPI_THREADS), 1 << 16),
+                             SNIPI_THREADS, 0, stream, f, n);
 }
-struct snipi_cuda_add { float *to; const float *from; __device__ void operator()(int64_t i) const { to[i] += from[i]; } };
-struct snipi_cuda_square { const float *x; __device__ double operator()(int64_t i) const { return (double)x[i] * (double)x[i]; } };
-struct snipi_cuda_pick {                // samples of n output features, at equal distances
+
+struct snipi_cuda_add {
+    float *to;
+    const float *from;
+
+    __device__ void operator()(int64_t i) const { to[i] += from[i]; }
+};
+
+struct snipi_cuda_square {
+    const float *x;
+
+    __device__ double operator()(int64_t i) const { return (double)x[i] * (double)x[i]; }
+};
+
+struct snipi_cuda_pick {  // samples of n output features, at equal distances
     float *to;
     const float *dy;
     int64_t n, samples;
+
     __device__ void operator()(int64_t i) const { to[i] = dy[i / samples * n + i % samples * n / samples]; }
 };
-struct snipi_cuda_sensitivity {         // D; Lion's noise comes from the mean square of m
+
+struct snipi_cuda_sensitivity {  // D; Lion's noise comes from the mean square of m
     snipi_sensitivity d;
     const double *moment_sq;
-    double variance, ratio;             // noise^2 / |m|^2; beta1 / (1 - beta1)
+    double variance, ratio;  // noise^2 / |m|^2; beta1 / (1 - beta1)
     float *to;
+
     __device__ float at(int64_t i) const {
         snipi_sensitivity own = d;
         if (moment_sq) {
@@ -2079,44 +2697,55 @@ struct snipi_cuda_sensitivity {         // D; Lion's noise comes from the mean s
         }
         return snipi_sensitivity_at(&own, i);
     }
+
     __device__ void operator()(int64_t i) const { to[i] = at(i); }
 };
-struct snipi_cuda_update {              // squared update at learning rate 1, as in snipi_update_sq
+
+struct snipi_cuda_update {  // squared update at learning rate 1, as in snipi_update_sq
     snip_optimizer kind;
     const float *m, *v;
     float m_scale, v_scale, eps;
+
     __device__ double operator()(int64_t i) const {
         float u = kind == SNIP_SGD_MOMENTUM ? m[i] : 1.0f;
         if (kind == SNIP_ADAMW) u = v[i] > 0 ? m[i] * m_scale / (sqrtf(v[i] * v_scale) + eps) : 0.0f;
         return (double)u * (double)u;
     }
 };
-struct snipi_cuda_wgrad_error {         // of the sampled features
+
+struct snipi_cuda_wgrad_error {  // of the sampled features
     const float *result, *exact;
     snipi_cuda_sensitivity d;
     int64_t n, k, samples;
+
     __device__ double operator()(int64_t i) const {
         int64_t at = i / k * n / samples * k + i % k;
         float e = (result[i] - exact[at]) * d.at(at);
         return (double)e * (double)e;
     }
 };
+
 static __global__ void snipi_cuda_step_kernel(snipi_cuda_globals *globals, uint32_t step) { globals->step = step; }
+
 static __global__ void snipi_cuda_sigma_kernel(snipi_cuda_record *r, double n_x, double n_w) {
     r->sigma_x = 0.02 * sqrt(r->input_sq / n_x);
     r->sigma_w = 0.02 * sqrt(r->weight_sq / n_w);
 }
+
 static __global__ void snipi_cuda_tau_kernel(snipi_cuda_record *record, int layers, snipi_cuda_globals *globals) {
     double sum = 0, tau;
     for (int l = 0; l < layers; l++)
         if (record[l].weight_sq > 0) sum += record[l].sensitivity_sq / (record[l].weight_sq * record[l].weight_sq);
     globals->tau = tau = sum > 0 ? 0.01 / sqrt(sum / layers) : 0;
-    for (int l = 0; l < layers; l++) record[l].probe_scale = record[l].weight_sq > 0 ? tau / sqrt(record[l].weight_sq) : 0;
+    for (int l = 0; l < layers; l++)
+        record[l].probe_scale = record[l].weight_sq > 0 ? tau / sqrt(record[l].weight_sq) : 0;
 }
+
 // dbias += the sum of dy's rows; a warp takes every eighth row of 32 columns.
 static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int64_t rows, int64_t n) {
     __shared__ float sums[SNIPI_THREADS];
-    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP, warps = SNIPI_THREADS / SNIPI_WARP;
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP,
+              warps = SNIPI_THREADS / SNIPI_WARP;
     const int64_t col = (int64_t)blockIdx.x * SNIPI_WARP + lane;
     float sum = 0;
     for (int64_t r = warp; r < rows && col < n; r += warps) sum += dy[r * n + col];
@@ -2127,7 +2756,8 @@ static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int
     dbias[col] += sum;
 }
 
-enum { SNIPI_OBSERVED = 64 };           // runs of 16 elements, as in snipi_observe
+enum { SNIPI_OBSERVED = 64 };  // runs of 16 elements, as in snipi_observe
+
 static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
     __shared__ double sums[SNIPI_OBSERVED / SNIPI_WARP];
     int64_t i = (int64_t)((double)(threadIdx.x * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
@@ -2135,17 +2765,26 @@ static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, in
     for (; i < end; i++) square += (double)x[i] * (double)x[i];
     seen = snipi_cuda_block_sum(seen, sums);
     square = snipi_cuda_block_sum(square, sums);
-    if (threadIdx.x == 0) { watched->seen[which] += seen; watched->seen_sq[which] += square; }
-}
-static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, cudaStream_t stream) {
-    return c->s->desc.every > 0 ? snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED, 0, stream, c->watched + (l - c->s->layers), which, x, n) : SNIP_OK;
+    if (threadIdx.x == 0) {
+        watched->seen[which] += seen;
+        watched->seen_sq[which] += square;
+    }
 }
 
-// A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk after
-// another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and the signs
-// of the 32 from there on.
-static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor, snip_rng_key key, int64_t first, int64_t chunks, int parts) {
-    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across, bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
+static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n,
+                                      cudaStream_t stream) {
+    return c->s->desc.every > 0 ? snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED, 0, stream,
+                                                    c->watched + (l - c->s->layers), which, x, n)
+                                : SNIP_OK;
+}
+
+// A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk
+// after another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and
+// the signs of the 32 from there on.
+static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor,
+                                                snip_rng_key key, int64_t first, int64_t chunks, int parts) {
+    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across,
+              bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
     const int64_t end = first + chunks * (part + 1) / parts;
     float sum = 0;
     for (int64_t c0 = first + chunks * part / parts; c0 < end; c0 += SNIPI_WARP) {
@@ -2154,27 +2793,31 @@ static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int6
         snipi_philox(key, chunk | (uint64_t)1 << 63, words);
         begin = ((uint32_t)(bucket - lane) - words[0]) % SNIPI_SKETCH;
         signs = 0;
-        for (uint32_t w = 0; w < 2; w++) {      // of the two words that hold them
+        for (uint32_t w = 0; w < 2; w++) {  // of the two words that hold them
             at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
             snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
             at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
             signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
         }
         for (int j = 0; j < SNIPI_WARP && c0 + j < end; j++) {
-            int64_t i = (c0 + j) * SNIPI_SKETCH + (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
+            int64_t i = (c0 + j) * SNIPI_SKETCH +
+                        (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
             uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
             if (i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
         }
     }
     own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
 }
+
 static __global__ void snipi_cuda_sketch_sum_kernel(float *sketch, const float *own, int parts) {
     const int j = (int)(blockIdx.x * SNIPI_THREADS + threadIdx.x);
     float sum = sketch[j];
     for (int p = 0; p < parts; p++) sum += own[p * SNIPI_SKETCH + j];
     sketch[j] = sum;
 }
-static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record, const float *sketch) {     // a block for each sketch
+
+static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record,
+                                                  const float *sketch) {  // a block for each sketch
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     double sum = 0;
     sketch += (int64_t)blockIdx.x * SNIPI_SKETCH;
@@ -2182,27 +2825,46 @@ static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record, con
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) record[blockIdx.x / SNIPI_SKETCHES].sketched_sq[blockIdx.x % SNIPI_SKETCHES] = sum;
 }
-static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n, int64_t offset, cudaStream_t stream) {
+
+static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n,
+                                         int64_t offset, cudaStream_t stream) {
     const int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first;
     const int parts = (int)snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16));
-    float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
-    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n, offset,
-                                           c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f, snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
-    return status ? status : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0, stream, sketch, (const float *)own, parts);
+    float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH),
+          *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
+    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS),
+                                           SNIPI_THREADS, 0, stream, own, x, n, offset,
+                                           c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f,
+                                           snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
+    return status ? status
+                  : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0,
+                                      stream, sketch, (const float *)own, parts);
 }
 
 // ---- one GEMM of a layer
-static unsigned long long *snipi_cuda_counts(const snip_cuda *c, const snipi_layer *l, int count) { return count ? c->watched[l - c->s->layers].counts : NULL; }
-typedef struct { int slot, role; snip_operand operand; } snipi_cuda_wanted;
-// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN, infinity and
-// saturated elements; with those of the other operand, a held weight, where there are some: `more`.
-static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, snipi_kind kind, const float *x, int64_t rows, int64_t cols,
-                                       int count, const unsigned long long *more, snip_recipe *recipe, snipi_cuda_wanted *straight, snipi_cuda_wanted *turned, cudaStream_t stream) {
+static unsigned long long *snipi_cuda_counts(const snip_cuda *c, const snipi_layer *l, int count) {
+    return count ? c->watched[l - c->s->layers].counts : NULL;
+}
+
+typedef struct {
+    int slot, role;
+    snip_operand operand;
+} snipi_cuda_wanted;
+
+// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN, infinity
+// and saturated elements; with those of the other operand, a held weight, where there are some: `more`.
+static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format,
+                                       snipi_kind kind, const float *x, int64_t rows, int64_t cols, int count,
+                                       const unsigned long long *more, snip_recipe *recipe, snipi_cuda_wanted *straight,
+                                       snipi_cuda_wanted *turned, cudaStream_t stream) {
     snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, &c->globals->step, snipi_cuda_counts(c, l, count), snipi_cuda_counts(c, l, count), more, 0 };
+    snipi_cuda_options options = {
+        0, &c->globals->step, snipi_cuda_counts(c, l, count), snipi_cuda_counts(c, l, count), more, 0
+    };
     *recipe = snipi_recipe_of(c->s, format, kind);
     job.x = x;
-    job.rows = rows; job.cols = job.ld = cols;
+    job.rows = rows;
+    job.cols = job.ld = cols;
     for (snipi_cuda_wanted *w : { straight, turned }) {
         if (!w) continue;
         w->operand = {};
@@ -2213,25 +2875,38 @@ static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64
         w->operand.round_bf16 = format == SNIP_BF16;
     }
     if (snipi_plain(format)) return SNIP_OK;
-    if (straight) { job.recipe = recipe; job.codes = c->slot[straight->slot]; job.scales = c->slot[straight->slot + 1]; }
-    if (turned) { job.recipe_t = recipe; job.codes_t = c->slot[turned->slot]; job.scales_t = c->slot[turned->slot + 1]; }
+    if (straight) {
+        job.recipe = recipe;
+        job.codes = c->slot[straight->slot];
+        job.scales = c->slot[straight->slot + 1];
+    }
+    if (turned) {
+        job.recipe_t = recipe;
+        job.codes_t = c->slot[turned->slot];
+        job.scales_t = c->slot[turned->slot + 1];
+    }
     job.key = snipi_key(c->s, l, micro, straight ? straight->role : 0);
     if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
     return snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
-enum { SNIPI_ALONE = -1 };              // as a micro-batch: its weight is not held
-// The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read where
-// both have the same format; *counts: what to count for each use, or NULL where that is done.
-static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, int transposed, const float *w, snip_recipe *recipe, snip_operand *b,
+
+enum { SNIPI_ALONE = -1 };  // as a micro-batch: its weight is not held
+
+// The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read
+// where both have the same format; *counts: what to count for each use, or NULL where that is done.
+static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format,
+                                     int transposed, const float *w, snip_recipe *recipe, snip_operand *b,
                                      const unsigned long long **counts, cudaStream_t stream) {
     snipi_cuda_held *h = &c->held[l - c->s->layers];
     cudaStreamCaptureStatus capturing;
     unsigned long long capture = 0;
     *counts = NULL;
     *recipe = snipi_recipe_of(c->s, format, SNIPI_WEIGHT);
-    if (snipi_plain(format) || c->s->pass != SNIP_PASS_ORDINARY || c->s->mode != SNIP_TRAIN || micro == SNIPI_ALONE || recipe->rounding != SNIP_ROUND_NEAREST_EVEN) {
+    if (snipi_plain(format) || c->s->pass != SNIP_PASS_ORDINARY || c->s->mode != SNIP_TRAIN || micro == SNIPI_ALONE ||
+        recipe->rounding != SNIP_ROUND_NEAREST_EVEN) {
         snipi_cuda_wanted wanted = { SNIPI_CUDA_B, transposed ? SNIPI_ROLE_W_T : SNIPI_ROLE_W, {} };
-        snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_WEIGHT, w, l->n, l->k, 1, NULL, recipe, transposed ? NULL : &wanted, transposed ? &wanted : NULL, stream);
+        snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_WEIGHT, w, l->n, l->k, 1, NULL, recipe,
+                                                 transposed ? NULL : &wanted, transposed ? &wanted : NULL, stream);
         *b = wanted.operand;
         return status;
     }
@@ -2242,72 +2917,125 @@ static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t
     b->codes = h->codes[transposed];
     b->scales = h->scales[transposed];
     *counts = c->watched[l - c->s->layers].held[transposed];
-    if ((!transposed && micro == 0) || h->of[transposed] != w || h->format[transposed] != format || h->step[transposed] != c->step || h->capture[transposed] != capture) {
+    if ((!transposed && micro == 0) || h->of[transposed] != w || h->format[transposed] != format ||
+        h->step[transposed] != c->step || h->capture[transposed] != capture) {
         const int both = !transposed && l->format[SNIP_DGRAD] == format;
         unsigned long long(*held)[2] = c->watched[l - c->s->layers].held;
         snip_quantize_job job = {};
         snipi_cuda_options options = { 0, &c->globals->step, held[0], held[1], NULL, 0 };
         job.x = w;
-        job.rows = l->n; job.cols = job.ld = l->k;
-        if (!transposed) { job.recipe = recipe; job.codes = h->codes[0]; job.scales = h->scales[0]; }
-        if (transposed || both) { job.recipe_t = recipe; job.codes_t = h->codes[1]; job.scales_t = h->scales[1]; }
-        if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess) return SNIP_DEVICE;
-        snip_status status = snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+        job.rows = l->n;
+        job.cols = job.ld = l->k;
+        if (!transposed) {
+            job.recipe = recipe;
+            job.codes = h->codes[0];
+            job.scales = h->scales[0];
+        }
+        if (transposed || both) {
+            job.recipe_t = recipe;
+            job.codes_t = h->codes[1];
+            job.scales_t = h->scales[1];
+        }
+        if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess)
+            return SNIP_DEVICE;
+        snip_status status = snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options,
+                                                 stream);
         if (status) return status;
-        for (int t = transposed; t <= (transposed || both); t++) { h->of[t] = w; h->format[t] = format; h->step[t] = c->step; h->capture[t] = capture; }
+        for (int t = transposed; t <= (transposed || both); t++) {
+            h->of[t] = w;
+            h->format[t] = format;
+            h->step[t] = c->step;
+            h->capture[t] = capture;
+        }
     }
     return SNIP_OK;
 }
-struct snipi_cuda_rows { float *to; const float *row; int64_t n; __device__ void operator()(int64_t i) const { to[i] = row[i % n]; } };
-static snip_status snipi_cuda_product(const snip_cuda *c, int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, float *y, int accumulate, const float *bias,
+
+struct snipi_cuda_rows {
+    float *to;
+    const float *row;
+    int64_t n;
+
+    __device__ void operator()(int64_t i) const { to[i] = row[i % n]; }
+};
+
+static snip_status snipi_cuda_product(const snip_cuda *c, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                      const snip_operand *b, float *y, int accumulate, const float *bias,
                                       unsigned long long *nonfinite, cudaStream_t stream) {
 #ifdef SNIP_CUBLASLT
     if (c->lt && snipi_cuda_is_fp8(a->recipe->format)) {
         const snipi_cuda_rows rows = { y, bias, n };
         const snip_status status = bias ? snipi_cuda_each(rows, m * n, stream) : SNIP_OK;
-        return status ? status : snip_cuda_gemm_cublaslt(c->lt, m, n, k, a, b, y, n, accumulate || bias, c->lt_scratch, c->lt_bytes, stream);
+        return status ? status
+                      : snip_cuda_gemm_cublaslt(c->lt, m, n, k, a, b, y, n, accumulate || bias, c->lt_scratch,
+                                                c->lt_bytes, stream);
     }
 #endif
     return snipi_cuda_gemm(m, n, k, a, b, c->codes, y, n, accumulate, bias, nonfinite, stream);
 }
-static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x, const float *w, const float *bias, int64_t rows,
+
+static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out,
+                                  const float *x, const float *w, const float *bias, int64_t rows,
                                   cudaStream_t stream) {
     snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
     snip_recipe recipe, recipe_w;
     snip_operand b;
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
-    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL, stream);
-    return status ? status : snipi_cuda_product(c, rows, l->n, l->k, &a.operand, &b, out, 0, bias, snipi_cuda_counts(c, l, 1), stream);
+    if (!status)
+        status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL,
+                                     stream);
+    return status ? status
+                  : snipi_cuda_product(c, rows, l->n, l->k, &a.operand, &b, out, 0, bias, snipi_cuda_counts(c, l, 1),
+                                       stream);
 }
+
 // dY, as it lies and, if wanted, transposed; dX (+)= dY W.
-static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate, const float *dy, const float *w, int64_t rows,
-                                    snip_recipe *recipe, snipi_cuda_wanted *dy_t, cudaStream_t stream) {
+static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx,
+                                    int accumulate, const float *dy, const float *w, int64_t rows, snip_recipe *recipe,
+                                    snipi_cuda_wanted *dy_t, cudaStream_t stream) {
     snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} };
     snip_recipe recipe_w;
     snip_operand b;
     const unsigned long long *more;
     snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
-    if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t, stream);
-    return status ? status : snipi_cuda_product(c, rows, l->k, l->n, &a.operand, &b, dx, accumulate, NULL, snipi_cuda_counts(c, l, 1), stream);
+    if (!status)
+        status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t,
+                                     stream);
+    return status ? status
+                  : snipi_cuda_product(c, rows, l->k, l->n, &a.operand, &b, dx, accumulate, NULL,
+                                       snipi_cuda_counts(c, l, 1), stream);
 }
-static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate, int64_t features, const snip_operand &dy, const float *x,
+
+static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw,
+                                    int accumulate, int64_t features, const snip_operand &dy, const float *x,
                                     int64_t rows, int count, cudaStream_t stream) {
     snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
     snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe, NULL, &b, stream);
-    return status ? status : snipi_cuda_product(c, features, l->k, rows, &dy, &b.operand, dw, accumulate, NULL, snipi_cuda_counts(c, l, count), stream);
+    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe,
+                                             NULL, &b, stream);
+    return status ? status
+                  : snipi_cuda_product(c, features, l->k, rows, &dy, &b.operand, dw, accumulate, NULL,
+                                       snipi_cuda_counts(c, l, count), stream);
 }
 
 // ---- measuring
-static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_layer *l) { return c->record + (l - c->s->layers); }
-template <class F> static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add, cudaStream_t stream) {
+static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_layer *l) {
+    return c->record + (l - c->s->layers);
+}
+
+template <class F>
+static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add,
+                                    cudaStream_t stream) {
     return snipi_cuda_reduce(f, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
 }
-static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total, cudaStream_t stream) {
+
+static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total,
+                                         cudaStream_t stream) {
     snipi_cuda_square f = { x };
     return snipi_cuda_total(c, f, n, total, 1, 0, stream);
 }
+
 static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, const snipi_layer *l, float *to) {
     const snip_adamw *o = &c->s->adamw;
     snipi_cuda_sensitivity d = {};
@@ -2323,62 +3051,82 @@ static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, cons
     d.ratio = o->beta1 / (1 - o->beta1);
     return d;
 }
-static snip_status snipi_cuda_probe_weight(const snip_cuda *c, const snipi_layer *l, const float *w, cudaStream_t stream) {
+
+static snip_status snipi_cuda_probe_weight(const snip_cuda *c, const snipi_layer *l, const float *w,
+                                           cudaStream_t stream) {
     float *noisy = snipi_cuda_floats(c, SNIPI_CUDA_W);
     snip_status status;
     if (c->s->pass == SNIP_PASS_LOSS_PROBE)
-        return snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->sigma_w, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), stream);
+        return snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->sigma_w, NULL,
+                                    snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), stream);
     status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, l, noisy), l->n * l->k, stream);
-    return status ? status : snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->probe_scale, noisy, snipi_key(c->s, l, 0, SNIPI_ROLE_PROBE), stream);
+    return status ? status
+                  : snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->probe_scale, noisy,
+                                         snipi_key(c->s, l, 0, SNIPI_ROLE_PROBE), stream);
 }
-static snip_status snipi_cuda_probe_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, const float *x, int64_t n, cudaStream_t stream) {
-    return snipi_cuda_add_noise(snipi_cuda_floats(c, SNIPI_CUDA_X), x, n, 0, &snipi_cuda_record_of(c, l)->sigma_x, NULL, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), stream);
+
+static snip_status snipi_cuda_probe_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, const float *x,
+                                          int64_t n, cudaStream_t stream) {
+    return snipi_cuda_add_noise(snipi_cuda_floats(c, SNIPI_CUDA_X), x, n, 0, &snipi_cuda_record_of(c, l)->sigma_x, NULL,
+                                snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), stream);
 }
-static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b, int b_transposed, float *cc, cudaStream_t stream) {
+
+static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b,
+                                  int b_transposed, float *cc, cudaStream_t stream) {
     snip_recipe recipe = SNIP_RECIPE_F32;
     snip_operand oa = {}, ob = {};
     oa.recipe = ob.recipe = &recipe;
-    oa.codes = a; oa.transposed = a_transposed;
-    ob.codes = b; ob.transposed = b_transposed;
+    oa.codes = a;
+    oa.transposed = a_transposed;
+    ob.codes = b;
+    ob.transposed = b_transposed;
     return snip_cuda_gemm(m, n, k, &oa, &ob, cc, n, 0, NULL, stream);
 }
-struct snipi_cuda_mix {                 // snipi_mix_rows, element by element
+
+struct snipi_cuda_mix {  // snipi_mix_rows, element by element
     snip_rng_key key;
     const float *x;
     int64_t rows, cols, offset;
     uint32_t targets;
     float *mixed;
+
     __device__ void operator()(int64_t i) const {
         const uint32_t to = (uint32_t)(i / cols);
         uint32_t signs[4], hash[4];
         float sum = 0;
         for (int64_t chunk = offset / targets; chunk * targets < offset + rows; chunk++) {
             snipi_mix_hash(key, chunk, signs, hash);
-            const uint32_t at = (to - hash[0]) % targets;           // 2^32 is a multiple of it
+            const uint32_t at = (to - hash[0]) % targets;  // 2^32 is a multiple of it
             const int64_t row = chunk * targets + at - offset;
-            const uint32_t word = at < 64 ? (at < 32 ? signs[0] : signs[1]) : at < 96 ? signs[2] : signs[3];         // an index would put them in local memory
+            const uint32_t word = at < 64   ? (at < 32 ? signs[0] : signs[1])
+                                  : at < 96 ? signs[2]
+                                            : signs[3];  // an index would put them in local memory
             if (row >= 0 && row < rows) sum += (word >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
         }
         mixed[i] = sum;
     }
 };
-struct snipi_cuda_mix_columns {         // snipi_mix_columns, element by element
+
+struct snipi_cuda_mix_columns {  // snipi_mix_columns, element by element
     snip_rng_key key;
     const float *x;
     int64_t cols;
     float *mixed;
+
     __device__ void operator()(int64_t i) const {
         const uint32_t to = (uint32_t)(i % SNIPI_PROJECTED);
         const float *row = x + i / SNIPI_PROJECTED * cols;
         uint32_t signs[4], hash[4];
-        float sum = 0, straight = 0, round = 0;         // round: what has gone round the end
+        float sum = 0, straight = 0, round = 0;  // round: what has gone round the end
         for (int64_t chunk = 0; chunk * SNIPI_PROJECTED < cols; chunk++) {
             snipi_mix_hash(key, chunk, signs, hash);
             const uint32_t at = (to - hash[0]) % SNIPI_PROJECTED;
             const int64_t col = chunk * SNIPI_PROJECTED + at;
             const float term = col < cols ? (signs[0] >> at & 1u ? 1.0f : -1.0f) * row[col] : 0.0f;
-            if (at + hash[0] % SNIPI_PROJECTED < SNIPI_PROJECTED) straight += term;
-            else round += term;
+            if (at + hash[0] % SNIPI_PROJECTED < SNIPI_PROJECTED)
+                straight += term;
+            else
+                round += term;
             if (chunk % SNIPI_MIX_CHUNKS < SNIPI_MIX_CHUNKS - 1 && (chunk + 1) * SNIPI_PROJECTED < cols) continue;
             sum += straight + round;
             straight = round = 0;
@@ -2386,43 +3134,73 @@ struct snipi_cuda_mix_columns {         // snipi_mix_columns, element by element
         mixed[i] = sum;
     }
 };
-struct snipi_cuda_add_scaled { float *to; const float *from; float factor; __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; } };
-static snip_status snipi_cuda_sketch_tensor(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows, const float *weight, int64_t offset, cudaStream_t stream) {
+
+struct snipi_cuda_add_scaled {
+    float *to;
+    const float *from;
+    float factor;
+
+    __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; }
+};
+
+static snip_status snipi_cuda_sketch_tensor(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows,
+                                            const float *weight, int64_t offset, cudaStream_t stream) {
     const int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
     const int64_t in = by_x ? l->k : l->n;
     float *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
-    float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED), *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + behind) * SNIPI_SKETCH;
+    float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED),
+          *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + behind) * SNIPI_SKETCH;
     const snip_rng_key project = snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT);
     snipi_cuda_mix mix = { snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed };
     snip_status status = snipi_cuda_each(mix, SNIPI_MIXED * in, stream);
     if (!status) status = snipi_cuda_sketch_add(c, l, which, mixed, SNIPI_MIXED * in, 0, stream);
-    if (!status) status = by_x ? snipi_cuda_each(snipi_cuda_mix{ project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen }, SNIPI_PROJECTED * in, stream)
-                               : snipi_cuda_each(snipi_cuda_mix_columns{ project, weight, l->k, seen }, SNIPI_PROJECTED * in, stream);
+    if (!status)
+        status = by_x ? snipi_cuda_each(snipi_cuda_mix{ project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen },
+                                        SNIPI_PROJECTED * in, stream)
+                      : snipi_cuda_each(snipi_cuda_mix_columns{ project, weight, l->k, seen }, SNIPI_PROJECTED * in,
+                                        stream);
     if (!status) status = snipi_cuda_f32(SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result, stream);
-    return status ? status : snipi_cuda_each(snipi_cuda_add_scaled{ sketch, result, c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f }, SNIPI_SKETCH, stream);
+    return status
+               ? status
+               : snipi_cuda_each(snipi_cuda_add_scaled{ sketch, result, c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f },
+                                 SNIPI_SKETCH, stream);
 }
+
 // Adds a candidate's rounding errors of x to *stats. codes and scales may be NULL.
-static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind, int role, const float *x, int64_t rows, int64_t cols, const float *weight,
+static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind,
+                                     int role, const float *x, int64_t rows, int64_t cols, const float *weight,
                                      void *codes, void *scales, snip_quant_stats *stats, cudaStream_t stream) {
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
     snip_quantize_job job = {};
     snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 1 };
     job.x = x;
-    job.rows = rows; job.cols = job.ld = cols;
+    job.rows = rows;
+    job.cols = job.ld = cols;
     job.recipe = &recipe;
     job.weight = weight;
-    job.codes = codes; job.scales = scales;
+    job.codes = codes;
+    job.scales = scales;
     job.key = snipi_key(c->s, l, micro, role);
     return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
 }
-struct snipi_cuda_row_sums { const double *x; __device__ double operator()(int64_t i) const { return x[SNIPI_CUDA_ROW_SUMS * i]; } };
-static __global__ void snipi_cuda_rows_kernel(double *rows, const float *x, const float *rounded, const float *dx, int64_t k) {        // a block for each row
+
+struct snipi_cuda_row_sums {
+    const double *x;
+
+    __device__ double operator()(int64_t i) const { return x[SNIPI_CUDA_ROW_SUMS * i]; }
+};
+
+static __global__ void snipi_cuda_rows_kernel(double *rows, const float *x, const float *rounded, const float *dx,
+                                              int64_t k) {  // a block for each row
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     const int64_t at = (int64_t)blockIdx.x * k;
     double along = 0, d_sq = 0, scale = 0, self = 0;
     for (int64_t i = at + threadIdx.x; i < at + k; i += SNIPI_THREADS) {
         const double e = (double)(rounded[i] - x[i]), d = (double)dx[i];
-        along += d * e; d_sq += d * d; scale += d * (double)x[i]; self += e * (double)x[i];
+        along += d * e;
+        d_sq += d * d;
+        scale += d * (double)x[i];
+        self += e * (double)x[i];
     }
     along = snipi_cuda_block_sum(along, sums);
     d_sq = snipi_cuda_block_sum(d_sq, sums);
@@ -2430,10 +3208,16 @@ static __global__ void snipi_cuda_rows_kernel(double *rows, const float *x, cons
     self = snipi_cuda_block_sum(self, sums);
     if (threadIdx.x) return;
     rows += SNIPI_CUDA_ROW_SUMS * (int64_t)blockIdx.x;
-    rows[0] = d_sq; rows[1] = along * along; rows[2] = along * scale; rows[3] = scale * scale; rows[4] = self;
+    rows[0] = d_sq;
+    rows[1] = along * along;
+    rows[2] = along * scale;
+    rows[3] = scale * scale;
+    rows[4] = self;
 }
+
 // As snipi_scaling_bucket: a block for each bucket.
-static __global__ void snipi_cuda_scaling_kernel(double *buckets, const float *x, const float *dx, int64_t rows, int64_t k, int64_t offset, double factor) {
+static __global__ void snipi_cuda_scaling_kernel(double *buckets, const float *x, const float *dx, int64_t rows,
+                                                 int64_t k, int64_t offset, double factor) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     double sum = 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -2443,20 +3227,28 @@ static __global__ void snipi_cuda_scaling_kernel(double *buckets, const float *x
     sum = snipi_cuda_block_sum(sum, sums);
     if (threadIdx.x == 0) buckets[blockIdx.x] += factor * sum;
 }
+
 // X's rounding errors beside dX, as in snipi_measure_input.
-static snip_status snipi_cuda_measure_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows, const float *dx, cudaStream_t stream) {
+static snip_status snipi_cuda_measure_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f,
+                                            const float *x, int64_t rows, const float *dx, cudaStream_t stream) {
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
     snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], SNIPI_ACTIVATION);
     float *rounded = snipi_cuda_floats(c, SNIPI_CUDA_X);
     double *sums = (double *)c->slot[SNIPI_CUDA_PROJECTED];
     void *codes = c->slot[SNIPI_CUDA_A], *scales = c->slot[SNIPI_CUDA_A_SCALES];
-    snip_status status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, x, rows, l->k, dx, codes, scales, &r->x[f], stream);
+    snip_status status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, x, rows, l->k, dx, codes,
+                                           scales, &r->x[f], stream);
     if (!status) status = snip_cuda_dequantize(&recipe, codes, scales, rows, l->k, rounded, SNIP_F32, l->k, stream);
-    if (!status) status = snipi_cuda_launch(snipi_cuda_rows_kernel, rows, SNIPI_THREADS, 0, stream, sums, x, (const float *)rounded, dx, l->k);
-    for (int i = 0; i < SNIPI_CUDA_ROW_SUMS && !status; i++) status = snipi_cuda_total(c, snipi_cuda_row_sums{ sums + i }, rows, &r->rows[f][i], 1, 1, stream);
+    if (!status)
+        status = snipi_cuda_launch(snipi_cuda_rows_kernel, rows, SNIPI_THREADS, 0, stream, sums, x,
+                                   (const float *)rounded, dx, l->k);
+    for (int i = 0; i < SNIPI_CUDA_ROW_SUMS && !status; i++)
+        status = snipi_cuda_total(c, snipi_cuda_row_sums{ sums + i }, rows, &r->rows[f][i], 1, 1, stream);
     return status;
 }
-static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy, const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
+
+static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy,
+                                            const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
     const int64_t samples = snipi_samples(c->s, l);
     float *picked = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE), *result = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE_OUT);
     snipi_cuda_pick pick = { picked, dy, l->n, samples };
@@ -2465,13 +3257,21 @@ static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, 
     for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
         snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe;
-        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, NULL, &recipe, NULL, &a, stream);
-        if (!status) status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0, stream);
-        if (!status) status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f], (double)l->n / (double)samples, 1, stream);
+        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, NULL,
+                                     &recipe, NULL, &a, stream);
+        if (!status)
+            status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0,
+                                      stream);
+        if (!status)
+            status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f],
+                                      (double)l->n / (double)samples, 1, stream);
     }
     return status;
 }
-static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int64_t micro, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+
+static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int64_t micro, float *out, const float *inp,
+                                              const float *weight, const float *bias, int64_t rows,
+                                              cudaStream_t stream) {
     const snip_pass pass = c->s->pass;
     const int64_t nx = rows * l->k, nw = l->n * l->k;
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
@@ -2488,15 +3288,20 @@ static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int6
     }
     l->elements_x += nx;
     if (status) return status;
-    return snipi_cuda_fwd(c, l, micro, c->s->desc.measure, out, pass == SNIP_PASS_LOSS_PROBE ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
+    return snipi_cuda_fwd(c, l, micro, c->s->desc.measure, out,
+                          pass == SNIP_PASS_LOSS_PROBE ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
                           pass == SNIP_PASS_CLEAN ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W), bias, rows, stream);
 }
-static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int64_t micro, float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, int64_t rows,
+
+static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int64_t micro, float *dinp, float *dweight,
+                                               const float *dout, const float *inp, const float *weight, int64_t rows,
                                                cudaStream_t stream) {
-    const int clean = c->s->pass == SNIP_PASS_CLEAN, loss_probe = c->s->pass == SNIP_PASS_LOSS_PROBE, sketched = !loss_probe && snipi_probes_updates(c->s);
+    const int clean = c->s->pass == SNIP_PASS_CLEAN, loss_probe = c->s->pass == SNIP_PASS_LOSS_PROBE,
+              sketched = !loss_probe && snipi_probes_updates(c->s);
     const int64_t nx = rows * l->k, nw = l->n * l->k;
     const snip_format format = c->s->desc.measure;
-    const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp, *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
+    const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
+                *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
     float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
     snipi_cuda_record *r = snipi_cuda_record_of(c, l);
     snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
@@ -2509,67 +3314,94 @@ static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int
         status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n, stream);
     }
 
-    if (!status) status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe, clean || loss_probe ? &dy_t : NULL, stream);
+    if (!status)
+        status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe,
+                                  clean || loss_probe ? &dy_t : NULL, stream);
     if (sketched && !status)
-        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, &r->scaling[0], inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
+        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, &r->scaling[0],
+                                   inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
     l->elements_y += rows * l->n;
     if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
     if ((clean || loss_probe) && !status)
-        status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+        status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X),
+                                      clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
         status = snipi_cuda_measure_input(c, l, micro, f, inp, rows, own, stream);
-        if (sketched && !status) status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, NULL, NULL, &r->dy[f], stream);
+        if (sketched && !status)
+            status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, NULL,
+                                       NULL, &r->dy[f], stream);
     }
 
-    if (!clean && !loss_probe) {        // of dY's columns mixed, and no more
+    if (!clean && !loss_probe) {  // of dY's columns mixed, and no more
         float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE);
-        if (!status) status = snipi_cuda_each(snipi_cuda_mix_columns{ project, dout, l->n, mixed }, rows * SNIPI_PROJECTED, stream);
-        if (!status) status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, mixed, rows, SNIPI_PROJECTED, 0, NULL, &recipe, NULL, &dy_t, stream);
-        if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, SNIPI_PROJECTED, dy_t.operand, x, rows, 1, stream);
+        if (!status)
+            status = snipi_cuda_each(snipi_cuda_mix_columns{ project, dout, l->n, mixed }, rows * SNIPI_PROJECTED,
+                                     stream);
+        if (!status)
+            status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, mixed, rows, SNIPI_PROJECTED, 0, NULL,
+                                         &recipe, NULL, &dy_t, stream);
+        if (!status)
+            status = snipi_cuda_wgrad(c, l, micro, format, own, 0, SNIPI_PROJECTED, dy_t.operand, x, rows, 1, stream);
         return status ? status : snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 0, stream);
     }
     if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
     if (dweight && !status) status = snipi_cuda_each(snipi_cuda_add{ dweight, own }, nw, stream);
     if (sketched && !status) {
         float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED);
-        status = snipi_cuda_each(snipi_cuda_mix{ project, own, l->n, l->k, 0, SNIPI_PROJECTED, mixed }, SNIPI_PROJECTED * l->k, stream);
+        status = snipi_cuda_each(snipi_cuda_mix{ project, own, l->n, l->k, 0, SNIPI_PROJECTED, mixed },
+                                 SNIPI_PROJECTED * l->k, stream);
         if (!status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0, stream);
     }
     if (!status)
-        status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
+        status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W),
+                                      clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
     for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
         for (int self = 0; self <= (micro == 0 && sketched) && !status; self++)
-            status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, self ? weight : own, NULL, NULL, self ? &r->self_w[f] : &r->w[f], stream);
-    if (clean && snipi_probes_updates(c->s) && !status) status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
+            status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, self ? weight : own,
+                                       NULL, NULL, self ? &r->self_w[f] : &r->w[f], stream);
+    if (clean && snipi_probes_updates(c->s) && !status)
+        status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
     return status;
 }
 
-static int snipi_cuda_call_ok(const snip_cuda *c, const snipi_layer *l, const void *a, const void *b, const void *x, int64_t rows) {
+static int snipi_cuda_call_ok(const snip_cuda *c, const snipi_layer *l, const void *a, const void *b, const void *x,
+                              int64_t rows) {
     return snipi_linear_args(l, a, b, x, rows) && rows <= c->rows && c->step == c->s->step;
 }
-SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *out, const float *inp,
+                                              const float *weight, const float *bias, int64_t rows,
+                                              cudaStream_t stream) {
     snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
     snip_status status;
-    if (!c || !snipi_cuda_call_ok(c, l, out, inp, weight, rows)) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (!c || !snipi_cuda_call_ok(c, l, out, inp, weight, rows))
+        return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
     if (rows == 0) return SNIP_OK;
-    if (c->s->mode != SNIP_TRAIN) status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp, weight, bias, rows, stream);
+    if (c->s->mode != SNIP_TRAIN)
+        status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp,
+                                weight, bias, rows, stream);
     else {
         int64_t micro = l->calls_forward++;
         if (c->s->pass == SNIP_PASS_ORDINARY) {
             status = snipi_cuda_observe(c, l, 0, inp, rows * l->k, stream);
-            if (!status) status = snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream);
+            if (!status)
+                status = snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream);
         } else
             status = snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
     }
     return snipi_finish_call(c->s, l, l->nonfinite, status);
 }
-SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
-                                               const float *inp, const float *weight, int64_t rows, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *dinp, float *dweight, float *dbias,
+                                               const float *dout, const float *inp, const float *weight, int64_t rows,
+                                               cudaStream_t stream) {
     snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
     snip_status status = SNIP_OK;
     int64_t micro;
-    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows)) return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
-    if (c->s->mode != SNIP_TRAIN) return snipi_hold(c->s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
+    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows))
+        return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
+    if (c->s->mode != SNIP_TRAIN)
+        return snipi_hold(c->s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
     if (rows == 0) return SNIP_OK;
     micro = l->calls_backward++;
     if (c->s->pass == SNIP_PASS_ORDINARY) {
@@ -2578,12 +3410,19 @@ SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *d
         snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
         snip_recipe recipe, recipe_w;
         status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
-        if (dinp && !status) status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dout, weight, rows, &recipe, both ? &dy_t : NULL, stream);
-        if (dweight && !both && !status) status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, NULL, &recipe_w, NULL, &dy_t, stream);
-        if (dweight && !status) status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
+        if (dinp && !status)
+            status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dout, weight, rows, &recipe, both ? &dy_t : NULL,
+                                      stream);
+        if (dweight && !both && !status)
+            status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, NULL, &recipe_w,
+                                         NULL, &dy_t, stream);
+        if (dweight && !status)
+            status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
     } else
         status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
-    if (dbias && !status) status = snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(l->n, SNIPI_WARP), SNIPI_THREADS, 0, stream, dbias, dout, rows, l->n);
+    if (dbias && !status)
+        status = snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(l->n, SNIPI_WARP), SNIPI_THREADS, 0, stream,
+                                   dbias, dout, rows, l->n);
     return snipi_finish_call(c->s, l, l->nonfinite, status);
 }
 
@@ -2595,21 +3434,28 @@ static snip_status snipi_cuda_prepare_update_probe(snip_cuda *c, cudaStream_t st
         const snipi_layer *layer = &s->layers[l];
         const int64_t n = layer->n * layer->k;
         float *d = snipi_cuda_floats(c, SNIPI_CUDA_W);
-        if (s->desc.optimizer == SNIP_LION) status = snipi_cuda_square_sum(c, layer->m, n, &c->record[l].moment_sq, stream);
+        if (s->desc.optimizer == SNIP_LION)
+            status = snipi_cuda_square_sum(c, layer->m, n, &c->record[l].moment_sq, stream);
         if (!status) status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, layer, d), n, stream);
         if (!status) status = snipi_cuda_square_sum(c, d, n, &c->record[l].sensitivity_sq, stream);
     }
-    return status ? status : snipi_cuda_launch(snipi_cuda_tau_kernel, 1, 1, 0, stream, c->record, s->n_layers, c->globals);
+    return status ? status
+                  : snipi_cuda_launch(snipi_cuda_tau_kernel, 1, 1, 0, stream, c->record, s->n_layers, c->globals);
 }
+
 SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t stream) {
     snip *s = c ? c->s : NULL;
     snip_status status = SNIP_OK;
     if (!c) return 0;
     snipi_check_calls(s);
     if (s->pass == SNIP_PASS_CLEAN || s->pass == SNIP_PASS_ORDINARY) {
-        if (!loss) status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
-        else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) status = SNIP_DEVICE;
-        else s->told = 1;
+        if (!loss)
+            status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
+        else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) !=
+                 cudaSuccess)
+            status = SNIP_DEVICE;
+        else
+            s->told = 1;
         if (status) snipi_finish_call(s, NULL, 0, status);
         return 0;
     }
@@ -2631,48 +3477,78 @@ static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const floa
     if (e->measured && snipi_probes_updates(s)) {
         for (int l = 0; l < s->n_layers && !status; l++) {
             const snipi_layer *layer = &s->layers[l];
-            snipi_cuda_update u = { s->desc.optimizer, layer->m, layer->v, (float)(1 / (1 - pow(o->beta1, (double)o->step))), (float)(1 / (1 - pow(o->beta2, (double)o->step))), (float)o->eps };
+            snipi_cuda_update u = { s->desc.optimizer,
+                                    layer->m,
+                                    layer->v,
+                                    (float)(1 / (1 - pow(o->beta1, (double)o->step))),
+                                    (float)(1 / (1 - pow(o->beta2, (double)o->step))),
+                                    (float)o->eps };
             status = snipi_cuda_total(c, u, layer->n * layer->k, &c->record[l].update_sq, 1, 0, stream);
         }
-        if (!status) status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS, 0, stream, c->record, (const float *)c->sketch);
+        if (!status)
+            status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS,
+                                       0, stream, c->record, (const float *)c->sketch);
     }
     if (status) return status;
-    if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return SNIP_DEVICE;
-    if (e->measured && cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
-    if (cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess) return SNIP_DEVICE;
-    if (s->n_layers && (cudaMemcpyAsync(e->watched, c->watched, watched, cudaMemcpyDeviceToHost, stream) != cudaSuccess || cudaMemsetAsync(c->watched, 0, watched, stream) != cudaSuccess)) return SNIP_DEVICE;
+    if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice,
+                                      stream) != cudaSuccess)
+        return SNIP_DEVICE;
+    if (e->measured &&
+        cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
+        return SNIP_DEVICE;
+    if (cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
+        return SNIP_DEVICE;
+    if (s->n_layers &&
+        (cudaMemcpyAsync(e->watched, c->watched, watched, cudaMemcpyDeviceToHost, stream) != cudaSuccess ||
+         cudaMemsetAsync(c->watched, 0, watched, stream) != cudaSuccess))
+        return SNIP_DEVICE;
     status = snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)(c->step + 1));
     return status ? status : cudaEventRecord(e->done, stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
 }
+
 // What the device measured, into the layers; then the plan.
 static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
     snip *s = c->s;
-    double update_sq = 0, grad_scale = e->device_scale ? (double)e->globals->grad_scale : e->adamw.grad_scale > 0 ? e->adamw.grad_scale : 1;
+    double update_sq = 0, grad_scale = e->device_scale           ? (double)e->globals->grad_scale
+                                       : e->adamw.grad_scale > 0 ? e->adamw.grad_scale
+                                                                 : 1;
     s->tau = e->globals->tau;
     for (int i = 0; i < s->n_layers; i++) {
         const snipi_cuda_record *r = &c->host_record[i];
         snipi_layer *l = &s->layers[i];
-        l->weight_sq = r->weight_sq; l->sensitivity_sq = r->sensitivity_sq;
-        l->sigma_x = r->sigma_x; l->sigma_w = r->sigma_w;
-        l->noisy_x = r->noisy_x; l->noisy_w = r->noisy_w;
-        l->clean_x = r->clean_x; l->clean_w = r->clean_w;
-        l->input_sq = r->x[0].sum_sq; l->gradient_sq = r->dy[0].sum_sq;
-        l->elements_x = c->seen[3 * i]; l->elements_y = c->seen[3 * i + 1];
+        l->weight_sq = r->weight_sq;
+        l->sensitivity_sq = r->sensitivity_sq;
+        l->sigma_x = r->sigma_x;
+        l->sigma_w = r->sigma_w;
+        l->noisy_x = r->noisy_x;
+        l->noisy_w = r->noisy_w;
+        l->clean_x = r->clean_x;
+        l->clean_w = r->clean_w;
+        l->input_sq = r->x[0].sum_sq;
+        l->gradient_sq = r->dy[0].sum_sq;
+        l->elements_x = c->seen[3 * i];
+        l->elements_y = c->seen[3 * i + 1];
         memcpy(l->sketched_sq, r->sketched_sq, sizeof l->sketched_sq);
         memcpy(l->scaling, r->scaling, sizeof l->scaling);
         for (int f = 0; f < SNIPI_CANDIDATES; f++) {
             snipi_measured *q = &l->measured[f];
             q->dot_x = r->x[f].dot;
-            q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]); q->dot_w = r->w[f].dot;
+            q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]);
+            q->dot_w = r->w[f].dot;
             q->err_dy = r->dy[f].err_sq;
-            q->dx_sq = r->rows[f][0]; q->along_x = r->rows[f][1]; q->both_x = r->rows[f][2]; q->scale_x = r->rows[f][3];
-            q->self_x = r->rows[f][4]; q->self_w = r->self_w[f].dot;
+            q->dx_sq = r->rows[f][0];
+            q->along_x = r->rows[f][1];
+            q->both_x = r->rows[f][2];
+            q->scale_x = r->rows[f][3];
+            q->self_x = r->rows[f][4];
+            q->self_w = r->self_w[f].dot;
             q->wgrad_err = r->wgrad_err[f];
         }
         if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;
     }
     return snipi_decide(s, update_sq, grad_scale);
 }
+
 // Reads the oldest step that has not been read.
 static snip_status snipi_cuda_read(snip_cuda *c) {
     const snipi_cuda_ended *e = &c->ended[c->read % (c->lag + 1)];
@@ -2696,6 +3572,7 @@ static snip_status snipi_cuda_read(snip_cuda *c) {
     }
     return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
 }
+
 // For snip_layer: the counts of the last step read.
 static void snipi_cuda_show_counts(const snip_cuda *c) {
     for (int l = 0; c->last && l < c->s->n_layers; l++) {
@@ -2703,12 +3580,16 @@ static void snipi_cuda_show_counts(const snip_cuda *c) {
         c->s->layers[l].saturated = (int64_t)c->last[l].counts[1];
     }
 }
-SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale, cudaStream_t stream) {
+
+SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale,
+                                        cudaStream_t stream) {
     snip_status status, late = SNIP_OK;
     snip *s;
     if (!c) return SNIP_BAD_ARGUMENT;
     s = c->s;
-    if (c->step != s->step) return snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
+    if (c->step != s->step)
+        return snipi_fail(s, SNIP_BAD_ARGUMENT,
+                          "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
     if (snipi_in_probe(s)) return SNIP_BAD_ARGUMENT;
     snipi_end_step_check(s, &adamw);
     snipi_cuda_ended *e = &c->ended[c->step % (c->lag + 1)];
@@ -2734,12 +3615,17 @@ SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, c
     if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
     snipi_begin_step(s);
     snipi_cuda_show_counts(c);
-    if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0) snipi_begin_pass(s, SNIP_PASS_ORDINARY);     // one measurement at a time
-    if (s->pass == SNIP_PASS_LOSS_PROBE && (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
-                                            cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) != cudaSuccess) && !status)
+    if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0)
+        snipi_begin_pass(s, SNIP_PASS_ORDINARY);  // one measurement at a time
+    if (s->pass == SNIP_PASS_LOSS_PROBE &&
+        (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
+         cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) !=
+             cudaSuccess) &&
+        !status)
         status = snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
     return status ? status : late;
 }
+
 SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
     snip_status status = SNIP_OK, first = SNIP_OK;
     if (!c) return SNIP_BAD_ARGUMENT;
@@ -2754,7 +3640,12 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
 SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *c) {
     size_t most = 0;
     for (int i = 0; c && i < c->s->n_layers; i++) {
-        const int64_t n = c->s->layers[i].n, k = c->s->layers[i].k, sizes[SNIP_GEMMS][3] = { { c->rows, n, k }, { c->rows, k, n }, { n, k, c->rows } };
+        const int64_t n = c->s->layers[i].n, k = c->s->layers[i].k,
+                      sizes[SNIP_GEMMS][3] = {
+                          {c->rows,  n, k      },
+                          { c->rows, k, n      },
+                          { n,       k, c->rows}
+        };
         for (const int64_t *z : sizes) {
             const size_t size = snip_cuda_cublaslt_scratch(z[0], z[1], z[2]);
             if (size > most) most = size;
@@ -2762,8 +3653,10 @@ SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *c) {
     }
     return most;
 }
+
 SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, void *scratch, size_t scratch_bytes) {
-    if (!c || (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c)))) return SNIP_BAD_ARGUMENT;
+    if (!c || (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c))))
+        return SNIP_BAD_ARGUMENT;
     c->lt = lt;
     c->lt_scratch = scratch;
     c->lt_bytes = scratch_bytes;
@@ -2772,25 +3665,33 @@ SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, v
 #endif
 
 // Seconds of the fastest of several calls, after one to warm up.
-template <class F> static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
+template <class F>
+static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
     enum { TIMES = 5 };
+
     snip_status status = SNIP_OK;
     for (int i = 0; i < 1 + TIMES && !status; i++) {
         float ms = 0;
         if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
         status = call();
         if (status) return status;
-        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess || cudaEventElapsedTime(&ms, begin, end) != cudaSuccess) return SNIP_DEVICE;
+        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess ||
+            cudaEventElapsedTime(&ms, begin, end) != cudaSuccess)
+            return SNIP_DEVICE;
         if (i == 1 || (i > 1 && ms * 1e-3 < *seconds)) *seconds = ms * 1e-3;
     }
     if (*seconds < 1e-9) *seconds = 1e-9;
     return status;
 }
-static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream) {
+
+static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin,
+                                         cudaEvent_t end, cudaStream_t stream) {
     const int64_t n = l->n, k = l->k, given = rows * (n + k) + n * k;
     float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
-    snip_status status = cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
-    if (!status) status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_X), stream);
+    snip_status status = cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream) == cudaSuccess ? SNIP_OK
+                                                                                                     : SNIP_DEVICE;
+    if (!status)
+        status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_X), stream);
     for (int g = 0; g < SNIP_GEMMS; g++)
         for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
             const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
@@ -2798,29 +3699,39 @@ static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t r
                 snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
                 snip_recipe recipe;
                 if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, SNIPI_ALONE, format, out, x, w, NULL, rows, stream);
-                if (g == SNIP_DGRAD) return snipi_cuda_dgrad(c, l, SNIPI_ALONE, format, out, 0, dy, w, rows, &recipe, NULL, stream);
-                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, NULL, &recipe, NULL, &a, stream);
+                if (g == SNIP_DGRAD)
+                    return snipi_cuda_dgrad(c, l, SNIPI_ALONE, format, out, 0, dy, w, rows, &recipe, NULL, stream);
+                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, NULL, &recipe,
+                                                       NULL, &a, stream);
                 return made ? made : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
             });
         }
     return status;
 }
+
 SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
     cudaEvent_t begin, end;
     snip_status status = SNIP_OK;
     if (!c || rows < 1 || rows > c->rows) return SNIP_BAD_ARGUMENT;
     snip *s = c->s;
     if (cudaEventCreate(&begin) != cudaSuccess) return SNIP_DEVICE;
-    if (cudaEventCreate(&end) != cudaSuccess) { cudaEventDestroy(begin); return SNIP_DEVICE; }
+    if (cudaEventCreate(&end) != cudaSuccess) {
+        cudaEventDestroy(begin);
+        return SNIP_DEVICE;
+    }
     for (int i = 0, same; i < s->n_layers && !status; i++) {
         snipi_layer *l = &s->layers[i];
         float *x;
-        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {}
+        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {
+        }
         if (same < i) {
             memcpy(l->seconds, s->layers[same].seconds, sizeof l->seconds);
             continue;
         }
-        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k + snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) * sizeof(float)) != cudaSuccess) status = SNIP_OUT_OF_MEMORY;
+        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k +
+                                    snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) *
+                               sizeof(float)) != cudaSuccess)
+            status = SNIP_OUT_OF_MEMORY;
         else {
             status = snipi_cuda_time_layer(c, l, rows, x, begin, end, stream);
             cudaFree(x);
@@ -2832,9 +3743,12 @@ SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStr
 }
 
 static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
-    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1, fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
-    return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) && snipi_cuda_recipe_ok(&b);
+    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1,
+        fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
+    return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) &&
+           snipi_cuda_recipe_ok(&b);
 }
+
 SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
     snip_cuda c = {};
     if (!s || rows < 1 || rows > INT32_MAX) return 0;
@@ -2842,6 +3756,7 @@ SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
     c.rows = rows;
     return snipi_cuda_layout(&c, NULL);
 }
+
 SNIP_API void snip_cuda_destroy(snip_cuda *c) {
     if (!c) return;
     snip *s = c->s;
@@ -2856,24 +3771,31 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
     snipi_free(s, c->seen);
     snipi_free(s, c);
 }
+
 SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
     const size_t size = snip_cuda_memory(s, rows);
     if (!s) return NULL;
-    if (!size || !memory || (uintptr_t)memory % 16 || lag < 0 || s->desc.optimizer == SNIP_CUSTOM || (s->desc.every > 0 && lag >= s->desc.every)) {
+    if (!size || !memory || (uintptr_t)memory % 16 || lag < 0 || s->desc.optimizer == SNIP_CUSTOM ||
+        (s->desc.every > 0 && lag >= s->desc.every)) {
         snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
         return NULL;
     }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) {
-        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
+        snipi_fail(
+            s, SNIP_UNSUPPORTED,
+            "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
         return NULL;
     }
     for (snip_format format : snipi_candidates) {
-        snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT), dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
+        snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT),
+                    dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
         if (snipi_cuda_multiplies(x, w) && snipi_cuda_multiplies(dy, w) && snipi_cuda_multiplies(dy, x)) continue;
         snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: there are no GEMM kernels for the session's recipes");
         return NULL;
     }
-    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record), a_step = sizeof(snipi_cuda_globals) + (size_t)s->n_layers * sizeof(snipi_cuda_watched), slots = (size_t)lag + 1;
+    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record),
+                 a_step = sizeof(snipi_cuda_globals) + (size_t)s->n_layers * sizeof(snipi_cuda_watched),
+                 slots = (size_t)lag + 1;
     snip_cuda *c = (snip_cuda *)snipi_alloc(s, sizeof *c);
     int ok = c != NULL;
     if (ok) {
@@ -2896,7 +3818,9 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
             c->ended[i].watched = (snipi_cuda_watched *)(c->ended[i].globals + 1);
             ok = cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) == cudaSuccess;
         }
-        ok = ok && cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) == cudaSuccess &&
+        ok = ok &&
+             cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) ==
+                 cudaSuccess &&
              snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)s->step) == SNIP_OK;
     }
     if (ok) return c;
@@ -2905,4 +3829,4 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
     return NULL;
 }
 
-#endif // SNIP_IMPLEMENTATION
+#endif  // SNIP_IMPLEMENTATION

@@ -3,8 +3,8 @@
 //
 // WHAT IT IS
 //   Token embedding; blocks of RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; final RMSNorm;
-//   output layer (tied or not); cross-entropy; AdamW, SGD with momentum, Lion. No biases. The seven linear layers of a block run
-//   through snip_linear_forward/backward; embedding, norms, attention and the output layer are float32.
+//   output layer (tied or not); cross-entropy; AdamW, SGD with momentum, Lion. No biases. The seven linear layers of a
+//   block run through snip_linear_forward/backward; embedding, norms, attention and the output layer are float32.
 //
 // IN ORDER
 //     llama *g = llama_create(&config, batch, session);        registers and binds every linear layer
@@ -27,58 +27,60 @@
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
-#  include <omp.h>
-#  define LLAMA_PRAGMA(x) _Pragma(#x)
-#  define LLAMA_OMP(x) LLAMA_PRAGMA(omp x)
+#    include <omp.h>
+#    define LLAMA_PRAGMA(x) _Pragma(#    x)
+#    define LLAMA_OMP(x) LLAMA_PRAGMA(omp x)
 #else
-#  define LLAMA_OMP(x)
+#    define LLAMA_OMP(x)
 #endif
 
 typedef struct {
     int vocab, dim, blocks, heads, kv_heads, ffn, seq;
-    int tied;               // 1: the output layer uses the embedding's weights
-    int stages;             // pipeline stages that the session balances; 0: 1
-    uint64_t seed;          // of the initial weights
+    int tied;       // 1: the output layer uses the embedding's weights
+    int stages;     // pipeline stages that the session balances; 0: 1
+    uint64_t seed;  // of the initial weights
 } llama_config;
 
 enum { LLAMA_Q, LLAMA_K, LLAMA_V, LLAMA_O, LLAMA_GATE, LLAMA_UP, LLAMA_DOWN, LLAMA_LINEARS };
 
-typedef struct {            // one parameter tensor
+typedef struct {  // one parameter tensor
     char name[40];
-    int64_t rows, cols, offset;         // offset in params, grads, m and v; vectors have rows = 1
-    int matrix;                         // weight decay applies
-    int layer;                          // index in the session, or -1
+    int64_t rows, cols, offset;  // offset in params, grads, m and v; vectors have rows = 1
+    int matrix;                  // weight decay applies
+    int layer;                   // index in the session, or -1
 } llama_tensor;
 
-typedef struct {            // a block's tensors and what its backward pass needs from the forward pass
+typedef struct {  // a block's tensors and what its backward pass needs from the forward pass
     int norm1, norm2, lin[LLAMA_LINEARS];
-    float *x, *n1, *rstd1, *q, *k, *v, *att, *lse;      // (R, dim) (R, dim) (R) (R, dim) (R, kv) (R, kv) (R, dim) (R, heads)
-    float *x2, *n2, *rstd2, *gate, *up, *act;           // (R, dim) (R, dim) (R) (R, ffn) (R, ffn) (R, ffn)
+    float *x, *n1, *rstd1, *q, *k, *v, *att,
+        *lse;                                  // (R, dim) (R, dim) (R) (R, dim) (R, kv) (R, kv) (R, dim) (R, heads)
+    float *x2, *n2, *rstd2, *gate, *up, *act;  // (R, dim) (R, dim) (R) (R, ffn) (R, ffn) (R, ffn)
 } llama_block;
 
 typedef struct {
     llama_config config;
-    int batch, threads;                 // most sequences per call; threads that scratch memory was made for
-    int n_tensors, embed, norm, output; // output == embed when tied
-    int64_t n_params;                   // floats in params, with the padding between tensors
+    int batch, threads;                  // most sequences per call; threads that scratch memory was made for
+    int n_tensors, embed, norm, output;  // output == embed when tied
+    int64_t n_params;                    // floats in params, with the padding between tensors
     llama_tensor *tensors;
     llama_block *block;
     float *params, *grads, *m, *v;
-    char failed[64];                    // the layer at which a call met NaN or infinity
+    char failed[64];  // the layer at which a call met NaN or infinity
 
     void *memory;
     size_t gemm_scratch_size;
-    float *x, *n, *rstd, *logits;       // (R, dim) (R, dim) (R) (chunk, vocab)
+    float *x, *n, *rstd, *logits;  // (R, dim) (R, dim) (R) (chunk, vocab)
     float *dx, *dn, *dq, *dk, *dv, *datt, *dgate, *dup, *dact;
-    float *rope, *scratch;              // (seq, head_dim): cos, then sin; per thread
+    float *rope, *scratch;  // (seq, head_dim): cos, then sin; per thread
     double *row_loss, *partial;
     void *gemm_scratch;
     int64_t head_chunk, scratch_stride;
 } llama;
 
-static inline const char *llama_config_check(const llama_config *c) {     // NULL: fine
+static inline const char *llama_config_check(const llama_config *c) {  // NULL: fine
     if (c->vocab < 2 || c->vocab > 65536) return "the vocabulary must have 2 to 65536 tokens";
-    if (c->dim < 1 || c->blocks < 1 || c->heads < 1 || c->kv_heads < 1 || c->ffn < 1 || c->seq < 1) return "every dimension must be at least 1";
+    if (c->dim < 1 || c->blocks < 1 || c->heads < 1 || c->kv_heads < 1 || c->ffn < 1 || c->seq < 1)
+        return "every dimension must be at least 1";
     if (c->dim > 65536 || c->ffn > 1 << 20 || c->seq > 1 << 20 || c->blocks > 1000) return "a dimension is too large";
     if (c->dim % c->heads) return "--dim must be a multiple of --heads";
     if (c->heads % c->kv_heads) return "--heads must be a multiple of --kv-heads";
@@ -88,7 +90,7 @@ static inline const char *llama_config_check(const llama_config *c) {     // NUL
 }
 
 // >>math -------------------------------------------------------------------------------------------
-static inline int llama_finite(double x) {      // by bits: holds under -Ofast, where isfinite() is folded to 1
+static inline int llama_finite(double x) {  // by bits: holds under -Ofast, where isfinite() is folded to 1
     uint64_t u;
     memcpy(&u, &x, sizeof u);
     return (u >> 52 & 0x7ff) != 0x7ff;
@@ -97,13 +99,17 @@ static inline int llama_finite(double x) {      // by bits: holds under -Ofast, 
 // exp to 2 ulp between -87 and 87, its ends beyond; NaN stays NaN. Choices are made on integers, which compilers
 // turn into selects (a comparison of floats may trap and keeps the branch), so that loops over it vectorize.
 static inline float llama_exp(float x) {
-    union { float f; uint32_t u; } in, t, half, e;
+    union {
+        float f;
+        uint32_t u;
+    } in, t, half, e;
+
     in.f = x;
     uint32_t sign = in.u & 0x80000000u, a = in.u & 0x7fffffffu;
     t.u = sign | (a < 0x42ae0000u ? a : 0x42ae0000u);
     half.u = sign | 0x3f000000u;
     int32_t n = (int32_t)(t.f * 1.44269504f + half.f);
-    float r = t.f - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;        // t - n ln 2 in two parts
+    float r = t.f - (float)n * 0.693359375f + (float)n * 2.12194440e-4f;  // t - n ln 2 in two parts
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -116,9 +122,15 @@ static inline float llama_exp(float x) {
     e.u |= (0u - (uint32_t)(a > 0x7f800000u)) & 0x7fc00000u;
     return e.f;
 }
-// Of softmax, x <= 0: 0 below -40. Nothing to a sum of 1 or more, but its products would be subnormal, a hundred times as slow.
+
+// Of softmax, x <= 0: 0 below -40. Nothing to a sum of 1 or more, but its products would be subnormal, a hundred times
+// as slow.
 static inline float llama_exp_softmax(float x) {
-    union { float f; uint32_t u; } in, e;
+    union {
+        float f;
+        uint32_t u;
+    } in, e;
+
     in.f = x;
     e.f = llama_exp(x);
     uint32_t a = in.u & 0x7fffffffu;
@@ -128,12 +140,14 @@ static inline float llama_exp_softmax(float x) {
 
 // Sixteen partial sums: a fixed order that vectorizes without -ffast-math.
 #define LLAMA_LANES 16
+
 static inline float llama_sum_lanes(const float *a) {
     float s[8], t[4];
     for (int i = 0; i < 8; i++) s[i] = a[i] + a[i + 8];
     for (int i = 0; i < 4; i++) t[i] = s[i] + s[i + 4];
     return (t[0] + t[2]) + (t[1] + t[3]);
 }
+
 static inline float llama_dot(const float *a, const float *b, int64_t n) {
     float acc[LLAMA_LANES] = { 0 };
     int64_t i = 0;
@@ -142,6 +156,7 @@ static inline float llama_dot(const float *a, const float *b, int64_t n) {
     for (int j = 0; j < LLAMA_LANES && i + j < n; j++) acc[j] += a[i + j] * b[i + j];
     return llama_sum_lanes(acc);
 }
+
 static inline float llama_sum(const float *a, int64_t n) {
     float acc[LLAMA_LANES] = { 0 };
     int64_t i = 0;
@@ -150,6 +165,7 @@ static inline float llama_sum(const float *a, int64_t n) {
     for (int j = 0; j < LLAMA_LANES && i + j < n; j++) acc[j] += a[i + j];
     return llama_sum_lanes(acc);
 }
+
 static inline float llama_max(const float *a, int64_t n) {
     float acc[LLAMA_LANES], best = a[0];
     int64_t i = 0;
@@ -167,49 +183,66 @@ static inline float llama_max(const float *a, int64_t n) {
 #define LLAMA_ROWS_4(x) x(0) x(1) x(2) x(3)
 #define LLAMA_ROWS_8(x) LLAMA_ROWS_4(x) x(4) x(5) x(6) x(7)
 #ifdef __AVX512F__
-#  define LLAMA_MR 8
-#  define LLAMA_ROWS LLAMA_ROWS_8
+#    define LLAMA_MR 8
+#    define LLAMA_ROWS LLAMA_ROWS_8
 #else
-#  define LLAMA_MR 4
-#  define LLAMA_ROWS LLAMA_ROWS_4
+#    define LLAMA_MR 4
+#    define LLAMA_ROWS LLAMA_ROWS_4
 #endif
 #define LLAMA_CLEAR(y) vec p##y = { 0 }, q##y = { 0 };
-#define LLAMA_STEP(y) p##y += a[y * ra] * b0; q##y += a[y * ra] * b1;
-#define LLAMA_STORE(y) { \
-    vec *row = (vec *)(c + y * ldc); \
-    if (accumulate) { row[0] += p##y; row[1] += q##y; } else { row[0] = p##y; row[1] = q##y; } }
-#define LLAMA_TILE(width) \
-static inline void llama_mm_##width(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) { \
-    typedef float vec __attribute__((vector_size(4 * width), aligned(4), may_alias)); \
-    LLAMA_ROWS(LLAMA_CLEAR) \
-    for (int64_t p = 0; p < k; p++, b += ldb, a += ca) { \
-        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + width); \
-        LLAMA_ROWS(LLAMA_STEP) \
-    } \
-    LLAMA_ROWS(LLAMA_STORE) \
-}
+#define LLAMA_STEP(y)       \
+    p##y += a[y * ra] * b0; \
+    q##y += a[y * ra] * b1;
+#define LLAMA_STORE(y)                   \
+    {                                    \
+        vec *row = (vec *)(c + y * ldc); \
+        if (accumulate) {                \
+            row[0] += p##y;              \
+            row[1] += q##y;              \
+        } else {                         \
+            row[0] = p##y;               \
+            row[1] = q##y;               \
+        }                                \
+    }
+#define LLAMA_TILE(width)                                                                                  \
+    static inline void llama_mm_##width(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, \
+                                        int64_t ldb, float *c, int64_t ldc, int accumulate) {              \
+        typedef float vec __attribute__((vector_size(4 * width), aligned(4), may_alias));                  \
+        LLAMA_ROWS(LLAMA_CLEAR)                                                                            \
+        for (int64_t p = 0; p < k; p++, b += ldb, a += ca) {                                               \
+            vec b0 = *(const vec *)b, b1 = *(const vec *)(b + width);                                      \
+            LLAMA_ROWS(LLAMA_STEP)                                                                         \
+        }                                                                                                  \
+        LLAMA_ROWS(LLAMA_STORE)                                                                            \
+    }
 #ifdef __GNUC__
 LLAMA_TILE(4)
-#  ifdef __AVX2__
+#    ifdef __AVX2__
 LLAMA_TILE(8)
-#  endif
-#  ifdef __AVX512F__
+#    endif
+#    ifdef __AVX512F__
 LLAMA_TILE(16)
-#  endif
+#    endif
 #endif
-static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca,
-                            const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca, const float *b,
+                            int64_t ldb, float *c, int64_t ldc, int accumulate) {
     for (int64_t j = 0, nj; j < n; j += nj) {
         void (*tile)(int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int) = NULL;
         nj = n - j < 8 ? n - j : 8;
 #ifdef __GNUC__
         if (n - j >= 8) tile = llama_mm_4;
-#  ifdef __AVX2__
-        if (n - j >= 16) { tile = llama_mm_8; nj = 16; }
-#  endif
-#  ifdef __AVX512F__
-        if (n - j >= 32) { tile = llama_mm_16; nj = 32; }
-#  endif
+#    ifdef __AVX2__
+        if (n - j >= 16) {
+            tile = llama_mm_8;
+            nj = 16;
+        }
+#    endif
+#    ifdef __AVX512F__
+        if (n - j >= 32) {
+            tile = llama_mm_16;
+            nj = 32;
+        }
+#    endif
 #endif
         for (int64_t i = 0; i < m; i += LLAMA_MR) {
             int64_t mi = m - i < LLAMA_MR ? m - i : LLAMA_MR;
@@ -238,7 +271,7 @@ static inline int llama_add_tensor(llama *g, const char *name, int64_t rows, int
     t->offset = g->n_params;
     t->matrix = matrix;
     t->layer = -1;
-    g->n_params += (rows * cols + 15) / 16 * 16;        // every tensor starts on a cache line
+    g->n_params += (rows * cols + 15) / 16 * 16;  // every tensor starts on a cache line
     return g->n_tensors++;
 }
 
@@ -254,26 +287,49 @@ static inline size_t llama_layout(llama *g, unsigned char *base) {
     int64_t R = (int64_t)g->batch * c->seq, d = c->dim, f = c->ffn, hd = d / c->heads, kv = hd * c->kv_heads;
     size_t used = 0;
 #define LLAMA_TAKE(p, n) (p) = llama_take(base, &used, (n))
-    LLAMA_TAKE(g->params, g->n_params); LLAMA_TAKE(g->grads, g->n_params);
-    LLAMA_TAKE(g->m, g->n_params);      LLAMA_TAKE(g->v, g->n_params);
+    LLAMA_TAKE(g->params, g->n_params);
+    LLAMA_TAKE(g->grads, g->n_params);
+    LLAMA_TAKE(g->m, g->n_params);
+    LLAMA_TAKE(g->v, g->n_params);
     for (int i = 0; i < c->blocks; i++) {
         llama_block *b = &g->block[i];
-        LLAMA_TAKE(b->x, R * d);    LLAMA_TAKE(b->n1, R * d);    LLAMA_TAKE(b->rstd1, R); LLAMA_TAKE(b->q, R * d);
-        LLAMA_TAKE(b->k, R * kv);   LLAMA_TAKE(b->v, R * kv);    LLAMA_TAKE(b->att, R * d); LLAMA_TAKE(b->lse, R * c->heads);
-        LLAMA_TAKE(b->x2, R * d);   LLAMA_TAKE(b->n2, R * d);    LLAMA_TAKE(b->rstd2, R);
-        LLAMA_TAKE(b->gate, R * f); LLAMA_TAKE(b->up, R * f);    LLAMA_TAKE(b->act, R * f);
+        LLAMA_TAKE(b->x, R * d);
+        LLAMA_TAKE(b->n1, R * d);
+        LLAMA_TAKE(b->rstd1, R);
+        LLAMA_TAKE(b->q, R * d);
+        LLAMA_TAKE(b->k, R * kv);
+        LLAMA_TAKE(b->v, R * kv);
+        LLAMA_TAKE(b->att, R * d);
+        LLAMA_TAKE(b->lse, R * c->heads);
+        LLAMA_TAKE(b->x2, R * d);
+        LLAMA_TAKE(b->n2, R * d);
+        LLAMA_TAKE(b->rstd2, R);
+        LLAMA_TAKE(b->gate, R * f);
+        LLAMA_TAKE(b->up, R * f);
+        LLAMA_TAKE(b->act, R * f);
     }
-    LLAMA_TAKE(g->x, R * d);   LLAMA_TAKE(g->n, R * d);   LLAMA_TAKE(g->rstd, R);
-    LLAMA_TAKE(g->dx, R * d);  LLAMA_TAKE(g->dn, R * d);  LLAMA_TAKE(g->dq, R * d); LLAMA_TAKE(g->datt, R * d);
-    LLAMA_TAKE(g->dk, R * kv); LLAMA_TAKE(g->dv, R * kv);
-    LLAMA_TAKE(g->dgate, R * f); LLAMA_TAKE(g->dup, R * f); LLAMA_TAKE(g->dact, R * f);
+    LLAMA_TAKE(g->x, R * d);
+    LLAMA_TAKE(g->n, R * d);
+    LLAMA_TAKE(g->rstd, R);
+    LLAMA_TAKE(g->dx, R * d);
+    LLAMA_TAKE(g->dn, R * d);
+    LLAMA_TAKE(g->dq, R * d);
+    LLAMA_TAKE(g->datt, R * d);
+    LLAMA_TAKE(g->dk, R * kv);
+    LLAMA_TAKE(g->dv, R * kv);
+    LLAMA_TAKE(g->dgate, R * f);
+    LLAMA_TAKE(g->dup, R * f);
+    LLAMA_TAKE(g->dact, R * f);
     LLAMA_TAKE(g->logits, g->head_chunk * c->vocab);
     LLAMA_TAKE(g->rope, c->seq * hd);
     LLAMA_TAKE(g->scratch, g->scratch_stride * g->threads);
     float *p;
-    LLAMA_TAKE(p, 2 * R);                                g->row_loss = (double *)(void *)p;
-    LLAMA_TAKE(p, 2 * (g->n_params / 4096 + 1));         g->partial = (double *)(void *)p;
-    LLAMA_TAKE(p, (int64_t)(g->gemm_scratch_size / 4 + 1)); g->gemm_scratch = p;
+    LLAMA_TAKE(p, 2 * R);
+    g->row_loss = (double *)(void *)p;
+    LLAMA_TAKE(p, 2 * (g->n_params / 4096 + 1));
+    g->partial = (double *)(void *)p;
+    LLAMA_TAKE(p, (int64_t)(g->gemm_scratch_size / 4 + 1));
+    g->gemm_scratch = p;
 #undef LLAMA_TAKE
     return used;
 }
@@ -315,25 +371,36 @@ static inline void llama_init(llama *g) {
 // Registers the linear layers in session order "0.attn.q", "0.attn.k", ... and binds their moments.
 // NULL: out of memory, or the configuration is refused.
 static inline llama *llama_create(const llama_config *config, int batch, snip *session) {
-    static const char *const kind[LLAMA_LINEARS] = { "attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down" };
+    static const char *const kind[LLAMA_LINEARS] = { "attn.q",   "attn.k", "attn.v",  "attn.o",
+                                                     "mlp.gate", "mlp.up", "mlp.down" };
     if (llama_config_check(config) || batch < 1 || batch > 1 << 20) return NULL;
     llama *g = (llama *)calloc(1, sizeof *g);
     if (!g) return NULL;
     g->config = *config;
     const llama_config *c = &g->config;
     int64_t d = c->dim, hd = d / c->heads, kv = hd * c->kv_heads, R = (int64_t)batch * c->seq;
-    const int64_t out[LLAMA_LINEARS] = { d, kv, kv, d, c->ffn, c->ffn, d }, in[LLAMA_LINEARS] = { d, d, d, d, d, d, c->ffn };
+    const int64_t out[LLAMA_LINEARS] = { d, kv, kv, d, c->ffn, c->ffn, d },
+                  in[LLAMA_LINEARS] = { d, d, d, d, d, d, c->ffn };
     g->tensors = (llama_tensor *)calloc((size_t)c->blocks * 9 + 3, sizeof *g->tensors);
     g->block = (llama_block *)calloc((size_t)c->blocks, sizeof *g->block);
-    if (!g->tensors || !g->block) { llama_destroy(g); return NULL; }
+    if (!g->tensors || !g->block) {
+        llama_destroy(g);
+        return NULL;
+    }
 
     char name[40];
     g->embed = llama_add_tensor(g, "embed.weight", c->vocab, d, 1);
     for (int i = 0; i < c->blocks; i++) {
         llama_block *b = &g->block[i];
         for (int j = 0; j < LLAMA_LINEARS; j++) {
-            if (j == LLAMA_Q)    { snprintf(name, sizeof name, "blocks.%d.norm1.weight", i); b->norm1 = llama_add_tensor(g, name, 1, d, 0); }
-            if (j == LLAMA_GATE) { snprintf(name, sizeof name, "blocks.%d.norm2.weight", i); b->norm2 = llama_add_tensor(g, name, 1, d, 0); }
+            if (j == LLAMA_Q) {
+                snprintf(name, sizeof name, "blocks.%d.norm1.weight", i);
+                b->norm1 = llama_add_tensor(g, name, 1, d, 0);
+            }
+            if (j == LLAMA_GATE) {
+                snprintf(name, sizeof name, "blocks.%d.norm2.weight", i);
+                b->norm2 = llama_add_tensor(g, name, 1, d, 0);
+            }
             snprintf(name, sizeof name, "blocks.%d.%s.weight", i, kind[j]);
             b->lin[j] = llama_add_tensor(g, name, out[j], in[j], 1);
         }
@@ -346,14 +413,19 @@ static inline llama *llama_create(const llama_config *config, int batch, snip *s
 #ifdef _OPENMP
     g->threads = omp_get_max_threads();
 #endif
-    g->head_chunk = (1 << 23) / c->vocab < R ? (1 << 23) / c->vocab : R;        // logits in pieces of at most 32 MB
+    g->head_chunk = (1 << 23) / c->vocab < R ? (1 << 23) / c->vocab : R;  // logits in pieces of at most 32 MB
     int64_t chunk = g->head_chunk;
-    size_t s[3] = { snip_gemm_scratch(chunk, c->vocab, d), snip_gemm_scratch(chunk, d, c->vocab), snip_gemm_scratch(c->vocab, d, chunk) };
-    for (int i = 0; i < 3; i++) if (s[i] > g->gemm_scratch_size) g->gemm_scratch_size = s[i];
+    size_t s[3] = { snip_gemm_scratch(chunk, c->vocab, d), snip_gemm_scratch(chunk, d, c->vocab),
+                    snip_gemm_scratch(c->vocab, d, chunk) };
+    for (int i = 0; i < 3; i++)
+        if (s[i] > g->gemm_scratch_size) g->gemm_scratch_size = s[i];
     g->scratch_stride = ((4 * hd + 64) * (((int64_t)c->seq + 31) / 32) + 3 * hd) * 32 + 64;
     size_t size = llama_layout(g, NULL);
     g->memory = calloc(size + 64, 1);
-    if (!g->memory) { llama_destroy(g); return NULL; }
+    if (!g->memory) {
+        llama_destroy(g);
+        return NULL;
+    }
     llama_layout(g, (unsigned char *)g->memory + (64 - (uintptr_t)g->memory % 64));
 
     for (int64_t t = 0; t < c->seq; t++)
@@ -367,8 +439,13 @@ static inline llama *llama_create(const llama_config *config, int batch, snip *s
         for (int j = 0; j < LLAMA_LINEARS; j++) {
             llama_tensor *t = &g->tensors[g->block[i].lin[j]];
             snprintf(name, sizeof name, "%d.%s", i, kind[j]);
-            t->layer = snip_add_linear(session, name, t->rows, t->cols, c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0);
-            if (t->layer < 0 || (snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset) && snip_bind_momentum(session, t->layer, g->m + t->offset))) { llama_destroy(g); return NULL; }
+            t->layer = snip_add_linear(session, name, t->rows, t->cols,
+                                       c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0);
+            if (t->layer < 0 || (snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset) &&
+                                 snip_bind_momentum(session, t->layer, g->m + t->offset))) {
+                llama_destroy(g);
+                return NULL;
+            }
         }
     return g;
 }
@@ -376,19 +453,23 @@ static inline llama *llama_create(const llama_config *config, int batch, snip *s
 // >>layers -----------------------------------------------------------------------------------------
 static inline void llama_fail(llama *g, const llama_tensor *t, const char *where) {
     if (g->failed[0]) return;
-    const char *name = strncmp(t->name, "blocks.", 7) ? t->name : t->name + 7;     // "0.attn.q", as the session calls it
+    const char *name = strncmp(t->name, "blocks.", 7) ? t->name : t->name + 7;  // "0.attn.q", as the session calls it
     size_t len = strlen(name), tail = strlen(".weight");
     snprintf(g->failed, sizeof g->failed, "%.*s (%s)", (int)(len > tail ? len - tail : len), name, where);
 }
+
 static inline snip_status llama_linear_fwd(llama *g, snip *s, int tensor, float *out, const float *inp, int64_t rows) {
     const llama_tensor *t = &g->tensors[tensor];
     snip_status st = snip_linear_forward(s, t->layer, out, inp, g->params + t->offset, NULL, rows);
     if (st) llama_fail(g, t, "forward");
     return st;
 }
-static inline snip_status llama_linear_bwd(llama *g, snip *s, int tensor, float *dinp, const float *dout, const float *inp, int64_t rows) {
+
+static inline snip_status llama_linear_bwd(llama *g, snip *s, int tensor, float *dinp, const float *dout,
+                                           const float *inp, int64_t rows) {
     const llama_tensor *t = &g->tensors[tensor];
-    snip_status st = snip_linear_backward(s, t->layer, dinp, g->grads + t->offset, NULL, dout, inp, g->params + t->offset, rows);
+    snip_status st = snip_linear_backward(s, t->layer, dinp, g->grads + t->offset, NULL, dout, inp,
+                                          g->params + t->offset, rows);
     if (st) llama_fail(g, t, "backward");
     return st;
 }
@@ -402,9 +483,10 @@ static inline void llama_rmsnorm_fwd(float *out, float *rstd, const float *x, co
         for (int64_t i = 0; i < d; i++) out[r * d + i] = xr[i] * s * w[i];
     }
 }
+
 // dx += the gradient through the norm; dw accumulates.
-static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, const float *x, const float *w, const float *rstd,
-                                     int64_t R, int64_t d) {
+static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, const float *x, const float *w,
+                                     const float *rstd, int64_t R, int64_t d) {
     LLAMA_OMP(parallel for schedule(static))
     for (int64_t r = 0; r < R; r++) {
         const float *xr = x + r * d, *dy = dout + r * d;
@@ -417,7 +499,7 @@ static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, co
         for (i = 0; i < d; i++) dx[r * d + i] += dy[i] * w[i] * s - xr[i] * mean;
     }
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t c = 0; c < d; c += 64) {               // columns in parallel, rows in order
+    for (int64_t c = 0; c < d; c += 64) {  // columns in parallel, rows in order
         int64_t n = d - c < 64 ? d - c : 64;
         float acc[64] = { 0 };
         for (int64_t r = 0; r < R; r++)
@@ -461,13 +543,16 @@ static inline void llama_take_rows(float *out, const float *x, int64_t ldx, int6
     for (int64_t t = 0; t < rows; t++) memcpy(out + t * hd, x + t * ldx, (size_t)hd * sizeof(float));
     memset(out + rows * hd, 0, (size_t)((padded - rows) * hd) * sizeof(float));
 }
+
 static inline void llama_give_rows(float *out, int64_t ldo, const float *x, int64_t rows, int64_t hd) {
     for (int64_t t = 0; t < rows; t++) memcpy(out + t * ldo, x + t * hd, (size_t)hd * sizeof(float));
 }
-static inline void llama_transpose_rows(float *out, const float *x, int64_t hd) {       // (32, hd) to (hd, 32)
+
+static inline void llama_transpose_rows(float *out, const float *x, int64_t hd) {  // (32, hd) to (hd, 32)
     for (int64_t i = 0; i < hd; i++)
         for (int64_t t = 0; t < LLAMA_QROWS; t++) out[i * LLAMA_QROWS + t] = x[t * hd + i];
 }
+
 // Scores (n, 32) of the keys that a query may not see: those of the last 32 rows above the diagonal.
 static inline void llama_mask(float *s, int64_t n, float value) {
     for (int64_t j = 1; j < LLAMA_QROWS; j++)
@@ -476,12 +561,14 @@ static inline void llama_mask(float *s, int64_t n, float value) {
 
 static inline void llama_attention_fwd(const llama *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS, padded = (T + Q - 1) / Q * Q;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS,
+            padded = (T + Q - 1) / Q * Q;
     float scale = 1.0f / sqrtf((float)hd);
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
     for (int64_t task = 0; task < sequences * G; task++) {
         int64_t r0 = task / G * T, kvh = task % G;
-        float *k = llama_thread_scratch(g), *v = k + padded * hd, *s = v + padded * hd, *q = s + padded * Q, *qt = q + Q * hd;    // (seq, hd) (seq, hd) (seq, 32) (32, hd) (hd, 32)
+        float *k = llama_thread_scratch(g), *v = k + padded * hd, *s = v + padded * hd, *q = s + padded * Q,
+              *qt = q + Q * hd;  // (seq, hd) (seq, hd) (seq, 32) (32, hd) (hd, 32)
         llama_take_rows(k, b->k + r0 * kv + kvh * hd, kv, T, padded, hd);
         llama_take_rows(v, b->v + r0 * kv + kvh * hd, kv, T, padded, hd);
         for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
@@ -494,11 +581,13 @@ static inline void llama_attention_fwd(const llama *g, const llama_block *b, int
                 llama_mask(s, n, -1e30f);
                 memcpy(top, s, sizeof top);
                 for (int64_t j = 1; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++) top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++)
+                        top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
                 for (int64_t j = 0; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++) s[j * LLAMA_QROWS + i] = llama_exp_softmax((s[j * LLAMA_QROWS + i] - top[i]) * scale);
+                    for (int64_t i = 0; i < LLAMA_QROWS; i++)
+                        s[j * LLAMA_QROWS + i] = llama_exp_softmax((s[j * LLAMA_QROWS + i] - top[i]) * scale);
                 llama_mask(s, n, 0.0f);
-                for (int64_t j0 = 0; j0 < n; j0 += Q) {         // shorter sums are closer ones
+                for (int64_t j0 = 0; j0 < n; j0 += Q) {  // shorter sums are closer ones
                     float part[LLAMA_QROWS] = { 0 };
                     for (int64_t j = j0; j < j0 + Q; j++)
                         for (int64_t i = 0; i < LLAMA_QROWS; i++) part[i] += s[j * LLAMA_QROWS + i];
@@ -517,13 +606,16 @@ static inline void llama_attention_fwd(const llama *g, const llama_block *b, int
 
 static inline void llama_attention_bwd(llama *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS, padded = (T + Q - 1) / Q * Q;
+    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS,
+            padded = (T + Q - 1) / Q * Q;
     float scale = 1.0f / sqrtf((float)hd);
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
     for (int64_t task = 0; task < sequences * G; task++) {
         int64_t r0 = task / G * T, kvh = task % G, at_kv = r0 * kv + kvh * hd;
-        float *k = llama_thread_scratch(g), *v = k + padded * hd, *dk = v + padded * hd, *dv = dk + padded * hd;        // (seq, hd)
-        float *p = dv + padded * hd, *ds = p + padded * Q, *q = ds + padded * Q, *dout = q + Q * hd, *turned = dout + Q * hd;    // (seq, 32) (seq, 32) (32, hd) (32, hd) (hd, 32)
+        float *k = llama_thread_scratch(g), *v = k + padded * hd, *dk = v + padded * hd,
+              *dv = dk + padded * hd;  // (seq, hd)
+        float *p = dv + padded * hd, *ds = p + padded * Q, *q = ds + padded * Q, *dout = q + Q * hd,
+              *turned = dout + Q * hd;  // (seq, 32) (seq, 32) (32, hd) (32, hd) (hd, 32)
         llama_take_rows(k, b->k + at_kv, kv, T, padded, hd);
         llama_take_rows(v, b->v + at_kv, kv, T, padded, hd);
         memset(dk, 0, (size_t)(2 * padded * hd) * sizeof(float));
@@ -564,7 +656,9 @@ static inline void llama_swiglu_fwd(float *act, const float *gate, const float *
     for (int64_t r = 0; r < R; r++)
         for (int64_t i = r * f; i < (r + 1) * f; i++) act[i] = gate[i] / (1.0f + llama_exp(-gate[i])) * up[i];
 }
-static inline void llama_swiglu_bwd(float *dgate, float *dup, const float *dact, const float *gate, const float *up, int64_t R, int64_t f) {
+
+static inline void llama_swiglu_bwd(float *dgate, float *dup, const float *dact, const float *gate, const float *up,
+                                    int64_t R, int64_t f) {
     LLAMA_OMP(parallel for schedule(static))
     for (int64_t r = 0; r < R; r++)
         for (int64_t i = r * f; i < (r + 1) * f; i++) {
@@ -573,6 +667,7 @@ static inline void llama_swiglu_bwd(float *dgate, float *dup, const float *dact,
             dgate[i] = dact[i] * up[i] * s * (1.0f + x * (1.0f - s));
         }
 }
+
 static inline void llama_add(float *out, const float *a, const float *b, int64_t R, int64_t d) {
     LLAMA_OMP(parallel for schedule(static))
     for (int64_t r = 0; r < R; r++)
@@ -640,7 +735,7 @@ static inline snip_status llama_forward(llama *g, snip *s, const int32_t *tokens
     const llama_config *c = &g->config;
     int64_t R = (int64_t)sequences * c->seq, d = c->dim;
     const float *embed = g->params + g->tensors[g->embed].offset;
-    float *x = c->blocks ? g->block[0].x : g->x, *y = g->dn;            // y: what a branch adds to the stream
+    float *x = c->blocks ? g->block[0].x : g->x, *y = g->dn;  // y: what a branch adds to the stream
     snip_status st;
     g->failed[0] = 0;
     if (sequences < 1 || sequences > g->batch) return SNIP_BAD_ARGUMENT;
@@ -676,7 +771,8 @@ static inline snip_status llama_backward(llama *g, snip *s, const int32_t *token
     size_t row_bytes = (size_t)(R * d) * sizeof(float);
     snip_status st;
     memset(g->dx, 0, row_bytes);
-    llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[g->norm].offset, g->dn, g->x, g->params + g->tensors[g->norm].offset, g->rstd, R, d);
+    llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[g->norm].offset, g->dn, g->x, g->params + g->tensors[g->norm].offset,
+                      g->rstd, R, d);
     for (int i = c->blocks - 1; i >= 0; i--) {
         llama_block *b = &g->block[i];
         memset(g->dact, 0, (size_t)(R * f) * sizeof(float));
@@ -685,7 +781,8 @@ static inline snip_status llama_backward(llama *g, snip *s, const int32_t *token
         memset(g->dn, 0, row_bytes);
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_UP], g->dn, g->dup, b->n2, R)) != SNIP_OK) return st;
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_GATE], g->dn, g->dgate, b->n2, R)) != SNIP_OK) return st;
-        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm2].offset, g->dn, b->x2, g->params + g->tensors[b->norm2].offset, b->rstd2, R, d);
+        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm2].offset, g->dn, b->x2,
+                          g->params + g->tensors[b->norm2].offset, b->rstd2, R, d);
         memset(g->datt, 0, row_bytes);
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_O], g->datt, g->dx, b->att, R)) != SNIP_OK) return st;
         llama_attention_bwd(g, b, sequences);
@@ -695,11 +792,12 @@ static inline snip_status llama_backward(llama *g, snip *s, const int32_t *token
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_V], g->dn, g->dv, b->n1, R)) != SNIP_OK) return st;
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_K], g->dn, g->dk, b->n1, R)) != SNIP_OK) return st;
         if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_Q], g->dn, g->dq, b->n1, R)) != SNIP_OK) return st;
-        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm1].offset, g->dn, b->x, g->params + g->tensors[b->norm1].offset, b->rstd1, R, d);
+        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm1].offset, g->dn, b->x,
+                          g->params + g->tensors[b->norm1].offset, b->rstd1, R, d);
     }
     float *de = g->grads + g->tensors[g->embed].offset;
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t j = 0; j < d; j += 64) {               // columns in parallel: a token's rows add up in order
+    for (int64_t j = 0; j < d; j += 64) {  // columns in parallel: a token's rows add up in order
         int64_t n = d - j < 64 ? d - j : 64;
         for (int64_t r = 0; r < R; r++)
             for (int64_t k = 0; k < n; k++) de[tokens[r] * d + j + k] += g->dx[r * d + j + k];
@@ -714,7 +812,7 @@ static inline double llama_grad_norm(llama *g) {
     LLAMA_OMP(parallel for schedule(static))
     for (int64_t p = 0; p < pieces; p++) {
         int64_t end = (p + 1) * 4096 < g->n_params ? (p + 1) * 4096 : g->n_params;
-        double acc[8] = { 0 };                          // n_params is a multiple of 16
+        double acc[8] = { 0 };  // n_params is a multiple of 16
         for (int64_t i = p * 4096; i < end; i += 8)
             for (int j = 0; j < 8; j++) acc[j] += (double)g->grads[i + j] * (double)g->grads[i + j];
         g->partial[p] = ((acc[0] + acc[4]) + (acc[2] + acc[6])) + ((acc[1] + acc[5]) + (acc[3] + acc[7]));
@@ -725,15 +823,20 @@ static inline double llama_grad_norm(llama *g) {
         for (int i = 0; i < g->n_tensors && !g->failed[0]; i++) {
             const llama_tensor *t = &g->tensors[i];
             for (int64_t j = 0; j < t->rows * t->cols; j++)
-                if (!llama_finite((double)g->grads[t->offset + j])) { llama_fail(g, t, "gradient"); break; }
+                if (!llama_finite((double)g->grads[t->offset + j])) {
+                    llama_fail(g, t, "gradient");
+                    break;
+                }
         }
     return sqrt(sum);
 }
 
 // One AdamW update with gradients times grad_scale; decay on matrices only. step: 1 for the first.
-static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, double eps, double decay, int64_t step, double grad_scale) {
+static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, double eps, double decay, int64_t step,
+                               double grad_scale) {
     float b1 = (float)beta1, b2 = (float)beta2, e = (float)eps, scale = (float)grad_scale;
-    float c1 = (float)(1.0 / (1.0 - pow(beta1, (double)step))), c2 = (float)(1.0 / (1.0 - pow(beta2, (double)step))), rate = (float)lr;
+    float c1 = (float)(1.0 / (1.0 - pow(beta1, (double)step))), c2 = (float)(1.0 / (1.0 - pow(beta2, (double)step))),
+          rate = (float)lr;
     for (int i = 0; i < g->n_tensors; i++) {
         const llama_tensor *t = &g->tensors[i];
         float *p = g->params + t->offset, *m = g->m + t->offset, *v = g->v + t->offset;
@@ -749,7 +852,9 @@ static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, 
         }
     }
 }
-// One update as snip_adamw describes it, with decay on matrices only: SGD with momentum, Lion (Chen et al. 2023, arXiv 2302.06675) or AdamW.
+
+// One update as snip_adamw describes it, with decay on matrices only: SGD with momentum, Lion (Chen et al. 2023, arXiv
+// 2302.06675) or AdamW.
 static inline void llama_update(llama *g, snip_optimizer kind, const snip_adamw *o, double decay) {
     float b1 = (float)o->beta1, b2 = (float)o->beta2, scale = (float)o->grad_scale, rate = (float)o->lr;
     if (kind == SNIP_ADAMW) {
@@ -770,4 +875,4 @@ static inline void llama_update(llama *g, snip_optimizer kind, const snip_adamw 
         }
     }
 }
-#endif // LLAMA_H
+#endif  // LLAMA_H

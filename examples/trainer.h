@@ -3,7 +3,8 @@
 // and _FILE_OFFSET_BITS 64 before the first include. Include snip.h and llama.h first.
 //
 // Bad input ends the program by tr_die(): one line on standard error, exit status 2, the temporary file
-// in hand removed. Nothing is overwritten except by renaming a complete, synced file over it; what is not a file is left alone.
+// in hand removed. Nothing is overwritten except by renaming a complete, synced file over it; what is not a file is
+// left alone.
 #ifndef TRAINER_H
 #define TRAINER_H
 
@@ -27,13 +28,14 @@
 
 // >>die --------------------------------------------------------------------------------------------
 static const char *tr_program = "train";
-static char tr_unfinished[TR_PATH];         // temporary file to remove when we have to stop
-static int tr_line_open;                    // a progress line without its newline is on the terminal
+static char tr_unfinished[TR_PATH];  // temporary file to remove when we have to stop
+static int tr_line_open;             // a progress line without its newline is on the terminal
 
 static inline void tr_end_line(void) {
     if (tr_line_open) fputs("\n", stderr);
     tr_line_open = 0;
 }
+
 static inline void tr_die_with(int status, const char *format, va_list args) {
     tr_end_line();
     fprintf(stderr, "%s: ", tr_program);
@@ -41,12 +43,13 @@ static inline void tr_die_with(int status, const char *format, va_list args) {
     fputs("\n", stderr);
     if (tr_unfinished[0]) unlink(tr_unfinished);
     fflush(stdout);
-    _exit(status);                          // not exit(): memory still in use is no leak to be reported
+    _exit(status);  // not exit(): memory still in use is no leak to be reported
 }
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2), noreturn))
 #endif
-static inline void tr_die(const char *format, ...) {            // bad input, or a file that cannot be read or written
+static inline void
+tr_die(const char *format, ...) {  // bad input, or a file that cannot be read or written
     va_list args;
     va_start(args, format);
     tr_die_with(2, format, args);
@@ -56,23 +59,27 @@ static inline void tr_die(const char *format, ...) {            // bad input, or
 #if defined(__GNUC__)
 __attribute__((format(printf, 1, 2), noreturn))
 #endif
-static inline void tr_stop(const char *format, ...) {           // the training itself failed
+static inline void
+tr_stop(const char *format, ...) {  // the training itself failed
     va_list args;
     va_start(args, format);
     tr_die_with(1, format, args);
     va_end(args);
     exit(1);
 }
+
 static inline void *tr_alloc(size_t n) {
     void *p = calloc(n ? n : 1, 1);
     if (!p) tr_die("out of memory");
     return p;
 }
+
 static inline double tr_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
+
 static inline void tr_path(char *out, const char *dir, const char *name) {
     if (snprintf(out, TR_PATH, "%s/%s", dir, name) >= TR_PATH - 8) tr_die("%s: the path is too long", dir);
 }
@@ -84,84 +91,120 @@ static const char *const tr_precisions[TR_MAX_RUNS] = { "snip", "f32", "bf16", "
 
 typedef struct {
     const char *data[TR_MAX_DATA], *out, *plan, *precision, *compare, *optimizer, *fallback;
-    const char *runs[TR_MAX_RUNS];          // of --compare
+    const char *runs[TR_MAX_RUNS];  // of --compare
     int n_data, n_runs;
-    int64_t steps, every, dim, blocks, heads, kv_heads, ffn, seq, batch, accum, warmup, seed, threads, stages, save_every, val_every;
+    int64_t steps, every, dim, blocks, heads, kv_heads, ffn, seq, batch, accum, warmup, seed, threads, stages,
+        save_every, val_every;
     double budget, speedup, margin, spike, lr;
     int64_t resume, quiet, tied;
     int budget_given, precision_given;
 } tr_options;
 
 // lr: peak, unless --lr says otherwise.
-typedef struct { const char *name; snip_optimizer kind; double lr, beta1, beta2, decay; } tr_optimizer;
+typedef struct {
+    const char *name;
+    snip_optimizer kind;
+    double lr, beta1, beta2, decay;
+} tr_optimizer;
+
 static const tr_optimizer tr_optimizers[] = {
-    { "adamw", SNIP_ADAMW, 2e-3, 0.9, 0.95, 0.1 }, { "sgd", SNIP_SGD_MOMENTUM, 0.1, 0.9, 0, 2e-3 }, { "lion", SNIP_LION, 1e-3, 0.9, 0.99, 0.2 } };
+    {"adamw", SNIP_ADAMW,        2e-3, 0.9, 0.95, 0.1 },
+    { "sgd",  SNIP_SGD_MOMENTUM, 0.1,  0.9, 0,    2e-3},
+    { "lion", SNIP_LION,         1e-3, 0.9, 0.99, 0.2 }
+};
+
 static inline const tr_optimizer *tr_optimizer_named(const char *name) {
-    for (int i = 0; i < 3; i++) if (!strcmp(name, tr_optimizers[i].name)) return &tr_optimizers[i];
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(name, tr_optimizers[i].name)) return &tr_optimizers[i];
     return NULL;
 }
+
 // What a spike of the loss falls back to.
 static inline snip_format tr_fallback(const char *name) {
-    return !strcmp(name, "fp8") ? SNIP_E4M3 : !strcmp(name, "bf16") ? SNIP_BF16 : !strcmp(name, "f32") ? SNIP_F32 : !strcmp(name, "none") ? SNIP_E2M1 : (snip_format)0;
+    return !strcmp(name, "fp8")    ? SNIP_E4M3
+           : !strcmp(name, "bf16") ? SNIP_BF16
+           : !strcmp(name, "f32")  ? SNIP_F32
+           : !strcmp(name, "none") ? SNIP_E2M1
+                                   : (snip_format)0;
 }
 
 typedef enum { TR_INT, TR_REAL, TR_TEXT, TR_FLAG, TR_DATA } tr_kind;
-typedef struct { const char *name; tr_kind kind; size_t at; double low, high; const char *arg, *help; } tr_option;
+
+typedef struct {
+    const char *name;
+    tr_kind kind;
+    size_t at;
+    double low, high;
+    const char *arg, *help;
+} tr_option;
+
 #define TR_AT(field) offsetof(tr_options, field)
 static const tr_option tr_option_table[] = {
-    { "--data",       TR_DATA, 0, 0, 0, "FILE", "text, read as bytes, or llm.c's .bin of tokens; may be repeated" },
-    { "--out",        TR_TEXT, TR_AT(out), 0, 0, "DIR", "folder for the results (out)" },
-    { "--steps",      TR_INT,  TR_AT(steps), 1, 1e9, "N", "optimizer steps (600)" },
-    { "--precision",  TR_TEXT, TR_AT(precision), 0, 0, "P", "snip, f32, bf16, fp8 or fp4 for the linear layers (snip)" },
-    { "--budget",     TR_REAL, TR_AT(budget), 0, 1, "F", "snip: least share of the linear layers' FLOPs in FP4 (0.75)" },
-    { "--speedup",    TR_REAL, TR_AT(speedup), 0, 100, "F", "snip: instead, the linear layers at least F times as fast as in BF16, as timed here (0: off)" },
-    { "--every",      TR_INT,  TR_AT(every), 0, 1e9, "N", "snip: steps from measurement to measurement; 0: never (100)" },
-    { "--margin",     TR_REAL, TR_AT(margin), -1, 1e9, "F", "snip: standard errors that a change of the plan must save; -1: any saving (2)" },
-    { "--spike",      TR_REAL, TR_AT(spike), -1, 1e9, "F", "snip: deviations above its mean at which the loss spikes; -1: never (6)" },
-    { "--fallback",   TR_TEXT, TR_AT(fallback), 0, 0, "P", "snip: fp8, bf16, f32 or none, from a spike to the next measurement (fp8)" },
-    { "--plan",       TR_TEXT, TR_AT(plan), 0, 0, "FILE", "train under this plan, without measuring" },
-    { "--compare",    TR_TEXT, TR_AT(compare), 0, 0, "LIST", "train each precision of a list such as bf16,fp8,fp4,snip" },
-    { "--dim",        TR_INT,  TR_AT(dim), 1, 65536, "N", "model width (128)" },
-    { "--blocks",     TR_INT,  TR_AT(blocks), 1, 1000, "N", "transformer blocks (4)" },
-    { "--heads",      TR_INT,  TR_AT(heads), 1, 65536, "N", "attention heads (4)" },
-    { "--kv-heads",   TR_INT,  TR_AT(kv_heads), 1, 65536, "N", "key and value heads (as many as heads)" },
-    { "--ffn",        TR_INT,  TR_AT(ffn), 1, 1 << 20, "N", "width of the SwiGLU layer (8/3 of dim, rounded up to 128)" },
-    { "--tied",       TR_FLAG, TR_AT(tied), 0, 0, NULL, "output layer shares the embedding's weights" },
-    { "--seq",        TR_INT,  TR_AT(seq), 1, 1 << 20, "N", "tokens in a sequence (128)" },
-    { "--batch",      TR_INT,  TR_AT(batch), 1, 1 << 20, "N", "sequences in a micro-batch (8)" },
-    { "--accum",      TR_INT,  TR_AT(accum), 1, 1 << 20, "N", "micro-batches in a step (1)" },
-    { "--optimizer",  TR_TEXT, TR_AT(optimizer), 0, 0, "O", "adamw, sgd (with momentum) or lion (adamw)" },
-    { "--lr",         TR_REAL, TR_AT(lr), 0, 1e30, "F", "peak learning rate (adamw 0.002, sgd 0.1, lion 0.001)" },
-    { "--warmup",     TR_INT,  TR_AT(warmup), 0, 1e9, "N", "warm-up steps (a tenth of the steps, at most 100)" },
-    { "--seed",       TR_INT,  TR_AT(seed), 0, 9e15, "N", "of weights, batches and rounding (1)" },
-    { "--stages",     TR_INT,  TR_AT(stages), 1, 1000, "N", "pipeline stages, each of which meets the budget (1)" },
-    { "--threads",    TR_INT,  TR_AT(threads), 1, 4096, "N", "threads, where built with OpenMP (all cores)" },
-    { "--save-every", TR_INT,  TR_AT(save_every), 0, 1e9, "N", "steps from checkpoint to checkpoint; 0: only the last (100)" },
-    { "--val-every",  TR_INT,  TR_AT(val_every), 0, 1e9, "N", "steps from validation to validation; 0: only the last (a tenth)" },
-    { "--resume",     TR_FLAG, TR_AT(resume), 0, 0, NULL, "go on from DIR/model.safetensors" },
-    { "--quiet",      TR_FLAG, TR_AT(quiet), 0, 0, NULL, "no progress and no plan on the terminal" },
+    {"--data",        TR_DATA, 0,                 0,  0,       "FILE", "text, read as bytes, or llm.c's .bin of tokens; may be repeated"},
+    { "--out",        TR_TEXT, TR_AT(out),        0,  0,       "DIR",  "folder for the results (out)"                                   },
+    { "--steps",      TR_INT,  TR_AT(steps),      1,  1e9,     "N",    "optimizer steps (600)"                                          },
+    { "--precision",  TR_TEXT, TR_AT(precision),  0,  0,       "P",    "snip, f32, bf16, fp8 or fp4 for the linear layers (snip)"       },
+    { "--budget",     TR_REAL, TR_AT(budget),     0,  1,       "F",    "snip: least share of the linear layers' FLOPs in FP4 (0.75)"    },
+    { "--speedup",    TR_REAL, TR_AT(speedup),    0,  100,     "F",
+     "snip: instead, the linear layers at least F times as fast as in BF16, as timed here (0: off)"                                     },
+    { "--every",      TR_INT,  TR_AT(every),      0,  1e9,     "N",    "snip: steps from measurement to measurement; 0: never (100)"    },
+    { "--margin",     TR_REAL, TR_AT(margin),     -1, 1e9,     "F",
+     "snip: standard errors that a change of the plan must save; -1: any saving (2)"                                                    },
+    { "--spike",      TR_REAL, TR_AT(spike),      -1, 1e9,     "F",
+     "snip: deviations above its mean at which the loss spikes; -1: never (6)"                                                          },
+    { "--fallback",   TR_TEXT, TR_AT(fallback),   0,  0,       "P",
+     "snip: fp8, bf16, f32 or none, from a spike to the next measurement (fp8)"                                                         },
+    { "--plan",       TR_TEXT, TR_AT(plan),       0,  0,       "FILE", "train under this plan, without measuring"                       },
+    { "--compare",    TR_TEXT, TR_AT(compare),    0,  0,       "LIST", "train each precision of a list such as bf16,fp8,fp4,snip"       },
+    { "--dim",        TR_INT,  TR_AT(dim),        1,  65536,   "N",    "model width (128)"                                              },
+    { "--blocks",     TR_INT,  TR_AT(blocks),     1,  1000,    "N",    "transformer blocks (4)"                                         },
+    { "--heads",      TR_INT,  TR_AT(heads),      1,  65536,   "N",    "attention heads (4)"                                            },
+    { "--kv-heads",   TR_INT,  TR_AT(kv_heads),   1,  65536,   "N",    "key and value heads (as many as heads)"                         },
+    { "--ffn",        TR_INT,  TR_AT(ffn),        1,  1 << 20, "N",    "width of the SwiGLU layer (8/3 of dim, rounded up to 128)"      },
+    { "--tied",       TR_FLAG, TR_AT(tied),       0,  0,       NULL,   "output layer shares the embedding's weights"                    },
+    { "--seq",        TR_INT,  TR_AT(seq),        1,  1 << 20, "N",    "tokens in a sequence (128)"                                     },
+    { "--batch",      TR_INT,  TR_AT(batch),      1,  1 << 20, "N",    "sequences in a micro-batch (8)"                                 },
+    { "--accum",      TR_INT,  TR_AT(accum),      1,  1 << 20, "N",    "micro-batches in a step (1)"                                    },
+    { "--optimizer",  TR_TEXT, TR_AT(optimizer),  0,  0,       "O",    "adamw, sgd (with momentum) or lion (adamw)"                     },
+    { "--lr",         TR_REAL, TR_AT(lr),         0,  1e30,    "F",    "peak learning rate (adamw 0.002, sgd 0.1, lion 0.001)"          },
+    { "--warmup",     TR_INT,  TR_AT(warmup),     0,  1e9,     "N",    "warm-up steps (a tenth of the steps, at most 100)"              },
+    { "--seed",       TR_INT,  TR_AT(seed),       0,  9e15,    "N",    "of weights, batches and rounding (1)"                           },
+    { "--stages",     TR_INT,  TR_AT(stages),     1,  1000,    "N",    "pipeline stages, each of which meets the budget (1)"            },
+    { "--threads",    TR_INT,  TR_AT(threads),    1,  4096,    "N",    "threads, where built with OpenMP (all cores)"                   },
+    { "--save-every", TR_INT,  TR_AT(save_every), 0,  1e9,     "N",
+     "steps from checkpoint to checkpoint; 0: only the last (100)"                                                                      },
+    { "--val-every",  TR_INT,  TR_AT(val_every),  0,  1e9,     "N",
+     "steps from validation to validation; 0: only the last (a tenth)"                                                                  },
+    { "--resume",     TR_FLAG, TR_AT(resume),     0,  0,       NULL,   "go on from DIR/model.safetensors"                               },
+    { "--quiet",      TR_FLAG, TR_AT(quiet),      0,  0,       NULL,   "no progress and no plan on the terminal"                        },
 };
+
 enum { TR_N_OPTIONS = sizeof tr_option_table / sizeof tr_option_table[0] };
 
 static inline void tr_usage(void) {
     printf("usage: %s --data FILE [option]...\n", tr_program);
     for (int i = 0; i < TR_N_OPTIONS; i++) {
         const tr_option *o = &tr_option_table[i];
-        printf("  %s%s%-*s %s\n", o->name, o->arg ? " " : "", (int)(18 - strlen(o->name) - (o->arg ? 1 : 0)), o->arg ? o->arg : "", o->help);
+        printf("  %s%s%-*s %s\n", o->name, o->arg ? " " : "", (int)(18 - strlen(o->name) - (o->arg ? 1 : 0)),
+               o->arg ? o->arg : "", o->help);
     }
     printf("  %-18s %s\n", "--help", "this text");
 }
+
 static inline int tr_is_precision(const char *name) {
-    for (int i = 0; i < TR_MAX_RUNS; i++) if (!strcmp(name, tr_precisions[i])) return 1;
+    for (int i = 0; i < TR_MAX_RUNS; i++)
+        if (!strcmp(name, tr_precisions[i])) return 1;
     return 0;
 }
+
 static inline void tr_set(tr_options *o, const tr_option *t, const char *value) {
     char *field = (char *)o + t->at, *end;
     errno = 0;
     if (t->kind == TR_INT) {
         long long n = strtoll(value, &end, 10);
         if (end == value || *end || errno) tr_die("%s needs a whole number, not '%s'", t->name, value);
-        if ((double)n < t->low || (double)n > t->high) tr_die("%s must be between %.0f and %.0f, not %s", t->name, t->low, t->high, value);
+        if ((double)n < t->low || (double)n > t->high)
+            tr_die("%s must be between %.0f and %.0f, not %s", t->name, t->low, t->high, value);
         *(int64_t *)(void *)field = n;
     } else if (t->kind == TR_REAL) {
         double x = strtod(value, &end);
@@ -181,16 +224,36 @@ static inline void tr_set(tr_options *o, const tr_option *t, const char *value) 
 static inline void tr_parse(tr_options *o, int argc, char **argv) {
     tr_options defaults = { 0 };
     *o = defaults;
-    o->out = "out"; o->precision = "snip"; o->budget = 0.75; o->lr = -1; o->optimizer = "adamw"; o->fallback = "fp8";
-    o->steps = 600; o->every = 100; o->save_every = 100; o->val_every = -1; o->warmup = -1;
-    o->dim = 128; o->blocks = 4; o->heads = 4; o->seq = 128; o->batch = 8; o->accum = 1; o->seed = 1; o->stages = 1;
+    o->out = "out";
+    o->precision = "snip";
+    o->budget = 0.75;
+    o->lr = -1;
+    o->optimizer = "adamw";
+    o->fallback = "fp8";
+    o->steps = 600;
+    o->every = 100;
+    o->save_every = 100;
+    o->val_every = -1;
+    o->warmup = -1;
+    o->dim = 128;
+    o->blocks = 4;
+    o->heads = 4;
+    o->seq = 128;
+    o->batch = 8;
+    o->accum = 1;
+    o->seed = 1;
+    o->stages = 1;
     for (int i = 1; i < argc; i++) {
         const char *arg = argv[i], *eq = strchr(arg, '=');
         size_t len = eq ? (size_t)(eq - arg) : strlen(arg);
         const tr_option *t = NULL;
-        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) { tr_usage(); exit(fflush(stdout) ? 2 : 0); }
+        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
+            tr_usage();
+            exit(fflush(stdout) ? 2 : 0);
+        }
         for (int j = 0; j < TR_N_OPTIONS && !t; j++)
-            if (strlen(tr_option_table[j].name) == len && !strncmp(arg, tr_option_table[j].name, len)) t = &tr_option_table[j];
+            if (strlen(tr_option_table[j].name) == len && !strncmp(arg, tr_option_table[j].name, len))
+                t = &tr_option_table[j];
         if (!t) tr_die("unknown option '%s' (--help lists them)", arg);
         if (t->kind == TR_FLAG) {
             if (eq) tr_die("%s takes no value", t->name);
@@ -204,7 +267,8 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
     }
     if (!o->n_data) tr_die("no --data given (--help lists the options)");
     if (!tr_is_precision(o->precision)) tr_die("unknown --precision '%s'", o->precision);
-    if (o->plan && o->precision_given && strcmp(o->precision, "snip")) tr_die("--plan cannot be combined with --precision %s", o->precision);
+    if (o->plan && o->precision_given && strcmp(o->precision, "snip"))
+        tr_die("--plan cannot be combined with --precision %s", o->precision);
     if (!tr_optimizer_named(o->optimizer)) tr_die("unknown --optimizer '%s'", o->optimizer);
     if (!tr_fallback(o->fallback)) tr_die("unknown --fallback '%s'", o->fallback);
     if (o->lr < 0) o->lr = tr_optimizer_named(o->optimizer)->lr;
@@ -216,7 +280,8 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
             char *comma = strchr(at, ',');
             if (comma) *comma = 0;
             if (!tr_is_precision(at)) tr_die("unknown precision '%s' in --compare", at);
-            for (int i = 0; i < o->n_runs; i++) if (!strcmp(o->runs[i], at)) tr_die("--compare names %s twice", at);
+            for (int i = 0; i < o->n_runs; i++)
+                if (!strcmp(o->runs[i], at)) tr_die("--compare names %s twice", at);
             o->runs[o->n_runs++] = at;
             at = comma ? comma + 1 : NULL;
         }
@@ -232,17 +297,19 @@ static inline void tr_parse(tr_options *o, int argc, char **argv) {
 // >>data -------------------------------------------------------------------------------------------
 typedef struct {
     uint16_t *tokens;
-    int64_t n, n_train;                 // the last tenth of each file is for validation, behind the rest
+    int64_t n, n_train;  // the last tenth of each file is for validation, behind the rest
     int vocab;
     uint64_t hash;
 } tr_data;
 
 #define TR_FNV 14695981039346656037u
-static inline uint64_t tr_fnv(uint64_t h, const void *data, size_t n) {         // FNV-1a, 64 bits
+
+static inline uint64_t tr_fnv(uint64_t h, const void *data, size_t n) {  // FNV-1a, 64 bits
     const unsigned char *p = (const unsigned char *)data;
     for (size_t i = 0; i < n; i++) h = (h ^ p[i]) * 1099511628211u;
     return h;
 }
+
 // The whole file in memory, freed by the caller.
 static inline unsigned char *tr_read(const char *path, size_t *size) {
     FILE *f = fopen(path, "rb");
@@ -253,7 +320,9 @@ static inline unsigned char *tr_read(const char *path, size_t *size) {
         n += fread(p + n, 1, room - n, f);
         if (n < room) break;
         unsigned char *q = (unsigned char *)realloc(p, room *= 2);
-        if (!q) { free(p); }
+        if (!q) {
+            free(p);
+        }
         p = q;
     }
     if (!p) tr_die("%s: out of memory", path);
@@ -262,7 +331,10 @@ static inline unsigned char *tr_read(const char *path, size_t *size) {
     *size = n;
     return p;
 }
-static inline uint32_t tr_u32(const unsigned char *p) { return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24; }
+
+static inline uint32_t tr_u32(const unsigned char *p) {
+    return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
 
 static inline void tr_grow(uint16_t **tokens, int64_t *room, int64_t n, const char *path) {
     if (n <= *room) return;
@@ -271,6 +343,7 @@ static inline void tr_grow(uint16_t **tokens, int64_t *room, int64_t n, const ch
     *tokens = q;
     *room = 2 * n;
 }
+
 static inline void tr_load_data(tr_data *d, const tr_options *o) {
     int64_t room = 0, val_room = 0, n_val = 0;
     uint16_t *val = NULL;
@@ -287,14 +360,17 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
         if (!size) tr_die("%s: the file is empty", path);
         if (bin) {
             if (size < 1024) tr_die("%s: shorter than the header of a .bin token file", path);
-            if (tr_u32(p) != 20240520) tr_die("%s: not a .bin token file (the magic number is %" PRIu32 ", not 20240520)", path, tr_u32(p));
-            if (tr_u32(p + 4) != 1) tr_die("%s: version %" PRIu32 " of the .bin format is not supported", path, tr_u32(p + 4));
+            if (tr_u32(p) != 20240520)
+                tr_die("%s: not a .bin token file (the magic number is %" PRIu32 ", not 20240520)", path, tr_u32(p));
+            if (tr_u32(p + 4) != 1)
+                tr_die("%s: version %" PRIu32 " of the .bin format is not supported", path, tr_u32(p + 4));
             n = tr_u32(p + 8);
             if ((uint64_t)size != 1024 + 2 * (uint64_t)n)
-                tr_die("%s: %s: the header promises %" PRId64 " tokens, the file has %" PRIu64, path, (uint64_t)size < 1024 + 2 * (uint64_t)n ? "truncated" : "too long",
-                       n, ((uint64_t)size - 1024) / 2);
+                tr_die("%s: %s: the header promises %" PRId64 " tokens, the file has %" PRIu64, path,
+                       (uint64_t)size < 1024 + 2 * (uint64_t)n ? "truncated" : "too long", n,
+                       ((uint64_t)size - 1024) / 2);
         }
-        int64_t last = n / 10, first = n - last;        // a tenth of each file, so that validation sees every kind of text
+        int64_t last = n / 10, first = n - last;  // a tenth of each file, so that validation sees every kind of text
         tr_grow(&d->tokens, &room, d->n_train + first, path);
         tr_grow(&val, &val_room, n_val + last, path);
         for (int64_t j = 0; j < n; j++) {
@@ -312,7 +388,8 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
     free(val);
     d->vocab = (top + 128) / 128 * 128;
     if (n_val < o->seq + 1)
-        tr_die("%s: too short: %" PRId64 " tokens, but --seq %" PRId64 " needs at least %" PRId64 " (a tenth is for validation)",
+        tr_die("%s: too short: %" PRId64 " tokens, but --seq %" PRId64 " needs at least %" PRId64
+               " (a tenth is for validation)",
                o->n_data == 1 ? o->data[0] : "the data", d->n, o->seq, 10 * (o->seq + 1));
     d->hash = TR_FNV;
     for (int64_t i = 0; i < d->n; i++) {
@@ -320,14 +397,17 @@ static inline void tr_load_data(tr_data *d, const tr_options *o) {
         d->hash = tr_fnv(d->hash, bytes, 2);
     }
 }
+
 static inline void tr_sequence(const tr_data *d, int64_t at, int64_t seq, int32_t *tokens, int32_t *targets) {
     for (int64_t i = 0; i < seq; i++) {
         tokens[i] = d->tokens[at + i];
         targets[i] = d->tokens[at + i + 1];
     }
 }
+
 // The n-th sequence of a step: a function of (seed, step, n) alone, so that resuming needs no position.
-static inline void tr_train_sequence(const tr_data *d, uint64_t seed, int64_t step, int64_t n, int64_t seq, int32_t *tokens, int32_t *targets) {
+static inline void tr_train_sequence(const tr_data *d, uint64_t seed, int64_t step, int64_t n, int64_t seq,
+                                     int32_t *tokens, int32_t *targets) {
     snip_rng_key key = { seed, (uint32_t)step, 0x64617461u };
     uint32_t r[4];
     snip_philox(key, (uint64_t)n, r);
@@ -335,7 +415,7 @@ static inline void tr_train_sequence(const tr_data *d, uint64_t seed, int64_t st
 }
 
 // >>files ------------------------------------------------------------------------------------------
-static inline void tr_mkdir(const char *dir) {          // with its parents
+static inline void tr_mkdir(const char *dir) {  // with its parents
     char path[TR_PATH];
     tr_path(path, dir, ".");
     for (char *p = path + 1; *p; p++)
@@ -345,21 +425,34 @@ static inline void tr_mkdir(const char *dir) {          // with its parents
             *p = '/';
         }
 }
+
 // One run at a time writes to a folder. Held until the program ends.
 static inline void tr_lock(const char *dir) {
     int fd = open(dir, O_RDONLY);
     if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) tr_die("%s: another run is writing here", dir);
 }
+
 // Opens path.tmp; tr_commit syncs it and renames it to path. Until then path is untouched.
 static inline FILE *tr_begin(const char *path) {
-    if (snprintf(tr_unfinished, TR_PATH, "%s.tmp", path) >= TR_PATH) { tr_unfinished[0] = 0; tr_die("%s: the path is too long", path); }
+    if (snprintf(tr_unfinished, TR_PATH, "%s.tmp", path) >= TR_PATH) {
+        tr_unfinished[0] = 0;
+        tr_die("%s: the path is too long", path);
+    }
     struct stat info;
-    if (!stat(path, &info) && !S_ISREG(info.st_mode)) { tr_unfinished[0] = 0; tr_die("cannot write %s: it is there and not a regular file", path); }
+    if (!stat(path, &info) && !S_ISREG(info.st_mode)) {
+        tr_unfinished[0] = 0;
+        tr_die("cannot write %s: it is there and not a regular file", path);
+    }
     FILE *f = fopen(tr_unfinished, "wb");
-    if (!f) { int e = errno; tr_unfinished[0] = 0; tr_die("cannot write %s: %s", path, strerror(e)); }
-    errno = 0;                                          // tr_commit tells what the first failed write said
+    if (!f) {
+        int e = errno;
+        tr_unfinished[0] = 0;
+        tr_die("cannot write %s: %s", path, strerror(e));
+    }
+    errno = 0;  // tr_commit tells what the first failed write said
     return f;
 }
+
 // keep_open: the file goes on being appended to under its new name.
 // Dies, before hours of work, if path cannot be written.
 static inline void tr_try(const char *path) {
@@ -367,6 +460,7 @@ static inline void tr_try(const char *path) {
     unlink(tr_unfinished);
     tr_unfinished[0] = 0;
 }
+
 static inline void tr_commit(FILE *f, const char *path, int keep_open) {
     int bad = ferror(f) || fflush(f) || fsync(fileno(f));
     if (!keep_open && fclose(f)) bad = 1;
@@ -376,25 +470,47 @@ static inline void tr_commit(FILE *f, const char *path, int keep_open) {
     snprintf(dir, sizeof dir, "%s", path);
     char *slash = strrchr(dir, '/');
     if (slash) slash[1] = 0;
-    int fd = open(slash ? dir : ".", O_RDONLY);         // the rename itself must survive a power cut
-    if (fd >= 0) { fsync(fd); close(fd); }
+    int fd = open(slash ? dir : ".", O_RDONLY);  // the rename itself must survive a power cut
+    if (fd >= 0) {
+        fsync(fd);
+        close(fd);
+    }
 }
 
 // >>safetensors ------------------------------------------------------------------------------------
 // 8 bytes of header length, a JSON header, the tensors' bytes without gaps. Ours ends with the metadata
 // entry "checksum": FNV-1a 64 of the header up to its value and of all data.
-typedef struct { char name[64]; const char *dtype; int64_t rows, cols; const void *data; } tr_tensor;   // rows 0: one dimension
-typedef struct { char key[32], value[512]; } tr_meta;
+typedef struct {
+    char name[64];
+    const char *dtype;
+    int64_t rows, cols;
+    const void *data;
+} tr_tensor;  // rows 0: one dimension
+
+typedef struct {
+    char key[32], value[512];
+} tr_meta;
+
 #define TR_MAX_META 16
-typedef struct { unsigned char *memory; int n, n_meta; tr_tensor *tensors; tr_meta meta[TR_MAX_META]; } tr_tensors;
+
+typedef struct {
+    unsigned char *memory;
+    int n, n_meta;
+    tr_tensor *tensors;
+    tr_meta meta[TR_MAX_META];
+} tr_tensors;
 
 static inline size_t tr_dtype_size(const char *dtype) {
     static const char *const names[] = { "U8", "F32", "F64" };
     static const size_t sizes[] = { 1, 4, 8 };
-    for (int i = 0; i < 3; i++) if (!strcmp(dtype, names[i])) return sizes[i];
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(dtype, names[i])) return sizes[i];
     return 0;
 }
-static inline size_t tr_tensor_bytes(const tr_tensor *t) { return (size_t)(t->rows ? t->rows : 1) * (size_t)t->cols * tr_dtype_size(t->dtype); }
+
+static inline size_t tr_tensor_bytes(const tr_tensor *t) {
+    return (size_t)(t->rows ? t->rows : 1) * (size_t)t->cols * tr_dtype_size(t->dtype);
+}
 
 static inline void tr_append(char *buffer, size_t room, size_t *n, const char *format, ...) {
     va_list args;
@@ -404,6 +520,7 @@ static inline void tr_append(char *buffer, size_t room, size_t *n, const char *f
     if (k < 0 || (size_t)k >= room - *n) tr_die("a checkpoint's header is too long");
     *n += (size_t)k;
 }
+
 // Elements between the machine's byte order and the file's, which is little-endian.
 static inline void tr_little_endian(unsigned char *p, size_t bytes, size_t size) {
     const uint16_t one = 1;
@@ -415,6 +532,7 @@ static inline void tr_little_endian(unsigned char *p, size_t bytes, size_t size)
             p[i + size - 1 - j] = c;
         }
 }
+
 // A tensor as the file has it: added to the checksum, or written.
 static inline uint64_t tr_emit(FILE *f, uint64_t sum, const tr_tensor *t) {
     unsigned char part[4096];
@@ -423,11 +541,14 @@ static inline uint64_t tr_emit(FILE *f, uint64_t sum, const tr_tensor *t) {
         size_t n = bytes - at < sizeof part ? bytes - at : sizeof part;
         memcpy(part, (const unsigned char *)t->data + at, n);
         tr_little_endian(part, n, tr_dtype_size(t->dtype));
-        if (f) fwrite(part, 1, n, f);
-        else sum = tr_fnv(sum, part, n);
+        if (f)
+            fwrite(part, 1, n, f);
+        else
+            sum = tr_fnv(sum, part, n);
     }
     return sum;
 }
+
 // Errors of the writes show in tr_commit.
 static inline void tr_write_tensors(FILE *f, const tr_tensor *t, int n_tensors, const tr_meta *meta, int n_meta) {
     size_t room = (size_t)n_tensors * 256 + (size_t)n_meta * 600 + 256, n = 0, offset = 0;
@@ -456,14 +577,18 @@ static inline void tr_write_tensors(FILE *f, const tr_tensor *t, int n_tensors, 
 }
 
 // A strict reader of the JSON that safetensors headers are made of.
-typedef struct { const char *p, *end; } tr_json;
+typedef struct {
+    const char *p, *end;
+} tr_json;
+
 static inline int tr_json_char(tr_json *j, char c) {
     while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\t' || *j->p == '\r')) j->p++;
     if (j->p == j->end || *j->p != c) return 0;
     j->p++;
     return 1;
 }
-static inline int tr_json_string(tr_json *j, char *out, size_t room) {      // without escapes
+
+static inline int tr_json_string(tr_json *j, char *out, size_t room) {  // without escapes
     size_t n = 0;
     if (!tr_json_char(j, '"')) return 0;
     for (; j->p < j->end && *j->p != '"'; j->p++) {
@@ -473,6 +598,7 @@ static inline int tr_json_string(tr_json *j, char *out, size_t room) {      // w
     out[n] = 0;
     return tr_json_char(j, '"');
 }
+
 static inline int tr_json_int(tr_json *j, int64_t *out) {
     tr_json_char(j, ' ');
     int64_t v = 0;
@@ -484,6 +610,7 @@ static inline int tr_json_int(tr_json *j, int64_t *out) {
     *out = v;
     return j->p > start;
 }
+
 static inline int tr_json_tensor(tr_json *j, tr_tensor *t, int64_t *begin, int64_t *end) {
     static const char *const dtypes[] = { "U8", "F32", "F64" };
     char key[32], dtype[8];
@@ -493,7 +620,8 @@ static inline int tr_json_tensor(tr_json *j, tr_tensor *t, int64_t *begin, int64
         if (!tr_json_string(j, key, sizeof key) || !tr_json_char(j, ':')) return 0;
         if (!strcmp(key, "dtype")) {
             if (!tr_json_string(j, dtype, sizeof dtype)) return 0;
-            for (int i = 0; i < 3; i++) if (!strcmp(dtype, dtypes[i])) t->dtype = dtypes[i];
+            for (int i = 0; i < 3; i++)
+                if (!strcmp(dtype, dtypes[i])) t->dtype = dtypes[i];
             seen |= 1;
         } else if (!strcmp(key, "shape")) {
             if (!tr_json_char(j, '[') || !tr_json_int(j, &t->cols)) return 0;
@@ -504,17 +632,22 @@ static inline int tr_json_tensor(tr_json *j, tr_tensor *t, int64_t *begin, int64
             if (!tr_json_char(j, ']')) return 0;
             seen |= 2;
         } else if (!strcmp(key, "data_offsets")) {
-            if (!tr_json_char(j, '[') || !tr_json_int(j, begin) || !tr_json_char(j, ',') || !tr_json_int(j, end) || !tr_json_char(j, ']')) return 0;
+            if (!tr_json_char(j, '[') || !tr_json_int(j, begin) || !tr_json_char(j, ',') || !tr_json_int(j, end) ||
+                !tr_json_char(j, ']'))
+                return 0;
             seen |= 4;
-        } else return 0;
+        } else
+            return 0;
     } while (tr_json_char(j, ','));
     return seen == 7 && t->dtype && tr_json_char(j, '}');
 }
+
 static inline void tr_free_tensors(tr_tensors *s) {
     free(s->memory);
     free(s->tensors);
     memset(s, 0, sizeof *s);
 }
+
 // NULL, or why the file is refused. Takes memory over.
 static inline const char *tr_parse_tensors(tr_tensors *s, unsigned char *memory, size_t size) {
     uint64_t length = 0;
@@ -532,13 +665,15 @@ static inline const char *tr_parse_tensors(tr_tensors *s, unsigned char *memory,
     if (!tr_json_char(&j, '{')) return "not a safetensors file";
     do {
         char name[64];
-        if (!tr_json_string(&j, name, sizeof name) || !tr_json_char(&j, ':')) return "damaged: the header cannot be read";
+        if (!tr_json_string(&j, name, sizeof name) || !tr_json_char(&j, ':'))
+            return "damaged: the header cannot be read";
         if (!strcmp(name, "__metadata__")) {
             if (!tr_json_char(&j, '{')) return "damaged: the header cannot be read";
             do {
                 if (s->n_meta == TR_MAX_META) return "damaged: too much metadata";
                 tr_meta *m = &s->meta[s->n_meta++];
-                if (!tr_json_string(&j, m->key, sizeof m->key) || !tr_json_char(&j, ':')) return "damaged: the header cannot be read";
+                if (!tr_json_string(&j, m->key, sizeof m->key) || !tr_json_char(&j, ':'))
+                    return "damaged: the header cannot be read";
                 if (!strcmp(m->key, "checksum")) sum_at = j.p + 1;
                 if (!tr_json_string(&j, m->value, sizeof m->value)) return "damaged: the header cannot be read";
             } while (tr_json_char(&j, ','));
@@ -558,37 +693,50 @@ static inline const char *tr_parse_tensors(tr_tensors *s, unsigned char *memory,
         if (begin != offset || end < begin) return "damaged: the tensors' offsets do not join";
         if (end > data_size) return "truncated";
         int64_t elements = (end - begin) / (int64_t)tr_dtype_size(t->dtype), rows = t->rows ? t->rows : 1;
-        if (elements / rows != t->cols || tr_tensor_bytes(t) != (size_t)(end - begin)) return "damaged: a tensor's shape and size disagree";
+        if (elements / rows != t->cols || tr_tensor_bytes(t) != (size_t)(end - begin))
+            return "damaged: a tensor's shape and size disagree";
         t->data = data + begin;
         offset = end;
     } while (tr_json_char(&j, ','));
     if (!tr_json_char(&j, '}')) return "damaged: the header cannot be read";
-    while (j.p < j.end) if (*j.p++ != ' ') return "damaged: the header cannot be read";
+    while (j.p < j.end)
+        if (*j.p++ != ' ') return "damaged: the header cannot be read";
     if (offset != data_size) return "damaged: data beyond the last tensor";
     if (!sum_at) return "not written by this trainer (no checksum)";
     char want[20];
-    snprintf(want, sizeof want, "%016" PRIx64, tr_fnv(tr_fnv(TR_FNV, header, (size_t)(sum_at - header)), data, (size_t)data_size));
+    snprintf(want, sizeof want, "%016" PRIx64,
+             tr_fnv(tr_fnv(TR_FNV, header, (size_t)(sum_at - header)), data, (size_t)data_size));
     if (strncmp(want, sum_at, 16)) return "damaged: the checksum does not match";
     for (int i = 0; i < s->n; i++)
-        tr_little_endian(memory + ((const unsigned char *)s->tensors[i].data - memory), tr_tensor_bytes(&s->tensors[i]), tr_dtype_size(s->tensors[i].dtype));
+        tr_little_endian(memory + ((const unsigned char *)s->tensors[i].data - memory), tr_tensor_bytes(&s->tensors[i]),
+                         tr_dtype_size(s->tensors[i].dtype));
     return NULL;
 }
+
 static inline const char *tr_meta_value(const tr_tensors *s, const char *key) {
-    for (int i = 0; i < s->n_meta; i++) if (!strcmp(s->meta[i].key, key)) return s->meta[i].value;
+    for (int i = 0; i < s->n_meta; i++)
+        if (!strcmp(s->meta[i].key, key)) return s->meta[i].value;
     return "";
 }
+
 // NULL if there is no tensor of that name, type and shape.
-static inline const void *tr_find(const tr_tensors *s, const char *name, const char *dtype, int64_t rows, int64_t cols) {
+static inline const void *tr_find(const tr_tensors *s, const char *name, const char *dtype, int64_t rows,
+                                  int64_t cols) {
     for (int i = 0; i < s->n; i++) {
         const tr_tensor *t = &s->tensors[i];
-        if (!strcmp(t->name, name)) return !strcmp(t->dtype, dtype) && t->rows == rows && t->cols == cols ? t->data : NULL;
+        if (!strcmp(t->name, name))
+            return !strcmp(t->dtype, dtype) && t->rows == rows && t->cols == cols ? t->data : NULL;
     }
     return NULL;
 }
 
 // >>progress ---------------------------------------------------------------------------------------
 // One line that redraws itself on a terminal; elsewhere a plain line now and then.
-typedef struct { int quiet, terminal; double last; const char *label; } tr_progress;
+typedef struct {
+    int quiet, terminal;
+    double last;
+    const char *label;
+} tr_progress;
 
 static inline void tr_note(const tr_progress *p, const char *format, ...) {
     if (p->quiet) return;
@@ -600,21 +748,27 @@ static inline void tr_note(const tr_progress *p, const char *format, ...) {
     fputs("\n", stderr);
     va_end(args);
 }
-static inline void tr_show(tr_progress *p, int64_t step, int64_t steps, double loss, double tokens_per_s, double eta, double fp4) {
+
+static inline void tr_show(tr_progress *p, int64_t step, int64_t steps, double loss, double tokens_per_s, double eta,
+                           double fp4) {
     double now = tr_now();
     int last = step == steps;
     if (p->quiet || (!last && now - p->last < (p->terminal ? 0.1 : 10.0))) return;
     p->last = now;
-    enum { WIDTH = 8 };                                 // the line must fit in 80 columns
+
+    enum { WIDTH = 8 };  // the line must fit in 80 columns
+
     char bar[WIDTH + 1];
     int full = (int)(WIDTH * step / steps), minutes = (int)(eta / 60);
     for (int i = 0; i < WIDTH; i++) bar[i] = i < full ? '#' : '.';
     bar[WIDTH] = 0;
-    if (p->terminal) fprintf(stderr, "\r%-4s [%s] ", p->label, bar);
-    else fprintf(stderr, "%s: ", p->label);
-    fprintf(stderr, "step %" PRId64 "/%" PRId64 "  loss %.4f  %.0f tok/s  ETA %d:%02d  FP4 %.0f%%%s", step, steps, loss, tokens_per_s,
-            minutes, (int)eta % 60, 100 * fp4, p->terminal ? "\033[K" : "\n");
+    if (p->terminal)
+        fprintf(stderr, "\r%-4s [%s] ", p->label, bar);
+    else
+        fprintf(stderr, "%s: ", p->label);
+    fprintf(stderr, "step %" PRId64 "/%" PRId64 "  loss %.4f  %.0f tok/s  ETA %d:%02d  FP4 %.0f%%%s", step, steps, loss,
+            tokens_per_s, minutes, (int)eta % 60, 100 * fp4, p->terminal ? "\033[K" : "\n");
     tr_line_open = p->terminal;
     if (last) tr_end_line();
 }
-#endif // TRAINER_H
+#endif  // TRAINER_H

@@ -1,27 +1,54 @@
 // Element codecs against tables made from NVIDIA's host conversions (codec_oracle.cpp, which also compares all
 // 2^32 inputs): every run of equal codes at both its ends and inside, a dense sample, every code decoded; BF16
 // and UE4M3 against their definitions. SNIP_TEST_FEW=n in the environment: a sample n times as sparse, for emulators.
-#define SNIP_STATIC                // what is not called is not compiled
+#define SNIP_STATIC  // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #include "codec_tables.h"
 
 static int passed, failed, few = 1;
+
 static void check(int ok, const char *what) {
     ok ? passed++ : failed++;
     if (!ok) printf("FAILED: %s\n", what);
 }
-static uint32_t bits_of(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
-static float float_of(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+static uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
 static int is_nan(uint32_t u) { return (u & 0x7FFFFFFFu) > 0x7F800000u; }
 
-typedef struct { const char *name; const codec_run *runs; int n; uint8_t (*encode)(float); } codec;
-#define CODEC(name) { #name, runs_##name, (int)(sizeof runs_##name / sizeof runs_##name[0]), snip_##name##_from_f32 }
+typedef struct {
+    const char *name;
+    const codec_run *runs;
+    int n;
+    uint8_t (*encode)(float);
+} codec;
+
+#define CODEC(name) \
+    { #name, runs_##name, (int)(sizeof runs_##name / sizeof runs_##name[0]), snip_##name##_from_f32 }
 static const codec codecs[] = {
-    CODEC(e4m3), CODEC(e5m2), CODEC(e2m1), CODEC(e2m3), CODEC(e3m2), CODEC(ue8m0),
-    { "e4m3_nosat", runs_e4m3_nosat, (int)(sizeof runs_e4m3_nosat / sizeof runs_e4m3_nosat[0]), snip_e4m3_from_f32_nosat },
-    { "e5m2_nosat", runs_e5m2_nosat, (int)(sizeof runs_e5m2_nosat / sizeof runs_e5m2_nosat[0]), snip_e5m2_from_f32_nosat },
-    { "ue8m0_floor", runs_ue8m0_floor, (int)(sizeof runs_ue8m0_floor / sizeof runs_ue8m0_floor[0]), snip_ue8m0_from_f32_floor },
+    CODEC(e4m3),
+    CODEC(e5m2),
+    CODEC(e2m1),
+    CODEC(e2m3),
+    CODEC(e3m2),
+    CODEC(ue8m0),
+    {"e4m3_nosat",   runs_e4m3_nosat,  (int)(sizeof runs_e4m3_nosat / sizeof runs_e4m3_nosat[0]),
+             snip_e4m3_from_f32_nosat },
+    { "e5m2_nosat",  runs_e5m2_nosat,  (int)(sizeof runs_e5m2_nosat / sizeof runs_e5m2_nosat[0]),
+             snip_e5m2_from_f32_nosat },
+    { "ue8m0_floor", runs_ue8m0_floor, (int)(sizeof runs_ue8m0_floor / sizeof runs_ue8m0_floor[0]),
+             snip_ue8m0_from_f32_floor},
 };
 
 static void test_encoders(void) {
@@ -37,20 +64,32 @@ static void test_encoders(void) {
             uint32_t first = k->runs[i].first, last = i + 1 < k->n ? k->runs[i + 1].first - 1 : 0xFFFFFFFFu;
             uint32_t probe[4];
             int j;
-            probe[0] = first; probe[1] = first + (first < last); probe[2] = last - (first < last); probe[3] = last;
+            probe[0] = first;
+            probe[1] = first + (first < last);
+            probe[2] = last - (first < last);
+            probe[3] = last;
             for (j = 0; j < 4; j++)
-                if (k->encode(float_of(probe[j])) != k->runs[i].code) { wrong++; example = probe[j]; }
+                if (k->encode(float_of(probe[j])) != k->runs[i].code) {
+                    wrong++;
+                    example = probe[j];
+                }
         }
-        for (u = 0; u <= 0xFFFFFFFF; u += few > 1 ? 210 * few + 1 : 211) {       // coprime to the powers of two: all low bits come up
+        for (u = 0; u <= 0xFFFFFFFF;
+             u += few > 1 ? 210 * few + 1 : 211) {  // coprime to the powers of two: all low bits come up
             while (run + 1 < k->n && k->runs[run + 1].first <= (uint64_t)u) run++;
-            if (k->encode(float_of((uint32_t)u)) != k->runs[run].code) { wrong++; example = (uint32_t)u; }
+            if (k->encode(float_of((uint32_t)u)) != k->runs[run].code) {
+                wrong++;
+                example = (uint32_t)u;
+            }
         }
-        snprintf(text, sizeof text, "%s encodes as NVIDIA's (%lld wrong, one is 0x%08X)", k->name, (long long)wrong, example);
+        snprintf(text, sizeof text, "%s encodes as NVIDIA's (%lld wrong, one is 0x%08X)", k->name, (long long)wrong,
+                 example);
         check(wrong == 0, text);
     }
 }
 
-static void test_decoder(const char *name, const uint32_t *values, int n, float (*decode)(uint8_t), uint8_t (*encode)(float)) {
+static void test_decoder(const char *name, const uint32_t *values, int n, float (*decode)(uint8_t),
+                         uint8_t (*encode)(float)) {
     char text[96];
     int c, wrong = 0, trip = 0;
     for (c = 0; c < n; c++) {
@@ -90,7 +129,10 @@ static void test_bf16(void) {
         decode += bits_of(snip_bf16_to_f32((uint16_t)high)) != high << 16;
         for (j = 0; j < sizeof low / sizeof low[0]; j++) {
             uint32_t u = high << 16 | low[j], got = snip_bf16_from_f32(float_of(u));
-            if (is_nan(u)) { wrong += !is_nan(got << 16) || got >> 15 != u >> 31; continue; }
+            if (is_nan(u)) {
+                wrong += !is_nan(got << 16) || got >> 15 != u >> 31;
+                continue;
+            }
             wrong += got != high + (low[j] > 0x8000 || (low[j] == 0x8000 && (high & 1)));
         }
     }

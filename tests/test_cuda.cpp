@@ -1,11 +1,14 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
-// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [cublaslt] [session] [codec] [oracle]     --stop: at the first failure
-// s8, cublaslt: of gemm, those of INT8 bytes or by cuBLASLt alone; codec: the encoders on all 2^32 inputs (on the CPU, a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT).
-// SNIP_TEST_FEW=n in the environment: one case in n, for compute-sanitizer.
+// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N
+// skipped".
+//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [cublaslt] [session] [codec] [oracle]     --stop: at the first
+//     failure
+// s8, cublaslt: of gemm, those of INT8 bytes or by cuBLASLt alone; codec: the encoders on all 2^32 inputs (on the CPU,
+// a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT). SNIP_TEST_FEW=n in the environment: one case in n,
+// for compute-sanitizer.
 #ifndef __CUDACC__
-#  define SNIP_CUBLASLT
-#  include "cuda_shim.h"
+#    define SNIP_CUBLASLT
+#    include "cuda_shim.h"
 #endif
 #define SNIP_IMPLEMENTATION
 #include "../snip_cuda.cuh"
@@ -14,29 +17,45 @@
 #include <vector>
 #include "codec_tables.h"
 #ifdef __CUDACC__
-#  include <thread>
-#  ifdef SNIP_CUBLASLT
-#    include "cublaslt.h"
-#  endif
+#    include <thread>
+#    ifdef SNIP_CUBLASLT
+#        include "cublaslt.h"
+#    endif
 #endif
 
 static long passed, failed, skipped;
 static int stop_at_failure;
 static char what[256];
+
 static void check(int ok, const char *text, int line) {
-    if (ok) { passed++; return; }
+    if (ok) {
+        passed++;
+        return;
+    }
     if (failed++ < 30) printf("FAILED line %d: %s   [%s]\n", line, text, what);
     if (stop_at_failure) exit(1);
 }
+
 #define CHECK(x) check((x) != 0, #x, __LINE__)
 #ifdef __CUDACC__
-static void skip(const char *why) { skipped++; printf("skipped: %s\n", why); }
+static void skip(const char *why) {
+    skipped++;
+    printf("skipped: %s\n", why);
+}
 #endif
 static long cases, few = 1;
+
 static bool wanted() { return cases++ % few == 0; }
 
 static uint64_t rng_state = 0x9E3779B97F4A7C15u;
-static uint32_t rng() { rng_state ^= rng_state << 13; rng_state ^= rng_state >> 7; rng_state ^= rng_state << 17; return (uint32_t)(rng_state >> 32); }
+
+static uint32_t rng() {
+    rng_state ^= rng_state << 13;
+    rng_state ^= rng_state >> 7;
+    rng_state ^= rng_state << 17;
+    return (uint32_t)(rng_state >> 32);
+}
+
 static float uniform() { return (float)(rng() >> 8) / 8388608.0f - 1.0f; }
 
 // ---- memory that both sides see, ending on its last byte or on a guard ----
@@ -48,37 +67,52 @@ enum { GUARD = 64 };
 struct buffer {
     unsigned char *at;
     size_t size;
+
     explicit buffer(size_t bytes) : size(bytes) {
 #ifdef __CUDACC__
-        if (cudaMallocManaged(&at, bytes + GUARD + 1) != cudaSuccess) { printf("out of memory\n"); exit(2); }
+        if (cudaMallocManaged(&at, bytes + GUARD + 1) != cudaSuccess) {
+            printf("out of memory\n");
+            exit(2);
+        }
 #else
         at = (unsigned char *)malloc(bytes + GUARD);
 #endif
         memset(at, 0xC5, bytes + GUARD);
     }
+
     ~buffer() {
         for (int i = 0; i < GUARD; i++)
-            if (at[size + (size_t)i] != 0xC5) { CHECK(!"written beyond the end"); break; }
+            if (at[size + (size_t)i] != 0xC5) {
+                CHECK(!"written beyond the end");
+                break;
+            }
 #ifdef __CUDACC__
         cudaFree(at);
 #else
         free(at);
 #endif
     }
+
     buffer(const buffer &) = delete;
+
     operator void *() const { return at; }
+
     float *floats() const { return (float *)(void *)at; }
 };
+
 static bool same(const buffer &a, const buffer &b) { return memcmp(a.at, b.at, a.size) == 0; }
 #ifdef __CUDACC__
 static int shim_order;
+
 enum { SHIM_ORDERS = 1 };
+
 static void finish() { CHECK(cudaDeviceSynchronize() == cudaSuccess); }
 #else
 static void finish() {}
 #endif
 
 enum { GAUSS, BITS, ZEROS, TIES, SPECIAL, TINY, HUGE_VALUES, SUBNORMAL, MIXED, KINDS };
+
 static float element(int kind) {
     uint32_t u = rng();
     float g = (uniform() + uniform() + uniform()) * 1.7f;
@@ -86,7 +120,8 @@ static float element(int kind) {
         case BITS: return snipi_float((u & 0x7F800000u) == 0x7F800000u ? u ^ 0x40000000u : u);
         case ZEROS: return snipi_float(u & 0x80000000u);
         case TIES: return (float)((int)(u % 65) - 32) * 0.25f;
-        case SPECIAL: return u % 40 ? g : snipi_float(u % 3 == 0 ? 0xFFC00001u : u % 3 == 1 ? 0x7F800000u : 0xFF800000u);
+        case SPECIAL:
+            return u % 40 ? g : snipi_float(u % 3 == 0 ? 0xFFC00001u : u % 3 == 1 ? 0x7F800000u : 0xFF800000u);
         case TINY: return g * 1e-36f;
         case HUGE_VALUES: return g * 3e37f;
         case SUBNORMAL: return snipi_float(u & 0x807FFFFFu);
@@ -94,22 +129,51 @@ static float element(int kind) {
         default: return g;
     }
 }
+
 static void fill(void *x, int64_t n, snip_format format, int kind) {
     for (int64_t i = 0; i < n; i++) {
         float v = element(kind);
-        if (format == SNIP_BF16) ((uint16_t *)x)[i] = snip_bf16_from_f32(v);
-        else ((float *)x)[i] = v;
+        if (format == SNIP_BF16)
+            ((uint16_t *)x)[i] = snip_bf16_from_f32(v);
+        else
+            ((float *)x)[i] = v;
     }
 }
 
 #define NEAREST SNIP_ROUND_NEAREST_EVEN
 static const snip_recipe recipes[] = {
-    SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_MXFP8, SNIP_RECIPE_MXFP4, SNIP_RECIPE_NVFP4,
-    { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E4M3, 1, 64, SNIP_SCALE_UE8M0_UP, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST },
-    { SNIP_E4M3, 0, 0, SNIP_SCALE_NONE, NEAREST }, { SNIP_E2M1, 0, 0, SNIP_SCALE_NONE, NEAREST }, { SNIP_E4M3, 1, 16, SNIP_SCALE_F32, NEAREST }
+    SNIP_RECIPE_FP8_TILE,
+    SNIP_RECIPE_FP8_BLOCK,
+    SNIP_RECIPE_FP4_TILE,
+    SNIP_RECIPE_FP4_BLOCK,
+    SNIP_RECIPE_MXFP8,
+    SNIP_RECIPE_MXFP4,
+    SNIP_RECIPE_NVFP4,
+    {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,      NEAREST},
+    { SNIP_E4M3, 1,   64,  SNIP_SCALE_UE8M0_UP, NEAREST},
+    { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2,     NEAREST},
+    { SNIP_E4M3, 0,   0,   SNIP_SCALE_NONE,     NEAREST},
+    { SNIP_E2M1, 0,   0,   SNIP_SCALE_NONE,     NEAREST},
+    { SNIP_E4M3, 1,   16,  SNIP_SCALE_F32,      NEAREST}
 };
+
 enum { RECIPES = sizeof recipes / sizeof recipes[0] };
-static const int64_t shapes[][2] = { { 1, 1 }, { 1, 127 }, { 3, 5 }, { 128, 128 }, { 129, 130 }, { 127, 257 }, { 256, 256 }, { 132, 16 }, { 17, 300 }, { 144, 160 }, { 0, 7 }, { 7, 0 } };
+
+static const int64_t shapes[][2] = {
+    {1,    1  },
+    { 1,   127},
+    { 3,   5  },
+    { 128, 128},
+    { 129, 130},
+    { 127, 257},
+    { 256, 256},
+    { 132, 16 },
+    { 17,  300},
+    { 144, 160},
+    { 0,   7  },
+    { 7,   0  }
+};
+
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
 // An E2M1 code as a byte, through its value.
@@ -117,64 +181,103 @@ static uint8_t byte_of(uint8_t code, snip_cuda_codes as) {
     if (as == SNIP_CUDA_S8_BYTES) return (uint8_t)(int8_t)(2 * snip_e2m1_to_f32(code));
     return code == 8 ? 0x80 : snip_e4m3_from_f32(snip_e2m1_to_f32(code));
 }
-static int64_t row_of_bytes(int64_t cols, snip_cuda_codes as) { return as == SNIP_CUDA_S8_BYTES ? (cols + 15) / 16 * 16 : cols; }
+
+static int64_t row_of_bytes(int64_t cols, snip_cuda_codes as) {
+    return as == SNIP_CUDA_S8_BYTES ? (cols + 15) / 16 * 16 : cols;
+}
+
 // Bytes of packed E2M1 codes; what pads the rows is left.
 static void widen_codes(const uint8_t *packed, int64_t rows, int64_t cols, snip_cuda_codes as, uint8_t *wide) {
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) wide[r * row_of_bytes(cols, as) + c] = byte_of(packed[r * ((cols + 1) / 2) + c / 2] >> c % 2 * 4 & 15, as);
+        for (int64_t c = 0; c < cols; c++)
+            wide[r * row_of_bytes(cols, as) + c] = byte_of(packed[r * ((cols + 1) / 2) + c / 2] >> c % 2 * 4 & 15, as);
 }
+
 static bool same_bytes(const buffer &wide, const buffer &packed, int64_t rows, int64_t cols, snip_cuda_codes as) {
     buffer expected(wide.size);
     memcpy(expected.at, wide.at, wide.size);
     widen_codes(packed.at, rows, cols, as, expected.at);
     return same(wide, expected);
 }
+
 static bool near_to(double a, double b, double size) { return fabs(a - b) <= 1e-6 * size; }
+
 static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &theirs) {
     double size = sqrt(theirs.sum_sq);
     CHECK(near_to(ours.sum_sq, theirs.sum_sq, theirs.sum_sq));
-    if (!snipi_nonfinite_f64(theirs.err_sq)) {          // infinite where a rounded element passes the largest float
+    if (!snipi_nonfinite_f64(theirs.err_sq)) {  // infinite where a rounded element passes the largest float
         CHECK(near_to(sqrt(ours.err_sq), sqrt(theirs.err_sq), size));
         CHECK(near_to(ours.dot, theirs.dot, 30 * size + fabs(theirs.dot)));
     }
-    CHECK(snipi_bits(ours.amax) == snipi_bits(theirs.amax) && ours.nonfinite == theirs.nonfinite && ours.saturated == theirs.saturated);
+    CHECK(snipi_bits(ours.amax) == snipi_bits(theirs.amax) && ours.nonfinite == theirs.nonfinite &&
+          ours.saturated == theirs.saturated);
 }
 
 // One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values; E2M1 as 8 E4M3 bytes, 16 INT8 bytes.
-static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format, int kind, int flags) {
+static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format,
+                              int kind, int flags) {
     snip_quantize_job job = {}, cpu;
     snip_recipe turned = *recipe;
-    const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1, wide = recipe->format == SNIP_E2M1 && flags & 24;
+    const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1,
+              wide = recipe->format == SNIP_E2M1 && flags & 24;
     const snip_cuda_codes as = !wide ? SNIP_CUDA_PACKED : flags & 8 ? SNIP_CUDA_E4M3_BYTES : SNIP_CUDA_S8_BYTES;
     const size_t unit = x_format == SNIP_BF16 ? 2 : 4, weights = measure ? 4 : 0;
     const int64_t ld_out = cols + 3;
     if (straight && transposed && recipe->tile_rows == 1) turned.tile_cols = 16 << rng() % 4;
     if (straight && transposed && !wide && rng() % 8 == 0) turned = recipes[rng() % RECIPES];
     size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
-    size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * row_of_bytes(cols, as)), wide_size_t = (size_t)(cols * row_of_bytes(rows, as));
-    snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols,
-             recipe->scale, recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format), kind, flags, shim_order);
-    buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size), codes_t(wide ? wide_size_t : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
-    buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)), scales2(scales.size), scales2_t(scales_t.size);
+    size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * row_of_bytes(cols, as)),
+           wide_size_t = (size_t)(cols * row_of_bytes(rows, as));
+    snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d",
+             snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols, recipe->scale,
+             recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format),
+             kind, flags, shim_order);
+    buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size),
+        codes_t(wide ? wide_size_t : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
+    buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)),
+        scales2(scales.size), scales2_t(scales_t.size);
     buffer out((size_t)(rows * ld_out) * unit), out2(out.size), scratch(snip_cuda_quantize_scratch(rows, cols));
     buffer stats(2 * sizeof(snip_quant_stats));
     snip_quant_stats stats2[2] = {}, *device_stats = (snip_quant_stats *)stats.operator void *();
     fill(x, (int64_t)n, x_format, kind);
     fill(weight, (int64_t)(weight.size / 4), SNIP_F32, GAUSS);
-    job.x = x; job.x_format = job.out_format = x_format;
-    job.rows = rows; job.cols = cols; job.ld = ld;
-    job.key.seed = 0x123456789ABCu; job.key.step = 7; job.key.tensor = 3;
+    job.x = x;
+    job.x_format = job.out_format = x_format;
+    job.rows = rows;
+    job.cols = cols;
+    job.ld = ld;
+    job.key.seed = 0x123456789ABCu;
+    job.key.step = 7;
+    job.key.tensor = 3;
     if (measure) job.weight = weight.floats();
-    if (straight) { job.recipe = recipe; job.codes = codes; job.scales = scales; }
-    if (straight && measure) { job.out = out; job.ld_out = ld_out; }
-    if (transposed) { job.recipe_t = &turned; job.codes_t = codes_t; job.scales_t = scales_t; }
+    if (straight) {
+        job.recipe = recipe;
+        job.codes = codes;
+        job.scales = scales;
+    }
+    if (straight && measure) {
+        job.out = out;
+        job.ld_out = ld_out;
+    }
+    if (transposed) {
+        job.recipe_t = &turned;
+        job.codes_t = codes_t;
+        job.scales_t = scales_t;
+    }
     cpu = job;
-    if (straight) { cpu.codes = codes2; cpu.scales = scales2; }
+    if (straight) {
+        cpu.codes = codes2;
+        cpu.scales = scales2;
+    }
     if (straight && measure) cpu.out = out2;
-    if (transposed) { cpu.codes_t = codes2_t; cpu.scales_t = scales2_t; }
+    if (transposed) {
+        cpu.codes_t = codes2_t;
+        cpu.scales_t = scales2_t;
+    }
     CHECK(snip_quantize_with(&cpu, &stats2[0], &stats2[1]) == SNIP_OK);
     int needs_scratch = measure || recipe->scale == SNIP_SCALE_UE4M3 || turned.scale == SNIP_SCALE_UE4M3;
-    CHECK(snip_cuda_quantize(&job, as, measure && straight ? device_stats : NULL, measure && transposed ? device_stats + 1 : NULL,
+    CHECK(snip_cuda_quantize(&job, as, measure && straight ? device_stats : NULL,
+                             measure && transposed ? device_stats + 1 : NULL,
                              needs_scratch ? scratch.operator void *() : NULL, 0) == SNIP_OK);
     finish();
     if (wide) {
@@ -190,6 +293,7 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     if (measure && straight) check_stats(device_stats[0], stats2[0]);
     if (measure && transposed) check_stats(device_stats[1], stats2[1]);
 }
+
 static void test_quantize() {
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES; k++)
@@ -199,17 +303,26 @@ static void test_quantize() {
                 int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + (pick & 1) * 4 + (pick >> 1 & 1);
                 if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
                 shim_order = (int)(pick >> 8) % SHIM_ORDERS;
-                if (wanted()) test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32, (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
+                if (wanted())
+                    test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32,
+                                      (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
             }
     // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
     for (int k = 0; k < RECIPES; k++)
         for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
             for (int flags = 0; flags < 6; flags++)
-                if ((flags < 2 || recipes[k].format == SNIP_E2M1) && wanted()) test_quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS, 3 | flags / 2 << 3);
+                if ((flags < 2 || recipes[k].format == SNIP_E2M1) && wanted())
+                    test_quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32,
+                                      k % 2 ? MIXED : GAUSS, 3 | flags / 2 << 3);
 }
-// The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for saturation.
+
+// The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for
+// saturation.
 static void test_counts() {
-    static const int64_t sizes[][2] = { { 256, 128 }, { 131, 200 } };
+    static const int64_t sizes[][2] = {
+        {256,  128},
+        { 131, 200}
+    };
     for (int k = 0; k < RECIPES + 2; k++)
         for (int kind = 0; kind < KINDS; kind++)
             for (int side = 1; side <= 3; side++) {
@@ -217,17 +330,33 @@ static void test_counts() {
                 const int64_t rows = sizes[(k + side) % 2][0], cols = sizes[(k + side) % 2][1];
                 snip_recipe recipe = k < RECIPES ? recipes[k] : recipes[2 + (k - RECIPES) * 2];
                 snip_quantize_job job = {};
-                if (k >= RECIPES) { recipe.rounding = SNIP_ROUND_STOCHASTIC; recipe.scale = SNIP_SCALE_UE8M0; }
-                buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(&recipe, rows, cols)), codes_t(snip_codes_bound(&recipe, cols, rows));
-                buffer scales(snip_scales_bound(&recipe, rows, cols)), scales_t(snip_scales_bound(&recipe, cols, rows)), scratch(snip_cuda_quantize_scratch(rows, cols)), counts(6 * 8);
+                if (k >= RECIPES) {
+                    recipe.rounding = SNIP_ROUND_STOCHASTIC;
+                    recipe.scale = SNIP_SCALE_UE8M0;
+                }
+                buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(&recipe, rows, cols)),
+                    codes_t(snip_codes_bound(&recipe, cols, rows));
+                buffer scales(snip_scales_bound(&recipe, rows, cols)), scales_t(snip_scales_bound(&recipe, cols, rows)),
+                    scratch(snip_cuda_quantize_scratch(rows, cols)), counts(6 * 8);
                 unsigned long long *n = (unsigned long long *)counts.operator void *();
                 snip_quant_stats stats[2] = {};
                 fill(x, rows * cols, SNIP_F32, kind);
                 memset(n, 0, 32);
-                n[4] = 5; n[5] = 7;
-                job.x = x; job.rows = rows; job.cols = job.ld = cols;
-                if (side & 1) { job.recipe = &recipe; job.codes = codes; job.scales = scales; }
-                if (side & 2) { job.recipe_t = &recipe; job.codes_t = codes_t; job.scales_t = scales_t; }
+                n[4] = 5;
+                n[5] = 7;
+                job.x = x;
+                job.rows = rows;
+                job.cols = job.ld = cols;
+                if (side & 1) {
+                    job.recipe = &recipe;
+                    job.codes = codes;
+                    job.scales = scales;
+                }
+                if (side & 2) {
+                    job.recipe_t = &recipe;
+                    job.codes_t = codes_t;
+                    job.scales_t = scales_t;
+                }
                 snipi_cuda_options options = { job.key.tensor, NULL, n, n + 2, n + 4, 0 };
                 snprintf(what, sizeof what, "counts, recipe %d, kind %d, sides %d", k, kind, side);
                 shim_order = (k + kind) % SHIM_ORDERS;
@@ -236,17 +365,24 @@ static void test_counts() {
                 finish();
                 n[side & 1 ? 0 : 2] -= 5;
                 n[side & 1 ? 1 : 3] -= 7;
-                for (int i = 0; i < 2; i++) CHECK((int64_t)n[2 * i] == stats[i].nonfinite && (int64_t)n[2 * i + 1] == stats[i].saturated);
+                for (int i = 0; i < 2; i++)
+                    CHECK((int64_t)n[2 * i] == stats[i].nonfinite && (int64_t)n[2 * i + 1] == stats[i].saturated);
             }
 }
+
 // Statistics are the same bits in every order of the threads.
 static void test_stats_deterministic() {
     const int64_t rows = 300, cols = 200;
     snip_recipe recipe = SNIP_RECIPE_FP4_TILE_SR;
-    buffer x((size_t)(rows * cols) * 4), scratch(snip_cuda_quantize_scratch(rows, cols)), stats(SHIM_ORDERS * sizeof(snip_quant_stats));
+    buffer x((size_t)(rows * cols) * 4), scratch(snip_cuda_quantize_scratch(rows, cols)),
+        stats(SHIM_ORDERS * sizeof(snip_quant_stats));
     snip_quantize_job job = {};
     fill(x, rows * cols, SNIP_F32, GAUSS);
-    job.x = x; job.rows = rows; job.cols = job.ld = cols; job.recipe = &recipe; job.weight = x.floats();
+    job.x = x;
+    job.rows = rows;
+    job.cols = job.ld = cols;
+    job.recipe = &recipe;
+    job.weight = x.floats();
     for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
         snip_quant_stats *at = (snip_quant_stats *)stats.operator void *() + shim_order;
         CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, at, NULL, scratch, 0) == SNIP_OK);
@@ -254,20 +390,27 @@ static void test_stats_deterministic() {
         CHECK(memcmp(stats.at, at, 3 * sizeof(double)) == 0);
     }
 }
+
 // out may be x, also where x is wanted transposed too.
 static void test_in_place() {
     const int64_t rows = 200, cols = 140;
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
     for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
-        buffer x((size_t)(rows * cols) * 4), x2(x.size), codes((size_t)(rows * cols)), codes2(codes.size), scales(snip_scales_bound(&fp8, cols, rows)), scales2(scales.size);
+        buffer x((size_t)(rows * cols) * 4), x2(x.size), codes((size_t)(rows * cols)), codes2(codes.size),
+            scales(snip_scales_bound(&fp8, cols, rows)), scales2(scales.size);
         snip_quantize_job job = {}, cpu;
         fill(x, rows * cols, SNIP_F32, GAUSS);
         memcpy(x2.at, x.at, x.size);
-        job.rows = rows; job.cols = job.ld = job.ld_out = cols;
+        job.rows = rows;
+        job.cols = job.ld = job.ld_out = cols;
         job.recipe = job.recipe_t = &fp8;
         cpu = job;
-        job.x = job.out = x; job.codes_t = codes; job.scales_t = scales;
-        cpu.x = cpu.out = x2; cpu.codes_t = codes2; cpu.scales_t = scales2;
+        job.x = job.out = x;
+        job.codes_t = codes;
+        job.scales_t = scales;
+        cpu.x = cpu.out = x2;
+        cpu.codes_t = codes2;
+        cpu.scales_t = scales2;
         snprintf(what, sizeof what, "in place, order %d", shim_order);
         CHECK(snip_quantize_with(&cpu, NULL, NULL) == SNIP_OK);
         CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_OK);
@@ -275,14 +418,19 @@ static void test_in_place() {
         CHECK(same(x, x2) && same(codes, codes2) && same(scales, scales2));
     }
 }
+
 static void test_refusals() {
-    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST }, odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
+    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST },
+                odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
     snip_recipe nvfp4 = SNIP_RECIPE_NVFP4;
     buffer x(16 * 16 * 4), codes(256), scales(256);
     snip_quantize_job job = {};
     snprintf(what, sizeof what, "refusals");
     CHECK(snip_cuda_quantize(NULL, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
-    job.x = x; job.rows = job.cols = job.ld = 16; job.codes = codes; job.scales = scales;
+    job.x = x;
+    job.rows = job.cols = job.ld = 16;
+    job.codes = codes;
+    job.scales = scales;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     job.recipe = &fp6;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
@@ -290,34 +438,52 @@ static void test_refusals() {
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_UNSUPPORTED);
     job.recipe = &nvfp4;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
-    job.recipe = &fp8; job.codes_t = codes; job.scales_t = scales;
+    job.recipe = &fp8;
+    job.codes_t = codes;
+    job.scales_t = scales;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
-    job.codes_t = job.scales_t = NULL; job.ld = 15;
+    job.codes_t = job.scales_t = NULL;
+    job.ld = 15;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_dequantize(&fp8, codes, NULL, 16, 16, x, SNIP_F32, 16, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_noise_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_noise_dot(x.floats(), -1, job.key, (double *)codes.operator void *(), scales, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_noise_dot(x.floats(), -1, job.key, (double *)codes.operator void *(), scales, 0) ==
+          SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_dot(x.floats(), 5, job.key, NULL, scales, 0) == SNIP_BAD_ARGUMENT);
-    for (size_t i = 0; i < codes.size; i++) if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
+    for (size_t i = 0; i < codes.size; i++)
+        if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) {
+            CHECK(!"written by a refused call");
+            break;
+        }
 }
 
 static void test_dequantize() {
-    static const snip_recipe more[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, { SNIP_E2M3, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST }, { SNIP_E2M1, 1, 5, SNIP_SCALE_F32, NEAREST } };
+    static const snip_recipe more[] = {
+        SNIP_RECIPE_F32,
+        SNIP_RECIPE_BF16,
+        {SNIP_E2M3,  3, 7, SNIP_SCALE_F32,  NEAREST},
+        { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST},
+        { SNIP_E2M1, 1, 5, SNIP_SCALE_F32,  NEAREST}
+    };
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES + 5; k++) {
             if (!wanted()) continue;
             const snip_recipe *r = k < RECIPES ? &recipes[k] : &more[k - RECIPES];
             int64_t rows = shapes[i][0], cols = shapes[i][1], ld = cols + k % 3;
             snip_format format = (i + k) % 2 ? SNIP_BF16 : SNIP_F32;
-            buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(r, rows, cols)), scales(snip_scales_bound(r, rows, cols));
+            buffer x((size_t)(rows * cols) * 4), codes(snip_codes_bound(r, rows, cols)),
+                scales(snip_scales_bound(r, rows, cols));
             buffer out((size_t)(rows * ld) * (format == SNIP_BF16 ? 2 : 4)), out2(out.size);
             fill(x, rows * cols, SNIP_F32, (i + 3 * k) % KINDS);
             snprintf(what, sizeof what, "dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
             shim_order = (i + k) % SHIM_ORDERS;
             CHECK(snip_quantize(r, x.floats(), rows, cols, cols, codes, scales, {}, NULL, NULL) == SNIP_OK);
-            if (format == SNIP_BF16) CHECK(snip_dequantize_bf16(r, codes, scales, rows, cols, (uint16_t *)out2.operator void *(), ld) == SNIP_OK);
-            else CHECK(snip_dequantize(r, codes, scales, rows, cols, out2.floats(), ld) == SNIP_OK);
+            if (format == SNIP_BF16)
+                CHECK(snip_dequantize_bf16(r, codes, scales, rows, cols, (uint16_t *)out2.operator void *(), ld) ==
+                      SNIP_OK);
+            else
+                CHECK(snip_dequantize(r, codes, scales, rows, cols, out2.floats(), ld) == SNIP_OK);
             CHECK(snip_cuda_dequantize(r, codes, scales, rows, cols, out, format, ld, 0) == SNIP_OK);
             finish();
             CHECK(same(out, out2));
@@ -329,7 +495,8 @@ static void test_noise() {
     snip_rng_key key = { 99, 5, 6 };
     for (int64_t n : sizes)
         for (int shaped = 0; shaped < 2; shaped++) {
-            buffer x((size_t)n * 4), shape((size_t)n * 4), out(x.size), out2(x.size), scratch(SNIP_CUDA_NOISE_SCRATCH), dots(SHIM_ORDERS * sizeof(double));
+            buffer x((size_t)n * 4), shape((size_t)n * 4), out(x.size), out2(x.size), scratch(SNIP_CUDA_NOISE_SCRATCH),
+                dots(SHIM_ORDERS * sizeof(double));
             double *dot = (double *)dots.operator void *(), dot2, size = 0;
             snprintf(what, sizeof what, "noise n %d shaped %d", (int)n, shaped);
             fill(x, n, SNIP_F32, GAUSS);
@@ -339,7 +506,8 @@ static void test_noise() {
             CHECK(snip_noise_dot(x.floats(), n, key, &dot2) == SNIP_OK);
             for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
                 memset(out.at, 0xC5, out.size);
-                CHECK(snip_cuda_noise_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) == SNIP_OK);
+                CHECK(snip_cuda_noise_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) ==
+                      SNIP_OK);
                 if (!shaped) CHECK(snip_cuda_noise_dot(x.floats(), n, key, dot + shim_order, scratch, 0) == SNIP_OK);
                 finish();
                 CHECK(same(out, out2));
@@ -347,7 +515,8 @@ static void test_noise() {
             }
             CHECK(snip_gauss_add(out2.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key) == SNIP_OK);
             CHECK(snip_gauss_dot(x.floats(), n, key, &dot2) == SNIP_OK);
-            CHECK(snip_cuda_gauss_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) == SNIP_OK);
+            CHECK(snip_cuda_gauss_add(out.floats(), x.floats(), n, 0.3f, shaped ? shape.floats() : NULL, key, 0) ==
+                  SNIP_OK);
             CHECK(snip_cuda_gauss_dot(x.floats(), n, key, dot, scratch, 0) == SNIP_OK);
             finish();
             CHECK(same(out, out2) && near_to(dot[0], dot2, sqrt((double)n * size)));
@@ -355,56 +524,102 @@ static void test_noise() {
 }
 
 // ---- GEMMs ----
-struct matrix {             // quantized on the CPU
+struct matrix {  // quantized on the CPU
     buffer codes, scales, bytes;
-    snip_operand operand, s8;       // s8: E2M1 as INT8 bytes
+    snip_operand operand, s8;  // s8: E2M1 as INT8 bytes
+
     matrix(const snip_recipe *r, int64_t rows, int64_t k, int kind, int transposed = 0)
-        : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)), bytes(r->format == SNIP_E2M1 ? (size_t)(rows * row_of_bytes(k, SNIP_CUDA_S8_BYTES)) : 0), operand(), s8() {
+        : codes(snip_codes_bound(r, rows, k)), scales(snip_scales_bound(r, rows, k)),
+          bytes(r->format == SNIP_E2M1 ? (size_t)(rows * row_of_bytes(k, SNIP_CUDA_S8_BYTES)) : 0), operand(), s8() {
         buffer x((size_t)(rows * k) * 4);
         fill(x, rows * k, SNIP_F32, kind);
-        if (transposed) CHECK(snip_quantize(r, x.floats(), k, rows, rows, codes, scales, {}, NULL, NULL) == SNIP_OK);
-        else CHECK(snip_quantize(r, x.floats(), rows, k, k, codes, scales, {}, NULL, NULL) == SNIP_OK);
-        operand.recipe = r; operand.codes = codes; operand.scales = scales; operand.transposed = transposed;
+        if (transposed)
+            CHECK(snip_quantize(r, x.floats(), k, rows, rows, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        else
+            CHECK(snip_quantize(r, x.floats(), rows, k, k, codes, scales, {}, NULL, NULL) == SNIP_OK);
+        operand.recipe = r;
+        operand.codes = codes;
+        operand.scales = scales;
+        operand.transposed = transposed;
         if (bytes.size) widen_codes(codes.at, rows, k, SNIP_CUDA_S8_BYTES, bytes.at);
         s8 = operand;
         s8.codes = bytes;
     }
 };
+
 enum { GEMM, GEMM_REFERENCE, GEMM_S8 };
+
 // flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
-static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call, int exact) {
+static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call,
+                          int exact) {
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
-    int alike = 1;                  // beyond the edge, infinity and NaN
+    int alike = 1;  // beyond the edge, infinity and NaN
     fill(c, m * ldc, SNIP_F32, GAUSS);
     fill(bias, n, SNIP_F32, GAUSS);
     memcpy(c2.at, c.at, c.size);
     const float *bias_or_not = flags & 2 ? bias.floats() : NULL;
-    CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, flags & 1, bias_or_not, scratch, SNIP_ISA_BEST) == SNIP_OK);
-    if (call == GEMM_S8) CHECK(snip_cuda_gemm_s8(m, n, k, &a.s8, &b.s8, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
-    else CHECK((call ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, flags & 1, bias_or_not, scratch,
+                    SNIP_ISA_BEST) == SNIP_OK);
+    if (call == GEMM_S8)
+        CHECK(snip_cuda_gemm_s8(m, n, k, &a.s8, &b.s8, c.floats(), ldc, flags & 1, bias_or_not, 0) == SNIP_OK);
+    else
+        CHECK((call ? snip_cuda_gemm_reference : snip_cuda_gemm)(m, n, k, &a.operand, &b.operand, c.floats(), ldc,
+                                                                 flags & 1, bias_or_not, 0) == SNIP_OK);
     finish();
-    if (exact) { CHECK(same(c, c2)); return; }
+    if (exact) {
+        CHECK(same(c, c2));
+        return;
+    }
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < ldc; j++) {
             double x = c.floats()[i * ldc + j], y = c2.floats()[i * ldc + j];
-            if (j >= n || snipi_nonfinite_f64(x) || snipi_nonfinite_f64(y)) { alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y); continue; }
+            if (j >= n || snipi_nonfinite_f64(x) || snipi_nonfinite_f64(y)) {
+                alike &= snipi_bits((float)x) == snipi_bits((float)y) || (x != x && y != y);
+                continue;
+            }
             error += (x - y) * (x - y);
             norm += y * y;
         }
 #ifdef __CUDACC__
-    const double most = 1e-6;       // FP8 tensor cores keep about 14 bits of a sum
+    const double most = 1e-6;  // FP8 tensor cores keep about 14 bits of a sum
 #else
     const double most = 4e-12;
 #endif
     CHECK(alike && error <= most * norm);
 }
-static const int64_t gemms[][3] = { { 1, 1, 1 }, { 3, 5, 7 }, { 16, 8, 32 }, { 128, 128, 128 }, { 129, 130, 131 }, { 65, 299, 256 }, { 130, 127, 193 }, { 140, 136, 288 }, { 5, 4, 0 }, { 260, 100, 400 } };
+
+static const int64_t gemms[][3] = {
+    {1,    1,   1  },
+    { 3,   5,   7  },
+    { 16,  8,   32 },
+    { 128, 128, 128},
+    { 129, 130, 131},
+    { 65,  299, 256},
+    { 130, 127, 193},
+    { 140, 136, 288},
+    { 5,   4,   0  },
+    { 260, 100, 400}
+};
+
 enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
+
 static void test_gemm_reference() {
-    static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16, SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, SNIP_RECIPE_MXFP8, { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
-        SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, SNIP_RECIPE_MXFP4, SNIP_RECIPE_NVFP4, { SNIP_E2M1, 3, 7, SNIP_SCALE_F32, NEAREST }, { SNIP_E2M1, 1, 0, SNIP_SCALE_F32, NEAREST } };
+    static const snip_recipe kinds[] = {
+        SNIP_RECIPE_F32,
+        SNIP_RECIPE_BF16,
+        SNIP_RECIPE_FP8_TILE,
+        SNIP_RECIPE_FP8_BLOCK,
+        SNIP_RECIPE_MXFP8,
+        {SNIP_E2M3,  1, 32, SNIP_SCALE_UE8M0, NEAREST},
+        SNIP_RECIPE_FP4_TILE,
+        SNIP_RECIPE_FP4_BLOCK,
+        SNIP_RECIPE_MXFP4,
+        SNIP_RECIPE_NVFP4,
+        { SNIP_E2M1, 3, 7,  SNIP_SCALE_F32,   NEAREST},
+        { SNIP_E2M1, 1, 0,  SNIP_SCALE_F32,   NEAREST}
+    };
     for (int i = 0; i < GEMM_SHAPES - 1; i++)
         for (int ka = 0; ka < 12; ka++)
             for (int kb = ka % 3; kb < 12; kb += 3) {
@@ -414,26 +629,36 @@ static void test_gemm_reference() {
                 if (ka == 0) a.operand.round_bf16 = kb & 1;
                 snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
                 shim_order = (i + ka + kb) % SHIM_ORDERS;
-                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE, k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE,
+                              k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
             }
 }
+
 // Which kernels the GPU has: all; no tcgen05; nor wgmma; nor FP8; none.
 #ifdef __CUDACC__
 enum { GPUS = 1 };
+
 static void play_gpu(int) {}
 #else
 enum { GPUS = 4 };
+
 template <int A, int B> static void absent(int gpu) {
     shim_absent.push_back((const void *)snipi_tcgen05_kernel<A, B>);
     if (gpu > 1) shim_absent.push_back((const void *)snipi_wgmma_kernel<A, B>);
     if (gpu > 2) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_FP8, A, B>);
     if (gpu > 3) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_F16, A, B>);
 }
+
 static void play_gpu(int gpu) {
     shim_absent.clear();
     if (gpu > 0) shim_absent.push_back((const void *)snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>);
     if (gpu > 1) shim_absent.push_back((const void *)snipi_wgmma_kernel<SNIP_E2M1, SNIP_E2M1>);
-    if (gpu > 0) { absent<SNIP_E4M3, SNIP_E4M3>(gpu); absent<SNIP_E4M3, SNIP_E5M2>(gpu); absent<SNIP_E5M2, SNIP_E4M3>(gpu); absent<SNIP_E5M2, SNIP_E5M2>(gpu); }
+    if (gpu > 0) {
+        absent<SNIP_E4M3, SNIP_E4M3>(gpu);
+        absent<SNIP_E4M3, SNIP_E5M2>(gpu);
+        absent<SNIP_E5M2, SNIP_E4M3>(gpu);
+        absent<SNIP_E5M2, SNIP_E5M2>(gpu);
+    }
     if (gpu > 3) shim_absent.push_back((const void *)snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
 }
 #endif
@@ -444,26 +669,39 @@ static void test_gemm_plain() {
         for (int way = 0; way < 4; way++) {
             if (!wanted()) continue;
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            matrix a(&kinds[i % 3 == 1], m, k, GAUSS, way & 1), b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
+            matrix a(&kinds[i % 3 == 1], m, k, GAUSS, way & 1),
+                b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
             if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
             shim_order = (i + way) % SHIM_ORDERS;
-            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
+            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way,
+                     shim_order);
             test_gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
         }
 }
-static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
+
+static const snip_recipe fp4[] = {
+    SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, {SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST}
+};
+
 static void test_gemm_tensor_cores() {
-    static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
+    static const snip_recipe fp8[] = {
+        SNIP_RECIPE_FP8_TILE,
+        SNIP_RECIPE_FP8_BLOCK,
+        {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,  NEAREST},
+        { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST}
+    };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 7; which++) {
             if (!wanted()) continue;
             int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3], *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i / 2 * 3) % 4];
+            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3],
+                              *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i / 2 * 3) % 4];
             matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
             for (int gpu = 0; gpu < (which < 3 ? 1 : GPUS); gpu++) {
                 play_gpu(gpu);
                 shim_order = (i + 2 * which + gpu) % SHIM_ORDERS;
-                snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu, shim_order);
+                snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k,
+                         which, gpu, shim_order);
                 test_gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, which < 3);
             }
             play_gpu(0);
@@ -497,7 +735,10 @@ static void test_gemm_s8() {
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, NULL, c.floats(), 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
 #ifdef __CUDACC__
-    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) { skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a"); return; }
+    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) {
+        skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a");
+        return;
+    }
     finish();
 #else
     play_gpu(2);
@@ -512,7 +753,8 @@ static void test_gemm_s8() {
             for (int gpu = 0; gpu < snipi_min(2, GPUS); gpu++)
                 for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
                     play_gpu(gpu);
-                    snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu, shim_order);
+                    snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m,
+                             (int)n, (int)k, which, gpu, shim_order);
                     test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
                 }
             play_gpu(0);
@@ -524,8 +766,15 @@ static void test_gemm_s8() {
 static void test_gemm_cublaslt() {}
 #else
 static void test_gemm_cublaslt() {
-    static const snip_recipe kinds[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST } };
-    static const int64_t sizes[][3] = { { 16, 8, 32 }, { 129, 132, 400 }, { 300, 260, 128 }, { 5, 4, 656 } };
+    static const snip_recipe kinds[] = {
+        SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, {SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST}
+    };
+    static const int64_t sizes[][3] = {
+        {16,   8,   32 },
+        { 129, 132, 400},
+        { 300, 260, 128},
+        { 5,   4,   656}
+    };
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     for (const int64_t *size : sizes)
         for (int kind = 0; kind < 9; kind++) {
@@ -540,11 +789,16 @@ static void test_gemm_cublaslt() {
             fill(c, m * ldc, SNIP_F32, GAUSS);
             memcpy(c2.at, c.at, c.size);
             snprintf(what, sizeof what, "gemm by cuBLASLt, %d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
-            CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, accumulate, NULL, gemm_scratch, SNIP_ISA_BEST) == SNIP_OK);
-            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate, at, snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind, 0) == SNIP_OK);
+            CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, accumulate, NULL, gemm_scratch,
+                            SNIP_ISA_BEST) == SNIP_OK);
+            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate, at,
+                                          snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind, 0) == SNIP_OK);
             for (int64_t i = 0; i < m * ldc; i++) {
                 double x = c.floats()[i], y = c2.floats()[i];
-                if (i % ldc >= n) { CHECK(x == y); continue; }
+                if (i % ldc >= n) {
+                    CHECK(x == y);
+                    continue;
+                }
                 error += (x - y) * (x - y);
                 norm += y * y;
             }
@@ -556,22 +810,35 @@ static void test_gemm_cublaslt() {
     const size_t room = snip_cuda_cublaslt_scratch(8, 8, 128);
     buffer c(8 * 8 * 4), memory(room + 512);
     char *at = (char *)(((uintptr_t)memory.at + 255) / 256 * 256);
-    auto gemm = [&](const snip_operand &y, float *to, int64_t ldc, void *scratch, size_t bytes, int64_t k = 128) { return snip_cuda_gemm_cublaslt(&lt, 8, 8, k, &a.operand, &y, to, ldc, 0, scratch, bytes, 0); };
+    auto gemm = [&](const snip_operand &y, float *to, int64_t ldc, void *scratch, size_t bytes, int64_t k = 128) {
+        return snip_cuda_gemm_cublaslt(&lt, 8, 8, k, &a.operand, &y, to, ldc, 0, scratch, bytes, 0);
+    };
     odd.codes = a.codes.at + 1;
     without.scales = NULL;
     lt.workspace = 0;
     snprintf(what, sizeof what, "gemm by cuBLASLt, refusals");
-    for (const snip_operand *o : { &b.operand, &d.operand, &e.operand, &odd }) CHECK(gemm(*o, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, c.floats() + 1, 8, at, room) == SNIP_UNSUPPORTED && gemm(a.operand, c.floats(), 9, at, room) == SNIP_UNSUPPORTED);
+    for (const snip_operand *o : { &b.operand, &d.operand, &e.operand, &odd })
+        CHECK(gemm(*o, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats() + 1, 8, at, room) == SNIP_UNSUPPORTED &&
+          gemm(a.operand, c.floats(), 9, at, room) == SNIP_UNSUPPORTED);
     CHECK(gemm(a.operand, c.floats(), 8, at, room, 0) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, NULL, 8, at, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 7, at, room) == SNIP_BAD_ARGUMENT && gemm(without, c.floats(), 8, at, room) == SNIP_BAD_ARGUMENT);
-    CHECK(gemm(a.operand, c.floats(), 8, NULL, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 8, at + 16, room) == SNIP_BAD_ARGUMENT && gemm(a.operand, c.floats(), 8, at, room - 1) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, room, 0) == SNIP_BAD_ARGUMENT);
-    lt.workspace = 1;           // more than it was given
+    CHECK(gemm(a.operand, NULL, 8, at, room) == SNIP_BAD_ARGUMENT &&
+          gemm(a.operand, c.floats(), 7, at, room) == SNIP_BAD_ARGUMENT &&
+          gemm(without, c.floats(), 8, at, room) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, NULL, room) == SNIP_BAD_ARGUMENT &&
+          gemm(a.operand, c.floats(), 8, at + 16, room) == SNIP_BAD_ARGUMENT &&
+          gemm(a.operand, c.floats(), 8, at, room - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, room, 0) ==
+          SNIP_BAD_ARGUMENT);
+    lt.workspace = 1;  // more than it was given
     CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
     lt = { CUBLAS_STATUS_NOT_SUPPORTED, false, 0 };
     CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    for (size_t i = 0; i < c.size; i++) if (c.at[i] != 0xC5) { CHECK(!"written by a refused call"); break; }
+    for (size_t i = 0; i < c.size; i++)
+        if (c.at[i] != 0xC5) {
+            CHECK(!"written by a refused call");
+            break;
+        }
     lt = { CUBLAS_STATUS_SUCCESS, true, 0 };
     CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_DEVICE);
 }
@@ -580,20 +847,29 @@ static void test_gemm_cublaslt() {
 // ---- the encoders, on every float: hardware's where the kernels use it ----
 #ifdef __CUDACC__
 static const uint32_t CODEC_STRIDE = 1;
+
 template <class F> static void codec_workers(int n, F f) {
     std::vector<std::thread> pool;
     for (int w = 0; w < n; w++) pool.emplace_back(f, w);
     for (std::thread &t : pool) t.join();
 }
+
 static int codec_cores() { return (int)snipi_max(1, snipi_min(64, (int64_t)std::thread::hardware_concurrency())); }
 #else
 static const uint32_t CODEC_STRIDE = 65521;
-template <class F> static void codec_workers(int n, F f) { for (int w = 0; w < n; w++) f(w); }
+
+template <class F> static void codec_workers(int n, F f) {
+    for (int w = 0; w < n; w++) f(w);
+}
+
 static int codec_cores() { return 1; }
 #endif
 SNIPI_HD static uint32_t codec_random(uint32_t u) { return (u ^ u >> 15) * 0x2C1B3C6Du; }
-template <int FORMAT> static __global__ void codec_kernel(uint8_t *code, uint64_t first, int64_t n, uint32_t stride, int stochastic) {
-    for (int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x); i < n; i += 4 * (int64_t)gridDim.x * blockDim.x) {
+
+template <int FORMAT>
+static __global__ void codec_kernel(uint8_t *code, uint64_t first, int64_t n, uint32_t stride, int stochastic) {
+    for (int64_t i = 4 * ((int64_t)blockIdx.x * blockDim.x + threadIdx.x); i < n;
+         i += 4 * (int64_t)gridDim.x * blockDim.x) {
         float x[4];
         uint32_t c[4], word;
         int over;
@@ -603,10 +879,13 @@ template <int FORMAT> static __global__ void codec_kernel(uint8_t *code, uint64_
             c[j] = snipi_cuda_encode<FORMAT>(x[j], stochastic, codec_random(u), &over);
         }
         word = stochastic ? snipi_cuda_pack<FORMAT>(c) : snipi_cuda_nearest4<FORMAT>(x, 1.0f);
-        if (FORMAT == SNIP_E2M1) *(uint16_t *)(code + i / 2) = (uint16_t)word;
-        else *(uint32_t *)(code + i) = word;
+        if (FORMAT == SNIP_E2M1)
+            *(uint16_t *)(code + i / 2) = (uint16_t)word;
+        else
+            *(uint32_t *)(code + i) = word;
     }
 }
+
 // Nearest: NVIDIA's tables. Stochastic: snip.h's function.
 static uint8_t codec_expected(int format, uint32_t u, int stochastic, const codec_run *runs, int n_runs, int *run) {
     while (*run + 1 < n_runs && runs[*run + 1].first <= u) ++*run;
@@ -616,29 +895,39 @@ static uint8_t codec_expected(int format, uint32_t u, int stochastic, const code
     uint32_t a = u & 0x7FFFFFFFu, c = snipi_encode_stochastic(a, codec_random(u), e.mantissa, e.bias);
     return (uint8_t)(a > 0x7F800000u ? e.nan : (c < e.largest ? c : e.largest) | (u >> 31) << e.sign);
 }
+
 template <int FORMAT> static void test_codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
     const int64_t all = (int64_t)(4294967296 / CODEC_STRIDE), chunk = snipi_min(all / 4 * 4, (int64_t)1 << 28);
     const int workers = codec_cores();
     uint8_t *code, *host;
     int64_t wrong = 0;
     snprintf(what, sizeof what, "codec %s, %s", name, stochastic ? "stochastic" : "nearest");
-    if (cudaMalloc(&code, (size_t)chunk) != cudaSuccess || cudaMallocHost((void **)&host, (size_t)chunk) != cudaSuccess) { CHECK(!"memory"); return; }
+    if (cudaMalloc(&code, (size_t)chunk) != cudaSuccess ||
+        cudaMallocHost((void **)&host, (size_t)chunk) != cudaSuccess) {
+        CHECK(!"memory");
+        return;
+    }
     for (int64_t first = 0; first < all / 4 * 4; first += chunk) {
         const int64_t n = snipi_min(chunk, all / 4 * 4 - first);
         std::vector<int64_t> bad((size_t)workers, 0), example((size_t)workers, -1);
-        CHECK(snipi_cuda_launch(codec_kernel<FORMAT>, snipi_min(4096, snipi_ceil_div(n, 4 * 256)), 256, 0, 0, code, (uint64_t)first, n, CODEC_STRIDE, stochastic) == SNIP_OK);
+        CHECK(snipi_cuda_launch(codec_kernel<FORMAT>, snipi_min(4096, snipi_ceil_div(n, 4 * 256)), 256, 0, 0, code,
+                                (uint64_t)first, n, CODEC_STRIDE, stochastic) == SNIP_OK);
         CHECK(cudaMemcpy(host, code, (size_t)(FORMAT == SNIP_E2M1 ? n / 2 : n), cudaMemcpyDeviceToHost) == cudaSuccess);
         codec_workers(workers, [&](int w) {
             int run = 0;
             for (int64_t i = n * w / workers; i < n * (w + 1) / workers; i++) {
-                uint32_t u = (uint32_t)(first + i) * CODEC_STRIDE, got = FORMAT == SNIP_E2M1 ? host[i / 2] >> i % 2 * 4 & 15u : host[i];
+                uint32_t u = (uint32_t)(first + i) * CODEC_STRIDE,
+                         got = FORMAT == SNIP_E2M1 ? host[i / 2] >> i % 2 * 4 & 15u : host[i];
                 uint32_t expected = codec_expected(snipi_cuda_format<FORMAT>(), u, stochastic, runs, n_runs, &run);
-                if (FORMAT >= SNIPI_E2M1_WIDE) expected = byte_of((uint8_t)expected, FORMAT == SNIPI_E2M1_S8 ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_E4M3_BYTES);
+                if (FORMAT >= SNIPI_E2M1_WIDE)
+                    expected = byte_of((uint8_t)expected,
+                                       FORMAT == SNIPI_E2M1_S8 ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_E4M3_BYTES);
                 if (got != expected && !bad[(size_t)w]++) example[(size_t)w] = first + i;
             }
         });
         for (int w = 0; w < workers; w++) {
-            if (bad[(size_t)w] && !wrong) printf("%s: input 0x%08X\n", what, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
+            if (bad[(size_t)w] && !wrong)
+                printf("%s: input 0x%08X\n", what, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
             wrong += bad[(size_t)w];
         }
     }
@@ -646,6 +935,7 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
     cudaFree(code);
     cudaFreeHost(host);
 }
+
 static void test_codec() {
     for (int stochastic = 0; stochastic < 2; stochastic++) {
 #define CODEC(format, table) test_codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
@@ -662,6 +952,7 @@ static void test_codec() {
 struct device_matrix {
     void *codes = NULL, *scales = NULL;
     snip_operand operand = {};
+
     device_matrix(const snip_recipe *r, int64_t rows, int64_t k) {
         std::vector<float> x((size_t)(rows * k));
         std::vector<uint8_t> c(snip_codes_bound(r, rows, k)), s(snip_scales_bound(r, rows, k));
@@ -669,66 +960,104 @@ struct device_matrix {
         CHECK(snip_quantize(r, x.data(), rows, k, k, c.data(), s.data(), {}, NULL, NULL) == SNIP_OK);
         put(&codes, c.data(), c.size());
         put(&scales, s.data(), s.size());
-        operand.recipe = r; operand.codes = codes; operand.scales = scales;
+        operand.recipe = r;
+        operand.codes = codes;
+        operand.scales = scales;
     }
+
     static void put(void **to, const void *from, size_t size) {
-        CHECK(cudaMalloc(to, size + 1) == cudaSuccess && cudaMemcpy(*to, from, size, cudaMemcpyHostToDevice) == cudaSuccess);
+        CHECK(cudaMalloc(to, size + 1) == cudaSuccess &&
+              cudaMemcpy(*to, from, size, cudaMemcpyHostToDevice) == cudaSuccess);
     }
-    ~device_matrix() { cudaFree(codes); cudaFree(scales); }
+
+    ~device_matrix() {
+        cudaFree(codes);
+        cudaFree(scales);
+    }
+
     device_matrix(const device_matrix &) = delete;
 };
+
 static __global__ void twice_kernel(int8_t *to, const uint8_t *packed, int64_t n) {
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
         to[i] = (int8_t)(2.0f * snipi_decode(packed[i / 2] >> i % 2 * 4 & 15u, SNIP_E2M1));
 }
+
 static void test_oracle() {
-    static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK, e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, bf16 = SNIP_RECIPE_BF16;
+    static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK,
+                             e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, bf16 = SNIP_RECIPE_BF16;
     static const snip_recipe fp4 = { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, NEAREST };
-    static const snip_recipe *const pairs[][2] = { { &fp8, &fp8_block }, { &fp8, &fp8 }, { &fp8_block, &fp8 }, { &e5m2, &fp8_block }, { &e5m2, &fp8 }, { &fp8, &e5m2 }, { &bf16, &bf16 }, { &fp4, &fp4 } };
-    static const int64_t sizes[][3] = { { 256, 384, 512 }, { 1024, 512, 2048 }, { 144, 272, 400 }, { 128, 7168, 4096 } };
+    static const snip_recipe *const pairs[][2] = {
+        {&fp8,        &fp8_block},
+        { &fp8,       &fp8      },
+        { &fp8_block, &fp8      },
+        { &e5m2,      &fp8_block},
+        { &e5m2,      &fp8      },
+        { &fp8,       &e5m2     },
+        { &bf16,      &bf16     },
+        { &fp4,       &fp4      }
+    };
+    static const int64_t sizes[][3] = {
+        {256,   384,  512 },
+        { 1024, 512,  2048},
+        { 144,  272,  400 },
+        { 128,  7168, 4096}
+    };
     for (auto &pair : pairs)
         for (const int64_t *size : sizes) {
             const int64_t m = size[0], n = size[1], k = size[2];
             const snip_recipe *ra = pair[0], *rb = pair[1];
             const bool integers = ra->format == SNIP_E2M1;
             lt_gemm lt({ ra->format, m, ra->tile_rows }, { rb->format, n, rb->tile_rows }, k);
-            snprintf(what, sizeof what, "cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d", snip_format_name(ra->format), ra->tile_rows, ra->tile_cols, snip_format_name(rb->format),
+            snprintf(what, sizeof what, "cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d",
+                     snip_format_name(ra->format), ra->tile_rows, ra->tile_cols, snip_format_name(rb->format),
                      rb->tile_rows, rb->tile_cols, (int)m, (int)n, (int)k);
-            if (!lt.exists()) { skip(what); continue; }
+            if (!lt.exists()) {
+                skip(what);
+                continue;
+            }
             device_matrix a(ra, m, k), b(rb, n, k);
             std::vector<float> ours((size_t)(m * n)), theirs((size_t)(m * n));
             float *c, *c2;
             int8_t *ia = NULL, *ib = NULL;
             double error = 0, norm = 0;
             CHECK(cudaMalloc(&c, ours.size() * 4) == cudaSuccess && cudaMalloc(&c2, ours.size() * 4) == cudaSuccess);
-            CHECK(cudaMemset(c, 0xC5, ours.size() * 4) == cudaSuccess && cudaMemset(c2, 0xC5, ours.size() * 4) == cudaSuccess);
-            if (integers) {             // with scales of 1
+            CHECK(cudaMemset(c, 0xC5, ours.size() * 4) == cudaSuccess &&
+                  cudaMemset(c2, 0xC5, ours.size() * 4) == cudaSuccess);
+            if (integers) {  // with scales of 1
                 std::vector<float> ones((size_t)((m > n ? m : n) * ((k + 127) / 128)), 1.0f);
-                CHECK(cudaMalloc(&ia, (size_t)(m * k)) == cudaSuccess && cudaMalloc(&ib, (size_t)(n * k)) == cudaSuccess);
+                CHECK(cudaMalloc(&ia, (size_t)(m * k)) == cudaSuccess &&
+                      cudaMalloc(&ib, (size_t)(n * k)) == cudaSuccess);
                 twice_kernel<<<256, 256>>>(ia, (const uint8_t *)a.codes, m * k);
                 twice_kernel<<<256, 256>>>(ib, (const uint8_t *)b.codes, n * k);
-                CHECK(cudaMemcpy(a.scales, ones.data(), (size_t)(m * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
-                CHECK(cudaMemcpy(b.scales, ones.data(), (size_t)(n * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) == cudaSuccess);
+                CHECK(cudaMemcpy(a.scales, ones.data(), (size_t)(m * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) ==
+                      cudaSuccess);
+                CHECK(cudaMemcpy(b.scales, ones.data(), (size_t)(n * ((k + 127) / 128)) * 4, cudaMemcpyHostToDevice) ==
+                      cudaSuccess);
             }
             CHECK(snip_cuda_gemm(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0) == SNIP_OK);
-            if (integers) {             // the same bits from INT8 bytes, where there is such a kernel
+            if (integers) {  // the same bits from INT8 bytes, where there is such a kernel
                 std::vector<float> packed((size_t)(m * n)), bytes((size_t)(m * n));
                 CHECK(cudaMemcpy(packed.data(), c, packed.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
                 a.operand.codes = ia;
                 b.operand.codes = ib;
                 const snip_status status = snip_cuda_gemm_s8(m, n, k, &a.operand, &b.operand, c, n, 0, NULL, 0);
                 CHECK(cudaMemcpy(bytes.data(), c, bytes.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
-                CHECK(status == SNIP_UNSUPPORTED || (status == SNIP_OK && !memcmp(packed.data(), bytes.data(), packed.size() * 4)));
+                CHECK(status == SNIP_UNSUPPORTED ||
+                      (status == SNIP_OK && !memcmp(packed.data(), bytes.data(), packed.size() * 4)));
             }
-            if (integers || ra->format == SNIP_BF16) CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
-            else {                      // added to zeros
+            if (integers || ra->format == SNIP_BF16)
+                CHECK(lt.run(integers ? (void *)ia : a.codes, integers ? (void *)ib : b.codes, c2, 0));
+            else {  // added to zeros
                 const size_t room = snip_cuda_cublaslt_scratch(m, n, k) + (32 << 20);
                 void *scratch;
                 CHECK(cudaMalloc(&scratch, room) == cudaSuccess && cudaMemset(c2, 0, ours.size() * 4) == cudaSuccess);
-                CHECK(snip_cuda_gemm_cublaslt(lt.handle, m, n, k, &a.operand, &b.operand, c2, n, size == sizes[0], scratch, room, 0) == SNIP_OK);
+                CHECK(snip_cuda_gemm_cublaslt(lt.handle, m, n, k, &a.operand, &b.operand, c2, n, size == sizes[0],
+                                              scratch, room, 0) == SNIP_OK);
                 cudaFree(scratch);
             }
-            CHECK(cudaMemcpy(ours.data(), c, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess && cudaMemcpy(theirs.data(), c2, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
+            CHECK(cudaMemcpy(ours.data(), c, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess &&
+                  cudaMemcpy(theirs.data(), c2, ours.size() * 4, cudaMemcpyDeviceToHost) == cudaSuccess);
             for (size_t i = 0; i < ours.size(); i++) {
                 double x = ours[i], y = theirs[i];
                 if (integers) y = (double)(int32_t)snipi_bits(theirs[i]) * 0.25;
@@ -736,7 +1065,8 @@ static void test_oracle() {
                 norm += y * y;
             }
             const double most = integers ? 0 : ra->format == SNIP_BF16 ? 1e-5 : 1e-3;
-            if (!(error <= most * most * norm && norm > 0)) printf("%s: relative difference %.2e\n", what, sqrt(error / norm));
+            if (!(error <= most * most * norm && norm > 0))
+                printf("%s: relative difference %.2e\n", what, sqrt(error / norm));
             CHECK(error <= most * most * norm && norm > 0);
             for (void *p : { (void *)c, (void *)c2, (void *)ia, (void *)ib }) cudaFree(p);
         }
@@ -750,12 +1080,20 @@ static void test_oracle() {}
 // ---- the session ----
 // Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
 enum { LAYERS = 2, MICROS = 2, ROWS = 40 };
-static const int64_t dims[LAYERS][2] = { { 24, 136 }, { 150, 33 } };       // out, in
+
+static const int64_t dims[LAYERS][2] = {
+    {24,   136},
+    { 150, 33 }
+};  // out, in
+
 struct layer_data {
     buffer x, w, bias, dy, m, v, out, dx, dw, db;
     int64_t n, k;
-    layer_data(int64_t n_, int64_t k_) : x((size_t)(MICROS * ROWS * k_) * 4), w((size_t)(n_ * k_) * 4), bias((size_t)n_ * 4), dy((size_t)(MICROS * ROWS * n_) * 4), m(w.size), v(w.size),
-                                         out(dy.size), dx(x.size), dw(w.size), db(bias.size), n(n_), k(k_) {
+
+    layer_data(int64_t n_, int64_t k_)
+        : x((size_t)(MICROS * ROWS * k_) * 4), w((size_t)(n_ * k_) * 4), bias((size_t)n_ * 4),
+          dy((size_t)(MICROS * ROWS * n_) * 4), m(w.size), v(w.size), out(dy.size), dx(x.size), dw(w.size),
+          db(bias.size), n(n_), k(k_) {
         fill(x, MICROS * ROWS * k, SNIP_F32, GAUSS);
         fill(w, n * k, SNIP_F32, GAUSS);
         fill(bias, n, SNIP_F32, GAUSS);
@@ -768,12 +1106,26 @@ struct layer_data {
         }
         clear();
     }
-    void clear() { for (const buffer *b : { &out, &dx, &dw, &db }) memset(b->at, 0, b->size); }
+
+    void clear() {
+        for (const buffer *b : { &out, &dx, &dw, &db }) memset(b->at, 0, b->size);
+    }
 };
-struct model {              // what lies above a layer answers the update probe: shift
+
+struct model {  // what lies above a layer answers the update probe: shift
     layer_data *l[LAYERS];
-    model() { uint64_t was = rng_state; rng_state = 77; for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]); rng_state = was; }
-    ~model() { for (layer_data *p : l) delete p; }
+
+    model() {
+        uint64_t was = rng_state;
+        rng_state = 77;
+        for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]);
+        rng_state = was;
+    }
+
+    ~model() {
+        for (layer_data *p : l) delete p;
+    }
+
     void shift(float by) {
         for (layer_data *p : l) {
             for (int64_t i = 0; i < (int64_t)(p->x.size / 4); i++) p->x.floats()[i] += by * (float)(i % 7 - 3);
@@ -781,34 +1133,48 @@ struct model {              // what lies above a layer answers the update probe:
         }
     }
 };
+
 static snip *session_of(model *t, snip_desc desc) {
     snip *s = snip_create(&desc);
     char name[16];
     for (int i = 0; i < LAYERS; i++) {
         snprintf(name, sizeof name, "%d.lin", i);
         snip_add_linear(s, name, dims[i][0], dims[i][1], 0);
-        if (desc.optimizer == SNIP_ADAMW) snip_bind_adamw(s, i, t->l[i]->m.floats(), t->l[i]->v.floats());
-        else snip_bind_momentum(s, i, t->l[i]->m.floats());
+        if (desc.optimizer == SNIP_ADAMW)
+            snip_bind_adamw(s, i, t->l[i]->m.floats(), t->l[i]->v.floats());
+        else
+            snip_bind_momentum(s, i, t->l[i]->m.floats());
     }
     return s;
 }
+
 static snip_adamw adamw_of(int64_t step) {
     snip_adamw o = { 1e-3, 0.9, 0.95, 1e-8, step, 0.5 };
     return o;
 }
+
 // One pass over all layers; c NULL: on the CPU.
 static void session_pass(model *t, snip *s, snip_cuda *c, int micros, cudaStream_t stream) {
     for (int i = 0; i < LAYERS; i++)
         for (int a = 0; a < micros; a++) {
             layer_data *l = t->l[i];
-            float *x = l->x.floats() + a * ROWS * l->k, *out = l->out.floats() + a * ROWS * l->n, *dx = i ? l->dx.floats() + a * ROWS * l->k : NULL;
-            if (c) CHECK(snip_cuda_linear_forward(c, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS, stream) == SNIP_OK);
-            else CHECK(snip_linear_forward(s, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS) == SNIP_OK);
+            float *x = l->x.floats() + a * ROWS * l->k, *out = l->out.floats() + a * ROWS * l->n,
+                  *dx = i ? l->dx.floats() + a * ROWS * l->k : NULL;
+            if (c)
+                CHECK(snip_cuda_linear_forward(c, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS,
+                                               stream) == SNIP_OK);
+            else
+                CHECK(snip_linear_forward(s, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS) == SNIP_OK);
             float *dy = l->dy.floats() + a * ROWS * l->n;
-            if (c) CHECK(snip_cuda_linear_backward(c, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(), ROWS, stream) == SNIP_OK);
-            else CHECK(snip_linear_backward(s, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(), ROWS) == SNIP_OK);
+            if (c)
+                CHECK(snip_cuda_linear_backward(c, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x,
+                                                l->w.floats(), ROWS, stream) == SNIP_OK);
+            else
+                CHECK(snip_linear_backward(s, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(),
+                                           ROWS) == SNIP_OK);
         }
 }
+
 static bool alike(const buffer &a, const buffer &b, double most) {
     double error = 0, norm = 0;
     for (size_t i = 0; i < a.size / 4; i++) {
@@ -819,11 +1185,12 @@ static bool alike(const buffer &a, const buffer &b, double most) {
     return error <= most * most * norm;
 }
 #ifdef __CUDACC__
-static const double CLOSE = 1e-4;       // tensor cores cut their sums
+static const double CLOSE = 1e-4;  // tensor cores cut their sums
 #else
 static const double CLOSE = 1e-5;
 #endif
 static bool close_to(double a, double b, double size) { return fabs(a - b) <= CLOSE * fabs(size); }
+
 static void check_estimates(const snip *ours, const snip *theirs) {
     for (int i = 0; i < LAYERS; i++) {
         snip_layer_info a, b;
@@ -831,26 +1198,39 @@ static void check_estimates(const snip *ours, const snip *theirs) {
         snip_layer(theirs, i, &b);
         for (int f = 0; f < 2; f++) {
             const snip_estimate &x = f ? a.fp4 : a.fp8, &y = f ? b.fp4 : b.fp8;
-            for (int g = 0; g < SNIP_GEMMS; g++) CHECK(close_to(x.update[g], y.update[g], y.update[g]) && (y.update[g] != 0 || theirs->desc.update_weight < 0));
-            CHECK(close_to(x.loss_first, y.loss_first, y.loss_first) && close_to(x.loss_second, y.loss_second, 10 * y.loss_second));
+            for (int g = 0; g < SNIP_GEMMS; g++)
+                CHECK(close_to(x.update[g], y.update[g], y.update[g]) &&
+                      (y.update[g] != 0 || theirs->desc.update_weight < 0));
+            CHECK(close_to(x.loss_first, y.loss_first, y.loss_first) &&
+                  close_to(x.loss_second, y.loss_second, 10 * y.loss_second));
         }
         CHECK(memcmp(a.format, b.format, sizeof a.format) == 0);
     }
 }
+
 struct device_session {
     buffer memory;
     snip *s;
     snip_cuda *c;
-    device_session(model *t, const snip_desc &desc, int lag, cudaStream_t stream) : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)), c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
+
+    device_session(model *t, const snip_desc &desc, int lag, cudaStream_t stream)
+        : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)),
+          c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
         CHECK(c);
     }
-    ~device_session() { snip_cuda_destroy(c); snip_destroy(s); }
-    static snip *session_memory(model *t, const snip_desc &desc) {       // lives as long as the program
+
+    ~device_session() {
+        snip_cuda_destroy(c);
+        snip_destroy(s);
+    }
+
+    static snip *session_memory(model *t, const snip_desc &desc) {  // lives as long as the program
         static snip *s;
         snip_destroy(s);
         return s = session_of(t, desc);
     }
 };
+
 // Both sessions step by step: the same results, estimates, plans.
 static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
     model ours, theirs;
@@ -866,33 +1246,49 @@ static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
         for (int64_t step = 0; step < steps; step++) {
             snip_adamw o = adamw_of(step + 1);
             int again, plans = snip_plans(cpu);
-            snprintf(what, sizeof what, "session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer, micros, lag, (int)step);
+            snprintf(what, sizeof what, "session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer,
+                     micros, lag, (int)step);
             for (int i = 0; i < LAYERS; i++) memcpy(old[i], d.s->layers[i].format, sizeof old[i]);
             do {
                 shim_order = (int)(step + d.s->pass) % SHIM_ORDERS;
-                for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+                for (int i = 0; i < LAYERS; i++) {
+                    ours.l[i]->clear();
+                    theirs.l[i]->clear();
+                }
                 CHECK(snip_current_pass(d.s) == snip_current_pass(cpu));
-                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(0.125f); theirs.shift(0.125f); }
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) {
+                    ours.shift(0.125f);
+                    theirs.shift(0.125f);
+                }
                 session_pass(&ours, d.s, d.c, micros, stream);
                 session_pass(&theirs, cpu, NULL, micros, stream);
                 again = snip_cuda_next_pass(d.c, loss.floats(), stream);
                 finish();
-                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) { ours.shift(-0.125f); theirs.shift(-0.125f); }
+                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) {
+                    ours.shift(-0.125f);
+                    theirs.shift(-0.125f);
+                }
                 CHECK(snip_next_pass(cpu, 2.5) == again);
                 for (int i = 0; i < LAYERS; i++) {
                     layer_data *a = ours.l[i], *b = theirs.l[i];
-                    const double most = desc.measure == SNIP_BF16 ? 1e-4 : 3e-6;        // a noisy operand may round to the other side
-                    CHECK(alike(a->out, b->out, most) && alike(a->dx, b->dx, most) && alike(a->dw, b->dw, most) && alike(a->db, b->db, most));
-                    if (!lag && old[i][SNIP_FWD] == SNIP_E2M1 && cpu->pass == SNIP_PASS_ORDINARY) CHECK(same(a->out, b->out));
+                    const double most = desc.measure == SNIP_BF16
+                                            ? 1e-4
+                                            : 3e-6;  // a noisy operand may round to the other side
+                    CHECK(alike(a->out, b->out, most) && alike(a->dx, b->dx, most) && alike(a->dw, b->dw, most) &&
+                          alike(a->db, b->db, most));
+                    if (!lag && old[i][SNIP_FWD] == SNIP_E2M1 && cpu->pass == SNIP_PASS_ORDINARY)
+                        CHECK(same(a->out, b->out));
                 }
             } while (again);
             CHECK(snip_cuda_end_step(d.c, &o, micros > 1 ? loss.floats() + 1 : NULL, stream) == snip_end_step(cpu, &o));
             if (!lag) {
                 CHECK(snip_plans(d.s) == snip_plans(cpu));
                 for (int i = 0; i < LAYERS; i++)
-                    for (int w = 0; w < 2; w++) CHECK(close_to(d.s->layers[i].level[w], cpu->layers[i].level[w], 1) && (cpu->layers[i].level[w] != 0 || !step));
+                    for (int w = 0; w < 2; w++)
+                        CHECK(close_to(d.s->layers[i].level[w], cpu->layers[i].level[w], 1) &&
+                              (cpu->layers[i].level[w] != 0 || !step));
                 if (snip_plans(cpu) > plans) check_estimates(d.s, cpu);
-            } else if (snip_plans(cpu) > plans)         // theirs takes effect later
+            } else if (snip_plans(cpu) > plans)  // theirs takes effect later
                 for (int i = 0; i < LAYERS; i++) {
                     CHECK(snip_plans(d.s) == plans && memcmp(old[i], d.s->layers[i].format, sizeof old[i]) == 0);
                     memcpy(cpu->layers[i].format, old[i], sizeof old[i]);
@@ -901,16 +1297,18 @@ static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
                 CHECK(snip_plans(d.s) == snip_plans(cpu));
                 for (int i = 0; i < LAYERS; i++) memcpy(cpu->layers[i].format, d.s->layers[i].format, sizeof old[i]);
             }
-            for (int i = 0; i < LAYERS; i++)        // weights move alike
+            for (int i = 0; i < LAYERS; i++)  // weights move alike
                 for (int64_t j = 0; j < ours.l[i]->n * ours.l[i]->k; j++) {
                     ours.l[i]->w.floats()[j] = theirs.l[i]->w.floats()[j] -= theirs.l[i]->m.floats()[j];
                 }
         }
-        CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == (steps - 1) / desc.every && snip_share(d.s, SNIP_E2M1) >= desc.budget);
+        CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == (steps - 1) / desc.every &&
+              snip_share(d.s, SNIP_E2M1) >= desc.budget);
         snip_destroy(cpu);
     }
     cudaStreamDestroy(stream);
 }
+
 static snip_desc session_desc(int every) {
     snip_desc desc = {};
     desc.budget = 0.6;
@@ -918,6 +1316,7 @@ static snip_desc session_desc(int every) {
     desc.seed = 9;
     return desc;
 }
+
 // A captured step, replayed: the bytes of the same steps without a graph, stochastic rounding included.
 static void test_session_graph() {
     model ours, theirs;
@@ -930,10 +1329,14 @@ static void test_session_graph() {
         device_session a(&ours, desc, 1, stream), b(&theirs, desc, 0, stream);
         snip_set_format(a.s, -1, SNIP_GEMMS, SNIP_E2M1);
         snip_set_format(b.s, -1, SNIP_GEMMS, SNIP_E2M1);
-        for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+        for (int i = 0; i < LAYERS; i++) {
+            ours.l[i]->clear();
+            theirs.l[i]->clear();
+        }
         CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
         session_pass(&ours, a.s, a.c, 1, stream);
-        CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+        CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess &&
+              cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
         for (int64_t step = 0; step < 3; step++) {
             snip_adamw o = adamw_of(step + 1);
             buffer before(ours.l[1]->dw.size);
@@ -944,7 +1347,9 @@ static void test_session_graph() {
             session_pass(&theirs, b.s, b.c, 1, stream);
             CHECK(snip_cuda_next_pass(b.c, NULL, stream) == 0 && snip_cuda_end_step(b.c, &o, NULL, stream) == SNIP_OK);
             finish();
-            for (int i = 0; i < LAYERS; i++) CHECK(same(ours.l[i]->out, theirs.l[i]->out) && same(ours.l[i]->dx, theirs.l[i]->dx) && same(ours.l[i]->dw, theirs.l[i]->dw));
+            for (int i = 0; i < LAYERS; i++)
+                CHECK(same(ours.l[i]->out, theirs.l[i]->out) && same(ours.l[i]->dx, theirs.l[i]->dx) &&
+                      same(ours.l[i]->dw, theirs.l[i]->dw));
             CHECK(!same(before, ours.l[1]->dw));
         }
         CHECK(snip_cuda_finish(a.c) == SNIP_OK);
@@ -953,10 +1358,17 @@ static void test_session_graph() {
     }
     cudaStreamDestroy(stream);
 }
-// A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a capture.
+
+// A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a
+// capture.
 static void test_session_weights() {
     model t;
-    const snip_format formats[][2] = { { SNIP_E4M3, SNIP_E4M3 }, { SNIP_E4M3, SNIP_E2M1 }, { SNIP_E2M1, SNIP_E2M1 }, { SNIP_BF16, SNIP_E4M3 } };
+    const snip_format formats[][2] = {
+        {SNIP_E4M3,  SNIP_E4M3},
+        { SNIP_E4M3, SNIP_E2M1},
+        { SNIP_E2M1, SNIP_E2M1},
+        { SNIP_BF16, SNIP_E4M3}
+    };
     layer_data *l = t.l[1];
     const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
     cudaStream_t stream;
@@ -965,15 +1377,23 @@ static void test_session_weights() {
         device_session d(&t, session_desc(-1), 0, stream);
         buffer w(l->w.size), out(l->out.size / MICROS), dx(l->dx.size / MICROS);
         cudaGraph_t graph;
-        auto forward = [&](int micro) { CHECK(snip_cuda_linear_forward(d.c, 1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK); };
-        auto backward = [&](int micro) { CHECK(snip_cuda_linear_backward(d.c, 1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(), l->x.floats(), w.floats(), ROWS, stream) == SNIP_OK); };
-        auto expect = [&]() {           // of w, not held
+        auto forward = [&](int micro) {
+            CHECK(snip_cuda_linear_forward(d.c, 1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL, ROWS,
+                                           stream) == SNIP_OK);
+        };
+        auto backward = [&](int micro) {
+            CHECK(snip_cuda_linear_backward(d.c, 1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(),
+                                            l->x.floats(), w.floats(), ROWS, stream) == SNIP_OK);
+        };
+        auto expect = [&]() {  // of w, not held
             finish();
             memset(dx.at, 0, dx.size);
             snip_recipe rdy;
             snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-            CHECK(snipi_cuda_fwd(d.c, &d.s->layers[1], SNIPI_ALONE, format[0], out.floats(), l->x.floats(), w.floats(), NULL, ROWS, stream) == SNIP_OK);
-            CHECK(snipi_cuda_dgrad(d.c, &d.s->layers[1], SNIPI_ALONE, format[1], dx.floats(), 1, l->dy.floats(), w.floats(), ROWS, &rdy, &dy_t, stream) == SNIP_OK);
+            CHECK(snipi_cuda_fwd(d.c, &d.s->layers[1], SNIPI_ALONE, format[0], out.floats(), l->x.floats(), w.floats(),
+                                 NULL, ROWS, stream) == SNIP_OK);
+            CHECK(snipi_cuda_dgrad(d.c, &d.s->layers[1], SNIPI_ALONE, format[1], dx.floats(), 1, l->dy.floats(),
+                                   w.floats(), ROWS, &rdy, &dy_t, stream) == SNIP_OK);
             finish();
         };
         snip_set_format(d.s, 1, SNIP_FWD, format[0]);
@@ -981,10 +1401,11 @@ static void test_session_weights() {
         for (int64_t step = 1; step <= 3; step++) {
             snip_adamw o = adamw_of(step);
             const int held[2] = { format[0] != SNIP_BF16, 1 };
-            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]), snip_format_name(format[1]), (int)step);
+            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]),
+                     snip_format_name(format[1]), (int)step);
             fill(w, nw, SNIP_F32, GAUSS);
             l->clear();
-            if (step == 3) {            // captured and never run: must not count as quantized
+            if (step == 3) {  // captured and never run: must not count as quantized
                 CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
                 forward(0);
                 backward(0);
@@ -995,8 +1416,9 @@ static void test_session_weights() {
             backward(0);
             finish();
             CHECK(memcmp(l->out.at, out.at, out.size) == 0);
-            if (format[1] != SNIP_E2M1) CHECK(memcmp(l->dx.at, dx.at, dx.size) == 0);       // else stochastic, by micro-batch
-            memset(w.at, 0, w.size);    // the second micro-batch does not look at it
+            if (format[1] != SNIP_E2M1)
+                CHECK(memcmp(l->dx.at, dx.at, dx.size) == 0);  // else stochastic, by micro-batch
+            memset(w.at, 0, w.size);                           // the second micro-batch does not look at it
             forward(1);
             backward(1);
             finish();
@@ -1013,13 +1435,15 @@ static void test_session_weights() {
     }
     cudaStreamDestroy(stream);
 }
+
 // Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held.
 static void test_session_counts() {
     for (int format = 0; format < 3; format++)
         for (int micros = 1; micros <= MICROS; micros++) {
             model ours, theirs;
             snip_desc desc = session_desc(-1);
-            desc.fp8.activation = desc.fp8.gradient = { format == 2 ? SNIP_E5M2 : SNIP_E4M3, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
+            desc.fp8.activation = desc.fp8.gradient = { format == 2 ? SNIP_E5M2 : SNIP_E4M3, 1, 128, SNIP_SCALE_UE8M0,
+                                                        NEAREST };
             desc.fp8.weight = { SNIP_E4M3, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
             desc.fp4.activation = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
             desc.fp4.gradient = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, SNIP_ROUND_STOCHASTIC };
@@ -1033,21 +1457,28 @@ static void test_session_counts() {
                     snip_set_format(s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
                     snip_set_format(s, 1, SNIP_FWD, SNIP_E2M1);
                 }
-                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros, (int)step);
+                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros,
+                         (int)step);
                 shim_order = (int)step % SHIM_ORDERS;
-                for (int i = 0; i < LAYERS; i++) { ours.l[i]->clear(); theirs.l[i]->clear(); }
+                for (int i = 0; i < LAYERS; i++) {
+                    ours.l[i]->clear();
+                    theirs.l[i]->clear();
+                }
                 if (step == 3)
                     for (model *t : { &ours, &theirs }) {
-                        t->l[0]->x.floats()[7] = t->l[0]->w.floats()[3] = t->l[1]->dy.floats()[9] = snipi_float(0x7FC00000u);
+                        t->l[0]->x.floats()[7] = t->l[0]->w.floats()[3] = t->l[1]->dy.floats()[9] = snipi_float(
+                            0x7FC00000u);
                         t->l[1]->w.floats()[4] = snipi_float(0xFF800000u);
                     }
                 for (int i = 0; i < LAYERS; i++)
                     for (int a = 0; a < micros; a++) {
                         layer_data *l = ours.l[i], *m = theirs.l[i];
                         snip_cuda_linear_forward(d.c, i, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0);
-                        snip_cuda_linear_backward(d.c, i, l->dx.floats(), l->dw.floats(), NULL, l->dy.floats(), l->x.floats(), l->w.floats(), ROWS, 0);
+                        snip_cuda_linear_backward(d.c, i, l->dx.floats(), l->dw.floats(), NULL, l->dy.floats(),
+                                                  l->x.floats(), l->w.floats(), ROWS, 0);
                         snip_linear_forward(cpu, i, m->out.floats(), m->x.floats(), m->w.floats(), NULL, ROWS);
-                        snip_linear_backward(cpu, i, m->dx.floats(), m->dw.floats(), NULL, m->dy.floats(), m->x.floats(), m->w.floats(), ROWS);
+                        snip_linear_backward(cpu, i, m->dx.floats(), m->dw.floats(), NULL, m->dy.floats(),
+                                             m->x.floats(), m->w.floats(), ROWS);
                     }
                 int64_t counts[LAYERS][2];
                 for (int i = 0; i < LAYERS; i++) {
@@ -1059,12 +1490,14 @@ static void test_session_counts() {
                 finish();
                 for (int i = 0; i < LAYERS; i++) {
                     snip_layer(d.s, i, &info);
-                    CHECK(info.nonfinite == counts[i][0] && info.saturated == counts[i][1] && info.saturated > 0 && (info.nonfinite > 0) == (step == 3));
+                    CHECK(info.nonfinite == counts[i][0] && info.saturated == counts[i][1] && info.saturated > 0 &&
+                          (info.nonfinite > 0) == (step == 3));
                 }
             }
             snip_destroy(cpu);
         }
 }
+
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
 static void test_session_watch() {
     model t;
@@ -1078,7 +1511,8 @@ static void test_session_watch() {
         passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
         loss.floats()[0] = step == 40 || step == 41 ? 100.0f : 2.5f + 0.01f * (float)(step % 3);
         if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
-        do if (d.s->pass != SNIP_PASS_ORDINARY) session_pass(&t, d.s, d.c, 1, 0);
+        do
+            if (d.s->pass != SNIP_PASS_ORDINARY) session_pass(&t, d.s, d.c, 1, 0);
         while (snip_cuda_next_pass(d.c, loss.floats(), 0));
         CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
         finish();
@@ -1088,6 +1522,7 @@ static void test_session_watch() {
     CHECK(!strcmp(passes, ".........m........m........m........m......m..."));
     CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= desc.budget);
 }
+
 // NaN and infinity are told of after the lag, whatever the format; refusals at once.
 static void test_session_errors() {
     static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
@@ -1117,17 +1552,24 @@ static void test_session_errors() {
     layer_data *l = t.l[0];
     snprintf(what, sizeof what, "session, refusals");
     CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
-    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) && !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
+    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) &&
+          !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
     CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0));
-    CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
+          SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) ==
+          SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
+          SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) ==
+          SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
     CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
-    CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT && snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);       // the step's first error is told of once
-    CHECK(snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT && strstr(snip_message(d.s), "out of range") && snip_cuda_end_step(d.c, NULL, NULL, 0) == SNIP_OK);
+    CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT &&
+          snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);  // the step's first error is told of once
+    CHECK(snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT && strstr(snip_message(d.s), "out of range") &&
+          snip_cuda_end_step(d.c, NULL, NULL, 0) == SNIP_OK);
     desc.fp4.activation = { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, NEAREST };
     snip *mx = session_of(&t, desc);
     CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
@@ -1146,8 +1588,10 @@ static void test_session_errors() {
     for (int64_t step = 1; step <= 3; step++) {
         o = adamw_of(step);
         do {
-            CHECK(snip_cuda_linear_forward(c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) == SNIP_OK);
-            CHECK(snip_cuda_linear_backward(c, 0, NULL, l->dw.floats(), NULL, l->out.floats(), l->x.floats(), l->w.floats(), ROWS, 0) == SNIP_OK);
+            CHECK(snip_cuda_linear_forward(c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
+                  SNIP_OK);
+            CHECK(snip_cuda_linear_backward(c, 0, NULL, l->dw.floats(), NULL, l->out.floats(), l->x.floats(),
+                                            l->w.floats(), ROWS, 0) == SNIP_OK);
         } while (snip_cuda_next_pass(c, loss.floats(), 0));
         CHECK(snip_cuda_end_step(c, &o, NULL, 0) == (step == 3 ? SNIP_NOT_BOUND : SNIP_OK));
     }
@@ -1155,9 +1599,16 @@ static void test_session_errors() {
     snip_cuda_destroy(c);
     snip_destroy(unbound);
 }
+
 // The sketch's bits, at an offset and in several parts.
 static void test_sketch() {
-    static const int64_t sizes[][2] = { { 1, 0 }, { 4096, 0 }, { 5000, 777 }, { 100000, 4095 }, { 200000, 12345 } };
+    static const int64_t sizes[][2] = {
+        {1,       0    },
+        { 4096,   0    },
+        { 5000,   777  },
+        { 100000, 4095 },
+        { 200000, 12345}
+    };
     model t;
     snip_desc desc = session_desc(2);
     device_session d(&t, desc, 0, 0);
@@ -1180,30 +1631,36 @@ static void test_sketch() {
         }
     for (const int64_t *size : { sizes[0], sizes[2], sizes[4] }) {
         const int64_t cols = 70, rows = size[0] / cols + 1;
-        buffer x((size_t)(rows * cols) * 4), ours((size_t)(SNIPI_MIXED * cols) * 4), theirs((size_t)(SNIPI_MIXED * cols) * 4);
+        buffer x((size_t)(rows * cols) * 4), ours((size_t)(SNIPI_MIXED * cols) * 4),
+            theirs((size_t)(SNIPI_MIXED * cols) * 4);
         fill(x, rows * cols, SNIP_F32, GAUSS);
         snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)size[1]);
         snip_rng_key key = { 3, 4, 5 };
         for (int targets : { (int)SNIPI_MIXED, (int)SNIPI_PROJECTED }) {
             snipi_mix_rows(key, x.floats(), rows, cols, size[1], targets, theirs.floats());
-            CHECK(snipi_cuda_each(snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], (uint32_t)targets, ours.floats() }, targets * cols, 0) == SNIP_OK);
+            CHECK(snipi_cuda_each(
+                      snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], (uint32_t)targets, ours.floats() },
+                      targets * cols, 0) == SNIP_OK);
             finish();
             CHECK(memcmp(ours.floats(), theirs.floats(), (size_t)(targets * cols) * sizeof(float)) == 0);
         }
     }
     for (int64_t cols : { 5, 70, 1100, 2500 }) {
         const int64_t rows = 40;
-        buffer x((size_t)(rows * cols) * 4), ours((size_t)(rows * SNIPI_PROJECTED) * 4), theirs((size_t)(rows * SNIPI_PROJECTED) * 4);
+        buffer x((size_t)(rows * cols) * 4), ours((size_t)(rows * SNIPI_PROJECTED) * 4),
+            theirs((size_t)(rows * SNIPI_PROJECTED) * 4);
         fill(x, rows * cols, SNIP_F32, GAUSS);
         snprintf(what, sizeof what, "%d mixed columns", (int)cols);
         snip_rng_key key = { 3, 4, 6 };
         snipi_mix_columns(key, x.floats(), rows, cols, theirs.floats());
-        CHECK(snipi_cuda_each(snipi_cuda_mix_columns{ key, x.floats(), cols, ours.floats() }, rows * SNIPI_PROJECTED, 0) == SNIP_OK);
+        CHECK(snipi_cuda_each(snipi_cuda_mix_columns{ key, x.floats(), cols, ours.floats() }, rows * SNIPI_PROJECTED,
+                              0) == SNIP_OK);
         finish();
         CHECK(memcmp(ours.floats(), theirs.floats(), ours.size) == 0);
     }
     d.s->pass = SNIP_PASS_ORDINARY;
 }
+
 // The first layer's FP8 products by the cuBLASLt played on the CPU, which has none of the second's sizes.
 #ifdef __CUDACC__
 static void test_session_cublaslt() {}
@@ -1218,10 +1675,13 @@ static void test_session_cublaslt() {
     char *at = (char *)(((uintptr_t)scratch.at + 255) / 256 * 256);
     auto both = [&](int layer) {
         layer_data *x = t.l[layer];
-        const snip_status status = snip_cuda_linear_forward(d.c, layer, x->out.floats(), x->x.floats(), x->w.floats(), x->bias.floats(), ROWS, 0);
-        return status ? status : snip_cuda_linear_backward(d.c, layer, x->dx.floats(), x->dw.floats(), NULL, x->dy.floats(), x->x.floats(), x->w.floats(), ROWS, 0);
+        const snip_status status = snip_cuda_linear_forward(d.c, layer, x->out.floats(), x->x.floats(), x->w.floats(),
+                                                            x->bias.floats(), ROWS, 0);
+        return status ? status
+                      : snip_cuda_linear_backward(d.c, layer, x->dx.floats(), x->dw.floats(), NULL, x->dy.floats(),
+                                                  x->x.floats(), x->w.floats(), ROWS, 0);
     };
-    auto compare = [&]() {              // the squared error beside our own products
+    auto compare = [&]() {  // the squared error beside our own products
         double error = 0, norm = 0;
         const float *y = own.floats();
         for (const buffer *b : { &l->out, &l->dx, &l->dw })
@@ -1234,8 +1694,10 @@ static void test_session_cublaslt() {
     snprintf(what, sizeof what, "session by cuBLASLt");
     for (int layer = 0; layer < LAYERS; layer++)
         for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, layer, (snip_gemm_kind)g, SNIP_E4M3);
-    CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT && snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, room) == SNIP_BAD_ARGUMENT && snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT &&
+          snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, room) == SNIP_BAD_ARGUMENT &&
+          snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT);
     CHECK(both(0) == SNIP_OK && both(1) == SNIP_OK);
     memcpy(own.at, l->out.at, l->out.size);
     memcpy(own.at + l->out.size, l->dx.at, l->dx.size);
@@ -1247,7 +1709,7 @@ static void test_session_cublaslt() {
     lt.fails = true;
     CHECK(both(0) == SNIP_DEVICE);
     for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, g ? SNIP_E2M1 : SNIP_BF16);
-    CHECK(both(0) == SNIP_OK);          // not FP8
+    CHECK(both(0) == SNIP_OK);  // not FP8
     for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, SNIP_E4M3);
     CHECK(snip_cuda_use_cublaslt(d.c, NULL, NULL, 0) == SNIP_OK);
     l->clear();
@@ -1259,7 +1721,7 @@ static void test_session() {
     test_sketch();
     test_session_one(desc, MICROS, 0, 5);
     desc.every = 3;
-    play_gpu(2);                        // E2M1 operands are packed
+    play_gpu(2);  // E2M1 operands are packed
     test_session_one(desc, 1, 2, 7);
     play_gpu(0);
     if (few == 1) test_session_one(desc, 1, 2, 7);
@@ -1291,7 +1753,8 @@ int main(int argc, char **argv) {
         codec |= !strcmp(argv[i], "codec");
         oracle |= !strcmp(argv[i], "oracle");
     }
-    if (!quantize && !noise && !gemm && !s8 && !cublaslt && !session && !codec && !oracle) quantize = noise = gemm = s8 = session = codec = oracle = 1;
+    if (!quantize && !noise && !gemm && !s8 && !cublaslt && !session && !codec && !oracle)
+        quantize = noise = gemm = s8 = session = codec = oracle = 1;
 #ifdef __CUDACC__
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -1314,7 +1777,11 @@ int main(int argc, char **argv) {
         test_dequantize();
     }
     if (noise) test_noise();
-    if (gemm) { test_gemm_plain(); test_gemm_tensor_cores(); test_gemm_reference(); }
+    if (gemm) {
+        test_gemm_plain();
+        test_gemm_tensor_cores();
+        test_gemm_reference();
+    }
     if (gemm || s8) test_gemm_s8();
     if (gemm || cublaslt) test_gemm_cublaslt();
     if (cublaslt) test_session_cublaslt();

@@ -1,7 +1,7 @@
 /* Tests of snip_ilp.h. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure.
 
-   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (200000) and by dynamic
-                                                         programming over a lattice (1000) */
+   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (200000)
+   and by dynamic programming over a lattice (1000) */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -22,14 +22,16 @@ static void *test_malloc(size_t size) {
     *p = size;
     live += size;
     if (live > peak) peak = live;
-    memset(p + 2, 0xa5, size);                // whatever is read before it is written shows
+    memset(p + 2, 0xa5, size);  // whatever is read before it is written shows
     return p + 2;
 }
+
 static void test_free(void *pointer) {
     size_t *p = (size_t *)pointer - 2;
     live -= *p;
     free(p);
 }
+
 #define SNIP_ILP_MALLOC(size) test_malloc(size)
 #define SNIP_ILP_FREE(pointer) test_free(pointer)
 #define SNIP_ILP_IMPLEMENTATION
@@ -41,21 +43,30 @@ static const char *what = "";
 static uint64_t instance_seed;
 
 static void check(int ok, const char *text, int line) {
-    if (ok) { passed++; return; }
-    if (failed++ < 20) printf("FAILED line %d: %s   [%s, seed %llu]\n", line, text, what, (unsigned long long)instance_seed);
+    if (ok) {
+        passed++;
+        return;
+    }
+    if (failed++ < 20)
+        printf("FAILED line %d: %s   [%s, seed %llu]\n", line, text, what, (unsigned long long)instance_seed);
 }
+
 #define CHECK(x) check((x) != 0, #x, __LINE__)
 
-// ---------------------------------------------------------------------------------------------------------------- random instances
+// ----------------------------------------------------------------------------------------------------------------
+// random instances
 
 static uint64_t rng_state;
-static uint64_t rng(void) {                   // splitmix64
+
+static uint64_t rng(void) {  // splitmix64
     uint64_t z = rng_state += 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
+
 static double uniform(void) { return (double)(rng() >> 11) * (1.0 / 9007199254740992.0); }
+
 static int below(int n) { return (int)(rng() % (uint64_t)n); }
 
 typedef struct {
@@ -77,15 +88,16 @@ static instance instance_new(int n, int options, int stages) {
     x.p.stage_target = x.target;
     return x;
 }
+
 static void instance_free(instance *x) {
     free(x->group);
     free(x->option);
     free(x->target);
 }
 
-static double next_up(double x) {             // the next double: by bits, so that no mode of the compiler matters
+static double next_up(double x) {  // the next double: by bits, so that no mode of the compiler matters
     uint64_t bits;
-    if (!(x > 0)) return DBL_MIN;             // -Ofast takes the denormals for zeros
+    if (!(x > 0)) return DBL_MIN;  // -Ofast takes the denormals for zeros
     memcpy(&bits, &x, sizeof bits);
     bits++;
     memcpy(&x, &bits, sizeof bits);
@@ -95,21 +107,22 @@ static double next_up(double x) {             // the next double: by bits, so th
 // One number of a kind. Kinds are drawn for costs and gains apart.
 static double number(int kind) {
     switch (kind) {
-    case 0: return below(4);                                  // ties and zeros
-    case 1: return below(100);
-    case 2: return uniform();
-    case 3: return below(50) * 0.1;                           // a lattice that doubles do not hold
-    case 4: return uniform() * 1e300;
-    case 5: return uniform() * 1e-300;
-    case 6: return pow(10, 24 * uniform() - 12);              // 1e24 ranges
-    case 7: return below(3) ? uniform() : 0;
-    case 8: return 1;                                         // all equal
-    case 9: return 1 + below(3) * 1e-9 + below(3) * 1e-6;     // nearly equal
-    case 10: return below(1000000);
-    case 11: return ldexp(1, below(40) - 20);
-    default: return 1e6 + below(10);                          // a large offset
+        case 0: return below(4);  // ties and zeros
+        case 1: return below(100);
+        case 2: return uniform();
+        case 3: return below(50) * 0.1;  // a lattice that doubles do not hold
+        case 4: return uniform() * 1e300;
+        case 5: return uniform() * 1e-300;
+        case 6: return pow(10, 24 * uniform() - 12);  // 1e24 ranges
+        case 7: return below(3) ? uniform() : 0;
+        case 8: return 1;                                      // all equal
+        case 9: return 1 + below(3) * 1e-9 + below(3) * 1e-6;  // nearly equal
+        case 10: return below(1000000);
+        case 11: return ldexp(1, below(40) - 20);
+        default: return 1e6 + below(10);  // a large offset
     }
 }
+
 enum { KINDS = 13 };
 
 static double group_max(const snip_ilp_group *g) {
@@ -123,23 +136,25 @@ static double group_max(const snip_ilp_group *g) {
 // A target for some groups, the largest gains of which sum to most, those of a random choice to some.
 static double random_target(double most, double some) {
     switch (below(9)) {
-    case 0: return 0;
-    case 1: return most;
-    case 2: return next_up(most);
-    case 3: return most * (1 + 1e-6);
-    case 4: return some;
-    case 5: return next_up(some);
-    case 6: return -1;
-    case 7: return most * uniform();
-    default: return most * (0.7 + 0.3 * uniform());
+        case 0: return 0;
+        case 1: return most;
+        case 2: return next_up(most);
+        case 3: return most * (1 + 1e-6);
+        case 4: return some;
+        case 5: return next_up(some);
+        case 6: return -1;
+        case 7: return most * uniform();
+        default: return most * (0.7 + 0.3 * uniform());
     }
 }
 
 static instance random_instance(int max_groups, int max_options, int max_stages) {
-    int n = 1 + below(max_groups), stages = 1 + below(max_stages), cost_kind = below(KINDS), gain_kind = below(KINDS), i, j, s, at = 0;
+    int n = 1 + below(max_groups), stages = 1 + below(max_stages), cost_kind = below(KINDS), gain_kind = below(KINDS),
+        i, j, s, at = 0;
     int relation = below(6);
     instance x = instance_new(n, n * max_options, stages);
-    double *most = (double *)calloc((size_t)stages + 1, sizeof *most), *some = (double *)calloc((size_t)stages + 1, sizeof *some);
+    double *most = (double *)calloc((size_t)stages + 1, sizeof *most),
+           *some = (double *)calloc((size_t)stages + 1, sizeof *some);
     double all = 0, any = 0;
     for (i = 0; i < n; i++) {
         int count = below(5) ? 1 + below(max_options) : 1;
@@ -149,8 +164,9 @@ static instance random_instance(int max_groups, int max_options, int max_stages)
         for (j = 0; j < count; j++, at++) {
             x.option[at].gain = number(gain_kind);
             x.option[at].cost = number(cost_kind);
-            if (relation == 0) x.option[at].cost = x.option[at].gain;                                 // subset sum
-            if (relation == 1) x.option[at].cost = x.option[at].gain > 0 ? x.option[at].gain + 10 : 0;   // strongly correlated
+            if (relation == 0) x.option[at].cost = x.option[at].gain;  // subset sum
+            if (relation == 1)
+                x.option[at].cost = x.option[at].gain > 0 ? x.option[at].gain + 10 : 0;  // strongly correlated
         }
         most[x.group[i].stage] += group_max(&x.group[i]);
         some[x.group[i].stage] += x.option[at - 1 - below(count)].gain;
@@ -159,7 +175,7 @@ static instance random_instance(int max_groups, int max_options, int max_stages)
         all += most[s];
         any += some[s];
         x.target[s] = below(4) ? random_target(most[s], some[s]) : 0;
-        if (below(4) && x.target[s] > most[s]) x.target[s] = some[s];        // more feasible ones
+        if (below(4) && x.target[s] > most[s]) x.target[s] = some[s];  // more feasible ones
     }
     x.p.total_target = below(2) ? random_target(all, any) : 0;
     if (!below(8)) x.p.stage_target = NULL;
@@ -168,20 +184,28 @@ static instance random_instance(int max_groups, int max_options, int max_stages)
     return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- what an answer must be
+// ---------------------------------------------------------------------------------------------------------------- what
+// an answer must be
 
-typedef struct { long double cost, least, gain; int meets; } verdict;         // meets: every target to within 1e-12
+typedef struct {
+    long double cost, least, gain;
+    int meets;
+} verdict;  // meets: every target to within 1e-12
 
 static verdict judge(const snip_ilp_problem *p, const int *choice) {
     verdict v;
     int s, i, j, stages = p->n_stages > 1 ? p->n_stages : 1;
-    long double *sum = (long double *)calloc((size_t)stages, sizeof *sum), *most = (long double *)calloc((size_t)stages, sizeof *most), all = 0;
+    long double *sum = (long double *)calloc((size_t)stages, sizeof *sum),
+                *most = (long double *)calloc((size_t)stages, sizeof *most), all = 0;
     memset(&v, 0, sizeof v);
     v.meets = 1;
     for (i = 0; i < p->n_groups; i++) {
         const snip_ilp_group *g = &p->groups[i];
         double cheapest = g->options[0].cost;
-        if (choice[i] < 0 || choice[i] >= g->n_options) { v.meets = 0; break; }
+        if (choice[i] < 0 || choice[i] >= g->n_options) {
+            v.meets = 0;
+            break;
+        }
         for (j = 1; j < g->n_options; j++)
             if (g->options[j].cost < cheapest) cheapest = g->options[j].cost;
         v.cost += g->options[choice[i]].cost;
@@ -199,20 +223,24 @@ static verdict judge(const snip_ilp_problem *p, const int *choice) {
     return v;
 }
 
-// The least cost of choices that meet every target exactly, and of those that meet them to within the tolerance; -1: there is none.
-typedef struct { long double exact, loose; } optimum;
+// The least cost of choices that meet every target exactly, and of those that meet them to within the tolerance; -1:
+// there is none.
+typedef struct {
+    long double exact, loose;
+} optimum;
 
 static optimum brute_force(const snip_ilp_problem *p) {
     enum { MOST = 16 };
-    int n = p->n_groups, i, j, s, stages = p->n_stages > 1 ? p->n_stages : 1, choice[MOST] = {0};
-    long double most[MOST] = {0}, all = 0;
-    optimum best = {-1, -1};
+
+    int n = p->n_groups, i, j, s, stages = p->n_stages > 1 ? p->n_stages : 1, choice[MOST] = { 0 };
+    long double most[MOST] = { 0 }, all = 0;
+    optimum best = { -1, -1 };
     for (i = 0; i < n; i++) {
         most[p->groups[i].stage] += group_max(&p->groups[i]);
         all += group_max(&p->groups[i]);
     }
     for (;;) {
-        long double sum[MOST] = {0}, gain = 0, cost = 0;
+        long double sum[MOST] = { 0 }, gain = 0, cost = 0;
         int exact = 1, loose = 1;
         for (i = 0; i < n; i++) {
             const snip_ilp_option *o = &p->groups[i].options[choice[i]];
@@ -235,7 +263,8 @@ static optimum brute_force(const snip_ilp_problem *p) {
 }
 
 // What any answer must satisfy, whatever the optimum.
-static verdict check_answer(const snip_ilp_problem *p, snip_ilp_status status, const int *choice, const snip_ilp_result *r) {
+static verdict check_answer(const snip_ilp_problem *p, snip_ilp_status status, const int *choice,
+                            const snip_ilp_result *r) {
     verdict v = judge(p, choice);
     long double ulps = 4e-16L * v.cost;
     CHECK(status == SNIP_ILP_OPTIMAL || status == SNIP_ILP_FEASIBLE);
@@ -264,15 +293,17 @@ static void check_exact(const snip_ilp_problem *p) {
         if (best.exact >= 0) CHECK(v.cost <= best.exact + slack);
         CHECK(v.cost >= best.loose - slack);
     }
-    if (best.exact >= 0) {                    // stopped by a gap or by memory: the bound still holds
-        snip_ilp_params params = {0, 0, 0};
+    if (best.exact >= 0) {  // stopped by a gap or by memory: the bound still holds
+        snip_ilp_params params = { 0, 0, 0 };
         int kind = below(3);
         if (kind != 1) params.rel_gap = uniform() * uniform();
         if (kind != 0) params.max_memory = 1000 + (size_t)below(8000);
         status = snip_ilp_solve(p, &params, choice, &r);
         check_answer(p, status, choice, &r);
         CHECK(r.bound <= best.exact + 1e-12L * (best.exact - judge(p, choice).least) + 1e-15L * best.exact);
-        if (kind == 0) CHECK(r.cost - r.bound <= params.rel_gap * (r.cost - (double)judge(p, choice).least) * (1 + 1e-9) + 3e-14 * r.cost);
+        if (kind == 0)
+            CHECK(r.cost - r.bound <=
+                  params.rel_gap * (r.cost - (double)judge(p, choice).least) * (1 + 1e-9) + 3e-14 * r.cost);
     }
     CHECK(live == 0);
 }
@@ -283,7 +314,8 @@ static void dump(const snip_ilp_problem *p) {
     for (i = 0; i < p->n_stages && p->stage_target; i++) printf("stage %d target %.17g\n", i, p->stage_target[i]);
     for (i = 0; i < p->n_groups; i++) {
         printf("group %d stage %d:", i, p->groups[i].stage);
-        for (j = 0; j < p->groups[i].n_options; j++) printf(" (%.17g, %.17g)", p->groups[i].options[j].cost, p->groups[i].options[j].gain);
+        for (j = 0; j < p->groups[i].n_options; j++)
+            printf(" (%.17g, %.17g)", p->groups[i].options[j].cost, p->groups[i].options[j].gain);
         printf("\n");
     }
 }
@@ -303,11 +335,14 @@ static void test_brute_force(long instances, uint64_t seed) {
     printf("brute force: %ld instances, %ld feasible\n", instances, optimal);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- larger, by lattice
+// ----------------------------------------------------------------------------------------------------------------
+// larger, by lattice
 
-// Integer gains: the least cost for each sum of gains of a stage, capped at its need; then the same over the stages for the total.
+// Integer gains: the least cost for each sum of gains of a stage, capped at its need; then the same over the stages for
+// the total.
 static double lattice_dp(const snip_ilp_problem *p) {
     enum { MOST = 4000 };
+
     int stages = p->n_stages, s, i, j, w, v, total = p->total_target > 0 ? (int)p->total_target : 0;
     double *all = (double *)malloc((MOST + 1) * sizeof *all), *one = (double *)malloc((MOST + 1) * sizeof *one);
     double *next = (double *)malloc((MOST + 1) * sizeof *next), best;
@@ -329,7 +364,8 @@ static double lattice_dp(const snip_ilp_problem *p) {
         for (w = 0; w <= MOST; w++) next[w] = DBL_MAX;
         for (w = 0; w <= MOST; w++)
             for (v = (int)p->stage_target[s]; v <= MOST && all[w] < DBL_MAX; v++)
-                if (one[v] < DBL_MAX && all[w] + one[v] < next[w + v < MOST ? w + v : MOST]) next[w + v < MOST ? w + v : MOST] = all[w] + one[v];
+                if (one[v] < DBL_MAX && all[w] + one[v] < next[w + v < MOST ? w + v : MOST])
+                    next[w + v < MOST ? w + v : MOST] = all[w] + one[v];
         memcpy(all, next, (MOST + 1) * sizeof *all);
     }
     for (w = total, best = DBL_MAX; w <= MOST; w++)
@@ -342,9 +378,10 @@ static double lattice_dp(const snip_ilp_problem *p) {
 
 // Up to 120 groups and 60 options with integer gains and costs of several kinds; sums of gains stay below 4000.
 static instance lattice_instance(void) {
-    int n = 20 + below(101), k = below(4) ? 2 + below(7) : 40 + below(21), stages = 1 + below(4), kind = below(5), i, j, s;
+    int n = 20 + below(101), k = below(4) ? 2 + below(7) : 40 + below(21), stages = 1 + below(4), kind = below(5), i, j,
+        s;
     instance x = instance_new(n, n * k, stages);
-    double most[4] = {0}, all = 0;
+    double most[4] = { 0 }, all = 0;
     for (i = 0; i < n; i++) {
         x.group[i].options = x.option + i * k;
         x.group[i].n_options = k;
@@ -352,8 +389,11 @@ static instance lattice_instance(void) {
         for (j = 0; j < k; j++) {
             snip_ilp_option *o = &x.option[i * k + j];
             o->gain = below(32);
-            o->cost = kind == 0 ? below(100) : kind == 1 ? uniform() : kind == 2 ? o->gain + 10 * (o->gain > 0) : kind == 3 ? o->gain
-                    : o->gain * (1 + 0.1 * uniform());
+            o->cost = kind == 0   ? below(100)
+                      : kind == 1 ? uniform()
+                      : kind == 2 ? o->gain + 10 * (o->gain > 0)
+                      : kind == 3 ? o->gain
+                                  : o->gain * (1 + 0.1 * uniform());
         }
         most[x.group[i].stage] += group_max(&x.group[i]);
     }
@@ -384,9 +424,11 @@ static void test_lattice(int instances) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- limits
+// ----------------------------------------------------------------------------------------------------------------
+// limits
 
-// SNIP-like: n groups of k options, stages with targets, a total beyond them, real numbers; subset: cost = gain, which is hard.
+// SNIP-like: n groups of k options, stages with targets, a total beyond them, real numbers; subset: cost = gain, which
+// is hard.
 static instance real_instance(int n, int k, int stages, int subset) {
     instance x = instance_new(n, n * k, stages);
     int i, j;
@@ -439,7 +481,7 @@ static void test_memory_limit(void) {
     static int choice[100000];
     size_t limit;
     instance x;
-    snip_ilp_params params = {0, 0, 0};
+    snip_ilp_params params = { 0, 0, 0 };
     snip_ilp_result best, r;
     what = "memory limit";
     rng_state = instance_seed = 5;
@@ -472,16 +514,16 @@ static void test_memory_limit(void) {
     instance_free(&x);
 }
 
-static double slow = 1;           // times slower than a machine of today: emulators
+static double slow = 1;  // times slower than a machine of today: emulators
 
 static void test_anytime(void) {
-    static const double limits[] = {1e-9, 1e-4, 1e-3, 1e-2};
+    static const double limits[] = { 1e-9, 1e-4, 1e-3, 1e-2 };
     static int choice[20000], exact[20000];
-    int i, kind, groups[] = {40, 560, 560, 20000};
+    int i, kind, groups[] = { 40, 560, 560, 20000 };
     what = "anytime";
     for (kind = 0; kind < 8; kind++) {
-        snip_ilp_params params = {0, 0, 0};
-        snip_ilp_result best = {0, 0, 0, 0, 0}, r;
+        snip_ilp_params params = { 0, 0, 0 };
+        snip_ilp_result best = { 0, 0, 0, 0, 0 }, r;
         int n = groups[kind & 3], subset = kind & 4;
         instance x;
         rng_state = instance_seed = 9 + (uint64_t)kind;
@@ -492,9 +534,10 @@ static void test_anytime(void) {
             clock_t began = clock(), used;
             params.time_limit = limits[i];
             status = snip_ilp_solve(&x.p, &params, choice, &r);
-            used = clock() - began;                     // the processor's: neighbours do not count
+            used = clock() - began;  // the processor's: neighbours do not count
             check_answer(&x.p, status, choice, &r);
-            CHECK((double)used / CLOCKS_PER_SEC < limits[i] + slow * (0.01 + 8e-6 * n));      // the linear part is always done
+            CHECK((double)used / CLOCKS_PER_SEC <
+                  limits[i] + slow * (0.01 + 8e-6 * n));  // the linear part is always done
             if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
             CHECK(r.cost - r.bound < 0.05 * r.cost);
         }
@@ -503,14 +546,15 @@ static void test_anytime(void) {
         check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
         CHECK(r.cost - r.bound <= 0.01 * r.cost);
         if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12));
-        x.p.total_target *= 2;                                        // out of reach
+        x.p.total_target *= 2;  // out of reach
         params.time_limit = 1e-9;
         CHECK(snip_ilp_solve(&x.p, &params, choice, &r) == SNIP_ILP_INFEASIBLE);
         instance_free(&x);
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- arguments
+// ----------------------------------------------------------------------------------------------------------------
+// arguments
 
 static double double_of_bits(uint64_t bits) {
     double x;
@@ -519,21 +563,32 @@ static double double_of_bits(uint64_t bits) {
 }
 
 static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params, int line) {
-    int choice[4] = {-7, -7, -7, -7};
-    snip_ilp_result r = {-7, -7, -7, -7, -7};
+    int choice[4] = { -7, -7, -7, -7 };
+    snip_ilp_result r = { -7, -7, -7, -7, -7 };
     check(snip_ilp_solve(p, params, choice, &r) == SNIP_ILP_BAD_ARGUMENT, "BAD_ARGUMENT", line);
-    check(choice[0] == -7 && choice[1] == -7 && r.cost < -6 && r.bound < -6 && r.seconds < -6 && r.nodes == -7, "outputs untouched", line);
+    check(choice[0] == -7 && choice[1] == -7 && r.cost < -6 && r.bound < -6 && r.seconds < -6 && r.nodes == -7,
+          "outputs untouched", line);
     if (!params) check(snip_ilp_shortfall(p, NULL) == -2, "shortfall refuses", line);
 }
-#define REFUSE(assignment) do { p = good; memcpy(g, good_g, sizeof g); memcpy(o, good_o, sizeof o); target[0] = 1; assignment; refuse(&p, NULL, __LINE__); } while (0)
+
+#define REFUSE(assignment)           \
+    do {                             \
+        p = good;                    \
+        memcpy(g, good_g, sizeof g); \
+        memcpy(o, good_o, sizeof o); \
+        target[0] = 1;               \
+        assignment;                  \
+        refuse(&p, NULL, __LINE__);  \
+    } while (0)
 
 static void test_arguments(void) {
-    const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u), minus_inf = double_of_bits(0xfff0000000000000u);
+    const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u),
+                 minus_inf = double_of_bits(0xfff0000000000000u);
     snip_ilp_option o[4] = {{0, 0}, {1, 1}, {0, 0}, {2, 3}}, good_o[4];
     snip_ilp_group g[2], good_g[2];
-    double target[2] = {1, 1}, shortfall = -1;
+    double target[2] = { 1, 1 }, shortfall = -1;
     snip_ilp_problem p, good;
-    snip_ilp_params params = {0, 0, 0};
+    snip_ilp_params params = { 0, 0, 0 };
     snip_ilp_result r;
     int choice[2], i;
     what = "arguments";
@@ -584,12 +639,13 @@ static void test_arguments(void) {
     CHECK(snip_ilp_solve(&p, NULL, choice, NULL) == SNIP_ILP_INFEASIBLE);
     target[1] = 3, p.total_target = 4.25;
     CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && fabs(shortfall - 0.25) < 1e-15);
-    target[1] = -1e300, p.total_target = -5;                          // no targets
+    target[1] = -1e300, p.total_target = -5;  // no targets
     CHECK(snip_ilp_solve(&p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[1] == 0);
 
     // no groups: feasible if nothing is asked for
     p.n_groups = 0, p.groups = NULL, target[0] = target[1] = 0;
-    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_OPTIMAL && r.cost >= 0 && r.cost <= 0 && r.bound >= 0 && r.bound <= 0);
+    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_OPTIMAL && r.cost >= 0 && r.cost <= 0 && r.bound >= 0 &&
+          r.bound <= 0);
     p.total_target = 1;
     CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_INFEASIBLE);
     CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && shortfall >= 1 && shortfall <= 1);
@@ -606,7 +662,8 @@ static void test_determinism(void) {
         CHECK(snip_ilp_solve(&x.p, NULL, a, &r) == SNIP_ILP_OPTIMAL);
         CHECK(snip_ilp_solve(&x.p, NULL, b, &again) == SNIP_ILP_OPTIMAL);
         CHECK(memcmp(a, b, sizeof a) == 0);
-        CHECK(r.nodes == again.nodes && memcmp(&r.cost, &again.cost, sizeof r.cost) == 0 && memcmp(&r.bound, &again.bound, sizeof r.bound) == 0);
+        CHECK(r.nodes == again.nodes && memcmp(&r.cost, &again.cost, sizeof r.cost) == 0 &&
+              memcmp(&r.bound, &again.bound, sizeof r.bound) == 0);
         instance_free(&x);
     }
 }
@@ -617,10 +674,14 @@ int main(int argc, char **argv) {
     uint64_t seed = 1;
     int i;
     for (i = 1; i + 1 < argc; i += 2) {
-        if (!strcmp(argv[i], "--instances")) instances = atol(argv[i + 1]);
-        else if (!strcmp(argv[i], "--lattices")) lattices = atol(argv[i + 1]);
-        else if (!strcmp(argv[i], "--slow")) slow = atof(argv[i + 1]);
-        else if (!strcmp(argv[i], "--seed")) seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
+        if (!strcmp(argv[i], "--instances"))
+            instances = atol(argv[i + 1]);
+        else if (!strcmp(argv[i], "--lattices"))
+            lattices = atol(argv[i + 1]);
+        else if (!strcmp(argv[i], "--slow"))
+            slow = atof(argv[i + 1]);
+        else if (!strcmp(argv[i], "--seed"))
+            seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
     }
     test_arguments();
     test_out_of_memory();

@@ -1,5 +1,5 @@
-/* SNIP_PARALLEL_FOR: everything that snip.h shares out goes through a pool of threads of our own, with the same bytes for any number of
-   them. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure. */
+/* SNIP_PARALLEL_FOR: everything that snip.h shares out goes through a pool of threads of our own, with the same bytes
+   for any number of them. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure. */
 #define _POSIX_C_SOURCE 200809L
 #include <math.h>
 #include <pthread.h>
@@ -9,17 +9,21 @@
 #include <string.h>
 
 enum { MOST_THREADS = 5 };
+
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     void (*fn)(void *, int64_t);
     void *arg;
     int64_t n, next, left;
-    int64_t calls[MOST_THREADS];                        // by thread
+    int64_t calls[MOST_THREADS];  // by thread
     int threads, stop;
-} pool = { PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, 0, { 0 }, 1, 0 };
+} pool = {
+    PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, 0, { 0 }, 1, 0
+};
 
-// Calls as long as there are any; the lock is held on entry and on return. The last is left to the other threads, so that they get one.
+// Calls as long as there are any; the lock is held on entry and on return. The last is left to the other threads, so
+// that they get one.
 static void pool_take(int thread) {
     while (pool.next < pool.n - (thread == 0 && pool.threads > 1 && pool.n > 1)) {
         int64_t i = pool.next++;
@@ -30,6 +34,7 @@ static void pool_take(int thread) {
         if (--pool.left == 0) pthread_cond_signal(&pool.done);
     }
 }
+
 static void *pool_thread(void *arg) {
     pthread_mutex_lock(&pool.lock);
     while (!pool.stop) {
@@ -39,9 +44,11 @@ static void *pool_thread(void *arg) {
     pthread_mutex_unlock(&pool.lock);
     return NULL;
 }
+
 static void pool_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     pthread_mutex_lock(&pool.lock);
-    pool.fn = fn; pool.arg = arg;
+    pool.fn = fn;
+    pool.arg = arg;
     pool.n = pool.left = n;
     pool.next = 0;
     if (pool.threads > 1) pthread_cond_broadcast(&pool.work);
@@ -49,25 +56,37 @@ static void pool_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     while (pool.left) pthread_cond_wait(&pool.done, &pool.lock);
     pthread_mutex_unlock(&pool.lock);
 }
+
 #define SNIP_PARALLEL_FOR(fn, arg, n) pool_for(fn, arg, n)
-#define SNIPI_WORTH 0              // threads for however little
+#define SNIPI_WORTH 0  // threads for however little
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 
 static long passed, failed;
+
 static void check(int ok, const char *text, int line) {
-    if (ok) { passed++; return; }
+    if (ok) {
+        passed++;
+        return;
+    }
     failed++;
     printf("FAILED line %d: %s\n", line, text);
 }
+
 #define CHECK(x) check((x) != 0, #x, __LINE__)
 
-static void *(*volatile allocate)(size_t, size_t) = calloc;         // sizes that GCC knows make it warn of chunks before the first
+static void *(*volatile allocate)(size_t,
+                                  size_t) = calloc;  // sizes that GCC knows make it warn of chunks before the first
+
 static void *memory(size_t size) {
     void *p = allocate(size + 64, 1);
-    if (!p) { puts("out of memory"); exit(2); }
+    if (!p) {
+        puts("out of memory");
+        exit(2);
+    }
     return p;
 }
+
 static float *floats(int64_t n, uint32_t seed) {
     float *x = (float *)memory((size_t)n * sizeof(float));
     int64_t i;
@@ -77,7 +96,9 @@ static float *floats(int64_t n, uint32_t seed) {
     }
     return x;
 }
+
 static uint64_t digest;
+
 static void add(const void *data, size_t size) {
     const unsigned char *p = (const unsigned char *)data;
     size_t i;
@@ -86,55 +107,89 @@ static void add(const void *data, size_t size) {
 
 static void quantizers(void) {
     enum { ROWS = 300, COLS = 320 };
+
     snip_recipe stochastic = SNIP_RECIPE_FP4_TILE_SR, block = SNIP_RECIPE_FP8_BLOCK, nvfp4 = SNIP_RECIPE_NVFP4;
     snip_rng_key key = { 7, 8, 9 };
     float *x = floats(ROWS * COLS, 1), *y = floats(ROWS * COLS, 2);
-    unsigned char *codes = (unsigned char *)memory(ROWS * COLS), *turned = (unsigned char *)memory(2 * ROWS * COLS), *scales = (unsigned char *)memory(ROWS * COLS), *turned_scales = (unsigned char *)memory(ROWS * COLS);
+    unsigned char *codes = (unsigned char *)memory(ROWS * COLS), *turned = (unsigned char *)memory(2 * ROWS * COLS),
+                  *scales = (unsigned char *)memory(ROWS * COLS), *turned_scales = (unsigned char *)memory(ROWS * COLS);
     snip_quant_stats stats;
     double dot;
-    CHECK(!snip_quantize_both(&stochastic, &stochastic, x, ROWS, COLS, COLS, codes, scales, turned, turned_scales, key, &stats));
-    add(codes, ROWS * COLS); add(scales, ROWS * COLS); add(turned, ROWS * COLS); add(turned_scales, ROWS * COLS); add(&stats.err_sq, sizeof stats.err_sq);
+    CHECK(!snip_quantize_both(&stochastic, &stochastic, x, ROWS, COLS, COLS, codes, scales, turned, turned_scales, key,
+                              &stats));
+    add(codes, ROWS * COLS);
+    add(scales, ROWS * COLS);
+    add(turned, ROWS * COLS);
+    add(turned_scales, ROWS * COLS);
+    add(&stats.err_sq, sizeof stats.err_sq);
     CHECK(!snip_quantize(&nvfp4, x, ROWS, COLS, COLS, codes, scales, key, NULL, &stats));
-    add(codes, ROWS * COLS); add(scales, ROWS * COLS); add(&stats.err_sq, sizeof stats.err_sq);
+    add(codes, ROWS * COLS);
+    add(scales, ROWS * COLS);
+    add(&stats.err_sq, sizeof stats.err_sq);
     CHECK(!snip_dequantize_bf16(&nvfp4, codes, scales, ROWS, COLS, (uint16_t *)(void *)turned, COLS));
     add(turned, 2 * ROWS * COLS);
     CHECK(!snip_fake_quantize(&block, x, ROWS, COLS, COLS, y, COLS, key, NULL, NULL));
     add(y, ROWS * COLS * sizeof(float));
-    CHECK(!snip_quantize(&block, x, ROWS, COLS, COLS, codes, scales, key, NULL, NULL) && !snip_dequantize(&block, codes, scales, ROWS, COLS, y, COLS));
+    CHECK(!snip_quantize(&block, x, ROWS, COLS, COLS, codes, scales, key, NULL, NULL) &&
+          !snip_dequantize(&block, codes, scales, ROWS, COLS, y, COLS));
     add(y, ROWS * COLS * sizeof(float));
-    CHECK(!snip_noise_add(y, x, ROWS * COLS - 3, 0.5f, NULL, key) && !snip_gauss_add(y, y, ROWS * COLS - 3, 0.5f, x, key) && !snip_hadamard(y, ROWS, COLS, COLS, 64, key));
+    CHECK(!snip_noise_add(y, x, ROWS * COLS - 3, 0.5f, NULL, key) &&
+          !snip_gauss_add(y, y, ROWS * COLS - 3, 0.5f, x, key) && !snip_hadamard(y, ROWS, COLS, COLS, 64, key));
     add(y, ROWS * COLS * sizeof(float));
     CHECK(!snip_noise_dot(y, ROWS * COLS - 3, key, &dot));
     add(&dot, sizeof dot);
     CHECK(!snip_gauss_dot(y, ROWS * COLS - 3, key, &dot));
     add(&dot, sizeof dot);
-    free(x); free(y); free(codes); free(turned); free(scales); free(turned_scales);
+    free(x);
+    free(y);
+    free(codes);
+    free(turned);
+    free(scales);
+    free(turned_scales);
 }
+
 static void products(void) {
     enum { M = 150, N = 330, K = 2200 };
+
     snip_recipe fp4 = SNIP_RECIPE_FP4_TILE, block = SNIP_RECIPE_FP4_BLOCK, f32 = SNIP_RECIPE_F32;
     snip_rng_key key = { 7, 8, 9 };
     float *x = floats(M * K, 1), *w = floats(N * K, 2), *c = floats(M * N, 3), *bias = floats(N, 4);
-    void *codes_x = memory(M * K), *scales_x = memory(M * K), *codes_w = memory(N * K), *scales_w = memory(N * K), *scratch = memory(snip_gemm_scratch(M, N, K));
-    snip_operand a = { &fp4, codes_x, scales_x, 0, 0, 0 }, b = { &block, codes_w, scales_w, 0, 0, 0 }, fa = { &f32, x, NULL, 0, 0, 1 }, fb = { &f32, w, NULL, 0, 0, 1 };
-    CHECK(!snip_quantize(&fp4, x, M, K, K, codes_x, scales_x, key, NULL, NULL) && !snip_quantize(&block, w, N, K, K, codes_w, scales_w, key, NULL, NULL));
+    void *codes_x = memory(M * K), *scales_x = memory(M * K), *codes_w = memory(N * K), *scales_w = memory(N * K),
+         *scratch = memory(snip_gemm_scratch(M, N, K));
+    snip_operand a = { &fp4, codes_x, scales_x, 0, 0, 0 }, b = { &block, codes_w, scales_w, 0, 0, 0 },
+                 fa = { &f32, x, NULL, 0, 0, 1 }, fb = { &f32, w, NULL, 0, 0, 1 };
+    CHECK(!snip_quantize(&fp4, x, M, K, K, codes_x, scales_x, key, NULL, NULL) &&
+          !snip_quantize(&block, w, N, K, K, codes_w, scales_w, key, NULL, NULL));
     CHECK(!snip_gemm(M, N, K, &a, &b, c, N, 1, bias, scratch, SNIP_ISA_BEST));
     CHECK(!snip_gemm(M, N, K, &fa, &fb, c, N, 1, NULL, scratch, SNIP_ISA_BEST));
     add(c, M * N * sizeof(float));
     CHECK(!snip_gemm(M, N, 0, &fa, &fb, c, N, 0, bias, scratch, SNIP_ISA_BEST));
     add(c, M * N * sizeof(float));
-    free(x); free(w); free(c); free(bias); free(codes_x); free(scales_x); free(codes_w); free(scales_w); free(scratch);
+    free(x);
+    free(w);
+    free(c);
+    free(bias);
+    free(codes_x);
+    free(scales_x);
+    free(codes_w);
+    free(scales_w);
+    free(scratch);
 }
+
 // Two micro-batches a step, a measurement and a plan at the second.
 static void session(void) {
     enum { ROWS = 130, OUT = 96, IN = 160, STEPS = 5 };
+
     snip_desc desc = { 0 };
-    float *x = floats(2 * ROWS * IN, 1), *w = floats(OUT * IN, 2), *dy = floats(2 * ROWS * OUT, 3), *m = floats(OUT * IN, 4), *v = floats(OUT * IN, 5);
+    float *x = floats(2 * ROWS * IN, 1), *w = floats(OUT * IN, 2), *dy = floats(2 * ROWS * OUT, 3),
+          *m = floats(OUT * IN, 4), *v = floats(OUT * IN, 5);
     float *y = floats(ROWS * OUT, 6), *dx = floats(ROWS * IN, 7), *dw = floats(OUT * IN, 8);
     void *state;
     snip *s;
     int64_t i, step, micro;
-    desc.every = 2; desc.seed = 5; desc.budget = 0.7;
+    desc.every = 2;
+    desc.seed = 5;
+    desc.budget = 0.7;
     s = snip_create(&desc);
     for (i = 0; i < OUT * IN; i++) v[i] *= v[i];
     CHECK(s && snip_add_linear(s, "0.a", OUT, IN, 0) == 0 && snip_bind_adamw(s, 0, m, v) == SNIP_OK);
@@ -143,9 +198,12 @@ static void session(void) {
         o.step = step;
         do {
             memset(dw, 0, OUT * IN * sizeof(float));
-            for (micro = 0; micro < 2; micro++) CHECK(!snip_linear_forward(s, 0, y, x + micro * ROWS * IN, w, NULL, ROWS));
+            for (micro = 0; micro < 2; micro++)
+                CHECK(!snip_linear_forward(s, 0, y, x + micro * ROWS * IN, w, NULL, ROWS));
             add(y, ROWS * OUT * sizeof(float));
-            for (micro = 0; micro < 2; micro++) CHECK(!snip_linear_backward(s, 0, dx, dw, NULL, dy + micro * ROWS * OUT, x + micro * ROWS * IN, w, ROWS));
+            for (micro = 0; micro < 2; micro++)
+                CHECK(
+                    !snip_linear_backward(s, 0, dx, dw, NULL, dy + micro * ROWS * OUT, x + micro * ROWS * IN, w, ROWS));
         } while (snip_next_pass(s, 2.0));
         CHECK(!snip_end_step(s, &o));
         add(dx, ROWS * IN * sizeof(float));
@@ -157,7 +215,15 @@ static void session(void) {
     CHECK(!snip_state_save(s, state));
     add(state, snip_state_size(s));
     snip_destroy(s);
-    free(x); free(w); free(dy); free(m); free(v); free(y); free(dx); free(dw); free(state);
+    free(x);
+    free(w);
+    free(dy);
+    free(m);
+    free(v);
+    free(y);
+    free(dx);
+    free(dw);
+    free(state);
 }
 
 int main(void) {
@@ -171,7 +237,11 @@ int main(void) {
         pool.stop = 0;
         pool.n = pool.next = 0;
         memset(pool.calls, 0, sizeof pool.calls);
-        for (t = 1; t < counts[i]; t++) if (pthread_create(&threads[t], NULL, pool_thread, (void *)(intptr_t)t)) { puts("no thread"); return 2; }
+        for (t = 1; t < counts[i]; t++)
+            if (pthread_create(&threads[t], NULL, pool_thread, (void *)(intptr_t)t)) {
+                puts("no thread");
+                return 2;
+            }
         digest = SNIPI_HASH_START;
         quantizers();
         products();
@@ -180,7 +250,10 @@ int main(void) {
         pool.stop = 1;
         pthread_cond_broadcast(&pool.work);
         pthread_mutex_unlock(&pool.lock);
-        for (t = 1; t < counts[i]; t++) { pthread_join(threads[t], NULL); others += pool.calls[t]; }
+        for (t = 1; t < counts[i]; t++) {
+            pthread_join(threads[t], NULL);
+            others += pool.calls[t];
+        }
         if (i == 0) first = digest;
         CHECK(digest == first);
         CHECK(pool.calls[0] + others > 1000 && (others > 0) == (counts[i] > 1));

@@ -10,9 +10,14 @@
 #include "../examples/trainer.h"
 
 static int passed, failed;
+
 static void check(int ok, const char *what, double figure) {
-    if (ok) passed++;
-    else { failed++; printf("FAILED: %s (%.3g)\n", what, figure); }
+    if (ok)
+        passed++;
+    else {
+        failed++;
+        printf("FAILED: %s (%.3g)\n", what, figure);
+    }
 }
 
 // ---- the reference: the same mathematics in double precision, written as plainly as possible ----
@@ -22,12 +27,14 @@ static void ref_norm(double *out, const double *x, const double *w, int d) {
     s = 1 / sqrt(s / d + 1e-5);
     for (int i = 0; i < d; i++) out[i] = x[i] * s * w[i];
 }
+
 static void ref_linear(double *y, const double *x, const double *w, int out, int in) {
     for (int o = 0; o < out; o++) {
         y[o] = 0;
         for (int i = 0; i < in; i++) y[o] += x[i] * w[o * in + i];
     }
 }
+
 static void ref_rope(double *x, int heads, int hd, int t) {
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < hd / 2; i++) {
@@ -36,16 +43,19 @@ static void ref_rope(double *x, int heads, int hd, int t) {
             x[h * hd + i + hd / 2] = u * sin(a) + v * cos(a);
         }
 }
+
 static double *grab(int64_t n) {
     double *p = (double *)calloc((size_t)n, sizeof *p);
     if (!p) exit(1);
     return p;
 }
+
 // Mean cross-entropy over all tokens; p is laid out as llama.params.
 static double ref_loss(const llama *g, const double *p, const int32_t *tok, const int32_t *tgt, int sequences) {
     const llama_config *c = &g->config;
     int T = c->seq, d = c->dim, H = c->heads, hd = d / H, kv = hd * c->kv_heads, f = c->ffn;
-    double *x = grab((int64_t)T * d), *n = grab((int64_t)T * d), *q = grab((int64_t)T * d), *k = grab((int64_t)T * kv), *v = grab((int64_t)T * kv);
+    double *x = grab((int64_t)T * d), *n = grab((int64_t)T * d), *q = grab((int64_t)T * d), *k = grab((int64_t)T * kv),
+           *v = grab((int64_t)T * kv);
     double *a = grab(d), *s = grab(T), *gate = grab(f), *up = grab(f), *y = grab(d), *z = grab(c->vocab), total = 0;
     for (int b = 0; b < sequences; b++, tok += T, tgt += T) {
         for (int t = 0; t < T; t++)
@@ -94,7 +104,17 @@ static double ref_loss(const llama *g, const double *p, const int32_t *tok, cons
             total += log(sum) - z[tgt[t]];
         }
     }
-    free(x); free(n); free(q); free(k); free(v); free(a); free(s); free(gate); free(up); free(y); free(z);
+    free(x);
+    free(n);
+    free(q);
+    free(k);
+    free(v);
+    free(a);
+    free(s);
+    free(gate);
+    free(up);
+    free(y);
+    free(z);
     return total / ((double)sequences * T);
 }
 
@@ -104,6 +124,7 @@ static snip *f32_session(void) {
     desc.every = -1;
     return snip_create(&desc);
 }
+
 static void random_tokens(int32_t *t, int n, int vocab, uint32_t tensor) {
     snip_rng_key key = { 5, 0, tensor };
     for (int i = 0; i < n; i++) {
@@ -112,6 +133,7 @@ static void random_tokens(int32_t *t, int n, int vocab, uint32_t tensor) {
         t[i] = (int32_t)(r[0] % (uint32_t)vocab);
     }
 }
+
 // Larger weights and uneven norms, so that no gradient is near zero by symmetry.
 static void stir(llama *g) {
     for (int i = 0; i < g->n_tensors; i++) {
@@ -128,7 +150,10 @@ static void test_gradients(int tied) {
     llama *g = llama_create(&c, 2, s);
     double sum, worst = 0;
     char what[128];
-    if (!s || !g) { check(0, "create", 0); return; }
+    if (!s || !g) {
+        check(0, "create", 0);
+        return;
+    }
     snip_set_format(s, -1, SNIP_GEMMS, SNIP_F32);
     stir(g);
     random_tokens(tok, 74, 24, 1);
@@ -146,8 +171,10 @@ static void test_gradients(int tied) {
         double err = 0, norm = 0, h = 1e-5;
         for (int64_t j = 0; j < n; j += stride) {
             double *w = p + t->offset + j, keep = *w, up, down;
-            *w = keep + h; up = ref_loss(g, p, tok, tgt, 2);
-            *w = keep - h; down = ref_loss(g, p, tok, tgt, 2);
+            *w = keep + h;
+            up = ref_loss(g, p, tok, tgt, 2);
+            *w = keep - h;
+            down = ref_loss(g, p, tok, tgt, 2);
             *w = keep;
             double want = (up - down) / (2 * h), e = (double)g->grads[t->offset + j] - want;
             err += e * e;
@@ -165,7 +192,8 @@ static void test_gradients(int tied) {
 }
 
 // The same four sequences as one batch of 4 and as two of 2; with one thread and with three.
-static int64_t gradients_of(llama_config *c, int split, int threads, const int32_t *tok, const int32_t *tgt, float *out, double *loss) {
+static int64_t gradients_of(llama_config *c, int split, int threads, const int32_t *tok, const int32_t *tgt, float *out,
+                            double *loss) {
 #ifdef _OPENMP
     int before = omp_get_max_threads();
     omp_set_num_threads(threads);
@@ -182,7 +210,8 @@ static int64_t gradients_of(llama_config *c, int split, int threads, const int32
     for (int i = 0; i < split; i++) {
         double sum;
         int at = i * 4 / split * c->seq;
-        check(!llama_forward(g, s, tok + at, tgt + at, 4 / split, 1.0f / (float)(4 * c->seq), &sum), "forward of a micro-batch", i);
+        check(!llama_forward(g, s, tok + at, tgt + at, 4 / split, 1.0f / (float)(4 * c->seq), &sum),
+              "forward of a micro-batch", i);
         check(!llama_backward(g, s, tok + at, 4 / split), "backward of a micro-batch", i);
         *loss += sum;
     }
@@ -198,9 +227,12 @@ static int64_t gradients_of(llama_config *c, int split, int threads, const int32
 #endif
     return n;
 }
+
 static void test_accumulation_and_threads(void) {
     llama_config c = { 64, 32, 2, 4, 2, 48, 40, 0, 0, 3 };
+
     enum { N = 4 * 40, ROOM = 1 << 18 };
+
     static float a[ROOM], b[ROOM], d[ROOM];
     int32_t tok[N], tgt[N];
     double la, lb, ld, err = 0, norm = 0;
@@ -209,13 +241,15 @@ static void test_accumulation_and_threads(void) {
     int64_t n = gradients_of(&c, 1, 1, tok, tgt, a, &la);
     gradients_of(&c, 2, 1, tok, tgt, b, &lb);
     gradients_of(&c, 1, 3, tok, tgt, d, &ld);
-    for (int64_t i = 0; i < n + 1; i++) {           // the norm, then the gradients
+    for (int64_t i = 0; i < n + 1; i++) {  // the norm, then the gradients
         err += (double)(a[i] - b[i]) * (double)(a[i] - b[i]);
         norm += (double)a[i] * (double)a[i];
     }
     check(fabs(la - lb) < 1e-6 * la, "accumulated loss equals the larger batch's", fabs(la - lb));
-    check(norm > 0 && sqrt(err / norm) < 1e-6, "accumulated gradients equal the larger batch's to rounding", sqrt(err / norm));
-    check(!memcmp(a, d, sizeof a) && memcmp(&la, &ld, sizeof la) == 0, "gradients and update are the same with 1 and 3 threads, bit for bit", 0);
+    check(norm > 0 && sqrt(err / norm) < 1e-6, "accumulated gradients equal the larger batch's to rounding",
+          sqrt(err / norm));
+    check(!memcmp(a, d, sizeof a) && memcmp(&la, &ld, sizeof la) == 0,
+          "gradients and update are the same with 1 and 3 threads, bit for bit", 0);
 }
 
 // SGD with momentum and Lion, two updates, against their definitions in double precision.
@@ -227,7 +261,10 @@ static void test_optimizers(void) {
         desc.optimizer = (snip_optimizer)kind;
         snip *s = snip_create(&desc);
         llama *g = s ? llama_create(&c, 1, s) : NULL;
-        if (!g) { check(0, "a model bound to its momentum", kind); return; }
+        if (!g) {
+            check(0, "a model bound to its momentum", kind);
+            return;
+        }
         double worst = 0;
         float *before = (float *)malloc((size_t)g->n_params * sizeof(float));
         memcpy(before, g->params, (size_t)g->n_params * sizeof(float));
@@ -239,7 +276,8 @@ static void test_optimizers(void) {
         for (int i = 0; i < g->n_tensors; i++) {
             const llama_tensor *t = &g->tensors[i];
             for (int64_t j = t->offset; j < t->offset + t->rows * t->cols; j++) {
-                double p = (double)before[j], gr = 0.5 * (double)g->grads[j], m = 0, keep = t->matrix ? 1 - 0.125 * 0.25 : 1;
+                double p = (double)before[j], gr = 0.5 * (double)g->grads[j], m = 0,
+                       keep = t->matrix ? 1 - 0.125 * 0.25 : 1;
                 for (int step = 1; step <= 2; step++) {
                     double u = 0.75 * m + (kind == SNIP_LION ? 0.25 * gr : gr);
                     p = p * keep - 0.125 * (kind == SNIP_LION ? (u > 0) - (u < 0) : u);
@@ -255,6 +293,7 @@ static void test_optimizers(void) {
         snip_destroy(s);
     }
 }
+
 static void test_exp(void) {
     double worst = 0;
     for (int i = -860000; i <= 870000; i++) {
@@ -263,14 +302,22 @@ static void test_exp(void) {
         worst = e > worst ? e : worst;
     }
     check(worst < 3e-7, "llama_exp is exp to 2 ulp", worst);
-    union { uint32_t u; float f; } nan = { 0x7fc00000u }, out;
+
+    union {
+        uint32_t u;
+        float f;
+    } nan = { 0x7fc00000u }, out;
+
     out.f = llama_exp(nan.f);
     check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp keeps NaN", (double)out.f);
-    check(llama_exp(-1000.0f) < 1e-37f && llama_exp(0.0f) == 1.0f, "llama_exp of -1000 and 0", (double)llama_exp(-1000.0f));
+    check(llama_exp(-1000.0f) < 1e-37f && llama_exp(0.0f) == 1.0f, "llama_exp of -1000 and 0",
+          (double)llama_exp(-1000.0f));
     out.f = llama_exp_softmax(nan.f);
     check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp_softmax keeps NaN", (double)out.f);
-    check(llama_exp_softmax(-39.9f) == llama_exp(-39.9f) && llama_exp_softmax(-0.0f) == 1.0f, "llama_exp_softmax is exp down to -40", (double)llama_exp_softmax(-39.9f));
-    check(llama_exp_softmax(-40.1f) == 0 && llama_exp_softmax(-1e30f) == 0, "llama_exp_softmax is 0 below -40", (double)llama_exp_softmax(-40.1f));
+    check(llama_exp_softmax(-39.9f) == llama_exp(-39.9f) && llama_exp_softmax(-0.0f) == 1.0f,
+          "llama_exp_softmax is exp down to -40", (double)llama_exp_softmax(-39.9f));
+    check(llama_exp_softmax(-40.1f) == 0 && llama_exp_softmax(-1e30f) == 0, "llama_exp_softmax is 0 below -40",
+          (double)llama_exp_softmax(-40.1f));
     nan.u = 0x7f800000u;
     check(!llama_finite((double)nan.f) && llama_finite(1e308), "llama_finite sees infinity", 0);
 }
@@ -280,10 +327,20 @@ static void test_safetensors(void) {
     float w[6] = { 1, 2, 3, -4, 5e-30f, 6 };
     double h[3] = { 0.1, 2, 3 };
     unsigned char state[5] = { 9, 8, 7, 0, 255 };
-    tr_tensor t[3] = { { "history.loss", "F64", 0, 3, h }, { "embed.weight", "F32", 2, 3, w }, { "session.state", "U8", 0, 5, state } };
-    tr_meta meta[2] = { { "format", "test" }, { "step", "3" } };
+    tr_tensor t[3] = {
+        {"history.loss",   "F64", 0, 3, h    },
+        { "embed.weight",  "F32", 2, 3, w    },
+        { "session.state", "U8",  0, 5, state}
+    };
+    tr_meta meta[2] = {
+        {"format", "test"},
+        { "step",  "3"   }
+    };
     FILE *f = tmpfile();
-    if (!f) { check(0, "a temporary file", 0); return; }
+    if (!f) {
+        check(0, "a temporary file", 0);
+        return;
+    }
     tr_write_tensors(f, t, 3, meta, 2);
     long size = ftell(f);
     unsigned char *bytes = (unsigned char *)malloc((size_t)size);
@@ -298,12 +355,13 @@ static void test_safetensors(void) {
     check(!why && s.n == 3 && !strcmp(tr_meta_value(&s, "step"), "3"), "a safetensors file comes back", 0);
     const void *p = tr_find(&s, "embed.weight", "F32", 2, 3);
     check(p && !memcmp(p, w, sizeof w), "its tensors too", 0);
-    check(!tr_find(&s, "embed.weight", "F32", 3, 2) && !tr_find(&s, "embed.weight", "U8", 2, 3) && !tr_find(&s, "x", "F32", 2, 3),
+    check(!tr_find(&s, "embed.weight", "F32", 3, 2) && !tr_find(&s, "embed.weight", "U8", 2, 3) &&
+              !tr_find(&s, "x", "F32", 2, 3),
           "another shape, type or name is not found", 0);
     tr_free_tensors(&s);
 
     int through = 0;
-    for (long i = 0; i < size * 8; i++) {           // every single bit
+    for (long i = 0; i < size * 8; i++) {  // every single bit
         copy = (unsigned char *)malloc((size_t)size);
         memcpy(copy, bytes, (size_t)size);
         copy[i / 8] ^= (unsigned char)(1 << i % 8);
@@ -311,7 +369,7 @@ static void test_safetensors(void) {
         tr_free_tensors(&s);
     }
     check(through == 0, "no flipped bit gets through", through);
-    for (long i = through = 0; i < size; i++) {     // every length
+    for (long i = through = 0; i < size; i++) {  // every length
         copy = (unsigned char *)malloc(i ? (size_t)i : 1);
         memcpy(copy, bytes, (size_t)i);
         through += !tr_parse_tensors(&s, copy, (size_t)i);
