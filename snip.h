@@ -1,14 +1,14 @@
 // snip.h - adaptive FP4/FP8 mixed-precision training for hand-written trainers.
-// MIT licence (see LICENSE). C99 and later, C++11 and later; libc and libm only.
+// Version 0.2.0. MIT licence (see LICENSE). C99 and later, C++11 and later; libc and libm only.
 //
 // WHAT IT IS
-//   A training session that measures, for every linear layer of a model in training, how much
-//   FP8 or FP4 would hurt the loss and the next optimizer update, picks a precision for each of the
-//   layer's three GEMMs (forward, dgrad, wgrad) at the least total harm that meets a budget of FP4
-//   FLOPs, and runs the layers under that plan until the next measurement. The idea is SNIP (Pan,
-//   Yang, Yang, Mahlke; arXiv 2602.01410); the estimators are this library's own, see >>session.
-//   Below the session lie its parts, each usable alone: element codecs, scaled quantization, GEMMs
-//   on quantized operands, keyed noise.
+//   A training session. It measures, for every linear layer of a model in training, how much FP8 or FP4 would hurt the
+//   loss and the next optimizer update. It picks a precision for each of the layer's three GEMMs (forward, dgrad,
+//   wgrad) at the least total harm that meets a budget of FP4 FLOPs or of time. The layers run under that plan until
+//   the next measurement. The idea is SNIP (Pan, Yang, Yang, Mahlke; arXiv 2602.01410); the estimators are this
+//   library's own, see >>sums and >>costs.
+//   Below the session lie its parts, each usable alone: element codecs, scaled quantization, GEMMs on quantized
+//   operands, keyed noise.
 //
 // QUICK START
 //   In ONE source file:            #define SNIP_IMPLEMENTATION
@@ -26,19 +26,24 @@
 //             ... snip_linear_forward (s, l, out, inp, weight, bias, rows);
 //             ... snip_linear_backward(s, l, dinp, dweight, dbias, dout, inp, weight, rows);
 //         } while (snip_next_pass(s, loss));
-//         optimizer_step();
-//         if (snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, grad_scale })) puts(snip_message(s));
-//     }                                                  // grad_scale: the factor that clipping has put on the
-//     gradients
-//   Validation and sampling run between snip_set_mode(s, SNIP_EVAL) and snip_set_mode(s, SNIP_TRAIN).
+//         if (snip_step_status(s)) puts(snip_message(s));                     // NaN, say: skip the optimizer
+//         else optimizer_step();
+//         snip_end_step(s, &(snip_adamw){ lr, beta1, beta2, eps, step, grad_scale });
+//     }                                // grad_scale: the factor that clipping has put on the gradients
+//   Validation and sampling run between snip_set_mode(s, SNIP_EVAL) and snip_set_mode(s, SNIP_TRAIN), between steps.
 //
 // WHAT STAYS YOURS
-//   The optimizer, master weights, data, attention, norms, communication between ranks. All passes of a
-//   step must see the same batch, the same dropout masks and the same weights; what counts batches (moving
-//   averages, batch norm) is for the last pass alone. dout belongs to the loss that snip_next_pass is told:
-//   with loss scale S tell it S * loss. In a measuring pass every layer has as many backward as forward calls,
-//   one each per micro-batch: a weight that is used twice is two layers, and activations are not recomputed
-//   through snip (snip_current_pass tells). A step without an optimizer's ends with snip_end_step(s, NULL).
+//   The optimizer, master weights, data, attention, norms, communication between ranks.
+//   All passes of a step must see the same batch, the same dropout masks and the same weights. What counts batches
+//   (moving averages, batch norm) is for the last pass alone; snip_current_pass tells.
+//   dout belongs to the loss that snip_next_pass is told: with loss scale S tell it S * loss.
+//   In a measuring pass every layer has as many backward as forward calls, one each per micro-batch, in any order: a
+//   backward call is matched with its forward call by the content of its input. A weight that is used twice is two
+//   layers. A forward that is run again before its backward (gradient checkpointing) is snip_linear_recompute.
+//   If the optimizer skipped this batch (overflow, empty batch), end the step with snip_end_step(s, NULL).
+//   A frozen layer (dweight NULL in every call) needs no optimizer state, and its wgrad counts toward nothing.
+//   Mixture of experts: keep the first pass's routing in all passes of a step. Where an expert's rows change from pass
+//   to pass all the same, its response to errors is taken from the other layers (>>costs).
 //
 // SEVERAL RANKS
 //   Tell snip_next_pass the loss averaged over ranks, set desc.drift < 0 (inputs differ between ranks), and after
@@ -46,42 +51,53 @@
 //   and plan alike.
 //
 // WHEN IT MEASURES, AND WHEN A PLAN CHANGES
-//   Every desc.every steps; under a plan also when the loss spikes, or inputs and gradients drift, though not
-//   within every / 10 steps of the last time. Costs are averages over measurements with standard errors; a GEMM
-//   changes its format only where that saves more than 2 of them. From a spike to its measurement no GEMM is below
-//   FP8. snip_reason() says in a line what was done and why. With every < 0 nothing ever changes by itself.
+//   Every desc.every steps. Under a plan also when the loss spikes, or inputs and gradients drift, though not within
+//   every / 10 steps of the last time. A measurement that fails is made anew after 1, 2, 4, ... steps.
+//   Costs are averages over measurements with standard errors; a GEMM changes its format only where that saves more
+//   than 2 of them. From a spike to its measurement no GEMM is below FP8. snip_reason() says in a line what was done
+//   and why. With every < 0 nothing ever changes by itself.
 //
 // ERRORS
-//   Functions that can fail return snip_status, in every build. A refused argument leaves the outputs
-//   untouched. NaN and infinity in a tensor are counted: by quantizers in snip_quant_stats.nonfinite, with
-//   status SNIP_OK; by a session in snip_layer_info.nonfinite, with status SNIP_NONFINITE after the work.
+//   Functions that can fail return snip_status, in every build. A refused argument leaves the outputs untouched.
+//   NaN and infinity in a tensor are counted: by quantizers in snip_quant_stats.nonfinite, with status SNIP_OK; by a
+//   session in snip_layer_info.nonfinite, with status SNIP_NONFINITE after the work.
+//   A session keeps the first error of a step: snip_step_status returns it before the optimizer runs, snip_end_step at
+//   the end. snip_message names function, layer and cause; snip_failed_layer the layer.
 //
 // DETERMINISM
-//   Codes, scales and stochastic rounding depend on the input and the key alone: not on threads,
-//   tiling or instruction set, nor on -Ofast. GEMMs are deterministic for any number of threads;
-//   between instruction sets FP4 GEMMs are equal bit for bit (exact integer sums, one fused multiply-add
-//   per scale block; the operands' tiles along k must nest and be multiples of 16), the others within rounding.
+//   Codes, scales and stochastic rounding depend on the input and the key alone: not on threads, tiling or instruction
+//   set, nor on -Ofast. GEMMs are deterministic for any number of threads; between instruction sets FP4 GEMMs are equal
+//   bit for bit (exact integer sums, one fused multiply-add per scale block; the operands' tiles along k must nest and
+//   be multiples of 16), the others within rounding.
+//
+// THREADS
+//   One call chain at a time on a session; different sessions are independent, and all other functions may be called
+//   from any thread. A thread of 64 KB of stack is enough. OpenMP does not survive fork(): a child that goes on using
+//   it may hang, so fork before the first call.
 //
 // CONFIGURATION (define before the implementation)
 //   SNIP_STATIC            all functions static to the including file
 //   SNIP_MALLOC(size), SNIP_FREE(ptr)   defaults of snip_desc.alloc, and the solver's; define both
-//   SNIP_PARALLEL_FOR(fn, arg, n)       another thread pool than OpenMP's: calls fn(arg, i), of type void (void *,
-//   int64_t), once for
-//                          every i in [0, n), in any order, on any threads, and returns when all calls have; never
-//                          nested
+//   SNIP_PARALLEL_FOR(fn, arg, n)       another thread pool than OpenMP's: calls fn(arg, i), of type
+//                          void (void *, int64_t), once for every i in [0, n), in any order, on any threads, and
+//                          returns when all calls have; never nested
 //   SNIP_NO_SIMD           the scalar specification only
 //   SNIP_NO_AMX            no AMX, AVX512-BF16 and AVX-VNNI: for assemblers older than binutils 2.36
 //
 // INDEX (search for the tag)
 //   API:             >>status >>format >>codec >>quantize >>noise >>gemm >>session
-//   Implementation:  >>codec-impl >>random-impl >>quantize-impl >>gemm-impl >>session-impl >>simd
-// clang-format off
+//   Implementation:  >>codec-impl >>random-impl >>quantize-impl >>gemm-impl
+//                    >>session-impl >>passes >>sums >>costs >>plan >>policy >>files
+//   Instruction sets, behind a second stop line: >>simd
 #ifndef SNIP_H
 #define SNIP_H
 
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+
+// Major * 10000 + minor * 100 + patch. CHANGELOG.md has what a version changes.
+#define SNIP_VERSION 200
 
 #if defined(SNIP_STATIC) && (defined(__GNUC__) || defined(__clang__))
 #  define SNIP_API static __attribute__((unused))
@@ -96,354 +112,569 @@ extern "C" {
 #endif
 
 // >>status -----------------------------------------------------------------------------------------
-#define SNIP_STATUS_LIST(X) \
-    X(SNIP_OK,            "ok") \
-    X(SNIP_BAD_ARGUMENT,  "an argument is out of range") \
-    X(SNIP_OUT_OF_MEMORY, "out of memory") \
-    X(SNIP_UNSUPPORTED,   "this combination is not supported") \
-    X(SNIP_NONFINITE,     "a tensor holds NaN or infinity") \
-    X(SNIP_INFEASIBLE,    "no plan meets the budget") \
-    X(SNIP_NOT_BOUND,     "a layer has no optimizer state bound to it") \
-    X(SNIP_IO,            "a file cannot be read or written") \
-    X(SNIP_CORRUPT,       "the data is damaged, cut short or of another kind") \
-    X(SNIP_MISMATCH,      "the data belongs to a different model or session") \
-    X(SNIP_DEVICE,        "a call of the CUDA runtime failed")
+#define SNIP_STATUS_LIST(X)                                            \
+  X(SNIP_OK, "ok")                                                     \
+  X(SNIP_BAD_ARGUMENT, "an argument is out of range")                  \
+  X(SNIP_OUT_OF_MEMORY, "out of memory")                               \
+  X(SNIP_UNSUPPORTED, "this combination is not supported")             \
+  X(SNIP_NONFINITE, "a tensor holds NaN or infinity")                  \
+  X(SNIP_INFEASIBLE, "no plan meets the budget")                       \
+  X(SNIP_NOT_BOUND, "a layer has no optimizer state bound to it")      \
+  X(SNIP_IO, "a file cannot be read or written")                       \
+  X(SNIP_CORRUPT, "the data is damaged, cut short or of another kind") \
+  X(SNIP_MISMATCH, "the data belongs to a different model or session") \
+  X(SNIP_DEVICE, "a call of the CUDA runtime failed")
+
 typedef enum {
+
 #define SNIP_X(code, text) code,
     SNIP_STATUS_LIST(SNIP_X)
 #undef SNIP_X
-    SNIP_STATUS_COUNT
+        SNIP_STATUS_COUNT
 } snip_status;
+
+// The text of a status; "unknown status" for a value that is none.
 SNIP_API const char *snip_status_text(snip_status);
 
 // >>format -----------------------------------------------------------------------------------------
+// Element formats. Numbers begin at 1, so that a zeroed recipe or descriptor is recognized as not set.
 typedef enum {
-    SNIP_F32 = 1, SNIP_BF16,
-    SNIP_E4M3,      // FP8, largest 448, no infinity, NaN 0x7F
-    SNIP_E5M2,      // FP8, largest 57344
-    SNIP_E2M1,      // FP4 {0, .5, 1, 1.5, 2, 3, 4, 6}; no NaN, no infinity; two to a byte, even index low
-    SNIP_E2M3,      // FP6, largest 7.5; one to a byte
-    SNIP_E3M2,      // FP6, largest 28; one to a byte
-    SNIP_UE8M0,     // scale only: 2^(code - 127), 0xFF is NaN
-    SNIP_UE4M3      // scale only: E4M3 without a sign
+    SNIP_F32 = 1,
+    SNIP_BF16,
+    SNIP_E4M3,   // FP8, largest 448, no infinity, NaN 0x7F
+    SNIP_E5M2,   // FP8, largest 57344
+    SNIP_E2M1,   // FP4 {0, .5, 1, 1.5, 2, 3, 4, 6}; no NaN, no infinity; two to a byte, even index low
+    SNIP_E2M3,   // FP6, largest 7.5; one to a byte
+    SNIP_E3M2,   // FP6, largest 28; one to a byte
+    SNIP_UE8M0,  // scale only: 2^(code - 127), 0xFF is NaN
+    SNIP_UE4M3   // scale only: E4M3 without a sign
 } snip_format;
+
+// How a tile's scale follows from amax, its largest finite magnitude.
 typedef enum {
-    SNIP_SCALE_NONE,    // no scale (F32 and BF16 always; the others: a plain saturating cast)
-    SNIP_SCALE_F32,     // amax / largest, in float32
-    SNIP_SCALE_POW2,    // the smallest power of two with amax / scale <= largest; stored as float32
-    SNIP_SCALE_UE8M0,   // OCP MX: 2^(floor(log2 amax) - emax), one byte
-    SNIP_SCALE_UE4M3,   // NVFP4: one E4M3 byte per tile times one float32 per tensor
-    SNIP_SCALE_UE8M0_UP // MX with the scale rounded up (RCEIL): the smallest power of two with amax / scale <= largest, one byte
+    SNIP_SCALE_NONE,     // no scale (F32 and BF16 always; the others: a plain saturating cast)
+    SNIP_SCALE_F32,      // amax / largest, in float32
+    SNIP_SCALE_POW2,     // the smallest power of two with amax / scale <= largest; stored as float32
+    SNIP_SCALE_UE8M0,    // OCP MX: 2^(floor(log2 amax) - emax), one byte
+    SNIP_SCALE_UE4M3,    // NVFP4: one E4M3 byte per tile times one float32 per tensor
+    SNIP_SCALE_UE8M0_UP  // MX with the scale rounded up (RCEIL): the smallest power of two with amax / scale <= largest
 } snip_scale;
+
 typedef enum { SNIP_ROUND_NEAREST_EVEN, SNIP_ROUND_STOCHASTIC } snip_rounding;
 
-typedef struct {                        // how a matrix is quantized
+// How a matrix is quantized.
+typedef struct {
     snip_format format;
-    int32_t tile_rows, tile_cols;       // elements sharing one scale; 0: the whole dimension
+    int32_t tile_rows, tile_cols;  // elements sharing one scale; 0: the whole dimension
     snip_scale scale;
     snip_rounding rounding;
 } snip_recipe;
-#define SNIP_RECIPE_F32         { SNIP_F32,  0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_BF16        { SNIP_BF16, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_FP8_TILE    { SNIP_E4M3, 1, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_FP8_BLOCK   { SNIP_E4M3, 128, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_FP4_TILE    { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_FP4_TILE_SR { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_STOCHASTIC }
-#define SNIP_RECIPE_FP4_BLOCK   { SNIP_E2M1, 128, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_MXFP8       { SNIP_E4M3, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_MXFP4       { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
-#define SNIP_RECIPE_NVFP4       { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
 
-// Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON. AVX_VNNI,
-// AVX512_BF16 and AMX (INT8 and BF16) have run only with the new instructions emulated, not yet on such a machine.
-// AMX is on Linux only: the first call that looks for it asks the kernel's permission for the process, after which signal
-// stacks (sigaltstack) need 8 KiB more, for the tiles. Where it is refused, the next best is used.
+// Ready-made recipes, as initializers: snip_recipe r = SNIP_RECIPE_FP8_TILE;
+#define SNIP_RECIPE_F32 \
+  { SNIP_F32, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_BF16 \
+  { SNIP_BF16, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_FP8_TILE \
+  { SNIP_E4M3, 1, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_FP8_BLOCK \
+  { SNIP_E4M3, 128, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_FP4_TILE \
+  { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_FP4_TILE_SR \
+  { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_STOCHASTIC }
+#define SNIP_RECIPE_FP4_BLOCK \
+  { SNIP_E2M1, 128, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_MXFP8 \
+  { SNIP_E4M3, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_MXFP4 \
+  { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
+#define SNIP_RECIPE_NVFP4 \
+  { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
+
+// Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON.
+// AMX is on Linux only: the first call that looks for it asks the kernel's permission for the process, after which
+// signal stacks (sigaltstack) need 8 KiB more, for the tiles. Where it is refused, the next best is used.
 typedef enum {
-    SNIP_ISA_BEST, SNIP_ISA_SCALAR,
-    SNIP_ISA_AVX2, SNIP_ISA_AVX_VNNI,
-    SNIP_ISA_AVX512, SNIP_ISA_AVX512_VNNI, SNIP_ISA_AVX512_BF16, SNIP_ISA_AMX,
-    SNIP_ISA_NEON, SNIP_ISA_NEON_DOT,
+    SNIP_ISA_BEST,
+    SNIP_ISA_SCALAR,
+    SNIP_ISA_AVX2,
+    SNIP_ISA_AVX_VNNI,
+    SNIP_ISA_AVX512,
+    SNIP_ISA_AVX512_VNNI,
+    SNIP_ISA_AVX512_BF16,
+    SNIP_ISA_AMX,
+    SNIP_ISA_NEON,
+    SNIP_ISA_NEON_DOT,
     SNIP_ISA_COUNT
 } snip_isa;
-SNIP_API int         snip_isa_available(snip_isa);      // on this machine and in this build
+
+// 1 if this machine has the instruction set and this build has code for it, else 0.
+SNIP_API int snip_isa_available(snip_isa);
+
+// "best", "scalar", "avx2", ...; "?" for a value that is none.
 SNIP_API const char *snip_isa_name(snip_isa);
 
-// "f32", "bf16", "fp8" (E4M3), "fp4" (E2M1), "e5m2", ...; "?" for anything else.
+// "f32", "bf16", "fp8" (E4M3), "fp4" (E2M1), "e5m2", ...; "?" for a value that is none.
 SNIP_API const char *snip_format_name(snip_format);
-SNIP_API float       snip_format_max(snip_format);      // largest finite value; 0 for F32, BF16 and UE8M0
-SNIP_API int         snip_format_bits(snip_format);     // stored bits per element: 4, 8, 16, 32
+
+// Largest finite value; 0 for F32, BF16 and UE8M0.
+SNIP_API float snip_format_max(snip_format);
+
+// Stored bits per element: 4, 8, 16 or 32; 0 for a value that is none.
+SNIP_API int snip_format_bits(snip_format);
 
 // >>codec ------------------------------------------------------------------------------------------
-// Round to nearest, ties to even; finite values beyond the largest and infinities saturate (NVIDIA's
+// Single elements. Round to nearest, ties to even. Finite values beyond the largest and infinities saturate (NVIDIA's
 // SATFINITE). NaN becomes the format's NaN, or the largest positive value where there is none.
-SNIP_API uint8_t  snip_e4m3_from_f32(float);   SNIP_API float snip_e4m3_to_f32(uint8_t);
-SNIP_API uint8_t  snip_e5m2_from_f32(float);   SNIP_API float snip_e5m2_to_f32(uint8_t);
-SNIP_API uint8_t  snip_e2m1_from_f32(float);   SNIP_API float snip_e2m1_to_f32(uint8_t);   // code in the low nibble
-SNIP_API uint8_t  snip_e2m3_from_f32(float);   SNIP_API float snip_e2m3_to_f32(uint8_t);   // code in the low 6 bits
-SNIP_API uint8_t  snip_e3m2_from_f32(float);   SNIP_API float snip_e3m2_to_f32(uint8_t);
-SNIP_API uint8_t  snip_ue8m0_from_f32(float);  SNIP_API float snip_ue8m0_to_f32(uint8_t);  // rounds up; negative as its magnitude
-SNIP_API uint8_t  snip_ue8m0_from_f32_floor(float);                                        // rounds down
-SNIP_API uint8_t  snip_ue4m3_from_f32(float);  SNIP_API float snip_ue4m3_to_f32(uint8_t);  // negative becomes 0
-SNIP_API uint16_t snip_bf16_from_f32(float);   SNIP_API float snip_bf16_to_f32(uint16_t);  // keeps NaN and infinity; beyond the largest: infinity
+SNIP_API uint8_t snip_e4m3_from_f32(float);
+SNIP_API float snip_e4m3_to_f32(uint8_t);
+SNIP_API uint8_t snip_e5m2_from_f32(float);
+SNIP_API float snip_e5m2_to_f32(uint8_t);
 
-// The same without saturation: beyond the largest E4M3 becomes NaN (464 still rounds to 448), E5M2 infinity.
-SNIP_API uint8_t  snip_e4m3_from_f32_nosat(float);
-SNIP_API uint8_t  snip_e5m2_from_f32_nosat(float);
+// The code lies in the low 4 (E2M1) or 6 bits (E2M3, E3M2); higher bits are ignored.
+SNIP_API uint8_t snip_e2m1_from_f32(float);
+SNIP_API float snip_e2m1_to_f32(uint8_t);
+SNIP_API uint8_t snip_e2m3_from_f32(float);
+SNIP_API float snip_e2m3_to_f32(uint8_t);
+SNIP_API uint8_t snip_e3m2_from_f32(float);
+SNIP_API float snip_e3m2_to_f32(uint8_t);
+
+// Scales. UE8M0 rounds up, or down in _floor, and takes a negative value as its magnitude. UE4M3 takes a negative
+// value as 0.
+SNIP_API uint8_t snip_ue8m0_from_f32(float);
+SNIP_API uint8_t snip_ue8m0_from_f32_floor(float);
+SNIP_API float snip_ue8m0_to_f32(uint8_t);
+SNIP_API uint8_t snip_ue4m3_from_f32(float);
+SNIP_API float snip_ue4m3_to_f32(uint8_t);
+
+// BF16 keeps NaN and infinity; beyond the largest finite value it becomes infinity.
+SNIP_API uint16_t snip_bf16_from_f32(float);
+SNIP_API float snip_bf16_to_f32(uint16_t);
+
+// Without saturation: beyond the largest, E4M3 becomes NaN (464 still rounds to 448) and E5M2 infinity.
+SNIP_API uint8_t snip_e4m3_from_f32_nosat(float);
+SNIP_API uint8_t snip_e5m2_from_f32_nosat(float);
 
 // >>quantize ---------------------------------------------------------------------------------------
-// Matrices are row-major; ld counts elements from row to row. A tile is tile_rows x tile_cols, short
-// at the right and lower edges. Codes: [rows][cols] without padding; for E2M1 a row takes (cols+1)/2
-// bytes. Scales: [ceil(rows/tile_rows)][ceil(cols/tile_cols)], dequantizing (x ~ scale * code): float
-// for F32 and POW2, a byte for UE8M0 and UE4M3; UE4M3 is followed, at the next multiple of 4 bytes, by
-// the tensor's float scale. amax is over finite elements; a tile of zeros has scale 1 and none a smaller
-// one than 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3). The code of x is that of x * (largest/amax), each rounded to float32.
-//
-// Random numbers: (seed, step, tensor) and the element's index r * cols + c in the quantized matrix.
-typedef struct { uint64_t seed; uint32_t step, tensor; } snip_rng_key;
+// Matrices are row-major; ld counts elements from row to row, at least cols. A tile is tile_rows x tile_cols, short at
+// the right and lower edges.
+// Codes: [rows][cols] without padding; for E2M1 a row takes (cols + 1) / 2 bytes.
+// Scales: [ceil(rows / tile_rows)][ceil(cols / tile_cols)], dequantizing (x ~ scale * code): float for F32 and POW2, a
+// byte for UE8M0 and UE4M3. UE4M3 is followed, at the next multiple of 4 bytes, by the tensor's float scale.
+// amax is over finite elements. No scale is smaller than 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3). A tile of
+// zeros has scale 1 (POW2, F32) or the smallest one (UE8M0, UE4M3).
+// The code of x is that of x * (largest / amax), each rounded to float32.
+// Codes, scales and out must not overlap x, but for `out`, which may be x itself where a function says so.
+
+// Random numbers: a key and the element's index r * cols + c in the quantized matrix.
 typedef struct {
-    double sum_sq, err_sq, dot;         // |x|^2, |Q(x) - x|^2, <weight, Q(x) - x>, over finite elements; d = Q(x) - x to 2e-7 |x|
-    float amax;                         // of finite elements
-    int64_t nonfinite, saturated;       // NaN and infinity; elements that rounding alone puts beyond the largest
+    uint64_t seed;
+    uint32_t step, tensor;
+} snip_rng_key;
+
+// What quantization did to a matrix, over its finite elements. d = Q(x) - x is exact to 2e-7 |x|.
+typedef struct {
+    double sum_sq;      // |x|^2
+    double err_sq;      // |d|^2
+    double dot;         // <weight, d>; 0 without a weight
+    float amax;         // largest magnitude
+    int64_t nonfinite;  // NaN and infinity
+    int64_t saturated;  // elements that rounding alone puts beyond the largest
 } snip_quant_stats;
 
-// Bytes for codes and scales; 0 for arguments that snip_quantize would refuse.
-SNIP_API size_t snip_codes_bound (const snip_recipe *, int64_t rows, int64_t cols);
+// Bytes for the codes, and for the scales, of a [rows][cols] matrix; 0 for arguments that snip_quantize refuses.
+SNIP_API size_t snip_codes_bound(const snip_recipe *, int64_t rows, int64_t cols);
 SNIP_API size_t snip_scales_bound(const snip_recipe *, int64_t rows, int64_t cols);
-// x: [rows][cols]; weight: same shape and ld as x, or NULL; stats or NULL (overwritten).
-// scales may be NULL where snip_scales_bound is 0. Codes of F32 and BF16 and float scales are aligned to their elements.
+
+// Quantizes x [rows][cols].
+// codes, scales: as many bytes as the bounds say; scales may be NULL where the bound is 0. Codes of F32 and BF16 and
+// float scales are aligned to their elements.
+// weight: [rows][cols] with x's ld, for stats.dot; or NULL.
+// stats: overwritten; or NULL.
+// SNIP_BAD_ARGUMENT: a shape, pointer or recipe out of range.
 SNIP_API snip_status snip_quantize(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
                                    void *codes, void *scales, snip_rng_key, const float *weight, snip_quant_stats *);
-// The same bytes as snip_quantize of the transposed matrix: codes and scales of a [cols][rows] matrix.
-SNIP_API snip_status snip_quantize_transposed(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   void *codes, void *scales, snip_rng_key, const float *weight, snip_quant_stats *);
-// Both of the above from one read of x. stats of the untransposed one.
-SNIP_API snip_status snip_quantize_both(const snip_recipe *, const snip_recipe *transposed, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   void *codes, void *scales, void *codes_t, void *scales_t, snip_rng_key, snip_quant_stats *);
-SNIP_API snip_status snip_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                   float *x, int64_t ld);
-SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *, const void *codes, const void *scales, int64_t rows, int64_t cols,
-                                   uint16_t *x, int64_t ld);
-// Quantize and dequantize at once. out may be x if ld_out is ld, or NULL for statistics alone.
+
+// The same bytes as snip_quantize of the transposed matrix: codes and scales of a [cols][rows] matrix. x and weight
+// are given as they lie.
+SNIP_API snip_status snip_quantize_transposed(const snip_recipe *, const float *x, int64_t rows, int64_t cols,
+                                              int64_t ld, void *codes, void *scales, snip_rng_key, const float *weight,
+                                              snip_quant_stats *);
+
+// Both of the above from one read of x; stats are the untransposed one's.
+SNIP_API snip_status snip_quantize_both(const snip_recipe *, const snip_recipe *transposed, const float *x,
+                                        int64_t rows, int64_t cols, int64_t ld, void *codes, void *scales,
+                                        void *codes_t, void *scales_t, snip_rng_key, snip_quant_stats *);
+
+// x [rows][cols], or its BF16, from codes and scales.
+SNIP_API snip_status snip_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows,
+                                     int64_t cols, float *x, int64_t ld);
+SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *, const void *codes, const void *scales, int64_t rows,
+                                          int64_t cols, uint16_t *x, int64_t ld);
+
+// Quantizes and dequantizes at once. out [rows][cols]: may be x if ld_out is ld; NULL for statistics alone.
 SNIP_API snip_status snip_fake_quantize(const snip_recipe *, const float *x, int64_t rows, int64_t cols, int64_t ld,
-                                   float *out, int64_t ld_out, snip_rng_key, const float *weight, snip_quant_stats *);
-// All of it, for BF16 data and forced instruction sets; zero members are absent or the default.
+                                        float *out, int64_t ld_out, snip_rng_key, const float *weight,
+                                        snip_quant_stats *);
+
+// All of it, for BF16 data and forced instruction sets. Zero members are absent or the default.
 typedef struct {
-    const void *x;                                  // [rows][cols]
-    snip_format x_format, out_format;               // SNIP_F32 (default) or SNIP_BF16
+    const void *x;                     // [rows][cols]
+    snip_format x_format, out_format;  // SNIP_F32 (default) or SNIP_BF16
     int64_t rows, cols, ld;
-    const float *weight;                            // [rows][cols], ld
-    const snip_recipe *recipe, *recipe_t;           // of x and of x transposed; at least one
+    const float *weight;                   // [rows][cols], ld
+    const snip_recipe *recipe, *recipe_t;  // of x and of x transposed; at least one
     void *codes, *scales, *codes_t, *scales_t;
-    void *out;                                      // dequantized under recipe; may be x, in the same format and with the same ld
+    void *out;  // dequantized under recipe; may be x, in the same format and with the same ld
     int64_t ld_out;
     snip_rng_key key;
     snip_isa isa;
 } snip_quantize_job;
+
+// SNIP_UNSUPPORTED: the instruction set is not available.
 SNIP_API snip_status snip_quantize_with(const snip_quantize_job *, snip_quant_stats *, snip_quant_stats *transposed);
 
 // >>noise ------------------------------------------------------------------------------------------
-// White noise of unit variance: +1 or -1 (Rademacher), element i's sign from (key, i) alone.
-// Philox4x32-10 (Salmon et al., SC 2011): four words for counter (index, step, tensor), key seed.
+// Philox4x32-10 (Salmon et al., SC 2011): four words for counter (index, step, tensor) and key seed.
 SNIP_API void snip_philox(snip_rng_key, uint64_t index, uint32_t out[4]);
-// out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1). out may be x.
-SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
-// *dot = sum noise[i] * x[i]
+
+// White noise of unit variance: +1 or -1 (Rademacher), element i's sign from (key, i) alone.
+// out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1), i < n. out may be x.
+SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                    snip_rng_key);
+
+// *dot = sum of noise[i] * x[i] over i < n.
 SNIP_API snip_status snip_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot);
-// The same with Gaussian noise: elements 4i .. 4i + 3 from counter i, equal bits on every machine.
+
+// The same with Gaussian noise: elements 4i .. 4i + 3 come from counter i, equal bits on every machine.
 SNIP_API void snip_gauss(snip_rng_key, uint64_t index, float out[4]);
-SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape, snip_rng_key);
+SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                    snip_rng_key);
 SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot);
-// Random Hadamard transform, against outliers, before quantization: every `block` (16, 32, 64 or 128) elements of a row
-// become D H D x / sqrt(block), H Hadamard's matrix, D the signs that (key, column) give. Its own inverse (up to
-// rounding), and A B^T keeps its value when both rows are transformed under one key. cols: whole blocks. In place.
+
+// Random Hadamard transform of x [rows][cols], in place, which spreads outliers before quantization.
+//   every `block` elements of a row:  v <- D H D v / sqrt(block)
+// H is Hadamard's matrix, D a diagonal of signs that (key, column) give. It is its own inverse up to rounding. A B^T
+// keeps its value when the rows of both are transformed under one key. block: 16, 32, 64 or 128; cols: whole blocks.
 SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key);
 
 // >>gemm -------------------------------------------------------------------------------------------
 // C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n], operands quantized along k (k contiguous).
-// E2M1 * E2M1 whose scale tiles along k nest: exact integer sums inside a scale block, then
-// c = fmaf(sa * sb, sum, c) block after block; the integers are doubled and the scales halved for it, so
-// that float scales below 2^-125 lose a bit. Everything else: float32 sums of the dequantized operands.
-// F32 and BF16 operands may be stored transposed, [k][rows].
-// AVX512_BF16 and AMX multiply what bfloat16 holds exactly (all but F32 operands that are not to be
-// rounded) as bfloat16: FP8, FP6 and FP4 codes unscaled, with float32 sums, then as above. These units
-// round to nearest even and know no subnormals: BF16 operands below 2^-126 count as zero, and sums
-// of BF16 operands that fall below it become zero. Unscaled codes and their sums never come near.
+// E2M1 * E2M1 whose scale tiles along k nest: exact integer sums inside a scale block, then c = fmaf(sa * sb, sum, c)
+// block after block. The integers are doubled and the scales halved for it, so that float scales below 2^-125 lose a
+// bit. Everything else: float32 sums of the dequantized operands.
+// AVX512_BF16 and AMX multiply what bfloat16 holds exactly (all but F32 operands that are not to be rounded) as
+// bfloat16: FP8, FP6 and FP4 codes unscaled, with float32 sums, then as above. These units round to nearest even and
+// know no subnormals: BF16 operands below 2^-126 count as zero, and sums of BF16 operands that fall below it become
+// zero. Unscaled codes and their sums never come near.
 typedef struct {
     const snip_recipe *recipe;
     const void *codes, *scales;
-    int64_t ld;             // F32 and BF16: elements from row to row; 0: contiguous. Other formats: 0
-    int transposed;         // F32 and BF16 only: stored [k][rows]
-    int round_bf16;         // F32 only: elements are rounded to BF16 on the way in
+    int64_t ld;      // F32 and BF16: elements from row to row; 0: contiguous. Other formats: 0
+    int transposed;  // F32 and BF16 only: stored [k][rows]
+    int round_bf16;  // F32 only: elements are rounded to BF16 on the way in
 } snip_operand;
-// bias [n] or NULL; it is added also to what is accumulated. ldc >= n. scratch: snip_gemm_scratch bytes, any alignment (64 is
-// fastest), 0 for shapes that are refused. SNIP_BAD_ARGUMENT: shapes, NULL operands or a recipe out of range.
+
+// Bytes of scratch for a product of these sizes; 0 for shapes that are refused.
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k);
-SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                               float *c, int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa);
+
+// c: [m][n], ldc >= n; accumulate: 1 adds to what c holds.
+// bias: [n] or NULL; it is added also to what is accumulated.
+// scratch: snip_gemm_scratch bytes, any alignment (64 is fastest).
+// c, the scratch and the operands must not overlap.
+// SNIP_BAD_ARGUMENT: shapes, NULL operands or a recipe out of range. SNIP_UNSUPPORTED: no such instruction set here.
+SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, float *c,
+                               int64_t ldc, int accumulate, const float *bias, void *scratch, snip_isa);
 
 // >>session ----------------------------------------------------------------------------------------
 // Linear layer: Y = X W^T + bias, X [rows][in], W [out][in], Y [rows][out].
 //   fwd Y = X W^T    dgrad dX = dY W    wgrad dW = dY^T X
-// One call chain at a time on a session; different sessions are independent.
 typedef struct snip snip;
-typedef enum { SNIP_FWD, SNIP_DGRAD, SNIP_WGRAD, SNIP_GEMMS } snip_gemm_kind;
-typedef struct { snip_recipe activation, weight, gradient; } snip_recipes;     // of the GEMMs in one precision
-// SNIP_ADAMW serves Adam too: decay is no part of D, an update's slope in its gradient. SNIP_CUSTOM: D by callback.
-// Muon has no D per weight, as its slope mixes all elements of a matrix, and needs an SVD. White errors it multiplies by D on average,
-// D^2 = (sum over i != j of 2 / (s_i + s_j)^2 + |out - in| * sum of 1 / s_i^2) / (out * in), s_i the momentum's singular values: a callback can fill that in.
-typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION, SNIP_CUSTOM } snip_optimizer;
-// Fills d [out][in] with the slope of each weight's next update in its gradient, and returns |u|^2 of the layer's last update,
-// both at learning rate 1. d NULL: |u|^2 alone is wanted. Called on measuring steps, several times a layer.
-typedef double (*snip_sensitivity_fn)(void *user, int layer, float *d);
-typedef struct { void *(*alloc_fn)(size_t, void *user); void (*free_fn)(void *, void *user); void *user; } snip_alloc;
 
-typedef struct {                // zero means the default
-    double budget;              // least share of the linear layers' FLOPs in FP4, per pipeline stage, in [0, 1]; GEMMs that dinp or dweight NULL leaves out count too
-    double speedup;             // positive: instead of budget, each stage's linear GEMMs this many times as fast as in `high`,
-    double seconds;             // or at most this many seconds for the rows measured: by snip_measure_gains' times, with GEMMs in `high` too
-    int every;                  // steps before the first measurement and from one to the next; 0: 500; negative: never, and the plan is frozen
+typedef enum { SNIP_FWD, SNIP_DGRAD, SNIP_WGRAD, SNIP_GEMMS } snip_gemm_kind;
+
+// The operands' recipes in the GEMMs of one precision. A member whose format is 0 is the default's.
+typedef struct {
+    snip_recipe activation, weight, gradient;
+} snip_recipes;
+
+// The optimizer whose next update is looked at. SNIP_ADAMW serves Adam too: decay is no part of D, the slope of an
+// update in its gradient. SNIP_CUSTOM: D by callback.
+// Muon has no D per weight, as its slope mixes all elements of a matrix, and needs an SVD. White errors it multiplies
+// by D on average, with s_i the momentum's singular values:
+//   D^2 = (sum over i != j of 2 / (s_i + s_j)^2 + |out - in| * sum of 1 / s_i^2) / (out * in)
+// A callback can fill that in.
+typedef enum { SNIP_ADAMW, SNIP_SGD_MOMENTUM, SNIP_LION, SNIP_CUSTOM } snip_optimizer;
+
+// Fills d [out][in] with the slope of each weight's next update in its gradient, and returns |u|^2 of the layer's last
+// update, both at learning rate 1. d NULL: |u|^2 alone is wanted. Called on measuring steps, several times a layer.
+typedef double (*snip_sensitivity_fn)(void *user, int layer, float *d);
+
+// Memory of a session. Both functions or neither; free_fn is never given NULL.
+typedef struct {
+    void *(*alloc_fn)(size_t, void *user);
+    void (*free_fn)(void *, void *user);
+    void *user;
+} snip_alloc;
+
+// What a session is to do. Zero means the default, but for budget and seed, where zero is zero.
+typedef struct {
+    // Least share of the linear layers' FLOPs in FP4, per pipeline stage, 0 to 1. GEMMs that never run (dinp or dweight
+    // NULL) do not count.
+    double budget;
+    // Positive: instead of budget, each stage's linear GEMMs run this many times as fast as in `high`, 0.001 to 1e6, by
+    // the times of snip_measure_gains. Such plans may leave GEMMs in `high`.
+    double speedup;
+    // Positive: instead of budget, each stage's linear GEMMs take at most this many seconds for the rows measured.
+    double seconds;
+    // Steps before the first measurement and from one to the next. 0: 500. Negative: never, and the plan is frozen.
+    int every;
     uint64_t seed;
-    int n_stages;               // pipeline stages; 0: 1
-    int per_layer;              // 1: one precision for a layer's three GEMMs, as in the paper
-    snip_format high;           // precision until the first plan: SNIP_BF16 (default) or SNIP_F32
-    snip_format measure;        // precision of the measuring passes: SNIP_F32 (default) or SNIP_BF16
-    double loss_weight;         // of the loss divergence in the cost; 0: 1; negative: off
-    double update_weight;       // of the weight divergence; 0: 1; negative: off (saves its probe pass)
-    double horizon;             // steps over which rounding noise of the backward GEMMs averages out; 0: 100
-    double sample;              // share of the output features on which wgrad's error is measured; 0: 0.125
-    snip_optimizer optimizer;   // whose updates the weight divergence is about: SNIP_ADAMW (default)
-    snip_sensitivity_fn sensitivity;        // of SNIP_CUSTOM, and its first argument
+    // Pipeline stages. 0: 1.
+    int n_stages;
+    // 1: one precision for a layer's three GEMMs.
+    int per_layer;
+    // Precision until the first plan: SNIP_BF16 (default) or SNIP_F32.
+    snip_format high;
+    // Precision of the measuring passes: SNIP_F32 (default) or SNIP_BF16.
+    snip_format measure;
+    // Weight of the loss divergence in the cost. 0: 1. Negative: none.
+    double loss_weight;
+    // Weight of the update divergence in the cost. 0: 1. Negative: none, which saves its probe pass.
+    double update_weight;
+    // Steps over which rounding noise of the backward GEMMs averages out. 0: 100.
+    double horizon;
+    // Share of the output features on which wgrad's error is measured, to 1. 0: 0.125.
+    double sample;
+    // Whose updates the update divergence is about: SNIP_ADAMW (default).
+    snip_optimizer optimizer;
+    // Of SNIP_CUSTOM, and its first argument.
+    snip_sensitivity_fn sensitivity;
     void *sensitivity_user;
-    double margin;              // a GEMM changes its format where that saves more than this many standard errors of its costs; 0: 2; negative: any saving
-    double spike;               // a loss this many deviations above its running mean is a spike; 0: 6; negative: none is
-    snip_format fallback;       // least format from a spike to the next measurement: SNIP_E4M3 (default), SNIP_BF16, SNIP_F32; SNIP_E2M1: the plan stays
-    double drift;               // binary orders by which inputs and gradients drift until they are measured anew; 0: 1; negative: any number
-    snip_recipes fp8, fp4;      // zero format: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR
+    // A GEMM changes its format where that saves more than this many standard errors of its costs. 0: 2. Negative:
+    // where it saves anything.
+    double margin;
+    // A loss this many deviations above its running mean is a spike. 0: 6. Negative: none is.
+    double spike;
+    // Least format from a spike to the next measurement: SNIP_E4M3 (default), SNIP_BF16 or SNIP_F32. SNIP_E2M1: the
+    // plan stays.
+    snip_format fallback;
+    // Measure early when the rms of inputs and gradients has changed by more than a factor of 2^drift since the last
+    // measurement. 0: 1 (a factor of two). Negative: never.
+    double drift;
+    // Recipes of the two low precisions. Default: FP8_TILE, FP8_BLOCK, FP8_TILE; FP4_TILE, FP4_BLOCK, FP4_TILE_SR.
+    snip_recipes fp8, fp4;
     snip_isa isa;
     snip_alloc alloc;
 } snip_desc;
 
-typedef struct {                // of the step just taken: update = lr * mhat / (sqrt(vhat) + eps)
-    double lr, beta1, beta2, eps;   // SGD: update = lr * m, m = beta1 m + g. Lion: lr * sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g
-    int64_t step;               // 1 for the first
-    double grad_scale;          // factor on the gradients before the optimizer, such as min(1, clip / norm); 0: 1
+// The optimizer step just taken.
+//   AdamW  update = lr * mhat / (sqrt(vhat) + eps)
+//   SGD    update = lr * m, m = beta1 m + g
+//   Lion   update = lr * sign(beta1 m + (1 - beta1) g), m = beta2 m + (1 - beta2) g
+typedef struct {
+    double lr, beta1, beta2, eps;
+    int64_t step;       // 1 for the first
+    double grad_scale;  // factor on the gradients before the optimizer, such as min(1, clip / norm); 0: 1
 } snip_adamw;
 
-typedef struct {                // what one precision would do to one layer (>>session-impl has the formulas)
-    double loss_first, loss_second;         // of the last measurement: first-order and curvature part of the loss change
-    double update[SNIP_GEMMS];              // relative squared error of the model's next update, by GEMM
-    double cost[SNIP_GEMMS], error[SNIP_GEMMS];     // what the solver was given: averaged over measurements; its standard error
-} snip_estimate;
+// What one precision would do to one layer (>>costs has the formulas).
 typedef struct {
-    const char *name;
+    double loss_first, loss_second;  // of the last measurement: first-order and curvature part of the loss change
+    double update[SNIP_GEMMS];       // relative squared error of the model's next update, by GEMM
+    double cost[SNIP_GEMMS];         // what the solver was given: averaged over measurements
+    double error[SNIP_GEMMS];        // its standard error
+} snip_estimate;
+
+typedef struct {
+    const char *name;  // the session's copy, valid until snip_destroy
     int64_t out_features, in_features;
     int stage;
-    snip_format format[SNIP_GEMMS];         // the plan
+    snip_format format[SNIP_GEMMS];  // the plan
+    int runs[SNIP_GEMMS];            // 0: the GEMM was left out (dinp or dweight NULL) in the last pass
     snip_estimate fp8, fp4;
-    int64_t nonfinite, saturated;           // operand elements of the current step so far
-    double seconds[3][SNIP_GEMMS];          // in `high`, FP8, FP4: measured or set; 0: not yet
-    double measurements;                    // that the costs rest on, old ones counting less: at most 5
+    int64_t nonfinite, saturated;   // operand elements of the current step so far
+    double seconds[3][SNIP_GEMMS];  // in `high`, FP8, FP4: measured or set; 0: not yet
+    double measurements;            // that the costs rest on, old ones counting less: at most 5
 } snip_layer_info;
-typedef enum { SNIP_PASS_ORDINARY, SNIP_PASS_LOSS_PROBE, SNIP_PASS_UPDATE_PROBE, SNIP_PASS_CLEAN } snip_pass;
-typedef enum { SNIP_TRAIN, SNIP_EVAL /* forward under the plan, outside any pass */, SNIP_EVAL_HIGH /* in desc.high */ } snip_mode;
 
+typedef enum { SNIP_PASS_ORDINARY, SNIP_PASS_LOSS_PROBE, SNIP_PASS_UPDATE_PROBE, SNIP_PASS_CLEAN } snip_pass;
+
+typedef enum {
+    SNIP_TRAIN,
+    SNIP_EVAL,      // forward under the plan, outside any pass
+    SNIP_EVAL_HIGH  // forward in desc.high
+} snip_mode;
+
+// What is wrong with a descriptor, by the field's name and its range: "budget is a share, 0 to 1". NULL: nothing.
+SNIP_API const char *snip_desc_error(const snip_desc *);
+
+// The same as a status: SNIP_BAD_ARGUMENT, or SNIP_UNSUPPORTED for an instruction set that is not available.
 SNIP_API snip_status snip_desc_check(const snip_desc *);
-SNIP_API snip *snip_create(const snip_desc *);          // NULL: out of memory, or snip_desc_check says why
-SNIP_API void  snip_destroy(snip *);
-// Index of the new layer (0, 1, 2, ...), or minus a snip_status. name: "block.part.kind"; copied. All before the first step.
-SNIP_API int   snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
-// The optimizer's state, wanted from the first measurement on.
-SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);     // [out][in] each
-SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);                  // SGD with momentum, Lion
-// Formats a plan may use for a layer's GEMM, one of them at least; layer -1: every layer so far; gemm SNIP_GEMMS: all three.
-// What must stay in `high` is left out of the session.
+
+// A new session, to be destroyed with snip_destroy. The descriptor is copied.
+// NULL: out of memory, or snip_desc_error says why.
+SNIP_API snip *snip_create(const snip_desc *);
+SNIP_API void snip_destroy(snip *);
+
+// The descriptor in force, defaults filled in; NULL for NULL.
+SNIP_API const snip_desc *snip_settings(const snip *);
+
+// Adds a layer; all before the first step.
+// name: "block.part.kind", 1 to 255 bytes without blanks or control characters; copied.
+// stage: pipeline stage, 0 to desc.n_stages - 1.
+// Returns the index of the new layer (0, 1, 2, ...), or minus a snip_status.
+SNIP_API int snip_add_linear(snip *, const char *name, int64_t out_features, int64_t in_features, int stage);
+
+// The optimizer's state of a layer, m and v [out][in] each: read on measuring steps, so they must live as long as the
+// session is used. Wanted by the end of the first step, but for frozen layers.
+SNIP_API snip_status snip_bind_adamw(snip *, int layer, const float *m, const float *v);
+
+// The same of SGD with momentum and Lion.
+SNIP_API snip_status snip_bind_momentum(snip *, int layer, const float *m);
+
+// Formats a plan may use for a layer's GEMM, one of them at least.
+// layer -1: every layer so far; gemm SNIP_GEMMS: all three. What must stay in `high` is left out of the session.
 SNIP_API snip_status snip_allow(snip *, int layer, snip_gemm_kind gemm, int fp8, int fp4);
-// Time each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up operands;
-// layers of one shape are timed once. Plans are solved by these seconds where desc.speedup or desc.seconds asks for it; they may leave GEMMs in
-// `high`.
+
+// Times each layer's GEMMs in `high`, FP8 and FP4 on this machine, quantization included, with `rows` rows of made-up
+// operands; layers of one shape are timed once. desc.speedup and desc.seconds need these times.
 SNIP_API snip_status snip_measure_gains(snip *, int64_t rows);
-SNIP_API snip_status snip_set_seconds(snip *, int layer, snip_gemm_kind, const double seconds[3]);     // the same by hand
-SNIP_API double      snip_plan_seconds(const snip *);   // of all layers' GEMMs under the plan; 0 if not measured
-// Put a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan. layer and gemm as above.
+
+// The same by hand: seconds in `high`, FP8 and FP4, positive and at most 1e9. layer -1 and SNIP_GEMMS as in snip_allow.
+SNIP_API snip_status snip_set_seconds(snip *, int layer, snip_gemm_kind gemm, const double seconds[3]);
+
+// Seconds of all layers' GEMMs that run, under the plan; 0 if not measured.
+SNIP_API double snip_plan_seconds(const snip *);
+
+// Puts a GEMM in a format by hand (F32, BF16, E4M3 or E2M1), until the next plan. layer and gemm as in snip_allow.
 SNIP_API snip_status snip_set_format(snip *, int layer, snip_gemm_kind gemm, snip_format);
+
+// Refused between a pass's first linear layer and its snip_next_pass.
 SNIP_API snip_status snip_set_mode(snip *, snip_mode);
 
-// out [rows][out] is overwritten. bias [out] or NULL. Memory is allocated when rows grows, for the first micro-batches of a format (the
-// weight's codes, both ways round) and in the first measuring step.
-SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight, const float *bias, int64_t rows);
-// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. The update probe, whose gradients are of no use, leaves
-// dweight as it is. Micro-batches: a layer's n-th backward call of a pass belongs to its n-th forward call.
-SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias, const float *dout,
-                                          const float *inp, const float *weight, int64_t rows);
-// After all forward and backward calls of a pass, with the batch's mean loss, on every step. 1: run the same batch once more from zeroed
-// gradients. 0: the pass was the step's last; linear layers are refused until snip_end_step.
+// out [rows][out] = inp [rows][in] * weight^T [out][in] + bias [out].
+// out is overwritten; bias may be NULL; out must not overlap the others. rows 0: nothing is done or counted.
+// Memory is allocated when rows grows, for the first micro-batches of a format (the weight's codes, both ways round)
+// and in the first measuring step.
+SNIP_API snip_status snip_linear_forward(snip *, int layer, float *out, const float *inp, const float *weight,
+                                         const float *bias, int64_t rows);
+
+// dinp [rows][in], dweight [out][in] and dbias [out] accumulate; each may be NULL. dout: [rows][out].
+// The update probe, whose gradients are of no use, leaves dweight as it is.
+// inp: the forward call's input, at the same place or copied, with the same bits.
+// Outside SNIP_TRAIN it is refused, and the refusal is kept as the step's error.
+SNIP_API snip_status snip_linear_backward(snip *, int layer, float *dinp, float *dweight, float *dbias,
+                                          const float *dout, const float *inp, const float *weight, int64_t rows);
+
+// Gradient checkpointing: a forward call of this pass run again, between it and its backward call. The micro-batch is
+// found by the content of inp; out receives the same bits. It counts as no call and adds to no sum.
+SNIP_API snip_status snip_linear_recompute(snip *, int layer, float *out, const float *inp, const float *weight,
+                                           const float *bias, int64_t rows);
+
+// After all forward and backward calls of a pass, on every step, with the batch's mean loss.
+// Returns 1: zero the gradients and run forward and backward on the same batch again.
+// Returns 0: go on to the optimizer; linear layers are refused until snip_end_step.
 SNIP_API int snip_next_pass(snip *, double loss);
-// After the optimizer, once snip_next_pass has returned 0. On a measuring step: turns the measurements into costs, solves, switches the plan.
+
+// The step's first error so far, SNIP_OK if none. Ask before the optimizer runs: a NaN then never reaches m and v.
+SNIP_API snip_status snip_step_status(const snip *);
+
+// Once per step, after the optimizer. On a measuring step it turns the sums into costs, solves, and switches the plan.
 // NULL: the optimizer made no step (a skipped batch); a measurement is then discarded and made anew.
-// Returns the step's first error, also one that snip_linear_forward or _backward has returned before. But for a call in a probe pass
-// the step ends in any case. SNIP_INFEASIBLE leaves the old plan in force; snip_message() names the target and the shortfall.
+// Returns the first error of the step; the step is over either way. One exception: called while snip_next_pass still
+// returns 1, it returns SNIP_BAD_ARGUMENT and the step is not over.
+// The first step says what no plan could do without: SNIP_NOT_BOUND, SNIP_BAD_ARGUMENT where desc.speedup or
+// desc.seconds lack times, SNIP_INFEASIBLE where snip_allow makes the budget impossible.
+// SNIP_INFEASIBLE leaves the old plan in force; snip_message names the stage and the most that can be had.
 SNIP_API snip_status snip_end_step(snip *, const snip_adamw *);
 
-SNIP_API snip_pass   snip_current_pass(const snip *);   // kind of the pass under way, or about to begin
-SNIP_API int64_t     snip_step(const snip *);           // steps ended
-SNIP_API int         snip_plans(const snip *);          // plans solved so far
-SNIP_API double      snip_solve_seconds(const snip *);  // time of the last solve
-SNIP_API int         snip_layers(const snip *);
+SNIP_API snip_pass snip_current_pass(const snip *);            // kind of the pass under way, or about to begin
+SNIP_API int64_t snip_step(const snip *);                      // steps ended
+SNIP_API int snip_plans(const snip *);                         // plans solved so far
+SNIP_API double snip_solve_seconds(const snip *);              // time of the last solve
+SNIP_API int snip_layers(const snip *);                        // layers added
+SNIP_API int snip_find_layer(const snip *, const char *name);  // its index, or -1
 SNIP_API snip_status snip_layer(const snip *, int layer, snip_layer_info *);
-SNIP_API double      snip_share(const snip *, snip_format);     // share of the linear layers' FLOPs planned in a format
-SNIP_API const char *snip_message(const snip *);        // one line on the last call of this session that returned an error, "" if none
-SNIP_API const char *snip_reason(const snip *);         // "step N: ..." on the last plan, kept plan, spike or drift and why; "" before the first
 
-SNIP_API snip_status snip_plan_print(const snip *, FILE *);     // table: blocks x kinds, one mark per GEMM
-SNIP_API snip_status snip_plan_save(snip *, const char *path);  // the formats in force, a fall back's too; text, a file written aside, then renamed; a device, pipe or link as it is
-SNIP_API snip_status snip_plan_load(snip *, const char *path);  // refused whole unless every layer matches
-// Plan, counters and averages: with the same batches a restored session goes on bit for bit. Refused within a step. Load after all layers
-// have been added; desc, bindings, mode and snip_allow are not in it.
-SNIP_API size_t      snip_state_size(const snip *);
+// Share of the FLOPs of the linear layers' GEMMs that run which is planned in a format, 0 to 1.
+SNIP_API double snip_share(const snip *, snip_format);
+
+// |u|^2 of the optimizer's last update, summed over layers relative to their weights, at learning rate 1:
+// U^2 = sum_j |u_j|^2 / |W_j|^2, with |W_j|^2 of the last measuring step; frozen layers are left out.
+SNIP_API double snip_update_sq(const snip *, const snip_adamw *);
+
+// d [out][in] = D, the slope of each weight's next update in its gradient at learning rate 1, from the optimizer's
+// state and the constants that snip_end_step was last told.
+SNIP_API snip_status snip_layer_sensitivity(snip *, int layer, float *d);
+
+// One line on the last call of this session that returned an error, "" if none; valid until the next one.
+SNIP_API const char *snip_message(const snip *);
+
+// The layer that snip_message is about; -1: none.
+SNIP_API int snip_failed_layer(const snip *);
+
+// "step N: ..." on the last plan, kept plan, spike, drift or discarded measurement and why; "" before the first.
+SNIP_API const char *snip_reason(const snip *);
+
+// A table of blocks x kinds, one mark per GEMM.
+SNIP_API snip_status snip_plan_print(const snip *, FILE *);
+
+// The formats in force, a fallback's too, as text (version 1). The file is written aside, then renamed; a device, pipe
+// or link is written as it is. POSIX: elsewhere rename() may refuse to replace a file.
+SNIP_API snip_status snip_plan_save(snip *, const char *path);
+
+// Refused whole unless every layer matches. Carriage returns and a byte-order mark, as editors add them, are ignored.
+SNIP_API snip_status snip_plan_load(snip *, const char *path);
+
+// Plan, counters and averages, of snip_state_size bytes (version 3; version 2 is read too). With the same batches a
+// restored session goes on bit for bit. Refused within a step. Load after all layers have been added; desc, bindings,
+// mode and snip_allow are not in it.
+SNIP_API size_t snip_state_size(const snip *);
 SNIP_API snip_status snip_state_save(const snip *, void *state);
 SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 
 #ifdef __cplusplus
 }
 #endif
-#endif // SNIP_H
+#endif  // SNIP_H
 
 // ================= END OF THE API. You need not read further to use the library. =====================
 #if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_IMPLEMENTATION_DONE)
 #define SNIP_IMPLEMENTATION_DONE
 
-// clang-format on
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
-#    include <sys/stat.h>
+#  include <sys/stat.h>
 #endif
 #ifndef SNIP_MALLOC
-#    define SNIP_MALLOC(size) malloc(size)
-#    define SNIP_FREE(ptr) free(ptr)
+#  define SNIP_MALLOC(size) malloc(size)
+#  define SNIP_FREE(ptr) free(ptr)
 #endif
 #ifndef SNIP_ILP_MALLOC
-#    define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
-#    define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
+#  define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
+#  define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
 #endif
 #include "snip_ilp.h"
 
 #ifndef SNIP_PARALLEL_FOR
-#    define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
+#  define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
 
 static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     int64_t i;
-#    ifdef _OPENMP
-#        pragma omp parallel for schedule(dynamic) if (n > 1)
-#    endif
+#  ifdef _OPENMP
+#    pragma omp parallel for schedule(dynamic) if (n > 1)
+#  endif
     for (i = 0; i < n; i++) fn(arg, i);
 }
 #endif
 #ifndef SNIPI_WORTH
-#    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
+#  define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
     int64_t i;
@@ -453,62 +684,62 @@ static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64
         for (i = 0; i < n; i++) fn(arg, i);
 }
 #if defined(__GNUC__) || defined(__clang__)
-#    define SNIPI_INLINE static inline __attribute__((always_inline))
+#  define SNIPI_INLINE static inline __attribute__((always_inline))
 #else
-#    define SNIPI_INLINE static inline
+#  define SNIPI_INLINE static inline
 #endif
 #if defined(__CUDACC__)  // functions that snip_cuda.cuh's kernels share
-#    define SNIPI_HD __host__ __device__
+#  define SNIPI_HD __host__ __device__
 #else
-#    define SNIPI_HD
+#  define SNIPI_HD
 #endif
 #if defined(__clang__)
-#    define SNIPI_UNROLL _Pragma("unroll")
+#  define SNIPI_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__) && !defined(__CUDACC__)
-#    define SNIPI_UNROLL _Pragma("GCC unroll 16")
+#  define SNIPI_UNROLL _Pragma("GCC unroll 16")
 #else
-#    define SNIPI_UNROLL
+#  define SNIPI_UNROLL
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#    define SNIPI_X86 1
-#    include <immintrin.h>
-#    if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
-#        define SNIPI_X86_LATE 1  // AVX-VNNI, AVX512-BF16, AMX
-#    endif
+#  define SNIPI_X86 1
+#  include <immintrin.h>
+#  if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
+#    define SNIPI_X86_LATE 1  // AVX-VNNI, AVX512-BF16, AMX
+#  endif
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && \
     (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#    define SNIPI_NEON 1
-#    include <arm_neon.h>
-#    ifdef __linux__
-#        include <sys/auxv.h>
-#    endif
+#  define SNIPI_NEON 1
+#  include <arm_neon.h>
+#  ifdef __linux__
+#    include <sys/auxv.h>
+#  endif
 #endif
 
 // Between a product's store and its use: keeps the compiler from fusing the two into one multiply-add.
 #if defined(__GNUC__) || defined(__clang__)
-#    define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
+#  define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
 #else
-#    define SNIPI_ROUNDED(array) ((void)(array))
+#  define SNIPI_ROUNDED(array) ((void)(array))
 #endif
 // The compiler cannot see where this double comes from. Device code divides doubles as IEEE says under any flags.
 #if defined(__CUDA_ARCH__)
-#    define SNIPI_HIDDEN(x) ((void)0)
+#  define SNIPI_HIDDEN(x) ((void)0)
 #elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#    define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
+#  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-#    define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
+#  define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
 #else
-#    define SNIPI_HIDDEN(x)               \
-        do {                              \
-            volatile double hidden = (x); \
-            (x) = hidden;                 \
-        } while (0)
+#  define SNIPI_HIDDEN(x)           \
+    do {                            \
+      volatile double hidden = (x); \
+      (x) = hidden;                 \
+    } while (0)
 #endif
 #ifdef SNIPI_X86
-#    define snipi_stream_end() _mm_sfence()  // orders streaming stores before whatever tells another thread of them
+#  define snipi_stream_end() _mm_sfence()  // orders streaming stores before whatever tells another thread of them
 #else
-#    define snipi_stream_end() ((void)0)
+#  define snipi_stream_end() ((void)0)
 #endif
 
 // A reduction's partial results are kept per chunk and added in order, so that the number of threads
@@ -568,7 +799,7 @@ static int snipi_nonfinite_f64(double x) {
 SNIP_API const char *snip_status_text(snip_status status) {
     switch (status) {
 #define SNIP_X(code, text) \
-    case code: return text;
+  case code: return text;
         SNIP_STATUS_LIST(SNIP_X)
 #undef SNIP_X
         case SNIP_STATUS_COUNT: break;
@@ -2955,65 +3186,40 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
 }
 
 // >>session-impl -----------------------------------------------------------------------------------
-// A measuring step runs the batch three times (snip_next_pass), all in desc.measure precision:
+// A session is data that flows one way:
 //
-//   loss probe     noise sigma * xi on the operands X and W of every layer at once, sigma = 2% of their rms.
-//                  <xi, dA(noisy) - dA(clean)> / sigma estimates h_A = tr d2L/dA2 for each operand A by
-//                  itself (Hutchinson; cross terms vanish in expectation because the xi are independent).
-//   update probe   weights W + tau z, z = D xi / |W|, D the optimizer's sensitivity du/dg. X' = (X(tau) - X) / tau
-//                  and dY' of each layer are the model's Jacobian transposed times z, which says how an error
-//                  at the layer's outputs reaches every weight's next update. Kept as count-sketches.
-//   clean          statistics; its gradients are the ones the optimizer uses.
+//   passes   what a layer's calls run, in an ordinary step and in the three passes of a measuring step
+//   sums     what the passes measure: one record of sums per layer, which add over micro-batches
+//   costs    a function of the sums: what each precision would harm, averaged over measurements
+//   plan     a function of the costs: the formats that harm least within the budget
+//   policy   what has memory: when to measure, when a spike or a drift is news, when a plan may change
 //
-// Loss change if layer l's forward GEMM runs in format f, e_A = Q_f(A) - A:
-//   first  = <dX, e_X> + <dW, e_W>             second = (a h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
-// Relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2:
-//   fwd    (a |r_X|^2 / n_X * |dY' W|^2  +  |r_W|^2 / n_W * |dY'^T X|^2  +  (c_X + c_W)^2 <dY', Y>^2) / U^2
-//   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2  +  |e_W|^2 / n_W * |dY^T X'|^2) / U^2
-//   wgrad  |D * dW_err|^2 / |W|^2 / U^2, dW_err the GEMM's error in format f, on a sample of the output features
-// The errors are white in the operands, not in the GEMM's output: e_X W^T lies along W, as dY' does, and X e_W^T
-// repeats with X from token to token. Taking dY_err for white (mean(dY_err^2) |dY'|^2) loses half of the forward's true
-// value. Even e_X is not white inside a row: where X is sparse or has large channels, it points where the model is
-// sensitive. That is seen in the clean pass: a = n_X sum over rows r <dX_r, e_r>^2 / (|dX|^2 |e_X|^2), 1 for white
-// errors, 0.5 to 6 in fact (in the update, of r_X, below); curvature (Fisher's, sum dX_r^T dX_r) and answer are taken
-// to have dX's directions and sizes, row by row. Nor is it independent of X: what saturates or is flushed to 0 shrinks
-// X, and all of Y with it, e_A = -c_A A + r_A, c_A = -<A, e_A> / |A|^2: 0.02 to 0.05 in MXFP4, 3 to 12% of |e_A|^2 and
-// up to half of its effect, since all rows move together and W's shrinking adds to X's. The answer <dY', Y> = <dY' W,
-// X> is the change of <dX, X> from pass to pass; X's own change in it is small. One probe's square of it would be
-// chi-square with a single degree of freedom: it is taken over blocks of 32 rows, and the blocks' squares are added.
-// dY' W and X' W^T are sketched with W's columns, as they are met, mixed into 32. dY'^T X + dY^T X' is the change of
-// dW, sketched with its rows mixed into 32: the update probe forms no more of its dW than that. The two parts are
-// uncorrelated and share the square as |dY'|^2 |X|^2 : |X'|^2 |dY|^2. The learning rate cancels in the ratio, so D and
-// u are taken at rate 1.
+// docs/estimators.md derives the formulas; they stand on top of the section that computes them.
 //
-// Cost: fwd = loss_weight * (shrunk first + second) / L + update_weight * update; backward GEMMs =
-// update_weight * update * (r + (1 - r) / horizon). The forward's errors repeat with the slowly moving weights; the
-// backward GEMMs' are noise, which averages out over steps, but for the share r of dY's squared error that lies along
-// dY and so returns with it. r = 0 where rounding is stochastic. To nearest a code is about the mean of what it stands
-// for: <Q(x), e> = 0, so <x, e> = -|e|^2 and r = <x, e>^2 / (|x|^2 |e|^2) = |e|^2 / |x|^2: 0.02 in FP4 tiles, 0.03 to
-// 0.27 where one scale a tensor flushes small gradients to 0. Each term is a mean over measurements (snipi_costs).
+// A measuring step runs the batch three times, all in desc.measure precision:
 //
-// A GEMM's change of format counts `margin` standard errors on top of its cost: a plan changes only where that pays,
-// and noise does not move it. Errors are added, not their squares: a new plan is chosen because its errors happen to be
-// low.
+//   loss probe     Noise on the operands X and W of every layer at once. How the gradients change says how curved the
+//                  loss is in each operand.
+//   update probe   Weights moved along a random direction that the optimizer's sensitivity scales. How inputs and
+//                  gradients change says how an error at a layer reaches every weight's next update.
+//   clean          Statistics; its gradients are the ones the optimizer uses.
 //
-// A measuring step comes every `every` steps and, under a plan, when the loss spikes or the statistics drift, but not
-// within every / 10 steps of the last one. A spike puts all of the plan's GEMMs below `fallback` into that format until
-// the measurement; the plan is then made afresh, without a margin for the old one.
-//
-// Cost: two passes more than an ordinary step (one without update_weight) and the work above; in all 3.2 to 3.5
-// ordinary BF16 steps, measured on one core. Memory that stays: 5 sketches of 16 KiB a layer, one a tensor, and scratch
-// for one layer.
+// In all of it X is [rows][k], W [n][k] and dY [rows][n]: k is a layer's input features, n its output features.
 enum {
-    SNIPI_SKETCH = 4096,
-    SNIPI_PROJECTED = 32,
-    SNIPI_MIXED = 128,
-    SNIPI_CANDIDATES = 2,
-    SNIPI_ROLES = 16,
-    SNIPI_BLOCKS = 64,
-    SNIPI_BLOCK_ROWS = 32
+    SNIPI_CANDIDATES = 2,       // precisions a plan chooses from below `high`: FP8, FP4
+    SNIPI_STATES = 3,           // of a GEMM: 0 is `high`, then the candidates
+    SNIPI_SKETCH = 4096,        // buckets of a sketch: 2.2% deviation of a squared norm, 16 KiB
+    SNIPI_PROJECTED = 32,       // columns that W's are mixed into before a product is sketched
+    SNIPI_MIXED = 128,          // rows that a tensor's are mixed into before it is sketched; 128 * 32 fill a sketch
+    SNIPI_BLOCKS = 64,          // sums of <dX, X>, which blocks of rows take in turn
+    SNIPI_BLOCK_ROWS = 32,      // rows to a block: with all rows in one, the square would have one degree of freedom
+    SNIPI_OBSERVED_RUNS = 64,   // runs of a tensor that are looked at in every step ...
+    SNIPI_OBSERVED_LENGTH = 16  // ... and their elements: 1,024 in all, 3% deviation of an rms
 };
 
+static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
+
+// What a random number is for: no two uses share a key.
 enum {
     SNIPI_ROLE_X,
     SNIPI_ROLE_W,
@@ -3025,104 +3231,161 @@ enum {
     SNIPI_ROLE_NOISE_W,
     SNIPI_ROLE_PROBE,
     SNIPI_ROLE_PROJECT,
-    SNIPI_ROLE_SKETCH
+    SNIPI_ROLE_SKETCH,  // and one for each sketch
+    SNIPI_ROLES = 16
 };
 
-enum {
-    SNIPI_SKETCH_X,
-    SNIPI_SKETCH_DY,
-    SNIPI_SKETCH_XW,
-    SNIPI_SKETCH_DYW,
-    SNIPI_SKETCH_DW,
-    SNIPI_SKETCHES
-};  // of X, dY, X W^T, dY W, dW
+// Sketches of X, dY, X W^T, dY W and dW: update probe less clean pass.
+enum { SNIPI_SKETCH_X, SNIPI_SKETCH_DY, SNIPI_SKETCH_XW, SNIPI_SKETCH_DYW, SNIPI_SKETCH_DW, SNIPI_SKETCHES };
 
+// Scratch of a session, shared by its layers.
 enum {
     SNIPI_SLOT_A,
     SNIPI_SLOT_A_SCALES,
     SNIPI_SLOT_B,
     SNIPI_SLOT_B_SCALES,
     SNIPI_SLOT_GEMM,
-    SNIPI_SLOT_X,
-    SNIPI_SLOT_W,
-    SNIPI_SLOT_OUT,
-    SNIPI_SLOT_SAMPLE,
-    SNIPI_SLOT_SAMPLE_OUT,
-    SNIPI_SLOT_PROJECT,
-    SNIPI_SLOT_MIXED,
-    SNIPI_SLOT_SKETCH,
+    SNIPI_SLOT_X,           // X with noise, or as a candidate rounds it
+    SNIPI_SLOT_W,           // W with noise, or D
+    SNIPI_SLOT_OUT,         // a layer's own dX or dW
+    SNIPI_SLOT_SAMPLE,      // dY's sampled or mixed features
+    SNIPI_SLOT_SAMPLE_OUT,  // a product of those
+    SNIPI_SLOT_PROJECT,     // W's columns or rows, mixed
+    SNIPI_SLOT_MIXED,       // a tensor's rows, mixed
+    SNIPI_SLOT_SKETCH,      // a sketch's parts
     SNIPI_SLOTS
 };
 
-enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
+// Sums over rows and micro-batches of a measuring step, of one layer in one candidate. e_A = Q(A) - A.
+typedef struct {
+    double err_x, err_w, err_dy;  // |e_X|^2, |e_W|^2, |e_dY|^2
+    double dot_x, dot_w;          // <dX, e_X>, <dW, e_W>
+    double self_x, self_w;        // <X, e_X>, <W, e_W>
+    double dx_sq, along_x;        // sums over rows of |dX_r|^2, <dX_r, e_r>^2
+    double both_x, scale_x;       // sums over rows of <dX_r, e_r> <dX_r, X_r>, <dX_r, X_r>^2
+    double wgrad_err;             // |D * (dW's error)|^2
+} snipi_candidate_sums;
 
-typedef struct {  // of one candidate format, over the step's micro-batches
-    double err_w, err_dy, dot_x, dot_w;
-    double self_x, self_w;                   // <X, e_X>, <W, e_W>
-    double dx_sq, along_x, both_x, scale_x;  // sums over rows of |dX|^2, <dX, e_X>^2, <dX, e_X> <dX, X>, <dX, X>^2
-    double wgrad_err;                        // |D * dW_err|^2
-} snipi_measured;
+// The record of a layer's measurement. All of it adds over micro-batches, but for what is W's or the optimizer's.
+typedef struct {
+    double weight_sq, sensitivity_sq, moment_sq, update_sq;  // |W|^2, |D|^2, |m|^2, |u|^2
+    double sigma_x, sigma_w;                                 // the loss probe's noise
+    double noisy_x, noisy_w, clean_x, clean_w;               // <xi, dA> in the loss probe and in the clean pass
+    double input_sq, gradient_sq;                            // |X|^2, |dY|^2 of the clean pass
+    double elements_x, elements_y;                           // rows * k, rows * n of the clean pass
+    double scaling[SNIPI_BLOCKS];                            // <dX, X> by blocks of rows: update probe less clean
+    double sketched_sq[SNIPI_SKETCHES];                      // |sketch|^2
+    snipi_candidate_sums candidate[SNIPI_CANDIDATES];
+} snipi_sums;
 
+// A layer's record and sketches, made at its first call of a measuring step.
+typedef struct {
+    snipi_sums sums;
+    float sketch[SNIPI_SKETCHES][SNIPI_SKETCH];
+    int64_t step;  // that the sums are of
+} snipi_measurement;
+
+// Terms of a cost that are averaged over measurements, each with its variance.
 enum { SNIPI_FIRST, SNIPI_SECOND, SNIPI_UPDATE, SNIPI_TERMS = SNIPI_UPDATE + SNIP_GEMMS };
 
 typedef struct {
     double mean[SNIPI_TERMS], variance[SNIPI_TERMS];
-} snipi_average;  // over measurements
+} snipi_average;
 
+// What a state file keeps of a layer. Words of 8 bytes; a new version adds some at the end, and zeros stand for what an
+// older file lacks.
+typedef struct {
+    int64_t format[SNIP_GEMMS];
+    snipi_average average[SNIPI_CANDIDATES];
+    snip_estimate estimate[SNIPI_CANDIDATES];
+    double seconds[SNIPI_STATES][SNIP_GEMMS];
+    double level[2], reference[2];  // log2 of the rms of X and dY: running mean, and as it was at the last measurement
+    int64_t ran;                    // bit g: GEMM g ran in the last pass; 0: not known
+} snipi_kept_layer;
+
+// What a state file keeps of the session.
+typedef struct {
+    uint64_t layers, model;                // their number, and a hash of names, shapes and seed
+    int64_t step, plans;                   // ended; solved
+    snip_adamw adamw;                      // of the last step
+    double measurements, squared_weights;  // averaged over; sum of the squares of their weights
+    double loss_mean, loss_deviation;      // running
+    int64_t losses, levels;                // steps that loss_mean, snipi_kept_layer.level rest on
+    int64_t measured;                      // step of the last measuring step
+    int64_t due, fallen;                   // 1: a measurement is wanted early; a spike has put GEMMs into `fallback`
+    double last_loss;
+    int64_t outliers, spiking;  // losses in a row far from the mean; 1: a spike has not ended
+    int64_t failures;           // measurements in a row that were discarded
+} snipi_kept;
+
+// A micro-batch of a layer in the pass under way.
+typedef struct {
+    const float *inp;      // as the forward call was given it
+    uint64_t content;      // a hash of a sample of it
+    int64_t rows, before;  // rows, and the rows of the micro-batches before it
+    int done;              // its backward call has come
+} snipi_micro;
+
+// A weight packed for a GEMM, in the pass's first micro-batch.
 typedef struct {
     void *panels;
     size_t size;
     int64_t nonfinite, saturated;
     const float *held;
     snip_format format;
-} snipi_cached;  // held: the weight packed in this pass
+} snipi_cached;
 
 typedef struct {
     char *name;
-    int64_t n, k;
+    int64_t n, k;  // output and input features
     int stage;
     const float *m, *v;
-    snip_format format[SNIP_GEMMS];
-    unsigned char allow[SNIP_GEMMS];
+    unsigned char allow[SNIP_GEMMS];  // SNIPI_ALLOW_FP8, SNIPI_ALLOW_FP4
+    snipi_kept_layer kept;
+    snipi_measurement *measurement;  // NULL before the first
+
+    // Of this step.
     int64_t nonfinite, saturated;
-    int64_t calls_forward, calls_backward;  // of this pass: tells micro-batches apart
-    double weight_sq, sensitivity_sq, sigma_x, sigma_w;
-    double noisy_x, noisy_w, clean_x, clean_w;  // <xi, dA> of the two passes
-    int64_t elements_x, elements_y;             // seen by this pass; rows by the one before
-    int64_t rows;
-    double input_sq, gradient_sq;        // |X|^2, |dY|^2 of the clean pass
-    double scaling[SNIPI_BLOCKS];        // <dX, X> by blocks of rows: update probe less clean
-    float *sketch;                       // [SNIPI_SKETCHES][SNIPI_SKETCH]: update probe less clean
-    double sketched_sq[SNIPI_SKETCHES];  // |sketch|^2
-    snipi_measured measured[SNIPI_CANDIDATES];
-    snipi_average average[SNIPI_CANDIDATES];
-    snip_estimate estimate[SNIPI_CANDIDATES];
-    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS];  // in desc.high, then in each candidate
-    double seen_sq[2], seen[2];                        // of a sample of X and dY, in this step
-    double level[2], reference[2];  // log2 of their rms: running mean, and as it was at the last measurement
-    int64_t micros;                 // forward calls of the last pass
-    snipi_cached weight[2];         // W's panels for fwd and dgrad, where micro-batches share them
+    double seen_sq[2], seen[2];  // squares and number of the elements of X and dY that were looked at
+
+    // Of this pass.
+    int64_t calls_forward, calls_backward;
+    int64_t rows_forward, rows_backward;
+    unsigned running;  // bit g: GEMM g has run
+    snipi_micro *micro;
+    int64_t micro_capacity;
+
+    // Of the passes before.
+    int64_t calls_before;  // forward calls of the last one
+    double size_before;    // rms of X in the last step, as seen
+    int64_t rows_of[4];    // by snip_pass, of this measuring step
+    int frozen;            // wgrad did not run in the loss probe
+
+    snipi_cached weight[2];  // W's panels for fwd and dgrad, where micro-batches share them
 } snipi_layer;
+
+enum { SNIPI_ALLOW_FP8 = 1, SNIPI_ALLOW_FP4 = 2 };
 
 struct snip {
     snip_desc desc;
     snipi_layer *layers;
     int n_layers, capacity;
+    snipi_kept kept;
     void *slot[SNIPI_SLOTS];
     size_t slot_size[SNIPI_SLOTS];
     snip_mode mode;
     snip_pass pass;
-    snip_status pending;  // the step's first error
-    int64_t step;
-    int plans;
-    double tau, loss, solve_seconds;
-    snip_adamw adamw;                      // of the last step
-    double measurements, squared_weights;  // averaged over; sum of the squares of their weights
-    double loss_mean, loss_deviation;      // running, of `losses` steps; `levels` steps of snipi_layer.level
-    int64_t losses, levels, measured;      // step of the last measurement
-    int64_t due, fallen;  // a measurement is wanted before its time; a spike has put GEMMs into `fallback`
-    int told;             // the loss of this step
-    char message[256], held[256], reason[256];  // held: `pending`'s message
+    int calls;             // linear calls of the pass under way
+    int told;              // 1: the step's last pass is over, and `loss` its loss
+    int measuring;         // 1: this is a measuring step
+    int checked;           // 1: the first step has been looked through for what a plan could not do without
+    double tau, loss;      // step of the update probe along its direction; loss of the step
+    double solve_seconds;  // of the last plan
+    snip_status pending;   // the step's first error
+    char pending_message[256];
+    int pending_layer;
+    char message[256], reason[256];
+    int failed_layer;
 };
 
 static void *snipi_default_alloc(size_t size, void *user) {
@@ -3135,13 +3398,13 @@ static void snipi_default_free(void *ptr, void *user) {
     SNIP_FREE(ptr);
 }
 
-static void *snipi_alloc(snip *s, size_t size) {
+static void *snipi_alloc(const snip *s, size_t size) {
     void *p = s->desc.alloc.alloc_fn(size ? size : 1, s->desc.alloc.user);
     if (p) memset(p, 0, size);
     return p;
 }
 
-static void snipi_free(snip *s, void *p) {
+static void snipi_free(const snip *s, void *p) {
     if (p) s->desc.alloc.free_fn(p, s->desc.alloc.user);
 }
 
@@ -3156,29 +3419,59 @@ static void *snipi_reserve(snip *s, int slot, size_t size) {
     return s->slot[slot];
 }
 
-static float *snipi_reserve_floats(snip *s, int slot, int64_t n) {
-    return (float *)snipi_reserve(s, slot, (size_t)n * sizeof(float));
+static snipi_layer *snipi_layer_at(const snip *s, int layer) {
+    return s && layer >= 0 && layer < s->n_layers ? &s->layers[layer] : NULL;
 }
 
+static int snipi_index_of(const snip *s, const snipi_layer *l) { return (int)(l - s->layers); }
+
+static snip_format snipi_format(const snipi_layer *l, int gemm) { return (snip_format)l->kept.format[gemm]; }
+
+// 1 if GEMM g runs, as far as is known: a GEMM that dinp or dweight NULL leaves out counts toward nothing.
+static int snipi_runs(const snipi_layer *l, int gemm) { return l->kept.ran == 0 || (l->kept.ran >> gemm & 1); }
+
+static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
+
+// ---- messages
+
 // The message is the session's to change also where a call takes it as const.
-static snip_status snipi_fail(const snip *s, snip_status status, const char *message) {
-    if (s) snprintf(((snip *)(uintptr_t)s)->message, sizeof s->message, "%s", message);
+static snip_status snipi_fail_at(const snip *s, snip_status status, int layer, const char *where, const char *why) {
+    snip *own = (snip *)(uintptr_t)s;
+    if (!s) return status;
+    snprintf(own->message, sizeof own->message, "%.110s: %.140s", where, why);
+    own->failed_layer = layer;
     return status;
 }
 
-static snip_status snipi_fail_in(const snip *s, snip_status status, const char *where, const char *why) {
-    char message[256];
-    snprintf(message, sizeof message, "%.100s: %.152s", where, why);
-    return snipi_fail(s, status, message);
+static snip_status snipi_fail(const snip *s, snip_status status, const char *where, const char *why) {
+    return snipi_fail_at(s, status, -1, where, why);
 }
 
-static snip_status snipi_bad(const snip *s, const char *function) {
-    return snipi_fail_in(s, SNIP_BAD_ARGUMENT, function, snip_status_text(SNIP_BAD_ARGUMENT));
+static snip_status snipi_bad(const snip *s, const char *function, const char *why) {
+    return snipi_fail(s, SNIP_BAD_ARGUMENT, function, why);
 }
 
 static snip_status snipi_no_memory(const snip *s, const char *function) {
-    return snipi_fail_in(s, SNIP_OUT_OF_MEMORY, function, snip_status_text(SNIP_OUT_OF_MEMORY));
+    return snipi_fail(s, SNIP_OUT_OF_MEMORY, function, snip_status_text(SNIP_OUT_OF_MEMORY));
 }
+
+// Of a layer, by name.
+static snip_status snipi_fail_layer(const snip *s, snip_status status, const snipi_layer *l, const char *why) {
+    char where[112];
+    snprintf(where, sizeof where, "layer %.100s", l->name);
+    return snipi_fail_at(s, status, snipi_index_of(s, l), where, why);
+}
+
+// A training step's first error is kept for snip_step_status and snip_end_step, with its message.
+static snip_status snipi_keep(snip *s, snip_status status) {
+    if (s->pending || !status) return status;
+    s->pending = status;
+    s->pending_layer = s->failed_layer;
+    memcpy(s->pending_message, s->message, sizeof s->pending_message);
+    return status;
+}
+
+// ---- descriptor
 
 static int snipi_in_range(double x, double low, double high) {
     return !snipi_nonfinite_f64(x) && x >= low && x <= high;
@@ -3186,76 +3479,59 @@ static int snipi_in_range(double x, double low, double high) {
 
 static int snipi_recipes_ok(const snip_recipes *r) {
     const snip_recipe *all[3];
-    int i;
     all[0] = &r->activation;
     all[1] = &r->weight;
     all[2] = &r->gradient;
-    for (i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++)
         if (all[i]->format != (snip_format)0 && (!snipi_recipe_ok(all[i]) || snipi_plain(all[i]->format))) return 0;
     return 1;
 }
 
+static int snipi_zero_or_plain(snip_format format) { return (int)format == 0 || snipi_plain(format); }
+
+SNIP_API const char *snip_desc_error(const snip_desc *d) {
+    if (!d) return "the descriptor is NULL";
+    if (!snipi_in_range(d->budget, 0, 1)) return "budget is a share, 0 to 1";
+    if (d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) return "speedup is a factor, 0.001 to 1e6, or 0";
+    if (!snipi_in_range(d->seconds, 0, 1e9)) return "seconds is a time, 0 to 1e9";
+    if (d->n_stages < 0) return "n_stages is a number of pipeline stages, not negative";
+    if (!snipi_zero_or_plain(d->high)) return "high is SNIP_BF16, SNIP_F32 or 0";
+    if (!snipi_zero_or_plain(d->measure)) return "measure is SNIP_F32, SNIP_BF16 or 0";
+    if (snipi_nonfinite_f64(d->loss_weight)) return "loss_weight is a finite number";
+    if (snipi_nonfinite_f64(d->update_weight)) return "update_weight is a finite number";
+    if (!snipi_in_range(d->horizon, 0, 1e12)) return "horizon is a number of steps, 0 to 1e12";
+    if (!snipi_in_range(d->sample, 0, 1)) return "sample is a share, 0 to 1";
+    if ((int)d->optimizer < 0 || d->optimizer > SNIP_CUSTOM) return "optimizer is one of snip_optimizer";
+    if (d->optimizer == SNIP_CUSTOM && !d->sensitivity) return "sensitivity is NULL, which SNIP_CUSTOM calls";
+    if (snipi_nonfinite_f64(d->margin)) return "margin is a finite number of standard errors";
+    if (snipi_nonfinite_f64(d->spike)) return "spike is a finite number of deviations";
+    if (snipi_nonfinite_f64(d->drift)) return "drift is a finite number of binary orders";
+    if (!snipi_zero_or_plain(d->fallback) && d->fallback != SNIP_E4M3 && d->fallback != SNIP_E2M1)
+        return "fallback is SNIP_E4M3, SNIP_BF16, SNIP_F32, SNIP_E2M1 or 0";
+    if (!snipi_recipes_ok(&d->fp8)) return "fp8 holds a recipe that cannot be quantized with";
+    if (!snipi_recipes_ok(&d->fp4)) return "fp4 holds a recipe that cannot be quantized with";
+    if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return "isa is one of snip_isa";
+    if (!d->alloc.alloc_fn != !d->alloc.free_fn) return "alloc has one of alloc_fn and free_fn, and not the other";
+    if (!snip_isa_available(d->isa)) return "isa is an instruction set that is not available here";
+    return NULL;
+}
+
 SNIP_API snip_status snip_desc_check(const snip_desc *d) {
-    if (!d || !snipi_in_range(d->budget, 0, 1) || d->n_stages < 0) return SNIP_BAD_ARGUMENT;
-    if ((int)d->high != 0 && !snipi_plain(d->high)) return SNIP_BAD_ARGUMENT;
-    if ((int)d->measure != 0 && !snipi_plain(d->measure)) return SNIP_BAD_ARGUMENT;
-    if (snipi_nonfinite_f64(d->speedup) || (d->speedup != 0 && !snipi_in_range(d->speedup, 1e-3, 1e6)) ||
-        !snipi_in_range(d->seconds, 0, 1e9))
-        return SNIP_BAD_ARGUMENT;
-    if (snipi_nonfinite_f64(d->loss_weight) || snipi_nonfinite_f64(d->update_weight)) return SNIP_BAD_ARGUMENT;
-    if (!snipi_in_range(d->horizon, 0, 1e12) || !snipi_in_range(d->sample, 0, 1)) return SNIP_BAD_ARGUMENT;
-    if (!snipi_recipes_ok(&d->fp8) || !snipi_recipes_ok(&d->fp4)) return SNIP_BAD_ARGUMENT;
-    if ((int)d->isa < 0 || d->isa >= SNIP_ISA_COUNT) return SNIP_BAD_ARGUMENT;
-    if ((int)d->optimizer < 0 || d->optimizer > SNIP_CUSTOM || (d->optimizer == SNIP_CUSTOM && !d->sensitivity))
-        return SNIP_BAD_ARGUMENT;
-    if (snipi_nonfinite_f64(d->margin) || snipi_nonfinite_f64(d->spike) || snipi_nonfinite_f64(d->drift))
-        return SNIP_BAD_ARGUMENT;
-    if ((int)d->fallback != 0 && !snipi_plain(d->fallback) && d->fallback != SNIP_E4M3 && d->fallback != SNIP_E2M1)
-        return SNIP_BAD_ARGUMENT;
-    if (!d->alloc.alloc_fn != !d->alloc.free_fn) return SNIP_BAD_ARGUMENT;
-    return snip_isa_available(d->isa) ? SNIP_OK : SNIP_UNSUPPORTED;
+    if (!snip_desc_error(d)) return SNIP_OK;
+    return d && (int)d->isa >= 0 && d->isa < SNIP_ISA_COUNT && !snip_isa_available(d->isa) ? SNIP_UNSUPPORTED
+                                                                                           : SNIP_BAD_ARGUMENT;
 }
 
-static void snipi_begin_pass(snip *s, snip_pass pass) {
-    int l;
-    s->pass = pass;
-    for (l = 0; l < s->n_layers; l++) {
-        snipi_layer *layer = &s->layers[l];
-        layer->micros = layer->calls_forward;
-        layer->rows = layer->elements_x / layer->k;
-        layer->weight[0].held = layer->weight[1].held = NULL;
-        layer->calls_forward = layer->calls_backward = layer->elements_x = layer->elements_y = 0;
-    }
+static void snipi_default_recipes(snip_recipes *r, snip_recipe tile, snip_recipe block, snip_recipe gradient) {
+    if ((int)r->activation.format == 0) r->activation = tile;
+    if ((int)r->weight.format == 0) r->weight = block;
+    if ((int)r->gradient.format == 0) r->gradient = gradient;
 }
 
-static int snipi_probes_updates(const snip *s) { return s->desc.update_weight > 0; }
-
-static void snipi_begin_step(snip *s) {
-    int l, measure = s->desc.every > 0 && s->step > 0 &&
-                     (s->step % s->desc.every == 0 || (s->due && s->step >= s->measured + s->desc.every / 10));
-    s->told = 0;
-    for (l = 0; l < s->n_layers; l++) {
-        snipi_layer *layer = &s->layers[l];
-        layer->nonfinite = layer->saturated = 0;
-        layer->seen_sq[0] = layer->seen_sq[1] = layer->seen[0] = layer->seen[1] = 0;
-        if (!measure) continue;
-        memset(layer->measured, 0, sizeof layer->measured);
-        memset(layer->sketch, 0, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
-        memset(layer->scaling, 0, sizeof layer->scaling);
-        layer->noisy_x = layer->noisy_w = layer->clean_x = layer->clean_w = layer->input_sq = layer->gradient_sq = 0;
-    }
-    s->pending = SNIP_OK;
-    s->held[0] = 0;
-    snipi_begin_pass(s, measure ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_ORDINARY);
-}
-
-SNIP_API snip *snip_create(const snip_desc *desc) {
-    snip_recipe fp8_tile = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK, fp4_tile = SNIP_RECIPE_FP4_TILE;
-    snip_recipe fp4_block = SNIP_RECIPE_FP4_BLOCK, fp4_stochastic = SNIP_RECIPE_FP4_TILE_SR;
-    snip_desc d;
-    snip *s;
-    if (snip_desc_check(desc)) return NULL;
-    d = *desc;
+static snip_desc snipi_fill_in(snip_desc d) {
+    const snip_recipe fp8_tile = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK;
+    const snip_recipe fp4_tile = SNIP_RECIPE_FP4_TILE, fp4_block = SNIP_RECIPE_FP4_BLOCK;
+    const snip_recipe fp4_stochastic = SNIP_RECIPE_FP4_TILE_SR;
     if (d.every == 0) d.every = 500;
     if (d.n_stages == 0) d.n_stages = 1;
     if ((int)d.high == 0) d.high = SNIP_BF16;
@@ -3268,90 +3544,93 @@ SNIP_API snip *snip_create(const snip_desc *desc) {
     if (d.spike == 0) d.spike = 6;
     if ((int)d.fallback == 0) d.fallback = SNIP_E4M3;
     if (d.drift == 0) d.drift = 1;
-    if ((int)d.fp8.activation.format == 0) d.fp8.activation = fp8_tile;
-    if ((int)d.fp8.weight.format == 0) d.fp8.weight = fp8_block;
-    if ((int)d.fp8.gradient.format == 0) d.fp8.gradient = fp8_tile;
-    if ((int)d.fp4.activation.format == 0) d.fp4.activation = fp4_tile;
-    if ((int)d.fp4.weight.format == 0) d.fp4.weight = fp4_block;
-    if ((int)d.fp4.gradient.format == 0) d.fp4.gradient = fp4_stochastic;
+    snipi_default_recipes(&d.fp8, fp8_tile, fp8_block, fp8_tile);
+    snipi_default_recipes(&d.fp4, fp4_tile, fp4_block, fp4_stochastic);
     if (!d.alloc.alloc_fn) {
         d.alloc.alloc_fn = snipi_default_alloc;
         d.alloc.free_fn = snipi_default_free;
     }
-    s = (snip *)d.alloc.alloc_fn(sizeof *s, d.alloc.user);
+    return d;
+}
+
+// ---- session and layers
+
+SNIP_API snip *snip_create(const snip_desc *desc) {
+    if (snip_desc_check(desc)) return NULL;
+    const snip_desc d = snipi_fill_in(*desc);
+    snip *s = (snip *)d.alloc.alloc_fn(sizeof *s, d.alloc.user);
     if (!s) return NULL;
     memset(s, 0, sizeof *s);
     s->desc = d;
+    s->failed_layer = s->pending_layer = -1;
     return s;
 }
 
-static void snipi_drop(snip *s, snipi_layer *l) {
-    int i;
-    for (i = 0; i < 2; i++) snipi_free(s, l->weight[i].panels);
-    memset(l->weight, 0, sizeof l->weight);
-}
-
 SNIP_API void snip_destroy(snip *s) {
-    int i;
     if (!s) return;
-    for (i = 0; i < s->n_layers; i++) {
-        snipi_free(s, s->layers[i].name);
-        snipi_free(s, s->layers[i].sketch);
-        snipi_drop(s, &s->layers[i]);
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        snipi_free(s, l->name);
+        snipi_free(s, l->measurement);
+        snipi_free(s, l->micro);
+        for (int t = 0; t < 2; t++) snipi_free(s, l->weight[t].panels);
     }
     snipi_free(s, s->layers);
-    for (i = 0; i < SNIPI_SLOTS; i++) snipi_free(s, s->slot[i]);
+    for (int i = 0; i < SNIPI_SLOTS; i++) snipi_free(s, s->slot[i]);
     s->desc.alloc.free_fn(s, s->desc.alloc.user);
 }
 
+SNIP_API const snip_desc *snip_settings(const snip *s) { return s ? &s->desc : NULL; }
+
+// What is wrong with a layer to be added, or NULL.
+static const char *snipi_layer_error(const snip *s, const char *name, int64_t n, int64_t k, int stage) {
+    size_t length = 0;
+    if (!name) return "the name is NULL";
+    for (; name[length]; length++)  // names go into plan files, one word each
+        if ((unsigned char)name[length] <= ' ') return "the name holds a blank or a control character";
+    if (length == 0 || length > 255) return "the name is 1 to 255 bytes long";
+    if (n < 1 || k < 1 || !snipi_shape_ok(n, k, k)) return "out_features and in_features are out of range";
+    if (stage < 0 || stage >= s->desc.n_stages) return "the stage is not one of desc.n_stages";
+    if (s->kept.step > 0) return "layers are added before the first step";
+    return NULL;
+}
+
+static int snipi_grow_layers(snip *s) {
+    const int capacity = s->capacity ? 2 * s->capacity : 64;
+    snipi_layer *grown = (snipi_layer *)snipi_alloc(s, (size_t)capacity * sizeof *grown);
+    if (!grown) return 0;
+    if (s->n_layers) memcpy(grown, s->layers, (size_t)s->n_layers * sizeof *grown);
+    snipi_free(s, s->layers);
+    s->layers = grown;
+    s->capacity = capacity;
+    return 1;
+}
+
 SNIP_API int snip_add_linear(snip *s, const char *name, int64_t out_features, int64_t in_features, int stage) {
-    snipi_layer *layer;
-    size_t length;
-    int g;
-    if (!s || !name || out_features < 1 || in_features < 1 || stage < 0 || stage >= s->desc.n_stages)
-        return -(int)snipi_bad(s, "snip_add_linear");
-    if (!snipi_shape_ok(out_features, in_features, in_features) || s->step > 0)
-        return -(int)snipi_bad(s, "snip_add_linear");
-    for (g = 0; name[g]; g++)  // names go into plan files, one word each
-        if ((unsigned char)name[g] <= ' ') return -(int)snipi_bad(s, "snip_add_linear");
-    if (g == 0 || g > 255) return -(int)snipi_bad(s, "snip_add_linear");
-    if (s->n_layers == s->capacity) {
-        int capacity = s->capacity ? 2 * s->capacity : 64;
-        snipi_layer *grown = (snipi_layer *)snipi_alloc(s, (size_t)capacity * sizeof *grown);
-        if (!grown) return -(int)snipi_no_memory(s, "snip_add_linear");
-        if (s->n_layers) memcpy(grown, s->layers, (size_t)s->n_layers * sizeof *grown);
-        snipi_free(s, s->layers);
-        s->layers = grown;
-        s->capacity = capacity;
-    }
-    layer = &s->layers[s->n_layers];
-    memset(layer, 0, sizeof *layer);
-    length = (size_t)g + 1;
-    layer->name = (char *)snipi_alloc(s, length);
-    layer->sketch = (float *)snipi_alloc(s, SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
-    if (!layer->name || !layer->sketch) {
-        snipi_free(s, layer->name);
-        snipi_free(s, layer->sketch);
-        return -(int)snipi_no_memory(s, "snip_add_linear");
-    }
-    memcpy(layer->name, name, length);
-    layer->n = out_features;
-    layer->k = in_features;
-    layer->stage = stage;
-    for (g = 0; g < SNIP_GEMMS; g++) {
-        layer->format[g] = s->desc.high;
-        layer->allow[g] = SNIPI_ALLOW_FP8 | SNIPI_ALLOW_FP4;
+    const char *why = s ? snipi_layer_error(s, name, out_features, in_features, stage) : "";
+    if (why) return -(int)snipi_bad(s, "snip_add_linear", why);
+    if (s->n_layers == s->capacity && !snipi_grow_layers(s)) return -(int)snipi_no_memory(s, "snip_add_linear");
+    const size_t length = strlen(name) + 1;
+    char *copy = (char *)snipi_alloc(s, length);
+    if (!copy) return -(int)snipi_no_memory(s, "snip_add_linear");
+    memcpy(copy, name, length);
+    snipi_layer *l = &s->layers[s->n_layers];
+    memset(l, 0, sizeof *l);
+    l->name = copy;
+    l->n = out_features;
+    l->k = in_features;
+    l->stage = stage;
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        l->kept.format[g] = s->desc.high;
+        l->allow[g] = SNIPI_ALLOW_FP8 | SNIPI_ALLOW_FP4;
     }
     return s->n_layers++;
 }
 
-static snipi_layer *snipi_layer_at(const snip *s, int layer) {
-    return s && layer >= 0 && layer < s->n_layers ? &s->layers[layer] : NULL;
-}
-
 SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const float *v) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || !v || s->desc.optimizer != SNIP_ADAMW) return snipi_bad(s, "snip_bind_adamw");
+    if (!l || !m || !v) return snipi_bad(s, "snip_bind_adamw", "no such layer, or m or v is NULL");
+    if (s->desc.optimizer != SNIP_ADAMW) return snipi_bad(s, "snip_bind_adamw", "desc.optimizer is not SNIP_ADAMW");
     l->m = m;
     l->v = v;
     return SNIP_OK;
@@ -3359,56 +3638,653 @@ SNIP_API snip_status snip_bind_adamw(snip *s, int layer, const float *m, const f
 
 SNIP_API snip_status snip_bind_momentum(snip *s, int layer, const float *m) {
     snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !m || (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION))
-        return snipi_bad(s, "snip_bind_momentum");
+    if (!l || !m) return snipi_bad(s, "snip_bind_momentum", "no such layer, or m is NULL");
+    if (s->desc.optimizer != SNIP_SGD_MOMENTUM && s->desc.optimizer != SNIP_LION)
+        return snipi_bad(s, "snip_bind_momentum", "desc.optimizer is neither SNIP_SGD_MOMENTUM nor SNIP_LION");
     l->m = m;
     return SNIP_OK;
 }
 
-static int snipi_gemm_range(snip_gemm_kind gemm, int *first, int *last) {
-    if ((int)gemm < 0 || gemm > SNIP_GEMMS) return 0;
-    *first = gemm == SNIP_GEMMS ? 0 : (int)gemm;
-    *last = gemm == SNIP_GEMMS ? SNIP_GEMMS - 1 : (int)gemm;
+// Layers [first, last) and GEMMs [first, last) that `layer` and `gemm` stand for.
+typedef struct {
+    int layer, layer_end, gemm, gemm_end;
+} snipi_selection;
+
+static int snipi_select(const snip *s, int layer, snip_gemm_kind gemm, snipi_selection *which) {
+    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || (int)gemm < 0 || gemm > SNIP_GEMMS) return 0;
+    which->layer = layer < 0 ? 0 : layer;
+    which->layer_end = layer < 0 ? s->n_layers : layer + 1;
+    which->gemm = gemm == SNIP_GEMMS ? 0 : (int)gemm;
+    which->gemm_end = gemm == SNIP_GEMMS ? SNIP_GEMMS : (int)gemm + 1;
     return 1;
 }
 
+static const char snipi_no_selection[] = "no such layer or GEMM";
+
 SNIP_API snip_status snip_allow(snip *s, int layer, snip_gemm_kind gemm, int fp8, int fp4) {
-    int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last) || (!fp8 && !fp4))
-        return snipi_bad(s, "snip_allow");
-    for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
-        for (g = first; g <= last; g++)
+    snipi_selection which;
+    if (!snipi_select(s, layer, gemm, &which)) return snipi_bad(s, "snip_allow", snipi_no_selection);
+    if (!fp8 && !fp4) return snipi_bad(s, "snip_allow", "neither FP8 nor FP4 is allowed");
+    for (int l = which.layer; l < which.layer_end; l++)
+        for (int g = which.gemm; g < which.gemm_end; g++)
             s->layers[l].allow[g] = (unsigned char)((fp8 ? SNIPI_ALLOW_FP8 : 0) | (fp4 ? SNIPI_ALLOW_FP4 : 0));
+    s->checked = 0;
     return SNIP_OK;
 }
 
 SNIP_API snip_status snip_set_format(snip *s, int layer, snip_gemm_kind gemm, snip_format format) {
-    int first, last, l, g;
-    if (!s || (layer != -1 && !snipi_layer_at(s, layer)) || !snipi_gemm_range(gemm, &first, &last))
-        return snipi_bad(s, "snip_set_format");
-    if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1) return snipi_bad(s, "snip_set_format");
-    for (l = layer < 0 ? 0 : layer; l < (layer < 0 ? s->n_layers : layer + 1); l++)
-        for (g = first; g <= last; g++) s->layers[l].format[g] = format;
+    snipi_selection which;
+    if (!snipi_select(s, layer, gemm, &which)) return snipi_bad(s, "snip_set_format", snipi_no_selection);
+    if (!snipi_plain(format) && format != SNIP_E4M3 && format != SNIP_E2M1)
+        return snipi_bad(s, "snip_set_format", "a GEMM runs in F32, BF16, E4M3 or E2M1");
+    for (int l = which.layer; l < which.layer_end; l++)
+        for (int g = which.gemm; g < which.gemm_end; g++) s->layers[l].kept.format[g] = format;
     return SNIP_OK;
 }
 
+SNIP_API snip_status snip_set_seconds(snip *s, int layer, snip_gemm_kind gemm, const double seconds[3]) {
+    snipi_selection which;
+    if (!snipi_select(s, layer, gemm, &which)) return snipi_bad(s, "snip_set_seconds", snipi_no_selection);
+    for (int state = 0; state < SNIPI_STATES; state++)
+        if (!seconds || !(seconds[state] > 0) || !snipi_in_range(seconds[state], 0, 1e9))
+            return snipi_bad(s, "snip_set_seconds", "a time is positive and at most 1e9 seconds");
+    for (int l = which.layer; l < which.layer_end; l++)
+        for (int g = which.gemm; g < which.gemm_end; g++)
+            for (int state = 0; state < SNIPI_STATES; state++) s->layers[l].kept.seconds[state][g] = seconds[state];
+    s->checked = 0;
+    return SNIP_OK;
+}
+
+SNIP_API snip_pass snip_current_pass(const snip *s) { return s ? s->pass : SNIP_PASS_ORDINARY; }
+
+SNIP_API int64_t snip_step(const snip *s) { return s ? s->kept.step : 0; }
+
+SNIP_API int snip_plans(const snip *s) { return s ? (int)s->kept.plans : 0; }
+
+SNIP_API double snip_solve_seconds(const snip *s) { return s ? s->solve_seconds : 0; }
+
+SNIP_API int snip_layers(const snip *s) { return s ? s->n_layers : 0; }
+
+SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
+
+SNIP_API const char *snip_reason(const snip *s) { return s ? s->reason : ""; }
+
+SNIP_API int snip_failed_layer(const snip *s) { return s && s->message[0] ? s->failed_layer : -1; }
+
+SNIP_API snip_status snip_step_status(const snip *s) { return s ? s->pending : SNIP_BAD_ARGUMENT; }
+
+SNIP_API int snip_find_layer(const snip *s, const char *name) {
+    for (int l = 0; name && l < snip_layers(s); l++)
+        if (strcmp(s->layers[l].name, name) == 0) return l;
+    return -1;
+}
+
+SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
+    const snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !info) return snipi_bad(s, "snip_layer", "no such layer, or info is NULL");
+    info->name = l->name;
+    info->out_features = l->n;
+    info->in_features = l->k;
+    info->stage = l->stage;
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        info->format[g] = snipi_format(l, g);
+        info->runs[g] = snipi_runs(l, g);
+    }
+    info->fp8 = l->kept.estimate[0];
+    info->fp4 = l->kept.estimate[1];
+    info->nonfinite = l->nonfinite;
+    info->saturated = l->saturated;
+    memcpy(info->seconds, l->kept.seconds, sizeof info->seconds);
+    info->measurements = s->kept.measurements > 0 ? 1 / s->kept.squared_weights : 0;
+    return SNIP_OK;
+}
+
+SNIP_API double snip_share(const snip *s, snip_format format) {
+    double in_format = 0, all = 0;
+    for (int l = 0; l < snip_layers(s); l++)
+        for (int g = 0; g < SNIP_GEMMS; g++) {
+            const double flops = (double)s->layers[l].n * (double)s->layers[l].k;
+            if (!snipi_runs(&s->layers[l], g)) continue;
+            all += flops;
+            if (snipi_format(&s->layers[l], g) == format) in_format += flops;
+        }
+    return all > 0 ? in_format / all : 0;
+}
+
+// >>passes -----------------------------------------------------------------------------------------
+// What a layer's calls run. The logic stands here once; what it does with tensors is a table of operations, one for the
+// CPU (>>sums) and one for CUDA (snip_cuda.cuh), which add to the same record.
+
+typedef struct snipi_operations snipi_operations;
+
+// A call of a linear layer, of one micro-batch.
+typedef struct {
+    snip *s;
+    snipi_layer *l;
+    const snipi_operations *run;
+    void *device, *stream;          // the operations' own
+    snipi_sums *sums;               // may be device memory: only the operations read and write it
+    float (*sketch)[SNIPI_SKETCH];  // [SNIPI_SKETCHES]; as sums
+    int64_t rows, micro, before;    // rows, index of the micro-batch, rows of those before it
+} snipi_call;
+
+// All add to the counts of NaN, infinity and saturated elements of the layer what their operands hold.
+// Pointers to sums and tensors may be device memory; work may be queued on call->stream.
+struct snipi_operations {
+    // y [rows][n] = x w^T + bias. dx [rows][k] (+)= dy w. dw [features][k] (+)= dy^T x, dy [rows][features].
+    snip_status (*fwd)(const snipi_call *, snip_format, float *y, const float *x, const float *w, const float *bias);
+    snip_status (*dgrad)(const snipi_call *, snip_format, float *dx, int accumulate, const float *dy, const float *w);
+    snip_status (*wgrad)(const snipi_call *, snip_format, float *dw, int accumulate, const float *dy, int64_t features,
+                         const float *x);
+    // dgrad and wgrad of an ordinary pass, in the plan's formats; dinp and dweight may be NULL.
+    snip_status (*gradients)(const snipi_call *, float *dinp, float *dweight, const float *dout, const float *inp,
+                             const float *weight);
+    // dbias [n] += the sum of dout's rows.
+    snip_status (*bias_gradient)(const snipi_call *, float *dbias, const float *dout);
+    snip_status (*count_nonfinite)(const snipi_call *, const float *x, int64_t n);
+    // A hash of a sample of x [n]; 0 where only its address can tell it.
+    uint64_t (*content)(const snipi_call *, const float *x, int64_t n);
+    // Adds a sample of x [n] to the squares that are watched for drift: of X (which 0), of dY (1).
+    snip_status (*observe)(const snipi_call *, int which, const float *x, int64_t n);
+
+    // The rest is for measuring passes.
+    // Sets call->sums and call->sketch to the layer's record, zeroed at the measuring step's first call.
+    snip_status (*record)(snipi_call *);
+    float *(*scratch)(const snipi_call *, int slot, int64_t floats);  // NULL: out of memory
+    // weight_sq = |W|^2; sigma_x and sigma_w, the loss probe's noise.
+    snip_status (*size_noise)(const snipi_call *, const float *inp, const float *weight);
+    // out = x + sigma_x * noise; out = w + sigma_w * noise, or w moved by the update probe.
+    snip_status (*noisy_input)(const snipi_call *, float *out, const float *x);
+    snip_status (*noisy_weight)(const snipi_call *, float *out, const float *w);
+    // *to += <noise, x>; x is added to add_to as well, which may be NULL.
+    snip_status (*noise_dot)(const snipi_call *, const float *x, int64_t n, snip_rng_key, double *to, float *add_to);
+    // Rows of x [rows][cols], `before` rows after the first, with random signs added up into mixed [targets][cols].
+    snip_status (*mix_rows)(const snipi_call *, snip_rng_key, const float *x, int64_t rows, int64_t cols,
+                            int64_t before, int targets, float *mixed);
+    // The same of columns: mixed [rows][SNIPI_PROJECTED].
+    snip_status (*mix_columns)(const snipi_call *, snip_rng_key, const float *x, int64_t rows, int64_t cols,
+                               float *mixed);
+    // Adds factor times x [n] to a sketch, hashed; or bucket by bucket where x is [SNIPI_SKETCH] already.
+    snip_status (*sketch_add)(const snipi_call *, int which, const float *x, int64_t n, float factor);
+    snip_status (*sketch_sum)(const snipi_call *, int which, const float *x, float factor);
+    // c [m][n] = a [m][k] * b, b [k][n], or [n][k] where turned; in float32.
+    snip_status (*product)(const snipi_call *, int64_t m, int64_t n, int64_t k, const float *a, const float *b,
+                           int turned, float *c);
+    // scaling[block] += factor * <dX, X> of blocks of rows; dX is added to add_to as well, which may be NULL.
+    snip_status (*scaling)(const snipi_call *, const float *x, const float *dx, double factor, float *add_to);
+    // Rounding errors of X beside dX, of dY, of W beside dW, and of dW itself, in candidate f.
+    snip_status (*input_errors)(const snipi_call *, int f, const float *x, const float *dx);
+    snip_status (*gradient_errors)(const snipi_call *, int f, const float *dy);
+    snip_status (*weight_errors)(const snipi_call *, int f, const float *w, const float *dw, int first);
+    snip_status (*wgrad_errors)(const snipi_call *, const float *dy, const float *x, const float *dw);
+    // sensitivity_sq = |D|^2; m and v that are not finite are SNIP_NONFINITE.
+    snip_status (*sensitivity)(const snipi_call *);
+    // tau, from all layers' records: the weights move by 1% in rms over the layers.
+    snip_status (*step_size)(const snipi_call *);
+};
+
+// tensor = (micro * layers + layer) * 16 + role: no two draws of a step share a key.
+static snip_rng_key snipi_key(const snip *s, const snipi_layer *l, int64_t micro, int role) {
+    snip_rng_key key;
+    key.seed = s->desc.seed;
+    key.step = (uint32_t)s->kept.step;
+    key.tensor = (uint32_t)((micro * s->n_layers + snipi_index_of(s, l)) * SNIPI_ROLES + role);
+    return key;
+}
+
+static int snipi_probes_updates(const snip *s) { return s->desc.update_weight > 0; }
+
+// ---- calls and micro-batches
+
+// A backward call belongs to a forward call of the pass whose input it is given again, at the same place or copied.
+// The first such forward call that is still waiting; -1: none.
+static int64_t snipi_find_micro(const snipi_call *call, const float *inp, uint64_t content) {
+    const snipi_layer *l = call->l;
+    int64_t copied = -1;
+    for (int64_t i = 0; i < l->calls_forward; i++) {
+        const snipi_micro *m = &l->micro[i];
+        if (m->done || m->rows != call->rows || m->content != content) continue;
+        if (m->inp == inp) return i;
+        if (copied < 0) copied = i;
+    }
+    return copied;
+}
+
+static snip_status snipi_open_micro(snipi_call *call, const float *inp) {
+    snipi_layer *l = call->l;
+    if (l->calls_forward == l->micro_capacity) {
+        const int64_t capacity = l->micro_capacity ? 2 * l->micro_capacity : 1;
+        snipi_micro *grown = (snipi_micro *)snipi_alloc(call->s, (size_t)capacity * sizeof *grown);
+        if (!grown) return SNIP_OUT_OF_MEMORY;
+        if (l->micro_capacity) memcpy(grown, l->micro, (size_t)l->micro_capacity * sizeof *grown);
+        snipi_free(call->s, l->micro);
+        l->micro = grown;
+        l->micro_capacity = capacity;
+    }
+    call->micro = l->calls_forward++;
+    call->before = l->rows_forward;
+    snipi_micro *m = &l->micro[call->micro];
+    m->inp = inp;
+    m->content = call->run->content(call, inp, call->rows * l->k);
+    m->rows = call->rows;
+    m->before = call->before;
+    m->done = 0;
+    l->rows_forward += call->rows;
+    l->running |= 1u << SNIP_FWD;
+    return SNIP_OK;
+}
+
+// Finds the call's micro-batch. An ordinary pass needs no match: its n-th backward call may be given any input.
+static int snipi_match_micro(snipi_call *call, const float *inp) {
+    snipi_layer *l = call->l;
+    const int64_t i = snipi_find_micro(call, inp, call->run->content(call, inp, call->rows * l->k));
+    call->micro = i >= 0 ? i : l->calls_backward;
+    call->before = i >= 0 ? l->micro[i].before : l->rows_backward;
+    return i >= 0 || call->s->pass == SNIP_PASS_ORDINARY;
+}
+
+static void snipi_close_micro(snipi_call *call) {
+    snipi_layer *l = call->l;
+    if (call->micro < l->calls_forward) l->micro[call->micro].done = 1;
+    l->calls_backward++;
+    l->rows_backward += call->rows;
+}
+
+// Begins a call and checks what every linear call is given; a, b and c are its tensors that may not be NULL.
+static int snipi_begin_call(snipi_call *call, snip *s, int layer, const void *a, const void *b, const void *c,
+                            int64_t rows, const snipi_operations *run, void *device, void *stream) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    memset(call, 0, sizeof *call);
+    call->s = s;
+    call->l = l;
+    call->rows = rows;
+    call->run = run;
+    call->device = device;
+    call->stream = stream;
+    if (!l || rows < 0 || !snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k))) return 0;
+    return rows == 0 || (a && b && c);
+}
+
+static snip_status snipi_refuse_call(snip *s, const char *function, int layer) {
+    char where[64];
+    snprintf(where, sizeof where, "%s, layer %d", function, layer);
+    snipi_fail_at(s, SNIP_BAD_ARGUMENT, snipi_layer_at(s, layer) ? layer : -1, where,
+                  snip_status_text(SNIP_BAD_ARGUMENT));
+    return s && s->mode == SNIP_TRAIN ? snipi_keep(s, SNIP_BAD_ARGUMENT) : SNIP_BAD_ARGUMENT;
+}
+
+static snip_status snipi_refuse_for(const snipi_call *call, const char *why) {
+    return snipi_keep(call->s, snipi_fail_layer(call->s, SNIP_BAD_ARGUMENT, call->l, why));
+}
+
+// A call is over: its status, or SNIP_NONFINITE where it has met NaN or infinity.
+static snip_status snipi_finish_call(const snipi_call *call, int64_t nonfinite_before, snip_status status) {
+    if (!status && call->l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
+    if (!status) return SNIP_OK;
+    snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
+    return call->s->mode == SNIP_TRAIN ? snipi_keep(call->s, status) : status;
+}
+
+static const char snipi_step_is_over[] =
+    "called after the step's last pass: snip_end_step is missing, or snip_set_mode(s, SNIP_EVAL) before a validation";
+
+// ---- a layer in the passes of a measurement
+
+// +1 in the update probe, -1 in the clean pass: sketches and sums of the change between them.
+static float snipi_probe_sign(const snip *s) { return s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f; }
+
+// The operands that a measuring pass runs on: the caller's, or with noise.
+static snip_status snipi_probe_operands(const snipi_call *call, const float **x, const float **w) {
+    const snipi_layer *l = call->l;
+    snip_status status = SNIP_OK;
+    if (call->s->pass == SNIP_PASS_LOSS_PROBE) {
+        float *noisy = call->run->scratch(call, SNIPI_SLOT_X, call->rows * l->k);
+        if (!noisy) return SNIP_OUT_OF_MEMORY;
+        status = call->run->noisy_input(call, noisy, *x);
+        *x = noisy;
+    }
+    if (call->s->pass != SNIP_PASS_CLEAN && !status) {
+        float *noisy = call->run->scratch(call, SNIPI_SLOT_W, l->n * l->k);
+        if (!noisy) return SNIP_OUT_OF_MEMORY;
+        status = call->run->noisy_weight(call, noisy, *w);
+        *w = noisy;
+    }
+    return status;
+}
+
+// Sketches X and X W^T, or dY and dY W, of x's mixed rows. The products are projected: x (A R), A the weights as x
+// meets them, R mixing A's columns into 32, so that |x A R|^2 is |x A|^2 in expectation. weight: the caller's, without
+// noise.
+static snip_status snipi_sketch_tensor(const snipi_call *call, int which, const float *x, const float *weight) {
+    const snipi_operations *run = call->run;
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    const int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
+    const int64_t in = by_x ? l->k : l->n;
+    const float sign = snipi_probe_sign(s);
+    const snip_rng_key project = snipi_key(s, l, 0, SNIPI_ROLE_PROJECT);
+    float *seen = run->scratch(call, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
+    float *mixed = run->scratch(call, SNIPI_SLOT_MIXED, SNIPI_MIXED * in);
+    float *result = run->scratch(call, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
+    if (!seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
+    snip_status status = run->mix_rows(call, snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, call->rows, in,
+                                       call->before, SNIPI_MIXED, mixed);
+    if (!status) status = run->sketch_add(call, which, mixed, SNIPI_MIXED * in, sign);
+    if (!status && by_x) status = run->mix_rows(call, project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen);
+    if (!status && !by_x) status = run->mix_columns(call, project, weight, l->n, l->k, seen);
+    if (!status) status = run->product(call, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, seen, by_x, result);
+    return status ? status : run->sketch_sum(call, behind, result, sign);
+}
+
+static snip_status snipi_measure_forward(snipi_call *call, float *out, const float *inp, const float *weight,
+                                         const float *bias) {
+    const snip *s = call->s;
+    const float *x = inp, *w = weight;
+    snip_status status = call->run->record(call);
+    if (!status && s->pass == SNIP_PASS_LOSS_PROBE && call->micro == 0)
+        status = call->run->size_noise(call, inp, weight);
+    if (!status) status = snipi_probe_operands(call, &x, &w);
+    if (!status && s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s))
+        status = snipi_sketch_tensor(call, SNIPI_SKETCH_X, inp, weight);
+    return status ? status : call->run->fwd(call, s->desc.measure, out, x, w, bias);
+}
+
+// The update probe's dW is met only with its rows mixed: dY's columns are mixed before the product.
+static snip_status snipi_probe_wgrad(const snipi_call *call, float *own, const float *dout, const float *x) {
+    const snipi_operations *run = call->run;
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    float *mixed = run->scratch(call, SNIPI_SLOT_SAMPLE, call->rows * SNIPI_PROJECTED);
+    if (!mixed) return SNIP_OUT_OF_MEMORY;
+    snip_status status = run->mix_columns(call, snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), dout, call->rows, l->n, mixed);
+    if (!status) status = run->wgrad(call, s->desc.measure, own, 0, mixed, SNIPI_PROJECTED, x);
+    return status ? status : run->sketch_add(call, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 1.0f);
+}
+
+// What W and dW of a loss probe or clean pass are measured for; own is the layer's dW.
+static snip_status snipi_measure_weight(const snipi_call *call, float *own, float *dweight, const float *dout,
+                                        const float *inp, const float *weight, int sketched) {
+    const snipi_operations *run = call->run;
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    const int clean = s->pass == SNIP_PASS_CLEAN;
+    snip_status status = run->noise_dot(call, own, l->n * l->k, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W),
+                                        clean ? &call->sums->clean_w : &call->sums->noisy_w, dweight);
+    if (!status && sketched) {
+        float *mixed = run->scratch(call, SNIPI_SLOT_MIXED, SNIPI_PROJECTED * l->k);
+        if (!mixed) return SNIP_OUT_OF_MEMORY;
+        status = run->mix_rows(call, snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), own, l->n, l->k, 0, SNIPI_PROJECTED,
+                               mixed);
+        if (!status) status = run->sketch_add(call, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, -1.0f);
+    }
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
+        status = run->weight_errors(call, f, weight, own, l->calls_backward == 0);
+    if (!status && sketched && dweight && !l->frozen) status = run->wgrad_errors(call, dout, inp, own);
+    return status;
+}
+
+// The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
+static snip_status snipi_measure_backward(snipi_call *call, float *dinp, float *dweight, const float *dout,
+                                          const float *inp, const float *weight) {
+    const snipi_operations *run = call->run;
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    const int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE;
+    const int sketched = !loss_probe && snipi_probes_updates(s);
+    const int64_t most = snipi_max(call->rows, snipi_max(l->n, SNIPI_PROJECTED));
+    const float *x = inp, *w = weight;
+    snip_status status = run->record(call);
+    if (!status) status = snipi_probe_operands(call, &x, &w);
+    float *own = run->scratch(call, SNIPI_SLOT_OUT, most * l->k);
+    if (!own) return SNIP_OUT_OF_MEMORY;
+
+    if (!status && sketched) status = snipi_sketch_tensor(call, SNIPI_SKETCH_DY, dout, weight);
+    if (!status) status = run->dgrad(call, s->desc.measure, own, 0, dout, w);
+    if (!status && sketched) status = run->scaling(call, inp, own, snipi_probe_sign(s), clean ? NULL : dinp);
+    if (!status && (clean || loss_probe))
+        status = run->noise_dot(call, own, call->rows * l->k, snipi_key(s, l, call->micro, SNIPI_ROLE_NOISE_X),
+                                clean ? &call->sums->clean_x : &call->sums->noisy_x, dinp);
+    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
+        status = run->input_errors(call, f, inp, own);
+        if (!status) status = run->gradient_errors(call, f, dout);
+    }
+    if (status) return status;
+
+    if (!clean && !loss_probe) return snipi_probe_wgrad(call, own, dout, x);
+    status = run->wgrad(call, s->desc.measure, own, 0, dout, l->n, x);
+    return status ? status : snipi_measure_weight(call, own, dweight, dout, inp, weight, sketched);
+}
+
+// ---- a layer's calls in any pass
+
+static snip_status snipi_forward(snipi_call *call, float *out, const float *inp, const float *weight,
+                                 const float *bias) {
+    const snipi_operations *run = call->run;
+    snip *s = call->s;
+    snipi_layer *l = call->l;
+    if (s->mode != SNIP_TRAIN)
+        return run->fwd(call, s->mode == SNIP_EVAL ? snipi_format(l, SNIP_FWD) : s->desc.high, out, inp, weight, bias);
+    if (s->told) return snipi_refuse_for(call, snipi_step_is_over);
+    snip_status status = snipi_open_micro(call, inp);
+    s->calls = 1;
+    if (bias && !status) status = run->count_nonfinite(call, bias, l->n);
+    if (status) return status;
+    if (s->pass != SNIP_PASS_ORDINARY) return snipi_measure_forward(call, out, inp, weight, bias);
+    status = run->observe(call, 0, inp, call->rows * l->k);
+    return status ? status : run->fwd(call, snipi_format(l, SNIP_FWD), out, inp, weight, bias);
+}
+
+static snip_status snipi_backward(snipi_call *call, float *dinp, float *dweight, float *dbias, const float *dout,
+                                  const float *inp, const float *weight) {
+    const snipi_operations *run = call->run;
+    snip *s = call->s;
+    snipi_layer *l = call->l;
+    snip_status status;
+    if (s->mode != SNIP_TRAIN) return snipi_refuse_for(call, "a backward call outside SNIP_TRAIN");
+    if (s->told) return snipi_refuse_for(call, snipi_step_is_over);
+    if (!snipi_match_micro(call, inp))
+        return snipi_refuse_for(call, "a backward call whose input no forward call of this pass was given");
+    s->calls = 1;
+    l->running |= (dinp ? 1u << SNIP_DGRAD : 0) | (dweight ? 1u << SNIP_WGRAD : 0);
+    if (s->pass == SNIP_PASS_ORDINARY) {
+        status = run->observe(call, 1, dout, call->rows * l->n);
+        if (!status) status = run->gradients(call, dinp, dweight, dout, inp, weight);
+    } else
+        status = snipi_measure_backward(call, dinp, dweight, dout, inp, weight);
+    snipi_close_micro(call);
+    if (dbias && !status) status = run->bias_gradient(call, dbias, dout);
+    return status;
+}
+
+// A forward call again: the same keys and operands, and none of its sums.
+static snip_status snipi_recompute(snipi_call *call, float *out, const float *inp, const float *weight,
+                                   const float *bias) {
+    const snip *s = call->s;
+    const float *x = inp, *w = weight;
+    if (s->mode != SNIP_TRAIN) return snipi_refuse_for(call, "snip_linear_recompute outside SNIP_TRAIN");
+    if (s->told) return snipi_refuse_for(call, snipi_step_is_over);
+    if (snipi_find_micro(call, inp, call->run->content(call, inp, call->rows * call->l->k)) < 0)
+        return snipi_refuse_for(call, "snip_linear_recompute of an input that no waiting forward call was given");
+    snipi_match_micro(call, inp);
+    if (s->pass == SNIP_PASS_ORDINARY)
+        return call->run->fwd(call, snipi_format(call->l, SNIP_FWD), out, inp, weight, bias);
+    snip_status status = call->run->record(call);
+    if (!status) status = snipi_probe_operands(call, &x, &w);
+    return status ? status : call->run->fwd(call, s->desc.measure, out, x, w, bias);
+}
+
+static const snipi_operations *snipi_host(void);
+
+SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight,
+                                         const float *bias, int64_t rows) {
+    snipi_call call;
+    if (!snipi_begin_call(&call, s, layer, out, inp, weight, rows, snipi_host(), NULL, NULL))
+        return snipi_refuse_call(s, "snip_linear_forward", layer);
+    if (rows == 0) return SNIP_OK;
+    const int64_t nonfinite = call.l->nonfinite;
+    return snipi_finish_call(&call, nonfinite, snipi_forward(&call, out, inp, weight, bias));
+}
+
+SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias,
+                                          const float *dout, const float *inp, const float *weight, int64_t rows) {
+    snipi_call call;
+    if (!snipi_begin_call(&call, s, layer, dout, inp, weight, rows, snipi_host(), NULL, NULL))
+        return snipi_refuse_call(s, "snip_linear_backward", layer);
+    if (rows == 0) return SNIP_OK;
+    const int64_t nonfinite = call.l->nonfinite;
+    return snipi_finish_call(&call, nonfinite, snipi_backward(&call, dinp, dweight, dbias, dout, inp, weight));
+}
+
+SNIP_API snip_status snip_linear_recompute(snip *s, int layer, float *out, const float *inp, const float *weight,
+                                           const float *bias, int64_t rows) {
+    snipi_call call;
+    if (!snipi_begin_call(&call, s, layer, out, inp, weight, rows, snipi_host(), NULL, NULL))
+        return snipi_refuse_call(s, "snip_linear_recompute", layer);
+    if (rows == 0) return SNIP_OK;
+    const int64_t nonfinite = call.l->nonfinite, saturated = call.l->saturated;
+    const snip_status status = snipi_recompute(&call, out, inp, weight, bias);
+    call.l->nonfinite = nonfinite;  // counted by the forward call
+    call.l->saturated = saturated;
+    return snipi_finish_call(&call, nonfinite, status);
+}
+
 SNIP_API snip_status snip_set_mode(snip *s, snip_mode mode) {
-    if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return snipi_bad(s, "snip_set_mode");
+    if (!s || (int)mode < SNIP_TRAIN || mode > SNIP_EVAL_HIGH) return snipi_bad(s, "snip_set_mode", "no such mode");
+    if (s->calls && mode != s->mode)
+        return snipi_keep(s, snipi_bad(s, "snip_set_mode", "within a pass: the mode changes between steps"));
     s->mode = mode;
     return SNIP_OK;
 }
 
-// ---- one GEMM of a layer in one format
-static snip_rng_key snipi_key(const snip *s, const snipi_layer *l, int64_t micro, int role) {
-    snip_rng_key key;
-    key.seed = s->desc.seed;
-    key.step = (uint32_t)s->step;
-    key.tensor = (uint32_t)((micro * s->n_layers + (l - s->layers)) * SNIPI_ROLES + role);
-    return key;
+// ---- from pass to pass
+
+static void snipi_begin_pass(snip *s, snip_pass pass) {
+    s->pass = pass;
+    s->calls = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        l->weight[0].held = l->weight[1].held = NULL;
+        l->calls_forward = l->calls_backward = l->rows_forward = l->rows_backward = 0;
+        l->running = 0;
+    }
 }
+
+// The pass under way is over: what it ran is noted. In a measurement, each layer has as many backward as forward calls.
+static void snipi_end_pass(snip *s) {
+    s->calls = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        l->calls_before = l->calls_forward;
+        l->rows_of[s->pass] = l->rows_forward;
+        if (l->calls_backward) l->kept.ran = l->running | 1u << SNIP_FWD;
+        if (s->pass == SNIP_PASS_LOSS_PROBE && l->calls_backward) l->frozen = !(l->running >> SNIP_WGRAD & 1u);
+        if (s->pass == SNIP_PASS_ORDINARY || l->calls_forward == l->calls_backward) continue;
+        char why[160];
+        snprintf(why, sizeof why,
+                 "%lld forward and %lld backward calls in a pass of a measurement: a validation needs "
+                 "snip_set_mode(s, SNIP_EVAL)",
+                 (long long)l->calls_forward, (long long)l->calls_backward);
+        snipi_keep(s, snipi_fail_layer(s, SNIP_BAD_ARGUMENT, l, why));
+    }
+}
+
+static const char *snipi_bind_function(const snip *s) {
+    return s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum";
+}
+
+static snip_status snipi_not_bound(const snip *s, const snipi_layer *l) {
+    char why[80];
+    snprintf(why, sizeof why, "it has no optimizer state: call %s", snipi_bind_function(s));
+    return snipi_fail_layer(s, SNIP_NOT_BOUND, l, why);
+}
+
+static int snipi_bound(const snip *s, const snipi_layer *l) { return l->m || s->desc.optimizer == SNIP_CUSTOM; }
+
+// Between the two probes: how sensitive each layer's update is, and how far the weights move. call: of no layer.
+static snip_status snipi_prepare_update_probe(snipi_call *call) {
+    snip *s = call->s;
+    for (int i = 0; i < s->n_layers; i++) {
+        call->l = &s->layers[i];
+        if (call->l->frozen || !call->l->rows_of[SNIP_PASS_LOSS_PROBE]) continue;
+        if (!snipi_bound(s, call->l)) return snipi_not_bound(s, call->l);
+        snip_status status = call->run->record(call);
+        if (!status) status = call->run->sensitivity(call);
+        if (status)
+            return snipi_fail_layer(s, status, call->l,
+                                    status == SNIP_NONFINITE ? "the optimizer's state is not finite"
+                                                             : snip_status_text(status));
+    }
+    call->l = NULL;
+    return call->run->step_size(call);
+}
+
+static int snipi_in_probe(const snip *s) {
+    return s->pass == SNIP_PASS_LOSS_PROBE || s->pass == SNIP_PASS_UPDATE_PROBE;
+}
+
+// After a probe pass: the next one. Where the update probe cannot be made, the batch is run as in an ordinary step.
+static void snipi_advance(snipi_call *call) {
+    snip *s = call->s;
+    if (s->pass == SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
+        const snip_status status = snipi_keep(s, snipi_prepare_update_probe(call));
+        snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
+    } else
+        snipi_begin_pass(s, SNIP_PASS_CLEAN);
+}
+
+SNIP_API int snip_next_pass(snip *s, double loss) {
+    snipi_call call;
+    if (!s) return 0;
+    if (s->told) {
+        snipi_keep(s, snipi_bad(s, "snip_next_pass", "called after the step's last pass: snip_end_step is missing"));
+        return 0;
+    }
+    snipi_end_pass(s);
+    if (!snipi_in_probe(s)) {
+        s->loss = loss;
+        s->told = 1;
+        return 0;
+    }
+    snipi_begin_call(&call, s, 0, NULL, NULL, NULL, 0, snipi_host(), NULL, NULL);
+    snipi_advance(&call);
+    return 1;
+}
+
+// >>sums -------------------------------------------------------------------------------------------
+// The operations of the passes on the CPU, and what they add to a layer's record:
+//
+//   curvature   <xi, dA(noisy)> in the loss probe and <xi, dA(clean)> in the clean pass, for A = X and W. Their
+//               difference over sigma estimates h_A = tr d2L/dA2 (Hutchinson; cross terms vanish in expectation, as the
+//               noises xi are independent).
+//   answers     X' = (X(tau) - X) / tau and dY' alike, from count-sketches of update probe less clean pass. They are
+//   the
+//               model's Jacobian transposed times the direction z, and say how an error at the layer's outputs reaches
+//               every weight's next update. dY' W and X' W^T are sketched with W's columns, as they are met, mixed into
+//               32; dY'^T X + dY^T X', the change of dW, with its rows mixed into 32.
+//   errors      of each candidate: |e_A|^2, <dA, e_A>, <A, e_A>, and by rows <dX_r, e_r>^2 and its like.
+//   wgrad       |D * (dW's error)|^2, by running the GEMM on a sample of the output features.
+
+enum {
+    SNIPI_SKETCH_CHUNKS = 16,  // chunks of a sketch to a part: fewer would not pay for a sketch of its own
+    SNIPI_MIX_PARTS = 16,      // parts that mixing is shared out in
+    SNIPI_MIX_CHUNKS = 32,     // chunks whose signs are made at once
+    SNIPI_MIX_WIDTH = 64,      // elements of a loop of constant length, which compilers vectorize
+    SNIPI_SLOPES = 512,        // elements of D that are made at once
+    SNIPI_BIAS_COLUMNS = 64,   // columns of dY that are summed at once, in 512 bytes of doubles
+    SNIPI_LEAST_SAMPLE = 16    // output features that wgrad's error is measured on at least
+};
+
+// Noise of the loss probe in units of a tensor's rms. 2% keeps third-order terms below 1% of the second.
+static const double SNIPI_NOISE = 0.02;
+
+// Relative length of the update probe's step, rms over the layers. 0.1% and 10% gave the same ranks.
+static const double SNIPI_STEP = 0.01;
+
+// ---- one GEMM of a layer in one format
 
 typedef enum { SNIPI_ACTIVATION, SNIPI_WEIGHT, SNIPI_GRADIENT } snipi_kind;
 
+// An operand as the caller has it: [rows][cols], used as it lies or transposed.
 typedef struct {
     const float *x;
     int64_t rows, cols;
@@ -3416,117 +4292,6 @@ typedef struct {
     snipi_kind kind;
     int role;
 } snipi_tensor;
-
-static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind kind) {
-    const snip_recipes *set = format == SNIP_E4M3 ? &s->desc.fp8 : &s->desc.fp4;
-    snip_recipe f32 = SNIP_RECIPE_F32;
-    if (snipi_plain(format)) return f32;
-    return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
-}
-
-static void snipi_nonfinite_chunk(void *arg, int64_t c) {
-    snipi_sum *sum = (snipi_sum *)arg;
-    const float *x = sum->x;
-    int64_t i, end = sum->n * (c + 1) / SNIPI_CHUNKS, bad = 0;
-    for (i = sum->n * c / SNIPI_CHUNKS; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
-        int j, run = 0;  // a constant trip count: vectorized even at -O2
-        for (j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
-        bad += run;
-    }
-    for (; i < end; i++) bad += snipi_nonfinite(x[i]);
-    sum->part[c] = (double)bad;
-}
-
-static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
-    snipi_sum sum;
-    sum.x = x;
-    sum.n = n;
-    return (int64_t)snipi_sum_up(&sum, snipi_nonfinite_chunk);
-}
-
-static const snip_format snipi_candidates[SNIPI_CANDIDATES] = { SNIP_E4M3, SNIP_E2M1 };
-
-// Quantize a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
-static snip_status snipi_operand(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *t,
-                                 int slot, snip_recipe *recipe, snip_operand *out) {
-    int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
-    snip_quant_stats counts;
-    snip_status status;
-    void *codes, *scales;
-    *recipe = snipi_recipe_of(s, format, t->kind);
-    memset(out, 0, sizeof *out);
-    out->recipe = recipe;
-    if (snipi_plain(format)) {
-        out->codes = t->x;
-        out->transposed = t->transposed;
-        out->round_bf16 = format == SNIP_BF16;
-        l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
-        return SNIP_OK;
-    }
-    codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
-    scales = snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
-    if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
-    out->codes = codes;
-    out->scales = scales;
-    status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols, t->transposed ? t->cols : 1,
-                                     codes, scales, snipi_key(s, l, micro, t->role), NULL, &counts, 0);
-    l->nonfinite += counts.nonfinite;
-    l->saturated += counts.saturated;
-    return status;
-}
-
-// The weight is the same for all micro-batches of a pass: where there were several, it is quantized and packed for the
-// first.
-static snipi_cached *snipi_shared_weight(const snip *s, snipi_layer *l, int64_t micro, snip_format format,
-                                         const snipi_tensor *t) {
-    snipi_cached *w = &l->weight[t->transposed];
-    if (t->kind != SNIPI_WEIGHT || l->micros < 2 || s->pass != SNIP_PASS_ORDINARY || s->mode != SNIP_TRAIN) return NULL;
-    if (snipi_recipe_of(s, format, SNIPI_WEIGHT).rounding != SNIP_ROUND_NEAREST_EVEN) return NULL;
-    if (micro == 0 || w->format != format || w->held != t->x) w->held = NULL;
-    return w;
-}
-
-// c[m][n] (+)= a * b^T in `format`, contiguous.
-static snip_status snipi_layer_gemm(snip *s, snipi_layer *l, int64_t micro, snip_format format, const snipi_tensor *a,
-                                    const snipi_tensor *b, float *c, int accumulate, const float *bias) {
-    int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows,
-            k = a->transposed ? a->rows : a->cols;
-    snip_recipe recipe_a, recipe_b = snipi_recipe_of(s, format, b->kind);
-    snip_operand oa, ob;
-    snip_status status = snipi_operand(s, l, micro, format, a, SNIPI_SLOT_A, &recipe_a, &oa);
-    snipi_cached *shared = snipi_shared_weight(s, l, micro, format, b);
-    int pack = !shared || !shared->held;
-    int64_t nonfinite = l->nonfinite, saturated = l->saturated;
-    void *scratch;
-    if (status) return status;
-    if (pack)
-        status = snipi_operand(s, l, micro, format, b, SNIPI_SLOT_B, &recipe_b, &ob);
-    else {
-        memset(&ob, 0, sizeof ob);
-        ob.recipe = &recipe_b;
-        ob.round_bf16 = format == SNIP_BF16;
-        l->nonfinite += shared->nonfinite;
-        l->saturated += shared->saturated;
-    }
-    if (status) return status;
-    scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snipi_gemm_scratch(m, n, k, snipi_s8_block(&oa, &ob, k)));
-    if (!scratch) return SNIP_OUT_OF_MEMORY;
-    if (shared && pack) {
-        size_t size = snipi_gemm_held(m, n, k, &oa, &ob, s->desc.isa);
-        if (size > shared->size) {
-            snipi_free(s, shared->panels);
-            shared->panels = s->desc.alloc.alloc_fn(size, s->desc.alloc.user);
-            shared->size = shared->panels ? size : 0;
-            if (!shared->panels) return SNIP_OUT_OF_MEMORY;
-        }
-        shared->nonfinite = l->nonfinite - nonfinite;
-        shared->saturated = l->saturated - saturated;
-        shared->held = b->x;
-        shared->format = format;
-    }
-    return snipi_gemm_with(m, n, k, &oa, &ob, c, n, accumulate, bias, scratch, s->desc.isa,
-                           shared ? shared->panels : NULL, pack);
-}
 
 static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, int transposed, snipi_kind kind,
                                     int role) {
@@ -3540,47 +4305,264 @@ static snipi_tensor snipi_tensor_of(const float *x, int64_t rows, int64_t cols, 
     return t;
 }
 
-static snip_status snipi_fwd(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *out, const float *x,
-                             const float *w, const float *bias, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(x, rows, l->k, 0, SNIPI_ACTIVATION, SNIPI_ROLE_X),
-                 b = snipi_tensor_of(w, l->n, l->k, 0, SNIPI_WEIGHT, SNIPI_ROLE_W);
-    return snipi_layer_gemm(s, l, micro, format, &a, &b, out, 0, bias);
+static snip_recipe snipi_recipe_of(const snip *s, snip_format format, snipi_kind kind) {
+    const snip_recipes *set = format == SNIP_E4M3 ? &s->desc.fp8 : &s->desc.fp4;
+    const snip_recipe f32 = SNIP_RECIPE_F32;
+    if (snipi_plain(format)) return f32;
+    return kind == SNIPI_ACTIVATION ? set->activation : kind == SNIPI_WEIGHT ? set->weight : set->gradient;
 }
 
-static snip_status snipi_dgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dx, int accumulate,
-                               const float *dy, const float *w, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(dy, rows, l->n, 0, SNIPI_GRADIENT, SNIPI_ROLE_DY),
-                 b = snipi_tensor_of(w, l->n, l->k, 1, SNIPI_WEIGHT, SNIPI_ROLE_W_T);
-    return snipi_layer_gemm(s, l, micro, format, &a, &b, dx, accumulate, NULL);
+static void snipi_nonfinite_chunk(void *arg, int64_t c) {
+    snipi_sum *sum = (snipi_sum *)arg;
+    const float *x = sum->x;
+    const int64_t end = sum->n * (c + 1) / SNIPI_CHUNKS;
+    int64_t i = sum->n * c / SNIPI_CHUNKS, bad = 0;
+    for (; i + SNIPI_RUN <= end; i += SNIPI_RUN) {
+        int run = 0;  // a constant trip count: vectorized even at -O2
+        for (int j = 0; j < SNIPI_RUN; j++) run += snipi_nonfinite(x[i + j]);
+        bad += run;
+    }
+    for (; i < end; i++) bad += snipi_nonfinite(x[i]);
+    sum->part[c] = (double)bad;
 }
 
-// dy may hold a selection of the output features, [rows][features].
-static snip_status snipi_wgrad(snip *s, snipi_layer *l, int64_t micro, snip_format format, float *dw, int accumulate,
-                               const float *dy, int64_t features, const float *x, int64_t rows) {
-    snipi_tensor a = snipi_tensor_of(dy, rows, features, 1, SNIPI_GRADIENT, SNIPI_ROLE_DY_T),
-                 b = snipi_tensor_of(x, rows, l->k, 1, SNIPI_ACTIVATION, SNIPI_ROLE_X_T);
-    return snipi_layer_gemm(s, l, micro, format, &a, &b, dw, accumulate, NULL);
+static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
+    snipi_sum sum;
+    sum.x = x;
+    sum.n = n;
+    return (int64_t)snipi_sum_up(&sum, snipi_nonfinite_chunk);
 }
 
-// ---- measuring
+// Quantizes a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
+static snip_status snipi_operand(const snipi_call *call, snip_format format, const snipi_tensor *t, int slot,
+                                 snip_recipe *recipe, snip_operand *out) {
+    snip *s = call->s;
+    const int64_t rows = t->transposed ? t->cols : t->rows, cols = t->transposed ? t->rows : t->cols;
+    *recipe = snipi_recipe_of(s, format, t->kind);
+    memset(out, 0, sizeof *out);
+    out->recipe = recipe;
+    if (snipi_plain(format)) {
+        out->codes = t->x;
+        out->transposed = t->transposed;
+        out->round_bf16 = format == SNIP_BF16;
+        call->l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
+        return SNIP_OK;
+    }
+    void *codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
+    void *scales = snipi_reserve(s, slot + 1, snip_scales_bound(recipe, rows, cols));
+    if (!codes || !scales) return SNIP_OUT_OF_MEMORY;
+    out->codes = codes;
+    out->scales = scales;
+    snip_quant_stats counts;
+    const snip_status status = snipi_quantize_to_codes(recipe, t->x, rows, cols, t->transposed ? 1 : t->cols,
+                                                       t->transposed ? t->cols : 1, codes, scales,
+                                                       snipi_key(s, call->l, call->micro, t->role), NULL, &counts, 0);
+    call->l->nonfinite += counts.nonfinite;
+    call->l->saturated += counts.saturated;
+    return status;
+}
+
+// The weight is the same for all micro-batches of a pass: where there were several, it is quantized and packed for the
+// first. NULL: it is not.
+static snipi_cached *snipi_shared_weight(const snipi_call *call, snip_format format, const snipi_tensor *t) {
+    snipi_cached *w = &call->l->weight[t->transposed];
+    if (t->kind != SNIPI_WEIGHT || call->l->calls_before < 2) return NULL;
+    if (call->s->pass != SNIP_PASS_ORDINARY || call->s->mode != SNIP_TRAIN) return NULL;
+    if (snipi_recipe_of(call->s, format, SNIPI_WEIGHT).rounding != SNIP_ROUND_NEAREST_EVEN) return NULL;
+    if (call->micro == 0 || w->format != format || w->held != t->x) w->held = NULL;
+    return w;
+}
+
+static int snipi_reserve_panels(const snip *s, snipi_cached *w, size_t size) {
+    if (size <= w->size) return 1;
+    snipi_free(s, w->panels);
+    w->panels = s->desc.alloc.alloc_fn(size, s->desc.alloc.user);
+    w->size = w->panels ? size : 0;
+    return w->panels != NULL;
+}
+
+// c[m][n] (+)= a * b^T in `format`, contiguous.
+static snip_status snipi_layer_gemm(const snipi_call *call, snip_format format, const snipi_tensor *a,
+                                    const snipi_tensor *b, float *c, int accumulate, const float *bias) {
+    snip *s = call->s;
+    snipi_layer *l = call->l;
+    const int64_t m = a->transposed ? a->cols : a->rows, n = b->transposed ? b->cols : b->rows;
+    const int64_t k = a->transposed ? a->rows : a->cols;
+    snip_recipe recipe_a, recipe_b = snipi_recipe_of(s, format, b->kind);
+    snip_operand operand_a, operand_b;
+    snip_status status = snipi_operand(call, format, a, SNIPI_SLOT_A, &recipe_a, &operand_a);
+    snipi_cached *shared = snipi_shared_weight(call, format, b);
+    const int pack = !shared || !shared->held;
+    const int64_t nonfinite = l->nonfinite, saturated = l->saturated;
+    if (status) return status;
+    if (pack)
+        status = snipi_operand(call, format, b, SNIPI_SLOT_B, &recipe_b, &operand_b);
+    else {
+        memset(&operand_b, 0, sizeof operand_b);
+        operand_b.recipe = &recipe_b;
+        operand_b.round_bf16 = format == SNIP_BF16;
+        l->nonfinite += shared->nonfinite;
+        l->saturated += shared->saturated;
+    }
+    if (status) return status;
+    void *scratch = snipi_reserve(s, SNIPI_SLOT_GEMM,
+                                  snipi_gemm_scratch(m, n, k, snipi_s8_block(&operand_a, &operand_b, k)));
+    if (!scratch) return SNIP_OUT_OF_MEMORY;
+    if (shared && pack) {
+        if (!snipi_reserve_panels(s, shared, snipi_gemm_held(m, n, k, &operand_a, &operand_b, s->desc.isa)))
+            return SNIP_OUT_OF_MEMORY;
+        shared->nonfinite = l->nonfinite - nonfinite;
+        shared->saturated = l->saturated - saturated;
+        shared->held = b->x;
+        shared->format = format;
+    }
+    return snipi_gemm_with(m, n, k, &operand_a, &operand_b, c, n, accumulate, bias, scratch, s->desc.isa,
+                           shared ? shared->panels : NULL, pack);
+}
+
+static snip_status snipi_host_fwd(const snipi_call *call, snip_format format, float *y, const float *x, const float *w,
+                                  const float *bias) {
+    const snipi_layer *l = call->l;
+    const snipi_tensor a = snipi_tensor_of(x, call->rows, l->k, 0, SNIPI_ACTIVATION, SNIPI_ROLE_X);
+    const snipi_tensor b = snipi_tensor_of(w, l->n, l->k, 0, SNIPI_WEIGHT, SNIPI_ROLE_W);
+    return snipi_layer_gemm(call, format, &a, &b, y, 0, bias);
+}
+
+static snip_status snipi_host_dgrad(const snipi_call *call, snip_format format, float *dx, int accumulate,
+                                    const float *dy, const float *w) {
+    const snipi_layer *l = call->l;
+    const snipi_tensor a = snipi_tensor_of(dy, call->rows, l->n, 0, SNIPI_GRADIENT, SNIPI_ROLE_DY);
+    const snipi_tensor b = snipi_tensor_of(w, l->n, l->k, 1, SNIPI_WEIGHT, SNIPI_ROLE_W_T);
+    return snipi_layer_gemm(call, format, &a, &b, dx, accumulate, NULL);
+}
+
+static snip_status snipi_host_wgrad(const snipi_call *call, snip_format format, float *dw, int accumulate,
+                                    const float *dy, int64_t features, const float *x) {
+    const snipi_layer *l = call->l;
+    const snipi_tensor a = snipi_tensor_of(dy, call->rows, features, 1, SNIPI_GRADIENT, SNIPI_ROLE_DY_T);
+    const snipi_tensor b = snipi_tensor_of(x, call->rows, l->k, 1, SNIPI_ACTIVATION, SNIPI_ROLE_X_T);
+    return snipi_layer_gemm(call, format, &a, &b, dw, accumulate, NULL);
+}
+
+static snip_status snipi_host_gradients(const snipi_call *call, float *dinp, float *dweight, const float *dout,
+                                        const float *inp, const float *weight) {
+    const snipi_layer *l = call->l;
+    snip_status status = SNIP_OK;
+    if (dinp) status = snipi_host_dgrad(call, snipi_format(l, SNIP_DGRAD), dinp, 1, dout, weight);
+    if (dweight && !status) status = snipi_host_wgrad(call, snipi_format(l, SNIP_WGRAD), dweight, 1, dout, l->n, inp);
+    return status;
+}
+
+// Columns are shared out and summed in double: the sum over a million rows is right to the last place of a float.
+typedef struct {
+    float *dbias;
+    const float *dout;
+    int64_t rows, n;
+} snipi_bias;
+
+static void snipi_bias_columns(void *arg, int64_t part) {
+    const snipi_bias *q = (const snipi_bias *)arg;
+    const int64_t begin = part * SNIPI_BIAS_COLUMNS, width = snipi_min(SNIPI_BIAS_COLUMNS, q->n - begin);
+    double sum[SNIPI_BIAS_COLUMNS] = { 0 };
+    for (int64_t r = 0; r < q->rows; r++) {
+        const float *row = q->dout + r * q->n + begin;
+        for (int64_t i = 0; i < width; i++) sum[i] += (double)row[i];
+    }
+    for (int64_t i = 0; i < width; i++) q->dbias[begin + i] = (float)((double)q->dbias[begin + i] + sum[i]);
+}
+
+static snip_status snipi_host_bias_gradient(const snipi_call *call, float *dbias, const float *dout) {
+    snipi_bias q;
+    q.dbias = dbias;
+    q.dout = dout;
+    q.rows = call->rows;
+    q.n = call->l->n;
+    snipi_share(snipi_bias_columns, &q, snipi_ceil_div(q.n, SNIPI_BIAS_COLUMNS), q.rows * q.n);
+    return SNIP_OK;
+}
+
+static snip_status snipi_host_count_nonfinite(const snipi_call *call, const float *x, int64_t n) {
+    call->l->nonfinite += snipi_count_nonfinite(x, n);
+    return SNIP_OK;
+}
+
+// ---- a sample of a tensor
+
+// Run r of a sample of n elements: [*begin, end). Runs are spread by the golden ratio, so that they meet all channels.
+static int64_t snipi_observed_run(uint32_t r, int64_t n, int64_t *begin) {
+    *begin = (int64_t)((double)(r * 0x9E3779B9u) / 4294967296.0 * (double)n);
+    return snipi_min(*begin + SNIPI_OBSERVED_LENGTH, n);
+}
+
+static snip_status snipi_host_observe(const snipi_call *call, int which, const float *x, int64_t n) {
+    snipi_layer *l = call->l;
+    for (uint32_t r = 0; r < SNIPI_OBSERVED_RUNS; r++) {
+        int64_t i;
+        const int64_t end = snipi_observed_run(r, n, &i);
+        l->seen[which] += (double)(end - i);
+        for (; i < end; i++) l->seen_sq[which] += (double)x[i] * (double)x[i];
+    }
+    return SNIP_OK;
+}
+
+static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {  // FNV-1a
+    const unsigned char *p = (const unsigned char *)data;
+    for (size_t i = 0; i < size; i++) hash = (hash ^ p[i]) * 0x100000001B3u;
+    return hash;
+}
+
+#define SNIPI_HASH_START 0xCBF29CE484222325u
+
+static uint64_t snipi_host_content(const snipi_call *call, const float *x, int64_t n) {
+    uint64_t hash = SNIPI_HASH_START;
+    (void)call;
+    for (uint32_t r = 0; r < SNIPI_OBSERVED_RUNS; r++) {
+        int64_t i;
+        const int64_t end = snipi_observed_run(r, n, &i);
+        for (; i < end; i++) hash = (hash ^ snipi_bits(x[i])) * 0x100000001B3u;
+    }
+    return hash;
+}
+
+// ---- records, norms and noise
+
+static snip_status snipi_host_record(snipi_call *call) {
+    snipi_layer *l = call->l;
+    if (!l->measurement) {
+        l->measurement = (snipi_measurement *)snipi_alloc(call->s, sizeof *l->measurement);
+        if (!l->measurement) return SNIP_OUT_OF_MEMORY;
+        l->measurement->step = -1;
+    }
+    if (l->measurement->step != call->s->kept.step) {
+        memset(l->measurement, 0, sizeof *l->measurement);
+        l->measurement->step = call->s->kept.step;
+    }
+    call->sums = &l->measurement->sums;
+    call->sketch = l->measurement->sketch;
+    return SNIP_OK;
+}
+
+static float *snipi_host_scratch(const snipi_call *call, int slot, int64_t floats) {
+    return (float *)snipi_reserve(call->s, slot, (size_t)floats * sizeof(float));
+}
+
 static double snipi_run_sq(const float *x, int64_t n) {
-    enum { LANES = 32 };
+    enum { SNIPI_SQUARES = 32 };
 
-    double lane[LANES] = { 0 };
-    int64_t i;
-    int j, half;
-    for (i = 0; i + LANES <= n; i += LANES)
-        for (j = 0; j < LANES; j++) lane[j] += (double)x[i + j] * (double)x[i + j];
-    for (j = 0; i < n; i++, j++) lane[j] += (double)x[i] * (double)x[i];
-    for (half = LANES / 2; half; half /= 2)
-        for (j = 0; j < half; j++) lane[j] += lane[j + half];
+    double lane[SNIPI_SQUARES] = { 0 };
+    int64_t i = 0;
+    for (; i + SNIPI_SQUARES <= n; i += SNIPI_SQUARES)
+        for (int j = 0; j < SNIPI_SQUARES; j++) lane[j] += (double)x[i + j] * (double)x[i + j];
+    for (int j = 0; i < n; i++, j++) lane[j] += (double)x[i] * (double)x[i];
+    for (int half = SNIPI_SQUARES / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
     return lane[0];
 }
 
 static void snipi_sum_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
-    sum->part[c] = snipi_run_sq(sum->x + sum->n * c / SNIPI_CHUNKS,
-                                sum->n * (c + 1) / SNIPI_CHUNKS - sum->n * c / SNIPI_CHUNKS);
+    const int64_t begin = sum->n * c / SNIPI_CHUNKS, end = sum->n * (c + 1) / SNIPI_CHUNKS;
+    sum->part[c] = snipi_run_sq(sum->x + begin, end - begin);
 }
 
 static double snipi_sum_sq(const float *x, int64_t n) {
@@ -3590,92 +4572,126 @@ static double snipi_sum_sq(const float *x, int64_t n) {
     return snipi_sum_up(&sum, snipi_sum_sq_chunk);
 }
 
-// Count-sketch (Charikar, Chen, Farach-Colton 2002), added with a factor: element i of chunk c = i / 4096 goes to
-// bucket (i + h(c)) % 4096 with a random sign, so |sketch|^2 estimates |x|^2 with relative deviation sqrt(2 / 4096),
-// and the sketch of a difference is the difference of sketches. Chunks are shared out to parts whose number depends on
-// n alone, each with a sketch of its own: the sums do not depend on the number of threads.
-typedef struct {
-    float *own;
-    const float *x;
-    int64_t n, offset, first, chunks, parts;
-    float factor;
-    snip_rng_key key;
-    snipi_flip flip;
-} snipi_sketch;
-
-static void snipi_sketch_part(void *arg, int64_t p) {
-    const snipi_sketch *q = (const snipi_sketch *)arg;
-    float *to = q->own + p * SNIPI_SKETCH;
-    int64_t chunk, end = q->first + q->chunks * (p + 1) / q->parts;
-    memset(to, 0, SNIPI_SKETCH * sizeof(float));
-    for (chunk = q->first + q->chunks * p / q->parts; chunk < end; chunk++) {
-        uint32_t hash[4], words[4 * SNIPI_GROUP];
-        int b;
-        snip_philox(q->key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-        for (b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
-            float terms[SNIPI_SIGNS];
-            int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
-            int i, bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
-            int j0 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset - from)),
-                j1 = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->offset + q->n - from));
-            if (b % SNIPI_GROUP == 0) snipi_group_signs(q->key, (uint64_t)from / SNIPI_SIGNS, words);
-            if (j0 >= j1) continue;
-            snipi_sign_block(q->flip, words + b % SNIPI_GROUP * 4, q->x + (from + j0 - q->offset), q->factor, j0, j1,
-                             terms);
-            if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
-                for (i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
-            else
-                for (i = 0; i < SNIPI_SIGNS; i++) to[(bucket + i) % SNIPI_SKETCH] += terms[i];
-        }
-    }
+// Micro-batches of a step share one sigma, whatever their order: it is of the rms of all of X in the step before. Where
+// that was a single micro-batch, this one's own is the better known.
+static double snipi_input_size(const snipi_layer *l, double own) {
+    return l->calls_before > 1 && l->size_before > 0 ? l->size_before : own;
 }
 
-static snip_status snipi_sketch_add(snip *s, snipi_layer *l, int which, const float *x, int64_t n, int64_t offset) {
-    float *sketch = l->sketch + which * SNIPI_SKETCH;
-    int64_t p, j;
-    snipi_sketch q;
-    q.x = x;
-    q.n = n;
-    q.offset = offset;
-    q.first = offset / SNIPI_SKETCH;
-    q.chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - q.first;
-    q.parts = snipi_max(1, snipi_min(SNIPI_CHUNKS, q.chunks / 16));
-    q.own = snipi_reserve_floats(s, SNIPI_SLOT_SKETCH, q.parts * SNIPI_SKETCH);
-    q.factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
-    q.key = snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + which);
-    q.flip = snipi_flip_of(SNIP_ISA_BEST);
-    if (!q.own) return SNIP_OUT_OF_MEMORY;
-    snipi_share(snipi_sketch_part, &q, q.parts, n);
-    for (p = 0; p < q.parts; p++)
-        for (j = 0; j < SNIPI_SKETCH; j++) sketch[j] += q.own[p * SNIPI_SKETCH + j];
+static snip_status snipi_host_size_noise(const snipi_call *call, const float *inp, const float *weight) {
+    const snipi_layer *l = call->l;
+    const int64_t in_x = call->rows * l->k, in_w = l->n * l->k;
+    snipi_sums *sums = call->sums;
+    sums->weight_sq = snipi_sum_sq(weight, in_w);
+    sums->sigma_w = SNIPI_NOISE * sqrt(sums->weight_sq / (double)in_w);
+    sums->sigma_x = SNIPI_NOISE * snipi_input_size(l, sqrt(snipi_sum_sq(inp, in_x) / (double)in_x));
     return SNIP_OK;
 }
 
-static snip_status snipi_f32_gemm(snip *s, int64_t m, int64_t n, int64_t k, const float *a, int a_transposed,
-                                  const float *b, int b_transposed, float *c) {
-    snip_recipe recipe = SNIP_RECIPE_F32;
-    snip_operand oa, ob;
-    void *scratch = snipi_reserve(s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
-    if (!scratch) return SNIP_OUT_OF_MEMORY;
-    memset(&oa, 0, sizeof oa);
-    memset(&ob, 0, sizeof ob);
-    oa.recipe = ob.recipe = &recipe;
-    oa.codes = a;
-    oa.transposed = a_transposed;
-    ob.codes = b;
-    ob.transposed = b_transposed;
-    return snip_gemm(m, n, k, &oa, &ob, c, n, 0, NULL, scratch, s->desc.isa);
+static snip_status snipi_host_noisy_input(const snipi_call *call, float *out, const float *x) {
+    return snip_noise_add(out, x, call->rows * call->l->k, (float)call->sums->sigma_x, NULL,
+                          snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_NOISE_X));
 }
 
-// The sum over rows of x [rows][cols] into `targets` rows, 128 or 32, each with a random sign: row r of chunk c = r /
-// targets goes to row (r + h(c)) % targets, so that |mixed|^2 is |x|^2 in expectation, also behind a matrix. offset:
-// rows before x. Targets are shared out; the chunks' rows are added in order.
-enum { SNIPI_MIX_PARTS = 16, SNIPI_MIX_CHUNKS = 32, SNIPI_MIX_WIDTH = 64 };
+static snip_status snipi_host_noise_dot(const snipi_call *call, const float *x, int64_t n, snip_rng_key key, double *to,
+                                        float *add_to) {
+    (void)call;
+    *to += snipi_noise_dot(x, n, key, add_to);
+    return SNIP_OK;
+}
 
+// ---- count-sketches (Charikar, Chen, Farach-Colton 2002)
+
+// A sketch, added with a factor: element i of chunk c = i / 4096 goes to bucket (i + h(c)) % 4096 with a random sign.
+// |sketch|^2 then estimates |x|^2 with relative deviation sqrt(2 / 4096), and the sketch of a difference is the
+// difference of sketches. Chunks are shared out to parts whose number depends on n alone, each with a sketch of its
+// own: the sums do not depend on the number of threads.
+typedef struct {
+    float *own;  // [parts][SNIPI_SKETCH]
+    const float *x;
+    int64_t n, chunks, parts;
+    float factor;
+    snip_rng_key key;
+    snipi_flip flip;
+} snipi_sketching;
+
+static void snipi_sketch_chunk(const snipi_sketching *q, int64_t chunk, float *to) {
+    uint32_t hash[4], words[4 * SNIPI_GROUP];
+    snip_philox(q->key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
+    for (int b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
+        float terms[SNIPI_SIGNS];
+        const int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
+        const int bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
+        const int end = (int)snipi_min(SNIPI_SIGNS, snipi_max(0, q->n - from));
+        if (b % SNIPI_GROUP == 0) snipi_group_signs(q->key, (uint64_t)from / SNIPI_SIGNS, words);
+        if (end == 0) continue;
+        snipi_sign_block(q->flip, words + b % SNIPI_GROUP * 4, q->x + from, q->factor, 0, end, terms);
+        if (bucket + SNIPI_SIGNS <= SNIPI_SKETCH)
+            for (int i = 0; i < SNIPI_SIGNS; i++) to[bucket + i] += terms[i];
+        else
+            for (int i = 0; i < SNIPI_SIGNS; i++) to[(bucket + i) % SNIPI_SKETCH] += terms[i];
+    }
+}
+
+static void snipi_sketch_part(void *arg, int64_t p) {
+    const snipi_sketching *q = (const snipi_sketching *)arg;
+    float *to = q->own + p * SNIPI_SKETCH;
+    memset(to, 0, SNIPI_SKETCH * sizeof(float));
+    for (int64_t chunk = q->chunks * p / q->parts; chunk < q->chunks * (p + 1) / q->parts; chunk++)
+        snipi_sketch_chunk(q, chunk, to);
+}
+
+static int64_t snipi_sketch_parts(int64_t chunks) {
+    return snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / SNIPI_SKETCH_CHUNKS));
+}
+
+static snip_status snipi_host_sketch_add(const snipi_call *call, int which, const float *x, int64_t n, float factor) {
+    float *sketch = call->sketch[which];
+    snipi_sketching q;
+    q.x = x;
+    q.n = n;
+    q.chunks = snipi_ceil_div(n, SNIPI_SKETCH);
+    q.parts = snipi_sketch_parts(q.chunks);
+    q.own = snipi_host_scratch(call, SNIPI_SLOT_SKETCH, q.parts * SNIPI_SKETCH);
+    q.factor = factor;
+    q.key = snipi_key(call->s, call->l, 0, SNIPI_ROLE_SKETCH + which);
+    q.flip = snipi_flip_of(SNIP_ISA_BEST);
+    if (!q.own) return SNIP_OUT_OF_MEMORY;
+    snipi_share(snipi_sketch_part, &q, q.parts, n);
+    for (int64_t p = 0; p < q.parts; p++)
+        for (int64_t j = 0; j < SNIPI_SKETCH; j++) sketch[j] += q.own[p * SNIPI_SKETCH + j];
+    return SNIP_OK;
+}
+
+static snip_status snipi_host_sketch_sum(const snipi_call *call, int which, const float *x, float factor) {
+    for (int i = 0; i < SNIPI_SKETCH; i++) call->sketch[which][i] += factor * x[i];
+    return SNIP_OK;
+}
+
+static snip_status snipi_host_product(const snipi_call *call, int64_t m, int64_t n, int64_t k, const float *a,
+                                      const float *b, int turned, float *c) {
+    snip_recipe recipe = SNIP_RECIPE_F32;
+    snip_operand operand_a, operand_b;
+    void *scratch = snipi_reserve(call->s, SNIPI_SLOT_GEMM, snip_gemm_scratch(m, n, k));
+    if (!scratch) return SNIP_OUT_OF_MEMORY;
+    memset(&operand_a, 0, sizeof operand_a);
+    memset(&operand_b, 0, sizeof operand_b);
+    operand_a.recipe = operand_b.recipe = &recipe;
+    operand_a.codes = a;
+    operand_b.codes = b;
+    operand_b.transposed = !turned;
+    return snip_gemm(m, n, k, &operand_a, &operand_b, c, n, 0, NULL, scratch, call->s->desc.isa);
+}
+
+// ---- mixing of rows and columns
+
+// The sum over rows of x [rows][cols] into `targets` rows, 128 or 32, each with a random sign: row r of chunk
+// c = r / targets goes to row (r + h(c)) % targets, so that |mixed|^2 is |x|^2 in expectation, also behind a matrix.
+// Targets are shared out; the chunks' rows are added in order.
 typedef struct {
     snip_rng_key key;
     const float *x;
-    int64_t rows, cols, offset;
+    int64_t rows, cols, before;  // before: rows ahead of x
     int targets;
     float *mixed;
 } snipi_mixing;
@@ -3685,131 +4701,118 @@ SNIPI_HD SNIPI_INLINE void snipi_mix_hash(snip_rng_key key, int64_t chunk, uint3
     snipi_philox(key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
 }
 
+static void snipi_add_signed(float *sum, float sign, const float *x, int64_t n) {
+    int64_t i = 0;
+    for (; i + SNIPI_MIX_WIDTH <= n; i += SNIPI_MIX_WIDTH)
+        for (int j = 0; j < SNIPI_MIX_WIDTH; j++) sum[i + j] += sign * x[i + j];
+    for (; i < n; i++) sum[i] += sign * x[i];
+}
+
 static void snipi_mix_part(void *arg, int64_t part) {
     const snipi_mixing *q = (const snipi_mixing *)arg;
-    const int64_t cols = q->cols, first = q->offset / q->targets,
-                  chunks = snipi_ceil_div(q->offset + q->rows, q->targets) - first;
+    const int64_t cols = q->cols, first = q->before / q->targets;
+    const int64_t chunks = snipi_ceil_div(q->before + q->rows, q->targets) - first;
     const uint32_t targets = (uint32_t)q->targets, share = targets / SNIPI_MIX_PARTS, begin = (uint32_t)part * share;
-    uint32_t to, signs[SNIPI_MIX_CHUNKS][4], hash[SNIPI_MIX_CHUNKS][4];
-    int64_t group, c, i;
-    int j;
+    uint32_t signs[SNIPI_MIX_CHUNKS][4], hash[SNIPI_MIX_CHUNKS][4];
     memset(q->mixed + begin * cols, 0, (size_t)(share * cols) * sizeof(float));
-    for (group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
+    for (int64_t group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
         const int64_t n = snipi_min(SNIPI_MIX_CHUNKS, chunks - group);
-        for (c = 0; c < n; c++) snipi_mix_hash(q->key, first + group + c, signs[c], hash[c]);
-        for (to = begin; to < begin + share; to++)
-            for (c = 0; c < n; c++) {
+        for (int64_t c = 0; c < n; c++) snipi_mix_hash(q->key, first + group + c, signs[c], hash[c]);
+        for (uint32_t to = begin; to < begin + share; to++)
+            for (int64_t c = 0; c < n; c++) {
                 const uint32_t at = (to - hash[c][0]) % targets;  // 2^32 is a multiple of it
-                const int64_t row = (first + group + c) * targets + at - q->offset;
-                const float sign = signs[c][at / 32] >> at % 32 & 1u ? 1.0f : -1.0f, *x = q->x + row * cols;
-                float *sum = q->mixed + to * cols;
+                const int64_t row = (first + group + c) * targets + at - q->before;
+                const float sign = signs[c][at / 32] >> at % 32 & 1u ? 1.0f : -1.0f;
                 if (row < 0 || row >= q->rows) continue;
-                for (i = 0; i + SNIPI_MIX_WIDTH <= cols; i += SNIPI_MIX_WIDTH)
-                    for (j = 0; j < SNIPI_MIX_WIDTH; j++) sum[i + j] += sign * x[i + j];
-                for (; i < cols; i++) sum[i] += sign * x[i];
+                snipi_add_signed(q->mixed + to * cols, sign, q->x + row * cols, cols);
             }
     }
 }
 
-static void snipi_mix_rows(snip_rng_key key, const float *x, int64_t rows, int64_t cols, int64_t offset, int targets,
-                           float *mixed) {
+static snip_status snipi_host_mix_rows(const snipi_call *call, snip_rng_key key, const float *x, int64_t rows,
+                                       int64_t cols, int64_t before, int targets, float *mixed) {
     snipi_mixing q;
+    (void)call;
     q.key = key;
     q.x = x;
     q.rows = rows;
     q.cols = cols;
-    q.offset = offset;
+    q.before = before;
     q.targets = targets;
     q.mixed = mixed;
     snipi_share(snipi_mix_part, &q, SNIPI_MIX_PARTS, rows * cols);
+    return SNIP_OK;
 }
 
-// The same of the columns, into SNIPI_PROJECTED: x R [rows][32], R^T the matrix that snipi_mix_rows multiplies by.
+// The same of the columns: x R [rows][32], R^T the matrix that mixing of rows multiplies by.
 static void snipi_mix_columns_part(void *arg, int64_t part) {
-    enum { TO = SNIPI_PROJECTED };
+    enum { SNIPI_TO = SNIPI_PROJECTED };
 
     const snipi_mixing *q = (const snipi_mixing *)arg;
-    const int64_t begin = q->rows * part / SNIPI_MIX_PARTS, end = q->rows * (part + 1) / SNIPI_MIX_PARTS,
-                  chunks = snipi_ceil_div(q->cols, TO);
-    float sign[SNIPI_MIX_CHUNKS][TO];
+    const int64_t begin = q->rows * part / SNIPI_MIX_PARTS, end = q->rows * (part + 1) / SNIPI_MIX_PARTS;
+    const int64_t chunks = snipi_ceil_div(q->cols, SNIPI_TO);
+    float sign[SNIPI_MIX_CHUNKS][SNIPI_TO];
     uint32_t shift[SNIPI_MIX_CHUNKS];
-    int64_t group, c, r;
-    int j;
-    memset(q->mixed + begin * TO, 0, (size_t)((end - begin) * TO) * sizeof(float));
-    for (group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
+    memset(q->mixed + begin * SNIPI_TO, 0, (size_t)((end - begin) * SNIPI_TO) * sizeof(float));
+    for (int64_t group = 0; group < chunks; group += SNIPI_MIX_CHUNKS) {
         const int64_t n = snipi_min(SNIPI_MIX_CHUNKS, chunks - group);
-        for (c = 0; c < n; c++) {
+        for (int64_t c = 0; c < n; c++) {
             uint32_t signs[4], hash[4];
             snipi_mix_hash(q->key, group + c, signs, hash);
-            shift[c] = hash[0] % TO;
-            for (j = 0; j < TO; j++) sign[c][j] = signs[0] >> j & 1u ? 1.0f : -1.0f;
+            shift[c] = hash[0] % SNIPI_TO;
+            for (int j = 0; j < SNIPI_TO; j++) sign[c][j] = signs[0] >> j & 1u ? 1.0f : -1.0f;
         }
-        for (r = begin; r < end; r++) {
-            float sum[2 * TO] = { 0 }, *out = q->mixed + r * TO;  // what goes round the end stays apart till the last
-            for (c = 0; c < n; c++) {
-                const int width = (int)snipi_min(TO, q->cols - (group + c) * TO);
-                const float *x = q->x + r * q->cols + (group + c) * TO;
+        for (int64_t r = begin; r < end; r++) {
+            float sum[2 * SNIPI_TO] = { 0 }, *out = q->mixed + r * SNIPI_TO;  // what goes round the end stays apart
+            for (int64_t c = 0; c < n; c++) {
+                const int width = (int)snipi_min(SNIPI_TO, q->cols - (group + c) * SNIPI_TO);
+                const float *x = q->x + r * q->cols + (group + c) * SNIPI_TO;
                 float *to = sum + shift[c];
-                if (width == TO)
-                    for (j = 0; j < TO; j++) to[j] += sign[c][j] * x[j];
+                if (width == SNIPI_TO)
+                    for (int j = 0; j < SNIPI_TO; j++) to[j] += sign[c][j] * x[j];
                 else
-                    for (j = 0; j < width; j++) to[j] += sign[c][j] * x[j];
+                    for (int j = 0; j < width; j++) to[j] += sign[c][j] * x[j];
             }
-            for (j = 0; j < TO; j++) out[j] += sum[j] + sum[j + TO];
+            for (int j = 0; j < SNIPI_TO; j++) out[j] += sum[j] + sum[j + SNIPI_TO];
         }
     }
 }
 
-static void snipi_mix_columns(snip_rng_key key, const float *x, int64_t rows, int64_t cols, float *mixed) {
+static snip_status snipi_host_mix_columns(const snipi_call *call, snip_rng_key key, const float *x, int64_t rows,
+                                          int64_t cols, float *mixed) {
     snipi_mixing q;
+    (void)call;
     q.key = key;
     q.x = x;
     q.rows = rows;
     q.cols = cols;
-    q.offset = 0;
+    q.before = 0;
     q.targets = SNIPI_PROJECTED;
     q.mixed = mixed;
     snipi_share(snipi_mix_columns_part, &q, SNIPI_MIX_PARTS, rows * cols);
+    return SNIP_OK;
 }
 
-// Sketches X (which SNIPI_SKETCH_X) and X W^T, or dY and dY W, of x's mixed rows; the products projected: x (A R), A
-// the weights as x meets them, R mixing A's columns into 32, so that |x A R|^2 is |x A|^2 in expectation. weight: the
-// caller's, without the probe's noise.
-static snip_status snipi_sketch_tensor(snip *s, snipi_layer *l, int which, const float *x, int64_t rows,
-                                       const float *weight, int64_t offset) {
-    int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
-    int64_t in = by_x ? l->k : l->n, i;
-    float *seen = snipi_reserve_floats(s, SNIPI_SLOT_PROJECT, in * SNIPI_PROJECTED);
-    float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_MIXED * in),
-          *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, SNIPI_SKETCH);
-    float *sketch = l->sketch + behind * SNIPI_SKETCH, factor = s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f;
-    snip_rng_key project = snipi_key(s, l, 0, SNIPI_ROLE_PROJECT);
-    snip_status status;
-    if (!seen || !mixed || !result) return SNIP_OUT_OF_MEMORY;
-    snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed);
-    status = snipi_sketch_add(s, l, which, mixed, SNIPI_MIXED * in, 0);
-    if (by_x)
-        snipi_mix_rows(project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen);
-    else
-        snipi_mix_columns(project, weight, l->n, l->k, seen);
-    if (!status) status = snipi_f32_gemm(s, SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result);
-    for (i = 0; i < SNIPI_SKETCH && !status; i++) sketch[i] += factor * result[i];
-    return status;
-}
+// ---- the optimizer's sensitivity
 
 // D = du/dg at learning rate 1, from the optimizer's state alone.
-// AdamW: (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is
-// expected: D = 0. SGD: 1. Lion's sign has no slope; the mean update's has, the mean over gradients of a mini-batch's
-// noise, N(0, noise^2): 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all
-// noise, of variance noise^2 (1 - beta2) / (1 + beta2). SNIP_CUSTOM: `custom`, as the callback has filled it in.
+//   AdamW    (1 - beta1) / (1 - beta1^t) / (sqrt(vhat) + eps). Where v is 0 no gradient has ever arrived and none is
+//            expected: D = 0.
+//   SGD      1
+//   Lion     Its sign has no slope; the mean update's has, the mean over gradients of a mini-batch's noise,
+//            N(0, noise^2): 2 (1 - beta1) times the density of N(beta1 m, ((1 - beta1) noise)^2) at 0. m is nearly all
+//            noise, of variance noise^2 (1 - beta2) / (1 + beta2).
+//   custom   as the callback has filled it in
 typedef struct {
     snip_optimizer kind;
     const float *state;
     float numerator, scale, eps;
 } snipi_sensitivity;
 
+static const double SNIPI_DENSITY = 0.7978845608028654;  // 2 / sqrt(2 pi)
+
 static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *l, const float *custom) {
-    const snip_adamw *o = &s->adamw;
+    const snip_adamw *o = &s->kept.adamw;
     snipi_sensitivity d;
     d.kind = s->desc.optimizer;
     d.state = d.kind == SNIP_CUSTOM ? custom : d.kind == SNIP_ADAMW ? l->v : l->m;
@@ -3820,26 +4823,27 @@ static snipi_sensitivity snipi_sensitivity_of(const snip *s, const snipi_layer *
         d.numerator = (float)((1 - o->beta1) / (1 - pow(o->beta1, (double)(o->step + 1))));
         d.scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
     } else if (d.kind == SNIP_LION) {
-        double noise = sqrt(snipi_sum_sq(l->m, l->n * l->k) / (double)(l->n * l->k) * (1 + o->beta2) / (1 - o->beta2));
-        d.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;  // 2 / sqrt(2 pi)
+        const double n = (double)(l->n * l->k), moment_sq = snipi_sum_sq(l->m, l->n * l->k);
+        const double noise = sqrt(moment_sq / n * (1 + o->beta2) / (1 - o->beta2));
+        d.numerator = noise > 0 ? (float)(SNIPI_DENSITY / noise) : 0;
         d.scale = noise > 0 ? (float)(o->beta1 / ((1 - o->beta1) * noise)) : 0;
     }
     return d;
 }
 
 SNIPI_HD SNIPI_INLINE float snipi_sensitivity_at(const snipi_sensitivity *d, int64_t i) {
-    float x = d->state[i];
+    const float x = d->state[i];
     if (d->kind == SNIP_ADAMW) return snipi_adam_at(d->numerator, x, d->scale, d->eps);
     if (d->kind == SNIP_CUSTOM) return x;
-    return d->kind == SNIP_LION ? d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale)) : d->numerator;
+    if (d->kind == SNIP_LION) return d->numerator * expf(-0.5f * (x * d->scale) * (x * d->scale));
+    return d->numerator;
 }
 
 static void snipi_sensitivity_run(const snipi_sensitivity *d, int64_t i, int64_t n, float *out) {
-    int64_t j;
     if (d->kind == SNIP_ADAMW)
         snipi_adam_of(SNIP_ISA_BEST)(NULL, d->state + i, d->numerator, d->scale, d->eps, n, out);
     else
-        for (j = 0; j < n; j++) out[j] = snipi_sensitivity_at(d, i + j);
+        for (int64_t j = 0; j < n; j++) out[j] = snipi_sensitivity_at(d, i + j);
 }
 
 typedef struct {
@@ -3850,475 +4854,70 @@ typedef struct {
 
 static void snipi_sensitivity_chunk(void *arg, int64_t c) {
     const snipi_sensitivity_task *q = (const snipi_sensitivity_task *)arg;
-    int64_t i = q->n * c / SNIPI_CHUNKS;
+    const int64_t i = q->n * c / SNIPI_CHUNKS;
     snipi_sensitivity_run(&q->d, i, q->n * (c + 1) / SNIPI_CHUNKS - i, q->out + i);
 }
 
+// out [n][k] = D; zeros for a frozen layer, which no update moves.
 static void snipi_sensitivities(const snip *s, const snipi_layer *l, float *out) {
     snipi_sensitivity_task q;
-    q.d = snipi_sensitivity_of(s, l, out);
     q.out = out;
     q.n = l->n * l->k;
+    if (l->frozen) {
+        memset(out, 0, (size_t)q.n * sizeof(float));
+        return;
+    }
+    q.d = snipi_sensitivity_of(s, l, out);
     if (q.d.kind == SNIP_CUSTOM)
-        s->desc.sensitivity(s->desc.sensitivity_user, (int)(l - s->layers), out);
+        s->desc.sensitivity(s->desc.sensitivity_user, snipi_index_of(s, l), out);
     else
         snipi_share(snipi_sensitivity_chunk, &q, SNIPI_CHUNKS, q.n);
 }
 
-// The weights a probe pass runs on: the caller's plus noise.
-static const float *snipi_probe_weight(snip *s, snipi_layer *l, const float *w) {
-    int64_t n = l->n * l->k;
-    float *noisy = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-    if (!noisy) return NULL;
+static snip_status snipi_host_noisy_weight(const snipi_call *call, float *out, const float *w) {
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    const snipi_sums *sums = call->sums;
+    const int64_t n = l->n * l->k;
     if (s->pass == SNIP_PASS_LOSS_PROBE)
-        snip_noise_add(noisy, w, n, (float)l->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
-    else {
-        snipi_sensitivities(s, l, noisy);
-        snip_noise_add(noisy, w, n, l->weight_sq > 0 ? (float)(s->tau / sqrt(l->weight_sq)) : 0.0f, noisy,
-                       snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
-    }
-    return noisy;
+        return snip_noise_add(out, w, n, (float)sums->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W));
+    snipi_sensitivities(s, l, out);
+    const float step = sums->weight_sq > 0 ? (float)(s->tau / sqrt(sums->weight_sq)) : 0.0f;
+    return snip_noise_add(out, w, n, step, out, snipi_key(s, l, 0, SNIPI_ROLE_PROBE));
 }
 
-static const float *snipi_probe_input(snip *s, snipi_layer *l, int64_t micro, const float *x, int64_t n) {
-    float *noisy = snipi_reserve_floats(s, SNIPI_SLOT_X, n);
-    if (noisy) snip_noise_add(noisy, x, n, (float)l->sigma_x, NULL, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X));
-    return noisy;
-}
-
-static int64_t snipi_samples(const snip *s, const snipi_layer *l) {
-    return snipi_min(l->n, snipi_max(16, (int64_t)ceil((double)l->n * s->desc.sample)));
-}
-
-// |D * dW_err|^2 on output features at equal distances, scaled up to all of them.
-static snip_status snipi_measure_wgrad(snip *s, snipi_layer *l, int64_t micro, const float *dy, const float *x,
-                                       int64_t rows, const float *exact) {
-    int64_t samples = snipi_samples(s, l), i, j, r, nonfinite = l->nonfinite, saturated = l->saturated;
-    float *picked = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * samples),
-          *result = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
-    float *custom = s->desc.optimizer == SNIP_CUSTOM ? snipi_reserve_floats(s, SNIPI_SLOT_W, l->n * l->k) : NULL;
-    snipi_sensitivity d = snipi_sensitivity_of(s, l, custom);
-    snip_status status = SNIP_OK;
-    int f;
-    if (!picked || !result || (s->desc.optimizer == SNIP_CUSTOM && !custom)) return SNIP_OUT_OF_MEMORY;
-    if (custom) snipi_sensitivities(s, l, custom);
-    for (r = 0; r < rows; r++) {
-        const float *from = dy + r * l->n;
-        int64_t rest = 0;  // feature i * n / samples, without a division an element
-        for (i = 0; i < samples; i++) {
-            picked[r * samples + i] = *from;
-            from += l->n / samples;
-            rest += l->n % samples;
-            if (rest >= samples) {
-                rest -= samples;
-                from++;
-            }
-        }
-    }
-    for (f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-        double sum = 0;
-        status = snipi_wgrad(s, l, micro, snipi_candidates[f], result, 0, picked, samples, x, rows);
-        for (i = 0; i < samples && !status; i++) {
-            int64_t at = i * l->n / samples * l->k;
-            float *e = result + i * l->k, slope[512];
-            for (j = 0; j < l->k; j++) {
-                if (j % 512 == 0) snipi_sensitivity_run(&d, at + j, snipi_min(512, l->k - j), slope);
-                e[j] = (e[j] - exact[at + j]) * slope[j % 512];
-            }
-            sum += snipi_run_sq(e, l->k);
-        }
-        l->measured[f].wgrad_err += sum * ((double)l->n / (double)samples);
-    }
-    l->nonfinite = nonfinite;
-    l->saturated = saturated;
-    return status;
-}
-
-// A training step's first error is kept for snip_end_step, with its message, so that a caller who does not look at
-// every call learns of it.
-static void snipi_keep(snip *s, snip_status status) {
-    if (s->pending) return;
-    s->pending = status;
-    memcpy(s->held, s->message, sizeof s->held);
-}
-
-static snip_status snipi_hold(snip *s, snip_status status, const char *where, const char *why) {
-    snipi_fail_in(s, status, where, why);
-    if (s) snipi_keep(s, status);
-    return status;
-}
-
-// The error of a linear layer's call.
-static snip_status snipi_hold_call(snip *s, snip_status status, const char *where) {
-    return s && s->mode == SNIP_TRAIN ? snipi_hold(s, status, where, snip_status_text(status))
-                                      : snipi_fail_in(s, status, where, snip_status_text(status));
-}
-
-static snip_status snipi_finish_call(snip *s, const snipi_layer *l, int64_t nonfinite_before, snip_status status) {
-    char where[108] = "a linear layer's call";
-    if (!status && l && l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
-    if (l) snprintf(where, sizeof where, "layer %.100s", l->name);
-    return status ? snipi_hold_call(s, status, where) : status;
-}
-
-static snip_status snipi_refuse(snip *s, const char *function, int layer) {
-    char where[64];
-    snprintf(where, sizeof where, "%s, layer %d", function, layer);
-    return snipi_hold_call(s, SNIP_BAD_ARGUMENT, where);
-}
-
-static int snipi_linear_args(const snipi_layer *l, const void *a, const void *b, const void *c, int64_t rows) {
-    return l && rows >= 0 && snipi_shape_ok(rows, snipi_max(l->n, l->k), snipi_max(l->n, l->k)) &&
-           (rows == 0 || (a && b && c));
-}
-
-// A sample of X (which 0) and dY (1), for the watch over drift: 64 runs of 16 elements, spread by the golden ratio so
-// that they meet all channels.
-static void snipi_observe(snipi_layer *l, int which, const float *x, int64_t n) {
-    uint32_t r;
-    for (r = 0; r < 64; r++) {
-        int64_t i = (int64_t)((double)(r * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
-        l->seen[which] += (double)(end - i);
-        for (; i < end; i++) l->seen_sq[which] += (double)x[i] * (double)x[i];
-    }
-}
-
-SNIP_API snip_status snip_linear_forward(snip *s, int layer, float *out, const float *inp, const float *weight,
-                                         const float *bias, int64_t rows) {
-    snipi_layer *l = snipi_layer_at(s, layer);
-    const float *x = inp, *w = weight;
-    snip_status status;
-    int64_t micro, nonfinite;
-    if (!snipi_linear_args(l, out, inp, weight, rows)) return snipi_refuse(s, "snip_linear_forward", layer);
-    if (rows == 0) return SNIP_OK;
-    nonfinite = l->nonfinite;
-    if (s->mode != SNIP_TRAIN)
-        return snipi_finish_call(
-            s, l, nonfinite,
-            snipi_fwd(s, l, 0, s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : s->desc.high, out, x, w, bias, rows));
-    if (s->told)
-        return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
-    micro = l->calls_forward++;
-    if (bias) l->nonfinite += snipi_count_nonfinite(bias, l->n);
-    if (s->pass == SNIP_PASS_ORDINARY) {
-        snipi_observe(l, 0, inp, rows * l->k);
-        return snipi_finish_call(s, l, nonfinite, snipi_fwd(s, l, micro, l->format[SNIP_FWD], out, x, w, bias, rows));
-    }
-    if (s->pass == SNIP_PASS_LOSS_PROBE) {
-        if (micro == 0) {
-            l->weight_sq = snipi_sum_sq(weight, l->n * l->k);
-            l->sigma_w = 0.02 * sqrt(l->weight_sq / (double)(l->n * l->k));
-            l->sigma_x = 0.02 * sqrt(snipi_sum_sq(inp, rows * l->k) / (double)(rows * l->k));
-        }
-        x = snipi_probe_input(s, l, micro, inp, rows * l->k);
-    }
-    if (s->pass != SNIP_PASS_CLEAN) w = snipi_probe_weight(s, l, weight);
-    status = x && w ? SNIP_OK : SNIP_OUT_OF_MEMORY;
-    if (!status && s->pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
-        status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_X, inp, rows, weight, l->elements_x / l->k);
-    }
-    l->elements_x += rows * l->k;
-    if (!status) status = snipi_fwd(s, l, micro, s->desc.measure, out, x, w, bias, rows);
-    return snipi_finish_call(s, l, nonfinite, status);
-}
-
-// <dX, X> of the pass's block i of 32 rows goes to bucket i % 64, with a factor; dX is added to `to` as well, which may
-// be NULL.
-typedef struct {
-    const float *x, *dx;
-    int64_t rows, k, offset;
-    float *to;
-    double factor, *buckets;
-} snipi_scaling;
-
-static void snipi_scaling_bucket(void *arg, int64_t bucket) {
-    enum { LANES = 16 };
-
-    const snipi_scaling *q = (const snipi_scaling *)arg;
-    const int64_t first = q->offset / SNIPI_BLOCK_ROWS, end = q->offset + q->rows, k = q->k;
-    int64_t block = first + (bucket + SNIPI_BLOCKS - first % SNIPI_BLOCKS) % SNIPI_BLOCKS, r;
-    for (; block * SNIPI_BLOCK_ROWS < end; block += SNIPI_BLOCKS)
-        for (r = snipi_max(block * SNIPI_BLOCK_ROWS, q->offset); r < snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end);
-             r++) {
-            const float *x = q->x + (r - q->offset) * k, *d = q->dx + (r - q->offset) * k;
-            float *to = q->to ? q->to + (r - q->offset) * k : NULL, lanes[LANES] = { 0 };
-            int64_t i;
-            int j;
-            for (i = 0; i + LANES <= k; i += LANES)
-                for (j = 0; j < LANES; j++) lanes[j] += d[i + j] * x[i + j];
-            for (j = 0; i < k; i++, j++) lanes[j] += d[i] * x[i];
-            for (j = 0; j < LANES; j++) q->buckets[bucket] += q->factor * (double)lanes[j];
-            for (i = 0; to && i < k; i++) to[i] += d[i];
-        }
-}
-
-static void snipi_measure_scaling(const snip *s, snipi_layer *l, const float *x, int64_t rows, int64_t offset,
-                                  const float *dx, float *to) {
-    snipi_scaling q;
-    q.x = x;
-    q.dx = dx;
-    q.rows = rows;
-    q.k = l->k;
-    q.offset = offset;
-    q.to = to;
-    q.factor = s->pass == SNIP_PASS_CLEAN ? -1 : 1;
-    q.buckets = l->scaling;
-    snipi_share(snipi_scaling_bucket, &q, SNIPI_BLOCKS, rows * l->k);
-}
-
-// X's rounding errors e in a candidate, beside dX, row by row.
-typedef struct {
-    const float *x, *rounded, *dx;
-    int64_t rows, k;
-    double sum[SNIPI_CHUNKS][5];
-} snipi_input_errors;
-
-static void snipi_input_errors_chunk(void *arg, int64_t c) {
-    enum { LANES = 16 };
-
-    snipi_input_errors *q = (snipi_input_errors *)arg;
-    int64_t r, k = q->k, end = q->rows * (c + 1) / SNIPI_CHUNKS;
-    double sum[5] = { 0 };
-    for (r = q->rows * c / SNIPI_CHUNKS; r < end; r++) {
-        const float *a = q->x + r * k, *b = q->rounded + r * k, *d = q->dx + r * k;
-        float lanes[3][LANES] = { { 0 } };
-        double row[3] = { 0, 0, 0 };  // <d, e>, |d|^2, <d, x>
-        int64_t i;
-        int j;
-        for (i = 0; i + LANES <= k; i += LANES)
-            for (j = 0; j < LANES; j++) {
-                lanes[0][j] += d[i + j] * (b[i + j] - a[i + j]);
-                lanes[1][j] += d[i + j] * d[i + j];
-                lanes[2][j] += d[i + j] * a[i + j];
-            }
-        for (j = 0; i < k; i++, j++) {
-            lanes[0][j] += d[i] * (b[i] - a[i]);
-            lanes[1][j] += d[i] * d[i];
-            lanes[2][j] += d[i] * a[i];
-        }
-        for (i = 0; i < 3; i++)
-            for (j = 0; j < LANES; j++) row[i] += (double)lanes[i][j];
-        sum[0] += row[0];
-        sum[1] += row[1];
-        sum[2] += row[0] * row[0];
-        sum[3] += row[0] * row[2];
-        sum[4] += row[2] * row[2];
-    }
-    memcpy(q->sum[c], sum, sizeof sum);
-}
-
-static snip_status snipi_measure_input(snip *s, snipi_layer *l, int64_t micro, int f, const float *x, int64_t rows,
-                                       const float *dx, snipi_measured *to) {
-    snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_ACTIVATION);
-    float *rounded = snipi_reserve_floats(s, SNIPI_SLOT_X, rows * l->k);
-    snipi_input_errors q;
-    snip_quant_stats stats;
-    int c;
-    if (!rounded) return SNIP_OUT_OF_MEMORY;
-    snip_fake_quantize(&recipe, x, rows, l->k, l->k, rounded, l->k, snipi_key(s, l, micro, SNIPI_ROLE_X), x, &stats);
-    q.x = x;
-    q.rounded = rounded;
-    q.dx = dx;
-    q.rows = rows;
-    q.k = l->k;
-    snipi_share(snipi_input_errors_chunk, &q, SNIPI_CHUNKS, q.rows * q.k);
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        to->dot_x += q.sum[c][0];
-        to->dx_sq += q.sum[c][1];
-        to->along_x += q.sum[c][2];
-        to->both_x += q.sum[c][3];
-        to->scale_x += q.sum[c][4];
-    }
-    to->self_x += stats.dot;
-    if (f == 0) l->input_sq += stats.sum_sq;
+static snip_status snipi_host_sensitivity(const snipi_call *call) {
+    const snipi_layer *l = call->l;
+    const int64_t n = l->n * l->k;
+    float *d = snipi_host_scratch(call, SNIPI_SLOT_W, n);
+    if (!d) return SNIP_OUT_OF_MEMORY;
+    if ((l->m && snipi_count_nonfinite(l->m, n)) || (l->v && snipi_count_nonfinite(l->v, n))) return SNIP_NONFINITE;
+    snipi_sensitivities(call->s, l, d);
+    call->sums->sensitivity_sq = snipi_sum_sq(d, n);
     return SNIP_OK;
 }
 
-// The layer's own dX and dW of a measuring pass, beside the sums the caller keeps.
-static snip_status snipi_measure_backward(snip *s, snipi_layer *l, int64_t micro, float *dinp, float *dweight,
-                                          const float *dout, const float *inp, const float *weight, int64_t rows) {
-    int64_t nx = rows * l->k, nw = l->n * l->k;
-    const float *x = inp, *w = weight;
-    float *own;
-    snip_status status;
-    int clean = s->pass == SNIP_PASS_CLEAN, loss_probe = s->pass == SNIP_PASS_LOSS_PROBE,
-        sketched = !loss_probe && snipi_probes_updates(s), f;
-    if (loss_probe) x = snipi_probe_input(s, l, micro, inp, nx);
-    if (!clean) w = snipi_probe_weight(s, l, weight);
-    own = snipi_reserve_floats(s, SNIPI_SLOT_OUT, snipi_max(nx, snipi_max(l->n, SNIPI_PROJECTED) * l->k));
-    if (!x || !w || !own) return SNIP_OUT_OF_MEMORY;
-    if (sketched) {
-        status = snipi_sketch_tensor(s, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n);
-        if (status) return status;
-    }
-    status = snipi_dgrad(s, l, micro, s->desc.measure, own, 0, dout, w, rows);
-    if (status) return status;
-    if (sketched) snipi_measure_scaling(s, l, inp, rows, l->elements_y / l->n, own, clean ? NULL : dinp);
-    l->elements_y += rows * l->n;
-    if (clean || loss_probe)
-        *(clean ? &l->clean_x : &l->noisy_x) += snipi_noise_dot(own, nx, snipi_key(s, l, micro, SNIPI_ROLE_NOISE_X),
-                                                                dinp);
-    if (clean) {
-        for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_recipe gradient = snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT);
-            snip_quant_stats stats;
-            status = snipi_measure_input(s, l, micro, f, inp, rows, own, &l->measured[f]);
-            if (status) return status;
-            if (!sketched) continue;
-            snip_fake_quantize(&gradient, dout, rows, l->n, l->n, NULL, 0, snipi_key(s, l, micro, SNIPI_ROLE_DY), NULL,
-                               &stats);
-            l->measured[f].err_dy += stats.err_sq;
-            if (f == 0) l->gradient_sq += stats.sum_sq;
-        }
-    }
-
-    if (s->pass == SNIP_PASS_UPDATE_PROBE) {
-        float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_SAMPLE, rows * SNIPI_PROJECTED);
-        if (!mixed) return SNIP_OUT_OF_MEMORY;
-        snipi_mix_columns(snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), dout, rows, l->n, mixed);
-        status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, mixed, SNIPI_PROJECTED, x, rows);
-        return status ? status : snipi_sketch_add(s, l, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 0);
-    }
-    status = snipi_wgrad(s, l, micro, s->desc.measure, own, 0, dout, l->n, x, rows);
-    if (status) return status;
-    *(clean ? &l->clean_w : &l->noisy_w) += snipi_noise_dot(own, nw, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W), dweight);
-    if (sketched) {
-        float *mixed = snipi_reserve_floats(s, SNIPI_SLOT_MIXED, SNIPI_PROJECTED * l->k);
-        if (!mixed) return SNIP_OUT_OF_MEMORY;
-        snipi_mix_rows(snipi_key(s, l, 0, SNIPI_ROLE_PROJECT), own, l->n, l->k, 0, SNIPI_PROJECTED, mixed);
-        if ((status = snipi_sketch_add(s, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0)) != SNIP_OK)
-            return status;
-    }
-    if (clean) {
-        for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_recipe recipe = snipi_recipe_of(s, snipi_candidates[f], SNIPI_WEIGHT);
-            snip_quant_stats stats;
-            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), own,
-                               &stats);
-            l->measured[f].err_w = stats.err_sq;
-            l->measured[f].dot_w += stats.dot;
-            if (micro || !sketched) continue;
-            snip_fake_quantize(&recipe, weight, l->n, l->k, l->k, NULL, 0, snipi_key(s, l, 0, SNIPI_ROLE_W), weight,
-                               &stats);
-            l->measured[f].self_w = stats.dot;
-        }
-        if (snipi_probes_updates(s)) status = snipi_measure_wgrad(s, l, micro, dout, inp, rows, own);
-    }
-    return status;
-}
-
-SNIP_API snip_status snip_linear_backward(snip *s, int layer, float *dinp, float *dweight, float *dbias,
-                                          const float *dout, const float *inp, const float *weight, int64_t rows) {
-    snipi_layer *l = snipi_layer_at(s, layer);
-    snip_status status = SNIP_OK;
-    int64_t micro, nonfinite, i, j;
-    if (!snipi_linear_args(l, dout, inp, weight, rows)) return snipi_refuse(s, "snip_linear_backward", layer);
-    if (s->mode != SNIP_TRAIN) return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
-    if (rows == 0) return SNIP_OK;
-    if (s->told)
-        return snipi_hold(s, SNIP_BAD_ARGUMENT, l->name, "called after the step's last pass: snip_end_step is missing");
-    nonfinite = l->nonfinite;
-    micro = l->calls_backward++;
-    if (s->pass == SNIP_PASS_ORDINARY) {
-        snipi_observe(l, 1, dout, rows * l->n);
-        if (dinp) status = snipi_dgrad(s, l, micro, l->format[SNIP_DGRAD], dinp, 1, dout, weight, rows);
-        if (dweight && !status)
-            status = snipi_wgrad(s, l, micro, l->format[SNIP_WGRAD], dweight, 1, dout, l->n, inp, rows);
-    } else
-        status = snipi_measure_backward(s, l, micro, dinp, dweight, dout, inp, weight, rows);
-    if (dbias && !status)
-        for (j = 0; j < rows; j++)
-            for (i = 0; i < l->n; i++) dbias[i] += dout[j * l->n + i];
-    return snipi_finish_call(s, l, nonfinite, status);
-}
-
-// ---- passes, costs, the plan
-static snip_status snipi_all_bound(snip *s) {
-    char message[160];
-    int l;
-    for (l = 0; l < s->n_layers; l++) {
-        if (s->layers[l].m || s->desc.optimizer == SNIP_CUSTOM) continue;
-        snprintf(message, sizeof message, "layer %.100s has no optimizer state: call %s", s->layers[l].name,
-                 s->desc.optimizer == SNIP_ADAMW ? "snip_bind_adamw" : "snip_bind_momentum");
-        return snipi_fail(s, SNIP_NOT_BOUND, message);
-    }
-    return SNIP_OK;
-}
-
-// Before the update probe: |D|^2 of each layer and the step tau that moves the weights by 1% in rms over the layers.
-static snip_status snipi_prepare_update_probe(snip *s) {
+static snip_status snipi_host_step_size(const snipi_call *call) {
+    snip *s = call->s;
     double sum = 0;
-    int l;
-    if (snipi_all_bound(s)) return SNIP_NOT_BOUND;
-    for (l = 0; l < s->n_layers; l++) {
-        snipi_layer *layer = &s->layers[l];
-        int64_t n = layer->n * layer->k;
-        float *d = snipi_reserve_floats(s, SNIPI_SLOT_W, n);
-        if (!d) return snipi_fail(s, SNIP_OUT_OF_MEMORY, snip_status_text(SNIP_OUT_OF_MEMORY));
-        if ((layer->m && snipi_count_nonfinite(layer->m, n)) || (layer->v && snipi_count_nonfinite(layer->v, n))) {
-            char message[160];
-            snprintf(message, sizeof message, "layer %.100s: the optimizer's state is not finite", layer->name);
-            return snipi_fail(s, SNIP_NONFINITE, message);
-        }
-        snipi_sensitivities(s, layer, d);
-        layer->sensitivity_sq = snipi_sum_sq(d, n);
-        if (layer->weight_sq > 0) sum += layer->sensitivity_sq / (layer->weight_sq * layer->weight_sq);
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_measurement *m = s->layers[i].measurement;
+        if (m && m->sums.weight_sq > 0) sum += m->sums.sensitivity_sq / (m->sums.weight_sq * m->sums.weight_sq);
     }
-    s->tau = sum > 0 ? 0.01 / sqrt(sum / s->n_layers) : 0;
+    s->tau = sum > 0 ? SNIPI_STEP / sqrt(sum / s->n_layers) : 0;
     return SNIP_OK;
 }
 
-// A measurement compares its passes: in each a layer has as many backward as forward calls and rows, and as many as in
-// the pass before.
-static void snipi_check_calls(snip *s) {
-    int l;
-    for (l = 0; l < s->n_layers && s->pass != SNIP_PASS_ORDINARY; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        int64_t rows = layer->elements_x / layer->k, rows_back = layer->elements_y / layer->n;
-        char why[160];
-        if (layer->calls_forward == layer->calls_backward && rows == rows_back &&
-            (s->pass == SNIP_PASS_LOSS_PROBE || (layer->calls_forward == layer->micros && rows == layer->rows)))
-            continue;
-        snprintf(
-            why, sizeof why,
-            "%lld forward and %lld backward calls, of %lld and %lld rows, in a pass of a measurement; %lld of %lld rows in the pass before",
-            (long long)layer->calls_forward, (long long)layer->calls_backward, (long long)rows, (long long)rows_back,
-            (long long)layer->micros, (long long)layer->rows);
-        snipi_hold(s, SNIP_BAD_ARGUMENT, layer->name, why);
-    }
+SNIP_API snip_status snip_layer_sensitivity(snip *s, int layer, float *d) {
+    const snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !d) return snipi_bad(s, "snip_layer_sensitivity", "no such layer, or d is NULL");
+    if (!l->frozen && !snipi_bound(s, l)) return snipi_not_bound(s, l);
+    if (s->kept.adamw.step < 1) return snipi_bad(s, "snip_layer_sensitivity", "the optimizer has made no step yet");
+    snipi_sensitivities(s, l, d);
+    return SNIP_OK;
 }
 
-SNIP_API int snip_next_pass(snip *s, double loss) {
-    int again = 0;
-    if (!s) return 0;
-    if (s->told)
-        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_next_pass",
-                   "called after the step's last pass: snip_end_step is missing");
-    else
-        snipi_check_calls(s);
-    switch (s->pass) {
-        case SNIP_PASS_LOSS_PROBE:
-            if (snipi_probes_updates(s)) {
-                snip_status status = snipi_prepare_update_probe(s);
-                if (status) snipi_keep(s, status);
-                snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
-            } else
-                snipi_begin_pass(s, SNIP_PASS_CLEAN);
-            again = 1;
-            break;
-        case SNIP_PASS_UPDATE_PROBE:
-            snipi_begin_pass(s, SNIP_PASS_CLEAN);
-            again = 1;
-            break;
-        case SNIP_PASS_ORDINARY:
-        case SNIP_PASS_CLEAN:
-            s->loss = loss;
-            s->told = 1;
-            break;
-    }
-    return again;
-}
-
+// |u|^2 of the optimizer's last update of a layer, at learning rate 1.
 typedef struct {
     snip_optimizer kind;
     const float *m, *v;
@@ -4329,529 +4928,34 @@ typedef struct {
 static void snipi_update_sq_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
     const snipi_update *q = (const snipi_update *)sum->of;
-    int64_t i = q->n * c / SNIPI_CHUNKS, end = q->n * (c + 1) / SNIPI_CHUNKS;
-    float u[512];
-    sum->part[c] = q->kind == SNIP_SGD_MOMENTUM ? snipi_run_sq(q->m + i, end - i)
-                                                : (double)(end - i);  // Lion's are all -1 or 1
-    if (q->kind != SNIP_ADAMW) return;
-    for (sum->part[c] = 0; i < end; i += 512) {
-        const int64_t n = snipi_min(512, end - i);
+    const int64_t end = q->n * (c + 1) / SNIPI_CHUNKS;
+    int64_t i = q->n * c / SNIPI_CHUNKS;
+    float u[SNIPI_SLOPES];
+    sum->part[c] = 0;
+    if (q->kind == SNIP_SGD_MOMENTUM) sum->part[c] = snipi_run_sq(q->m + i, end - i);
+    if (q->kind == SNIP_LION) sum->part[c] = (double)(end - i);  // all are -1 or 1
+    for (; q->kind == SNIP_ADAMW && i < end; i += SNIPI_SLOPES) {
+        const int64_t n = snipi_min(SNIPI_SLOPES, end - i);
         snipi_adam_of(SNIP_ISA_BEST)(q->m + i, q->v + i, q->m_scale, q->v_scale, q->eps, n, u);
         sum->part[c] += snipi_run_sq(u, n);
     }
 }
 
-// sum_j |u_j|^2 / |W_j|^2 of the update just made, at learning rate 1.
-static double snipi_update_sq(const snip *s, const snip_adamw *o) {
+static double snipi_layer_update_sq(const snip *s, const snipi_layer *l, const snip_adamw *o) {
     snipi_update q;
     snipi_sum sum;
-    double total = 0;
-    int l;
-    sum.of = &q;
+    if (s->desc.optimizer == SNIP_CUSTOM)
+        return s->desc.sensitivity(s->desc.sensitivity_user, snipi_index_of(s, l), NULL);
     q.kind = s->desc.optimizer;
+    q.m = l->m;
+    q.v = l->v;
+    q.n = l->n * l->k;
     q.m_scale = (float)(1 / (1 - pow(o->beta1, (double)o->step)));
     q.v_scale = (float)(1 / (1 - pow(o->beta2, (double)o->step)));
     q.eps = (float)o->eps;
-    for (l = 0; l < s->n_layers; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        double u_sq;
-        q.m = layer->m;
-        q.v = layer->v;
-        q.n = sum.n = layer->n * layer->k;
-        u_sq = q.kind == SNIP_CUSTOM ? s->desc.sensitivity(s->desc.sensitivity_user, l, NULL)
-                                     : snipi_sum_up(&sum, snipi_update_sq_chunk);
-        if (layer->weight_sq > 0) total += u_sq / layer->weight_sq;
-    }
-    return total;
-}
-
-static double snipi_ratio(double a, double b) { return b > 0 ? a / b : 0; }
-
-static snip_estimate snipi_estimate_of(const snip *s, const snipi_layer *l, int f, double update_sq,
-                                       double grad_scale) {
-    const snipi_measured *q = &l->measured[f];
-    double n_w = (double)(l->n * l->k), h_x = snipi_ratio(l->noisy_x - l->clean_x, l->sigma_x),
-           h_w = snipi_ratio(l->noisy_w - l->clean_w, l->sigma_w);
-    double fwd_sq = l->sketched_sq[SNIPI_SKETCH_DY] * l->input_sq,
-           dgrad_sq = l->sketched_sq[SNIPI_SKETCH_X] * l->gradient_sq;
-    double dw_sq = l->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
-    double probe = s->tau > 0 && update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * update_sq) : 0;
-    double mean_w = q->err_w / n_w, shrink_x = -snipi_ratio(q->self_x, l->input_sq),
-           shrink_w = -snipi_ratio(q->self_w, l->weight_sq), scaling_sq = 0;
-    double rest_x = q->along_x + shrink_x * (2 * q->both_x + shrink_x * q->scale_x),
-           rest_w = mean_w - shrink_w * shrink_w * l->weight_sq / n_w;
-    snip_estimate e;
-    int i;
-    for (i = 0; i < SNIPI_BLOCKS; i++) scaling_sq += l->scaling[i] * l->scaling[i];
-    memset(&e, 0, sizeof e);
-    e.loss_first = q->dot_x + q->dot_w;
-    e.loss_second = 0.5 * (h_x * snipi_ratio(q->along_x, q->dx_sq) + h_w * mean_w);
-    e.update[SNIP_FWD] = (snipi_ratio(rest_x, q->dx_sq) * l->sketched_sq[SNIPI_SKETCH_DYW] + rest_w * by_fwd +
-                          (shrink_x + shrink_w) * (shrink_x + shrink_w) * scaling_sq) *
-                         probe;
-    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, (double)l->elements_y) * l->sketched_sq[SNIPI_SKETCH_XW] +
-                            mean_w * (dw_sq - by_fwd)) *
-                           probe;
-    e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, l->weight_sq) * snipi_ratio(grad_scale * grad_scale, update_sq);
-    return e;
-}
-
-static int snipi_estimate_finite(const snip_estimate *e) {
-    return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[0] + e->update[1] + e->update[2]);
-}
-
-// Mean and variance over measurements x, by exponential weights (Finch, Incremental calculation of weighted mean and
-// variance, 2009):
-//   r = max(1 / n, 1/3),  d = x - mean,  mean += r d,  S = (1 - r) (S + r d^2),  q = (1 - r)^2 q + r^2, the sum of the
-//   squared weights.
-// One measurement deviates by var = S / (1 - q) on average, the mean by sqrt(q var); it rests on 1/q measurements, at
-// most 5.
-static void snipi_average_term(snipi_average *a, int term, double x, double rate) {
-    double d = x - a->mean[term];
-    a->mean[term] += rate * d;
-    a->variance[term] = (1 - rate) * (a->variance[term] + rate * d * d);
-}
-
-static double snipi_variance(const snip *s, const snipi_average *a, int term) {
-    return s->squared_weights < 1 ? a->variance[term] / (1 - s->squared_weights) : 0;
-}
-
-// Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one
-// expected of the mean's size from all layers, `relative`, which counts as 4 degrees of freedom (Smyth 2004, empirical
-// Bayes). Of a single measurement the error is taken to be as large as its value.
-static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
-    double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term],
-           freedom = 1 / s->squared_weights - 1;
-    return s->squared_weights < 1
-               ? s->squared_weights * (4 * relative * (mean_sq + own) + freedom * own) / (4 + freedom)
-               : mean_sq;
-}
-
-// Share r of the backward GEMMs' errors that repeats.
-static double snipi_repeating(const snip *s, const snipi_layer *l, int f) {
-    double r = snipi_ratio(l->measured[f].err_dy, l->gradient_sq);
-    return snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC ? 0
-           : r < 1                                                                                   ? r
-                                                                                                     : 1;
-}
-
-// Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in
-// expectation where rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris
-// 1973): factor first^2 / (first^2 + error^2).
-static void snipi_costs(snip *s) {
-    double loss_weight = s->desc.loss_weight > 0 ? snipi_ratio(s->desc.loss_weight, fabs(s->loss)) : 0,
-           update_weight = s->desc.update_weight > 0 ? s->desc.update_weight : 0;
-    int f, l, g, t;
-    for (f = 0; f < SNIPI_CANDIDATES; f++) {
-        double relative[SNIPI_TERMS];
-        for (t = 0; t < SNIPI_TERMS; t++) {
-            double deviation = 0, size = 0;
-            for (l = 0; l < s->n_layers; l++) {
-                const snipi_average *a = &s->layers[l].average[f];
-                deviation += snipi_variance(s, a, t);
-                size += a->mean[t] * a->mean[t] + snipi_variance(s, a, t);
-            }
-            relative[t] = snipi_ratio(deviation, size);
-        }
-        for (l = 0; l < s->n_layers; l++) {
-            const snipi_average *a = &s->layers[l].average[f];
-            snip_estimate *e = &s->layers[l].estimate[f];
-            double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST],
-                   error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
-            double keep = snipi_ratio(first_sq, first_sq + error_sq);
-            if (!s->layers[l].elements_x) continue;
-            for (g = 0; g < SNIP_GEMMS; g++) {
-                double r = g == SNIP_FWD ? 1 : snipi_repeating(s, &s->layers[l], f),
-                       weight = update_weight * (r + (1 - r) / s->desc.horizon);
-                double loss_error_sq =
-                    g == SNIP_FWD ? keep * error_sq + snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]) : 0;
-                e->cost[g] = weight * a->mean[SNIPI_UPDATE + g] +
-                             (g == SNIP_FWD ? loss_weight * (keep * a->mean[SNIPI_FIRST] + a->mean[SNIPI_SECOND]) : 0);
-                e->error[g] = sqrt(weight * weight *
-                                       snipi_error_sq(s, a, SNIPI_UPDATE + g, relative[SNIPI_UPDATE + g]) +
-                                   loss_weight * loss_weight * loss_error_sq);
-            }
-        }
-    }
-}
-
-static int snipi_has_averages(const snipi_layer *l) {
-    int t, any = 0;
-    for (t = 0; t < SNIPI_TERMS; t++) any |= l->average[0].mean[t] != 0 || l->average[1].mean[t] != 0;
-    return any;
-}
-
-// What was not called in a measurement keeps its averages and costs.
-static void snipi_average_measurement(snip *s) {
-    double rate, session_rate;
-    int l, f, g;
-    s->measurements += 1;
-    session_rate = s->measurements < 3 ? 1 / s->measurements : 1.0 / 3;
-    s->squared_weights = (1 - session_rate) * (1 - session_rate) * s->squared_weights + session_rate * session_rate;
-    for (l = 0; l < s->n_layers; l++) {
-        if (!s->layers[l].elements_x) continue;
-        rate = snipi_has_averages(&s->layers[l]) ? session_rate : 1;
-        for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            const snip_estimate *e = &s->layers[l].estimate[f];
-            snipi_average *a = &s->layers[l].average[f];
-            snipi_average_term(a, SNIPI_FIRST, e->loss_first, rate);
-            snipi_average_term(a, SNIPI_SECOND, e->loss_second, rate);
-            for (g = 0; g < SNIP_GEMMS; g++) snipi_average_term(a, SNIPI_UPDATE + g, e->update[g], rate);
-        }
-        memcpy(s->layers[l].reference, s->layers[l].level, sizeof s->layers[l].reference);
-    }
-    snipi_costs(s);
-}
-
-// ---- watching
-static int snipi_is_candidate(snip_format format) {
-    return format == snipi_candidates[0] || format == snipi_candidates[1];
-}
-
-static int snipi_under_plan(const snip *s) {
-    int l, g;
-    for (l = 0; l < s->n_layers; l++)
-        for (g = 0; g < SNIP_GEMMS; g++)
-            if (snipi_is_candidate(s->layers[l].format[g])) return 1;
-    return 0;
-}
-
-// A running mean of the losses and of their absolute deviation, both over about 32 steps; a loss counts as at most 3
-// deviations off, so that a spike hardly moves them (Huber). A normal variable's standard deviation is 1.2533 times the
-// mean absolute one; at least 0.5% of the loss is assumed.
-static int snipi_loss_spikes(snip *s) {
-    double off = s->loss - s->loss_mean, deviation = 1.2533 * s->loss_deviation, least = 0.005 * fabs(s->loss_mean),
-           rate;
-    int spike = s->desc.spike > 0 && s->losses >= 32 &&
-                (snipi_nonfinite_f64(s->loss) || off > s->desc.spike * (deviation > least ? deviation : least));
-    if (snipi_nonfinite_f64(s->loss)) return spike;
-    s->losses++;
-    rate = s->losses < 32 ? 1 / (double)s->losses : 1.0 / 32;
-    if (s->losses > 32 && fabs(off) > 3 * deviation) off = off > 0 ? 3 * deviation : -3 * deviation;
-    s->loss_mean += rate * off;
-    s->loss_deviation += rate * ((s->losses > 1 ? fabs(off) : 0) - s->loss_deviation);
-    return spike;
-}
-
-// Root mean square, over the layers' X and dY, of log2(rms now / rms at the last measurement), now being a mean of
-// about 16 steps.
-static double snipi_drift(snip *s) {
-    double sum = 0, count = 0, rate = ++s->levels < 16 ? 1 / (double)s->levels : 1.0 / 16;
-    int l, w;
-    for (l = 0; l < s->n_layers; l++)
-        for (w = 0; w < 2; w++) {
-            snipi_layer *layer = &s->layers[l];
-            double level;
-            if (!(layer->seen_sq[w] > 0) || snipi_nonfinite_f64(layer->seen_sq[w])) continue;
-            level = 0.5 * log2(layer->seen_sq[w] / layer->seen[w]);
-            layer->level[w] += rate * (level - layer->level[w]);
-            sum += (layer->level[w] - layer->reference[w]) * (layer->level[w] - layer->reference[w]);
-            count++;
-        }
-    return sqrt(snipi_ratio(sum, count));
-}
-
-// After an ordinary step: is a measurement due before its time? A frozen plan is left alone.
-static void snipi_watch(snip *s, int spikes) {
-    double drift = snipi_drift(s);
-    int under_plan = s->desc.every > 0 && snipi_under_plan(s), l, g, count = 0;
-    if (under_plan && spikes) {
-        s->due = 1;
-        for (l = 0; l < s->n_layers && s->desc.fallback != SNIP_E2M1; l++)
-            for (g = 0; g < SNIP_GEMMS; g++)
-                if (snipi_is_candidate(s->layers[l].format[g]) && s->layers[l].format[g] != s->desc.fallback) {
-                    s->layers[l].format[g] = s->desc.fallback;
-                    count++;
-                }
-        if (count) s->fallen = 1;
-        l = snprintf(s->reason, sizeof s->reason, "step %lld: the loss spikes: %.4g, mean %.4g, deviation %.2g",
-                     (long long)s->step, s->loss, s->loss_mean, 1.2533 * s->loss_deviation);
-        snprintf(s->reason + l, sizeof s->reason - (size_t)l,
-                 count ? "; %d GEMMs in %s until the next measurement" : "; measuring", count,
-                 snip_format_name(s->desc.fallback));
-    } else if (under_plan && !s->due && s->measurements > 0 && s->desc.drift > 0 && drift > s->desc.drift) {
-        s->due = 1;
-        snprintf(s->reason, sizeof s->reason,
-                 "step %lld: inputs and gradients have drifted by a factor of %.2g: measuring", (long long)s->step,
-                 exp2(drift));
-    }
-}
-
-// ---- planning
-static int snipi_by_seconds(const snip *s) { return s->desc.speedup > 0 || s->desc.seconds > 0; }
-
-SNIP_API snip_status snip_set_seconds(snip *s, int layer, snip_gemm_kind gemm, const double seconds[3]) {
-    int i;
-    if (!s || layer < 0 || layer >= s->n_layers || (int)gemm < 0 || gemm >= SNIP_GEMMS || !seconds)
-        return snipi_bad(s, "snip_set_seconds");
-    for (i = 0; i < 3; i++)
-        if (!(seconds[i] > 0) || !snipi_in_range(seconds[i], 0, 1e9)) return snipi_bad(s, "snip_set_seconds");
-    for (i = 0; i < 3; i++) s->layers[layer].seconds[i][gemm] = seconds[i];
-    return SNIP_OK;
-}
-
-SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
-    enum { TIMES = 5 };
-
-    int l, same, g, i, f;
-    if (!s || rows < 1 || rows > INT32_MAX) return snipi_bad(s, "snip_measure_gains");
-    for (l = 0; l < s->n_layers; l++)
-        if (!snipi_shape_ok(rows, snipi_max(s->layers[l].n, s->layers[l].k), snipi_max(s->layers[l].n, s->layers[l].k)))
-            return snipi_bad(s, "snip_measure_gains");
-    for (l = 0; l < s->n_layers; l++) {
-        snipi_layer *layer = &s->layers[l];
-        int64_t n = layer->n, k = layer->k, nonfinite = layer->nonfinite, saturated = layer->saturated;
-        snip_status status = SNIP_OK;
-        float *x, *w, *dy, *out;
-        for (same = 0; same < l && (s->layers[same].n != n || s->layers[same].k != k); same++) {
-        }
-        if (same < l) {
-            memcpy(layer->seconds, s->layers[same].seconds, sizeof layer->seconds);
-            continue;
-        }
-        x = (float *)snipi_alloc(s, (size_t)(rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k)) *
-                                        sizeof(float));
-        if (!x) return snipi_no_memory(s, "snip_measure_gains");
-        dy = x + rows * k;
-        w = dy + rows * n;
-        out = w + n * k;
-        snip_noise_add(x, x, rows * (n + k) + n * k, 1.0f, NULL, snipi_key(s, layer, 0, SNIPI_ROLE_NOISE_X));
-        for (g = 0; g < SNIP_GEMMS; g++)
-            for (f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
-                snip_format format = f ? snipi_candidates[f - 1] : s->desc.high;
-                double best = 0;
-                for (i = 0; i < 1 + TIMES && !status; i++) {  // the first warms up
-                    double t = snipi_ilp_clock();
-                    status = g == SNIP_FWD     ? snipi_fwd(s, layer, 0, format, out, x, w, NULL, rows)
-                             : g == SNIP_DGRAD ? snipi_dgrad(s, layer, 0, format, out, 0, dy, w, rows)
-                                               : snipi_wgrad(s, layer, 0, format, out, 0, dy, n, x, rows);
-                    t = snipi_ilp_clock() - t;
-                    if (i == 1 || (i > 1 && t < best)) best = t;
-                }
-                layer->seconds[f][g] = best > 1e-9 ? best : 1e-9;
-            }
-        snipi_free(s, x);
-        layer->nonfinite = nonfinite;
-        layer->saturated = saturated;
-        if (status) return snipi_fail_in(s, status, "snip_measure_gains", snip_status_text(status));
-    }
-    return SNIP_OK;
-}
-
-static int snipi_state_of(const snip *s, snip_format format) {
-    return format == s->desc.high || snipi_plain(format) ? 0 : format == SNIP_E4M3 ? 1 : 2;
-}
-
-SNIP_API double snip_plan_seconds(const snip *s) {
-    double sum = 0;
-    int l, g;
-    for (l = 0; s && l < s->n_layers; l++)
-        for (g = 0; g < SNIP_GEMMS; g++) sum += s->layers[l].seconds[snipi_state_of(s, s->layers[l].format[g])][g];
-    return sum;
-}
-
-// States of a GEMM: 0 in desc.high, which plans by seconds alone choose, 1 FP8, 2 FP4. A layer's option: three digits
-// to the base 3.
-enum { SNIPI_OPTIONS = 27 };
-
-static int snipi_option_state(int option, int g) { return option / (g == 0 ? 1 : g == 1 ? 3 : 9) % 3; }
-
-// FP4 and no FP8 allows `high` no more. Per layer: one state wherever it is allowed.
-static int snipi_option_allowed(const snip *s, const snipi_layer *l, int option) {
-    const int least = snipi_by_seconds(s) ? 0 : 1;
-    int g, same = SNIP_GEMMS, state;
-    for (g = 0; g < SNIP_GEMMS; g++) {
-        state = snipi_option_state(option, g);
-        if (state < least || !(l->allow[g] & (state == 2 ? SNIPI_ALLOW_FP4 : SNIPI_ALLOW_FP8))) return 0;
-    }
-    for (state = least; s->desc.per_layer && state <= 2; state++) {
-        for (same = 0, g = 0; g < SNIP_GEMMS; g++)
-            same += snipi_option_state(option, g) == (state == 2 ? (l->allow[g] & SNIPI_ALLOW_FP4 ? 2 : 1)
-                                                      : l->allow[g] & SNIPI_ALLOW_FP8 ? state
-                                                                                      : 2);
-        if (same == SNIP_GEMMS) break;
-    }
-    return same == SNIP_GEMMS;
-}
-
-static snip_format snipi_format_of(const snip *s, int state) {
-    return state ? snipi_candidates[state - 1] : s->desc.high;
-}
-
-static double snipi_harm(const snipi_layer *l, int state, int g) { return state ? l->estimate[state - 1].cost[g] : 0; }
-
-// What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin`
-// times.
-static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, int to) {
-    const int from = snipi_state_of(s, l->format[g]), planned = snipi_is_candidate(l->format[g]) || snipi_by_seconds(s);
-    double a = from ? l->estimate[from - 1].error[g] : 0, b = to ? l->estimate[to - 1].error[g] : 0;
-    return s->desc.margin > 0 && s->plans > 0 && !s->fallen && planned && from != to
-               ? s->desc.margin * sqrt(a * a + b * b)
-               : 0;
-}
-
-static void snipi_explain(snip *s, int changed, double before, double after, double margin) {
-    char text[128];
-    if (s->fallen)
-        snprintf(text, sizeof text, "a new plan after the fall back: predicted harm %.4g", after);
-    else if (s->plans == 0)
-        snprintf(text, sizeof text, "the first plan: predicted harm %.4g", after);
-    else if (!changed)
-        snprintf(text, sizeof text, "the plan stays: no change saves more than %g standard errors",
-                 s->desc.margin > 0 ? s->desc.margin : 0);
-    else if (before > after + margin)
-        snprintf(text, sizeof text, "%d GEMMs change: predicted harm %.4g -> %.4g, margin %.2g", changed, before, after,
-                 margin);
-    else
-        snprintf(text, sizeof text,
-                 "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", changed, before,
-                 after);
-    snprintf(s->reason, sizeof s->reason, "step %lld: %s", (long long)s->step, text);
-}
-
-// A layer that no measurement has met yet, as it was not called: it stays as it is, and out of the targets.
-static int snipi_measured_once(const snipi_layer *l) { return l->elements_x > 0 || snipi_has_averages(l); }
-
-static double snipi_slowest(const snipi_layer *l, int g) {
-    double slowest = 0;
-    int f;
-    for (f = 0; f < 1 + SNIPI_CANDIDATES; f++) slowest = l->seconds[f][g] > slowest ? l->seconds[f][g] : slowest;
-    return slowest;
-}
-
-// Gains are counts of in * out features in FP4, whole numbers, so that targets are met exactly; or seconds saved
-// against the slowest state.
-static snip_status snipi_solve(snip *s) {
-    int n = s->n_layers, l, g, o, changed = 0;
-    double before = 0, after = 0, margin = 0;
-    size_t options_size = (size_t)n * SNIPI_OPTIONS * sizeof(snip_ilp_option),
-           groups_size = (size_t)n * sizeof(snip_ilp_group);
-    size_t stages_size = (size_t)s->desc.n_stages * sizeof(double),
-           size = options_size + groups_size + stages_size + (size_t)n * sizeof(int) * (1 + SNIPI_OPTIONS);
-    char *memory = (char *)snipi_alloc(s, size);
-    snip_ilp_option *options = (snip_ilp_option *)(void *)memory;
-    snip_ilp_group *groups;
-    double *target;
-    int *choice, *ids;
-    snip_ilp_problem problem;
-    snip_ilp_result result;
-    snip_ilp_status solved;
-    if (!memory) return snipi_no_memory(s, "a plan");
-    target = (double *)(void *)(memory + options_size);
-    groups = (snip_ilp_group *)(void *)(target + s->desc.n_stages);
-    choice = (int *)(void *)(groups + n);
-    ids = choice + n;
-    for (l = 0; l < n; l++) {
-        snipi_layer *layer = &s->layers[l];
-        snip_ilp_option *list = options + SNIPI_OPTIONS * l;
-        double least = 0;
-        int count = 0, i;
-        groups[l].options = list;
-        groups[l].n_options = 1;  // no gain at no cost
-        groups[l].stage = layer->stage;
-        if (!snipi_measured_once(layer)) continue;
-        for (o = 0; o < SNIPI_OPTIONS; o++) {
-            snip_ilp_option option = { 0, 0 };
-            if (!snipi_option_allowed(s, layer, o)) continue;
-            for (g = 0; g < SNIP_GEMMS; g++) {
-                const int state = snipi_option_state(o, g);
-                option.cost += snipi_harm(layer, state, g) + snipi_switch_cost(s, layer, g, state);
-                if (snipi_by_seconds(s))
-                    option.gain += snipi_slowest(layer, g) - layer->seconds[state][g];
-                else
-                    option.gain += state == 2 ? (double)layer->n * (double)layer->k : 0;
-            }
-            ids[SNIPI_OPTIONS * l + count] = o;
-            list[count++] = option;
-        }
-        for (i = 0; i < count; i++) least = i == 0 || list[i].cost < least ? list[i].cost : least;
-        for (i = 0; i < count; i++)
-            list[i].cost -= least;  // a constant per layer changes no choice; costs may not be negative
-        groups[l].n_options = count;
-        if (!snipi_by_seconds(s)) target[layer->stage] += s->desc.budget * 3 * (double)layer->n * (double)layer->k;
-        for (g = 0; g < SNIP_GEMMS && snipi_by_seconds(s); g++) {
-            target[layer->stage] += snipi_slowest(layer, g);
-            if (s->desc.speedup > 0) target[layer->stage] -= layer->seconds[0][g] / s->desc.speedup;
-            if (!(layer->seconds[0][g] > 0)) {
-                snipi_free(s, memory);
-                return snipi_fail(s, SNIP_BAD_ARGUMENT,
-                                  "a plan by seconds needs snip_measure_gains or snip_set_seconds first");
-            }
-        }
-    }
-    for (l = 0; l < s->desc.n_stages; l++) {
-        if (snipi_by_seconds(s) && !(s->desc.speedup > 0)) target[l] -= s->desc.seconds;
-        if (target[l] < 0) target[l] = 0;
-    }
-    memset(&problem, 0, sizeof problem);
-    problem.n_groups = n;
-    problem.groups = groups;
-    problem.n_stages = s->desc.n_stages;
-    problem.stage_target = target;
-    solved = snip_ilp_solve(&problem, NULL, choice, &result);
-    if (solved == SNIP_ILP_OPTIMAL || solved == SNIP_ILP_FEASIBLE) {
-        for (l = 0; l < n; l++)
-            for (g = 0; g < SNIP_GEMMS && snipi_measured_once(&s->layers[l]); g++) {
-                snipi_layer *layer = &s->layers[l];
-                const int state = snipi_option_state(ids[SNIPI_OPTIONS * l + choice[l]], g);
-                const snip_format format = snipi_format_of(s, state);
-                before += snipi_harm(layer, snipi_state_of(s, layer->format[g]), g);
-                after += snipi_harm(layer, state, g);
-                margin += snipi_switch_cost(s, layer, g, state);
-                changed += layer->format[g] != format;
-                layer->format[g] = format;
-            }
-        snipi_explain(s, changed, before, after, margin);
-        s->fallen = 0;
-        s->plans++;
-        s->solve_seconds = result.seconds;
-        snipi_free(s, memory);
-        return SNIP_OK;
-    }
-    if (solved == SNIP_ILP_INFEASIBLE) {
-        double lacking = 0;
-        int stage = snip_ilp_shortfall(&problem, &lacking);
-        snipi_fail(s, SNIP_INFEASIBLE, snip_status_text(SNIP_INFEASIBLE));
-        if (snipi_by_seconds(s))
-            snprintf(s->message, sizeof s->message, "stage %d cannot be as fast as asked: %.3g seconds are lacking",
-                     stage, lacking);
-        else if (stage >= 0 && stage < s->desc.n_stages)
-            snprintf(s->message, sizeof s->message,
-                     "stage %d can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%", stage,
-                     100 * s->desc.budget * (1 - lacking / target[stage]),
-                     100 * s->desc.budget * lacking / target[stage], 100 * s->desc.budget);
-    }
-    snipi_free(s, memory);
-    return solved == SNIP_ILP_INFEASIBLE      ? SNIP_INFEASIBLE
-           : solved == SNIP_ILP_OUT_OF_MEMORY ? snipi_no_memory(s, "a plan")
-                                              : snipi_fail(s, SNIP_NONFINITE, "a measured cost is not finite");
-}
-
-// Costs from the measurement that the layers hold, and a plan from the costs.
-static snip_status snipi_decide(snip *s, double update_sq, double grad_scale) {
-    char message[200];
-    int l, f;
-    if (snipi_nonfinite_f64(s->loss))
-        return snipi_fail(s, SNIP_NONFINITE, "the loss of a measuring step is not finite: measurement discarded");
-    if (s->desc.loss_weight > 0 && s->loss == 0)
-        return snipi_fail(s, SNIP_BAD_ARGUMENT,
-                          "the loss of a measuring step is 0, and harm is relative to it: measurement discarded");
-    for (l = 0; l < s->n_layers; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        for (f = 0; f < SNIPI_CANDIDATES; f++) {
-            snip_estimate e = snipi_estimate_of(s, layer, f, update_sq, grad_scale);
-            if (snipi_estimate_finite(&e)) continue;
-            snprintf(message, sizeof message, "layer %.100s: its measurement is not finite and was discarded",
-                     layer->name);
-            return snipi_fail(s, SNIP_NONFINITE, message);
-        }
-    }
-    for (l = 0; l < s->n_layers; l++)
-        for (f = 0; f < SNIPI_CANDIDATES && s->layers[l].elements_x; f++)
-            s->layers[l].estimate[f] = snipi_estimate_of(s, &s->layers[l], f, update_sq, grad_scale);
-    snipi_average_measurement(s);
-    s->due = 0;
-    return snipi_solve(s);
+    sum.of = &q;
+    sum.n = q.n;
+    return snipi_sum_up(&sum, snipi_update_sq_chunk);
 }
 
 static int snipi_adamw_ok(const snip_adamw *o) {
@@ -4860,187 +4964,1340 @@ static int snipi_adamw_ok(const snip_adamw *o) {
            !snipi_nonfinite_f64(o->lr);
 }
 
-// *adamw becomes NULL where its constants are out of range.
-static void snipi_end_step_check(snip *s, const snip_adamw **adamw) {
-    if (*adamw && !snipi_adamw_ok(*adamw)) {
-        *adamw = NULL;
-        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step", "the optimizer's constants are out of range");
-    } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
-        snipi_hold(s, SNIP_BAD_ARGUMENT, "snip_end_step",
-                   "snip_next_pass has not been told the loss of the measuring step's last pass");
-    if (s->held[0]) snipi_fail(s, s->pending, s->held);  // of the error that snip_end_step returns
+SNIP_API double snip_update_sq(const snip *s, const snip_adamw *o) {
+    double total = 0;
+    if (!s || !o || !snipi_adamw_ok(o)) return 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
+        if (!l->measurement || l->frozen || !snipi_bound(s, l)) continue;
+        const double u_sq = snipi_layer_update_sq(s, l, o), weight_sq = l->measurement->sums.weight_sq;
+        if (weight_sq > 0) total += u_sq / weight_sq;
+    }
+    return total;
 }
 
-static int snipi_in_probe(snip *s) {
-    if (s->pass == SNIP_PASS_ORDINARY || s->pass == SNIP_PASS_CLEAN) return 0;
-    snipi_fail(s, SNIP_BAD_ARGUMENT,
-               "snip_end_step in a probe pass: run the batch again while snip_next_pass returns 1");
-    return 1;
-}
+// ---- rounding errors
 
-SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
-    snip_status status;
-    int l, i, spikes;
-    if (!s) return SNIP_BAD_ARGUMENT;
-    if (snipi_in_probe(s)) return SNIP_BAD_ARGUMENT;
-    snipi_end_step_check(s, &adamw);
-    status = s->pending;
-    if (adamw) s->adamw = *adamw;
-    s->step++;
-    spikes = s->told && snipi_loss_spikes(s);
-    if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
-    if (s->pass == SNIP_PASS_CLEAN) {
-        s->measured = s->step;
-        if (!adamw)
-            s->due = 1;
-        else if (s->n_layers && !status) {
-            for (l = 0; l < s->n_layers; l++)
-                for (i = 0; i < SNIPI_SKETCHES; i++)
-                    s->layers[l].sketched_sq[i] = snipi_sum_sq(s->layers[l].sketch + i * SNIPI_SKETCH, SNIPI_SKETCH);
-            status = snipi_decide(s, snipi_probes_updates(s) ? snipi_update_sq(s, adamw) : 0,
-                                  adamw->grad_scale > 0 ? adamw->grad_scale : 1);
+// <dX, X> of the pass's block i of 32 rows goes to bucket i % 64, with a factor; dX is added to add_to as well, which
+// may be NULL.
+typedef struct {
+    const float *x, *dx;
+    int64_t rows, k, before;
+    float *add_to;
+    double factor, *buckets;
+} snipi_scaling;
+
+static void snipi_scaling_bucket(void *arg, int64_t bucket) {
+    enum { SNIPI_LANES_16 = 16 };
+
+    const snipi_scaling *q = (const snipi_scaling *)arg;
+    const int64_t first = q->before / SNIPI_BLOCK_ROWS, end = q->before + q->rows, k = q->k;
+    int64_t block = first + (bucket + SNIPI_BLOCKS - first % SNIPI_BLOCKS) % SNIPI_BLOCKS;
+    for (; block * SNIPI_BLOCK_ROWS < end; block += SNIPI_BLOCKS) {
+        const int64_t last = snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end);
+        for (int64_t r = snipi_max(block * SNIPI_BLOCK_ROWS, q->before); r < last; r++) {
+            const float *x = q->x + (r - q->before) * k, *d = q->dx + (r - q->before) * k;
+            float *to = q->add_to ? q->add_to + (r - q->before) * k : NULL, lanes[SNIPI_LANES_16] = { 0 };
+            int64_t i = 0;
+            for (; i + SNIPI_LANES_16 <= k; i += SNIPI_LANES_16)
+                for (int j = 0; j < SNIPI_LANES_16; j++) lanes[j] += d[i + j] * x[i + j];
+            for (int j = 0; i < k; i++, j++) lanes[j] += d[i] * x[i];
+            for (int j = 0; j < SNIPI_LANES_16; j++) q->buckets[bucket] += q->factor * (double)lanes[j];
+            for (i = 0; to && i < k; i++) to[i] += d[i];
         }
     }
-    snipi_begin_step(s);
-    return status;
 }
 
-SNIP_API snip_pass snip_current_pass(const snip *s) { return s ? s->pass : SNIP_PASS_ORDINARY; }
-
-SNIP_API int64_t snip_step(const snip *s) { return s ? s->step : 0; }
-
-SNIP_API int snip_plans(const snip *s) { return s ? s->plans : 0; }
-
-SNIP_API double snip_solve_seconds(const snip *s) { return s ? s->solve_seconds : 0; }
-
-SNIP_API int snip_layers(const snip *s) { return s ? s->n_layers : 0; }
-
-SNIP_API const char *snip_message(const snip *s) { return s ? s->message : ""; }
-
-SNIP_API const char *snip_reason(const snip *s) { return s ? s->reason : ""; }
-
-SNIP_API snip_status snip_layer(const snip *s, int layer, snip_layer_info *info) {
-    const snipi_layer *l = snipi_layer_at(s, layer);
-    if (!l || !info) return snipi_bad(s, "snip_layer");
-    info->name = l->name;
-    info->out_features = l->n;
-    info->in_features = l->k;
-    info->stage = l->stage;
-    memcpy(info->format, l->format, sizeof info->format);
-    info->fp8 = l->estimate[0];
-    info->fp4 = l->estimate[1];
-    info->nonfinite = l->nonfinite;
-    info->saturated = l->saturated;
-    memcpy(info->seconds, l->seconds, sizeof info->seconds);
-    info->measurements = s->measurements > 0 ? 1 / s->squared_weights : 0;
+static snip_status snipi_host_scaling(const snipi_call *call, const float *x, const float *dx, double factor,
+                                      float *add_to) {
+    snipi_scaling q;
+    q.x = x;
+    q.dx = dx;
+    q.rows = call->rows;
+    q.k = call->l->k;
+    q.before = call->before;
+    q.add_to = add_to;
+    q.factor = factor;
+    q.buckets = call->sums->scaling;
+    snipi_share(snipi_scaling_bucket, &q, SNIPI_BLOCKS, q.rows * q.k);
     return SNIP_OK;
 }
 
-SNIP_API double snip_share(const snip *s, snip_format format) {
-    double in_format = 0, all = 0;
-    int l, g;
-    for (l = 0; l < snip_layers(s); l++)
-        for (g = 0; g < SNIP_GEMMS; g++) {
-            double flops = (double)s->layers[l].n * (double)s->layers[l].k;
-            all += flops;
-            if (s->layers[l].format[g] == format) in_format += flops;
+// Sums over rows of X's rounding errors beside dX.
+enum { SNIPI_DOT, SNIPI_DX_SQ, SNIPI_ALONG, SNIPI_BOTH, SNIPI_SCALE, SNIPI_ROW_SUMS };
+
+typedef struct {
+    const float *x, *rounded, *dx;
+    int64_t rows, k;
+    double sum[SNIPI_CHUNKS][SNIPI_ROW_SUMS];
+} snipi_input_errors;
+
+static void snipi_input_errors_chunk(void *arg, int64_t c) {
+    enum { SNIPI_LANES_16 = 16 };
+
+    snipi_input_errors *q = (snipi_input_errors *)arg;
+    const int64_t k = q->k, end = q->rows * (c + 1) / SNIPI_CHUNKS;
+    double sum[SNIPI_ROW_SUMS] = { 0 };
+    for (int64_t r = q->rows * c / SNIPI_CHUNKS; r < end; r++) {
+        const float *a = q->x + r * k, *b = q->rounded + r * k, *d = q->dx + r * k;
+        float lanes[3][SNIPI_LANES_16] = { { 0 } };
+        double row[3] = { 0, 0, 0 };  // <d, e>, |d|^2, <d, x>
+        int64_t i = 0;
+        for (; i + SNIPI_LANES_16 <= k; i += SNIPI_LANES_16)
+            for (int j = 0; j < SNIPI_LANES_16; j++) {
+                lanes[0][j] += d[i + j] * (b[i + j] - a[i + j]);
+                lanes[1][j] += d[i + j] * d[i + j];
+                lanes[2][j] += d[i + j] * a[i + j];
+            }
+        for (int j = 0; i < k; i++, j++) {
+            lanes[0][j] += d[i] * (b[i] - a[i]);
+            lanes[1][j] += d[i] * d[i];
+            lanes[2][j] += d[i] * a[i];
         }
-    return all > 0 ? in_format / all : 0;
+        for (int t = 0; t < 3; t++)
+            for (int j = 0; j < SNIPI_LANES_16; j++) row[t] += (double)lanes[t][j];
+        sum[SNIPI_DOT] += row[0];
+        sum[SNIPI_DX_SQ] += row[1];
+        sum[SNIPI_ALONG] += row[0] * row[0];
+        sum[SNIPI_BOTH] += row[0] * row[2];
+        sum[SNIPI_SCALE] += row[2] * row[2];
+    }
+    memcpy(q->sum[c], sum, sizeof sum);
 }
 
-// ---- plan and state files
-// Names are "block.part.kind": a table of blocks x kinds, the first 32 kinds. What has no place of its own there gets a
-// line below it.
-static const char *snipi_kind_of(const char *name) {
-    const char *dot = strrchr(name, '.');
-    return dot ? dot + 1 : name;
+static snip_status snipi_host_input_errors(const snipi_call *call, int f, const float *x, const float *dx) {
+    const snip_recipe recipe = snipi_recipe_of(call->s, snipi_candidates[f], SNIPI_ACTIVATION);
+    const int64_t rows = call->rows, k = call->l->k;
+    snipi_candidate_sums *to = &call->sums->candidate[f];
+    float *rounded = snipi_host_scratch(call, SNIPI_SLOT_X, rows * k);
+    snipi_input_errors q;
+    snip_quant_stats stats;
+    if (!rounded) return SNIP_OUT_OF_MEMORY;
+    snip_fake_quantize(&recipe, x, rows, k, k, rounded, k, snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_X), x,
+                       &stats);
+    q.x = x;
+    q.rounded = rounded;
+    q.dx = dx;
+    q.rows = rows;
+    q.k = k;
+    snipi_share(snipi_input_errors_chunk, &q, SNIPI_CHUNKS, rows * k);
+    for (int c = 0; c < SNIPI_CHUNKS; c++) {
+        to->dot_x += q.sum[c][SNIPI_DOT];
+        to->dx_sq += q.sum[c][SNIPI_DX_SQ];
+        to->along_x += q.sum[c][SNIPI_ALONG];
+        to->both_x += q.sum[c][SNIPI_BOTH];
+        to->scale_x += q.sum[c][SNIPI_SCALE];
+    }
+    to->self_x += stats.dot;
+    to->err_x += stats.err_sq;
+    if (f == 0) call->sums->input_sq += stats.sum_sq;
+    return SNIP_OK;
 }
+
+static snip_status snipi_host_gradient_errors(const snipi_call *call, int f, const float *dy) {
+    const snip_recipe recipe = snipi_recipe_of(call->s, snipi_candidates[f], SNIPI_GRADIENT);
+    const int64_t n = call->l->n;
+    snip_quant_stats stats;
+    snip_fake_quantize(&recipe, dy, call->rows, n, n, NULL, 0, snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_DY),
+                       NULL, &stats);
+    call->sums->candidate[f].err_dy += stats.err_sq;
+    if (f == 0) call->sums->gradient_sq += stats.sum_sq;
+    return SNIP_OK;
+}
+
+// first: W is met for the first time in this pass. A layer that the loss probe did not call has no |W|^2 yet.
+static snip_status snipi_host_weight_errors(const snipi_call *call, int f, const float *w, const float *dw, int first) {
+    const snip_recipe recipe = snipi_recipe_of(call->s, snipi_candidates[f], SNIPI_WEIGHT);
+    const snipi_layer *l = call->l;
+    const snip_rng_key key = snipi_key(call->s, l, 0, SNIPI_ROLE_W);
+    snipi_candidate_sums *to = &call->sums->candidate[f];
+    snip_quant_stats stats;
+    snip_fake_quantize(&recipe, w, l->n, l->k, l->k, NULL, 0, key, dw, &stats);
+    to->dot_w += stats.dot;
+    if (!first) return SNIP_OK;
+    to->err_w = stats.err_sq;
+    if (!(call->sums->weight_sq > 0)) call->sums->weight_sq = stats.sum_sq;
+    if (!snipi_probes_updates(call->s)) return SNIP_OK;
+    snip_fake_quantize(&recipe, w, l->n, l->k, l->k, NULL, 0, key, w, &stats);
+    to->self_w = stats.dot;
+    return SNIP_OK;
+}
+
+// ---- wgrad's error, on output features at equal distances
+
+static int64_t snipi_samples(const snip *s, const snipi_layer *l) {
+    return snipi_min(l->n, snipi_max(SNIPI_LEAST_SAMPLE, (int64_t)ceil((double)l->n * s->desc.sample)));
+}
+
+// Feature i * n / samples of each row, without a division an element.
+static void snipi_pick_features(const float *dy, int64_t rows, int64_t n, int64_t samples, float *picked) {
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = dy + r * n;
+        int64_t rest = 0;
+        for (int64_t i = 0; i < samples; i++) {
+            picked[r * samples + i] = *from;
+            from += n / samples;
+            rest += n % samples;
+            if (rest >= samples) {
+                rest -= samples;
+                from++;
+            }
+        }
+    }
+}
+
+// |D * (result - exact)|^2 of sampled feature i; result is overwritten.
+static double snipi_feature_error(const snipi_sensitivity *d, float *result, const float *exact, int64_t at,
+                                  int64_t k) {
+    float slope[SNIPI_SLOPES];
+    for (int64_t j = 0; j < k; j++) {
+        if (j % SNIPI_SLOPES == 0) snipi_sensitivity_run(d, at + j, snipi_min(SNIPI_SLOPES, k - j), slope);
+        result[j] = (result[j] - exact[at + j]) * slope[j % SNIPI_SLOPES];
+    }
+    return snipi_run_sq(result, k);
+}
+
+// Scaled up to all features.
+static snip_status snipi_host_wgrad_errors(const snipi_call *call, const float *dy, const float *x, const float *dw) {
+    snip *s = call->s;
+    snipi_layer *l = call->l;
+    const int64_t samples = snipi_samples(s, l), nonfinite = l->nonfinite, saturated = l->saturated;
+    const int custom = s->desc.optimizer == SNIP_CUSTOM;
+    float *picked = snipi_host_scratch(call, SNIPI_SLOT_SAMPLE, call->rows * samples);
+    float *result = snipi_host_scratch(call, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
+    float *slopes = custom ? snipi_host_scratch(call, SNIPI_SLOT_W, l->n * l->k) : NULL;
+    if (!picked || !result || (custom && !slopes)) return SNIP_OUT_OF_MEMORY;
+    const snipi_sensitivity d = snipi_sensitivity_of(s, l, slopes);
+    if (custom) snipi_sensitivities(s, l, slopes);
+    snipi_pick_features(dy, call->rows, l->n, samples, picked);
+    snip_status status = SNIP_OK;
+    for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
+        double sum = 0;
+        status = snipi_host_wgrad(call, snipi_candidates[f], result, 0, picked, samples, x);
+        for (int64_t i = 0; i < samples && !status; i++)
+            sum += snipi_feature_error(&d, result + i * l->k, dw, i * l->n / samples * l->k, l->k);
+        call->sums->candidate[f].wgrad_err += sum * ((double)l->n / (double)samples);
+    }
+    l->nonfinite = nonfinite;  // counted by the layer's own GEMMs
+    l->saturated = saturated;
+    return status;
+}
+
+static const snipi_operations *snipi_host(void) {
+    static const snipi_operations host = {
+        snipi_host_fwd,           snipi_host_dgrad,           snipi_host_wgrad,         snipi_host_gradients,
+        snipi_host_bias_gradient, snipi_host_count_nonfinite, snipi_host_content,       snipi_host_observe,
+        snipi_host_record,        snipi_host_scratch,         snipi_host_size_noise,    snipi_host_noisy_input,
+        snipi_host_noisy_weight,  snipi_host_noise_dot,       snipi_host_mix_rows,      snipi_host_mix_columns,
+        snipi_host_sketch_add,    snipi_host_sketch_sum,      snipi_host_product,       snipi_host_scaling,
+        snipi_host_input_errors,  snipi_host_gradient_errors, snipi_host_weight_errors, snipi_host_wgrad_errors,
+        snipi_host_sensitivity,   snipi_host_step_size,
+    };
+    return &host;
+}
+
+// The record is complete once the optimizer has run.
+static void snipi_host_finish(snip *s, const snip_adamw *adamw) {
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        if (!l->measurement) continue;
+        snipi_sums *sums = &l->measurement->sums;
+        const int updated = snipi_probes_updates(s) && !l->frozen && snipi_bound(s, l);
+        sums->update_sq = updated ? snipi_layer_update_sq(s, l, adamw) : 0;
+        for (int t = 0; t < SNIPI_SKETCHES && l->rows_of[SNIP_PASS_CLEAN]; t++)
+            sums->sketched_sq[t] = snipi_sum_sq(l->measurement->sketch[t], SNIPI_SKETCH);
+    }
+}
+
+// >>costs ------------------------------------------------------------------------------------------
+// A function of the sums. With h_A = <xi, dA(noisy) - dA(clean)> / sigma_A, the loss changes if a layer's forward GEMM
+// runs in format f by
+//
+//   first  = <dX, e_X> + <dW, e_W>
+//   second = (a h_X |e_X|^2 / n_X + h_W |e_W|^2 / n_W) / 2
+//
+// and the relative squared error of the next update of all layers, U^2 = sum_j |u_j|^2 / |W_j|^2, is
+//
+//   fwd    (a |r_X|^2 / n_X * |dY' W|^2 + |r_W|^2 / n_W * |dY'^T X|^2 + (c_X + c_W)^2 <dY', Y>^2) / U^2
+//   dgrad  (|e_dY|^2 / n_Y * |X' W^T|^2 + |e_W|^2 / n_W * |dY^T X'|^2) / U^2
+//   wgrad  |D * (dW's error)|^2 / |W|^2 / U^2
+//
+//   a      n_X sum over rows <dX_r, e_r>^2 / (|dX|^2 |e_X|^2): 1 where e_X is white inside a row. |e_X|^2 cancels.
+//   c_A    -<A, e_A> / |A|^2, the part of the error that shrinks A; r_A = e_A + c_A A is the rest.
+//   <dY', Y> = <dY' W, X> is the change of <dX, X> from pass to pass, in blocks of 32 rows whose squares are added.
+// dY'^T X and dY^T X' are uncorrelated and share the square of their sum as |dY'|^2 |X|^2 : |X'|^2 |dY|^2.
+// The learning rate cancels, so D and u are taken at rate 1. Both errors are scaled by the gradients' grad_scale.
+//
+// A layer whose rows changed between the passes (a mixture's expert, whose tokens noise has moved) has no differences
+// between passes. Its answer to a GEMM's relative error, per row, is the median answer of the layers whose rows stayed.
+//
+//   cost[fwd]   = loss_weight * (shrunk first + second) / L + update_weight * update
+//   cost[other] = update_weight * update * (r + (1 - r) / horizon)
+//
+// The forward's errors repeat with the slowly moving weights. The backward GEMMs' are noise, which averages out over
+// steps, but for the share r of dY's squared error that lies along dY: 0 where rounding is stochastic, |e|^2 / |dY|^2
+// to nearest, where a code is about the mean of what it stands for.
+
+// What the estimates of all layers have in common.
+typedef struct {
+    double update_sq;  // U^2
+    double probe;      // (grad_scale / tau)^2 / U^2
+    double grad_scale;
+} snipi_units;
+
+static snipi_units snipi_units_of(const snip *s, double grad_scale) {
+    snipi_units u;
+    u.update_sq = 0;
+    u.grad_scale = grad_scale;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
+        if (l->measurement && l->measurement->sums.weight_sq > 0)
+            u.update_sq += l->measurement->sums.update_sq / l->measurement->sums.weight_sq;
+    }
+    u.probe = s->tau > 0 && u.update_sq > 0 ? grad_scale * grad_scale / (s->tau * s->tau * u.update_sq) : 0;
+    return u;
+}
+
+static snip_estimate snipi_estimate_of(const snipi_sums *m, int f, double n_w, const snipi_units *u) {
+    const snipi_candidate_sums *q = &m->candidate[f];
+    const double h_x = snipi_ratio(m->noisy_x - m->clean_x, m->sigma_x);
+    const double h_w = snipi_ratio(m->noisy_w - m->clean_w, m->sigma_w);
+
+    // The square of dW's change, shared between forward and dgrad.
+    const double fwd_sq = m->sketched_sq[SNIPI_SKETCH_DY] * m->input_sq;
+    const double dgrad_sq = m->sketched_sq[SNIPI_SKETCH_X] * m->gradient_sq;
+    const double dw_sq = m->sketched_sq[SNIPI_SKETCH_DW], by_fwd = dw_sq * snipi_ratio(fwd_sq, fwd_sq + dgrad_sq);
+
+    // What shrinks X and W, and the rest of their errors.
+    const double mean_w = q->err_w / n_w;
+    const double shrink_x = -snipi_ratio(q->self_x, m->input_sq), shrink_w = -snipi_ratio(q->self_w, m->weight_sq);
+    const double rest_x = q->along_x + shrink_x * (2 * q->both_x + shrink_x * q->scale_x);
+    const double rest_w = mean_w - shrink_w * shrink_w * m->weight_sq / n_w;
+    double scaling_sq = 0;
+    for (int i = 0; i < SNIPI_BLOCKS; i++) scaling_sq += m->scaling[i] * m->scaling[i];
+
+    snip_estimate e;
+    memset(&e, 0, sizeof e);
+    e.loss_first = q->dot_x + q->dot_w;
+    e.loss_second = 0.5 * (h_x * snipi_ratio(q->along_x, q->dx_sq) + h_w * mean_w);
+    e.update[SNIP_FWD] = (snipi_ratio(rest_x, q->dx_sq) * m->sketched_sq[SNIPI_SKETCH_DYW] + rest_w * by_fwd +
+                          (shrink_x + shrink_w) * (shrink_x + shrink_w) * scaling_sq) *
+                         u->probe;
+    e.update[SNIP_DGRAD] = (snipi_ratio(q->err_dy, m->elements_y) * m->sketched_sq[SNIPI_SKETCH_XW] +
+                            mean_w * (dw_sq - by_fwd)) *
+                           u->probe;
+    e.update[SNIP_WGRAD] = snipi_ratio(q->wgrad_err, m->weight_sq) *
+                           snipi_ratio(u->grad_scale * u->grad_scale, u->update_sq);
+    return e;
+}
+
+static int snipi_estimate_finite(const snip_estimate *e) {
+    return !snipi_nonfinite_f64(e->loss_first + e->loss_second + e->update[SNIP_FWD] + e->update[SNIP_DGRAD] +
+                                e->update[SNIP_WGRAD]);
+}
+
+// ---- layers whose rows moved
+
+// A probe that changes more of X than this share of |X|^2 has met other rows, though as many: a step of 1% in the
+// weights changes 0.01% to 1% of it.
+static const double SNIPI_OTHER_ROWS = 0.25;
+
+// Called in the clean pass of the measurement.
+static int snipi_met(const snipi_layer *l) { return l->rows_of[SNIP_PASS_CLEAN] > 0; }
+
+static int snipi_moved_in(const snip *s, const snipi_layer *l, snip_pass probe) {
+    const snipi_sums *m = &l->measurement->sums;
+    if (probe == SNIP_PASS_UPDATE_PROBE && !snipi_probes_updates(s)) return 0;
+    if (l->rows_of[probe] != l->rows_of[SNIP_PASS_CLEAN]) return 1;
+    return probe == SNIP_PASS_UPDATE_PROBE && m->sketched_sq[SNIPI_SKETCH_X] > SNIPI_OTHER_ROWS * m->input_sq;
+}
+
+static int snipi_moved(const snip *s, const snipi_layer *l) {
+    return snipi_moved_in(s, l, SNIP_PASS_LOSS_PROBE) || snipi_moved_in(s, l, SNIP_PASS_UPDATE_PROBE);
+}
+
+// What needs a difference between passes: the curvature part of the loss change, and updates by forward and dgrad.
+enum { SNIPI_ANSWER_LOSS, SNIPI_ANSWER_FWD, SNIPI_ANSWER_DGRAD, SNIPI_ANSWERS };
+
+static double *snipi_answer_of(snip_estimate *e, int which) {
+    if (which == SNIPI_ANSWER_LOSS) return &e->loss_second;
+    return &e->update[which == SNIPI_ANSWER_FWD ? SNIP_FWD : SNIP_DGRAD];
+}
+
+// Relative squared error of the GEMM's output, by its operands' errors, times the rows that have it.
+static double snipi_answer_unit(const snipi_layer *l, int f, int which) {
+    const snipi_sums *m = &l->measurement->sums;
+    const snipi_candidate_sums *q = &m->candidate[f];
+    const int dgrad = which == SNIPI_ANSWER_DGRAD;
+    const double first = dgrad ? snipi_ratio(q->err_dy, m->gradient_sq) : snipi_ratio(q->err_x, m->input_sq);
+    return (first + snipi_ratio(q->err_w, m->weight_sq)) * (double)l->rows_of[SNIP_PASS_CLEAN];
+}
+
+static int snipi_ascending(const void *a, const void *b) {
+    const double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// The median answer of the layers whose rows stayed and that have one; values has room for one a layer.
+static double snipi_median_answer(const snip *s, int f, int which, double *values) {
+    int count = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        if (!snipi_met(l) || snipi_moved(s, l)) continue;
+        const double unit = snipi_answer_unit(l, f, which), answer = *snipi_answer_of(&l->kept.estimate[f], which);
+        if (unit > 0 && answer > 0) values[count++] = answer / unit;
+    }
+    if (count == 0) return 0;
+    qsort(values, (size_t)count, sizeof *values, snipi_ascending);
+    return values[count / 2];
+}
+
+static void snipi_estimate_moved(const snip *s, snipi_layer *l, int f, const double answer[SNIPI_ANSWERS]) {
+    for (int which = 0; which < SNIPI_ANSWERS; which++) {
+        const snip_pass probe = which == SNIPI_ANSWER_LOSS ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_UPDATE_PROBE;
+        if (snipi_moved_in(s, l, probe))
+            *snipi_answer_of(&l->kept.estimate[f], which) = answer[which] * snipi_answer_unit(l, f, which);
+    }
+}
+
+// Where no layer has an answer to an error of dgrad, that to one of forward stands for it.
+static snip_status snipi_estimate_all_moved(snip *s) {
+    int moved = 0;
+    for (int i = 0; i < s->n_layers; i++) moved += snipi_met(&s->layers[i]) && snipi_moved(s, &s->layers[i]);
+    if (!moved) return SNIP_OK;
+    double *values = (double *)snipi_alloc(s, (size_t)s->n_layers * sizeof *values);
+    if (!values) return snipi_no_memory(s, "a measurement");
+    for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+        double answer[SNIPI_ANSWERS];
+        for (int which = 0; which < SNIPI_ANSWERS; which++) answer[which] = snipi_median_answer(s, f, which, values);
+        if (!(answer[SNIPI_ANSWER_DGRAD] > 0)) answer[SNIPI_ANSWER_DGRAD] = answer[SNIPI_ANSWER_FWD];
+        for (int i = 0; i < s->n_layers; i++)
+            if (snipi_met(&s->layers[i]) && snipi_moved(s, &s->layers[i]))
+                snipi_estimate_moved(s, &s->layers[i], f, answer);
+    }
+    snipi_free(s, values);
+    return SNIP_OK;
+}
+
+// ---- averages over measurements
+
+enum {
+    SNIPI_AVERAGED = 3  // a measurement weighs 1 / 3 from the third on: the mean rests on 5 at most
+};
+
+// Degrees of freedom that the variance expected of a term's size counts as.
+static const double SNIPI_FREEDOM = 4;
+
+// Mean and variance over measurements x, by exponential weights (Finch, Incremental calculation of weighted mean and
+// variance, 2009):
+//   r = max(1 / n, 1 / 3),  d = x - mean,  mean += r d,  S = (1 - r) (S + r d^2),  q = (1 - r)^2 q + r^2
+// q is the sum of the squared weights. One measurement deviates by var = S / (1 - q) on average, the mean by
+// sqrt(q var); it rests on 1 / q measurements.
+static void snipi_average_term(snipi_average *a, int term, double x, double rate) {
+    const double d = x - a->mean[term];
+    a->mean[term] += rate * d;
+    a->variance[term] = (1 - rate) * (a->variance[term] + rate * d * d);
+}
+
+static double snipi_variance(const snip *s, const snipi_average *a, int term) {
+    return s->kept.squared_weights < 1 ? a->variance[term] / (1 - s->kept.squared_weights) : 0;
+}
+
+// Squared standard error of a mean. Few measurements tell little of their variance: it is moderated towards the one
+// expected of the mean's size from all layers, `relative` (Smyth 2004, empirical Bayes). Of a single measurement the
+// error is taken to be as large as its value.
+static double snipi_error_sq(const snip *s, const snipi_average *a, int term, double relative) {
+    const double own = snipi_variance(s, a, term), mean_sq = a->mean[term] * a->mean[term];
+    const double weights = s->kept.squared_weights, freedom = 1 / weights - 1;
+    if (!(weights < 1)) return mean_sq;
+    return weights * (SNIPI_FREEDOM * relative * (mean_sq + own) + freedom * own) / (SNIPI_FREEDOM + freedom);
+}
+
+static int snipi_has_averages(const snipi_layer *l) {
+    int any = 0;
+    for (int t = 0; t < SNIPI_TERMS; t++) any |= l->kept.average[0].mean[t] != 0 || l->kept.average[1].mean[t] != 0;
+    return any;
+}
+
+// What was not called in a measurement keeps its averages and costs.
+static void snipi_average_measurement(snip *s) {
+    snipi_kept *kept = &s->kept;
+    kept->measurements += 1;
+    const double session_rate = kept->measurements < SNIPI_AVERAGED ? 1 / kept->measurements : 1.0 / SNIPI_AVERAGED;
+    kept->squared_weights = (1 - session_rate) * (1 - session_rate) * kept->squared_weights +
+                            session_rate * session_rate;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        if (!snipi_met(l)) continue;
+        const double rate = snipi_has_averages(l) ? session_rate : 1;
+        for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+            const snip_estimate *e = &l->kept.estimate[f];
+            snipi_average *a = &l->kept.average[f];
+            snipi_average_term(a, SNIPI_FIRST, e->loss_first, rate);
+            snipi_average_term(a, SNIPI_SECOND, e->loss_second, rate);
+            for (int g = 0; g < SNIP_GEMMS; g++) snipi_average_term(a, SNIPI_UPDATE + g, e->update[g], rate);
+        }
+        memcpy(l->kept.reference, l->kept.level, sizeof l->kept.reference);
+    }
+}
+
+// ---- costs
+
+// Share r of the backward GEMMs' errors that repeats.
+static double snipi_repeating(const snip *s, const snipi_layer *l, int f) {
+    const snipi_sums *m = &l->measurement->sums;
+    const double r = snipi_ratio(m->candidate[f].err_dy, m->gradient_sq);
+    if (snipi_recipe_of(s, snipi_candidates[f], SNIPI_GRADIENT).rounding == SNIP_ROUND_STOCHASTIC) return 0;
+    return r < 1 ? r : 1;
+}
+
+// Variance of a term relative to its square, over all layers.
+static double snipi_relative_variance(const snip *s, int f, int term) {
+    double deviation = 0, size = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_average *a = &s->layers[i].kept.average[f];
+        const double variance = snipi_variance(s, a, term);
+        deviation += variance;
+        size += a->mean[term] * a->mean[term] + variance;
+    }
+    return snipi_ratio(deviation, size);
+}
+
+static const double SNIPI_DEVIATION = 1.2533;  // of a normal variable, in mean absolute deviations: sqrt(pi / 2)
+
+// What a change of the loss is compared with: the loss. A loss near 0 (a policy's) says nothing of its own size; then
+// its deviation from step to step, or all changes that are predicted of it, if larger.
+static double snipi_loss_scale(const snip *s) {
+    double scale = fabs(s->loss), predicted = 0;
+    const double deviation = SNIPI_DEVIATION * s->kept.loss_deviation;
+    for (int i = 0; i < s->n_layers; i++) {
+        double most = 0;
+        for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+            const double second = s->layers[i].kept.average[f].mean[SNIPI_SECOND];
+            if (second > most) most = second;
+        }
+        predicted += most;
+    }
+    if (deviation > scale) scale = deviation;
+    return predicted > scale ? predicted : scale;
+}
+
+// Costs and their errors from the averages. The first-order term, whose sign moves with the batch and which is 0 in
+// expectation where rounding is unbiased, is shrunk to its posterior mean under a prior N(0, first^2) (Efron and Morris
+// 1973): by the factor first^2 / (first^2 + error^2).
+static void snipi_layer_costs(const snip *s, snipi_layer *l, int f, double loss_weight, const double *relative) {
+    const snipi_average *a = &l->kept.average[f];
+    snip_estimate *e = &l->kept.estimate[f];
+    const double update_weight = s->desc.update_weight > 0 ? s->desc.update_weight : 0;
+    const double first_sq = a->mean[SNIPI_FIRST] * a->mean[SNIPI_FIRST];
+    const double first_error_sq = snipi_error_sq(s, a, SNIPI_FIRST, relative[SNIPI_FIRST]);
+    const double second_error_sq = snipi_error_sq(s, a, SNIPI_SECOND, relative[SNIPI_SECOND]);
+    const double keep = snipi_ratio(first_sq, first_sq + first_error_sq);
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        const int t = SNIPI_UPDATE + g, forward = g == SNIP_FWD;
+        const double r = forward ? 1 : snipi_repeating(s, l, f);
+        const double weight = update_weight * (r + (1 - r) / s->desc.horizon);
+        const double loss = forward ? loss_weight * (keep * a->mean[SNIPI_FIRST] + a->mean[SNIPI_SECOND]) : 0;
+        const double loss_error_sq = forward ? keep * first_error_sq + second_error_sq : 0;
+        e->cost[g] = weight * a->mean[t] + loss;
+        e->error[g] = sqrt(weight * weight * snipi_error_sq(s, a, t, relative[t]) +
+                           loss_weight * loss_weight * loss_error_sq);
+    }
+}
+
+static void snipi_costs(snip *s) {
+    const double loss_weight = s->desc.loss_weight > 0 ? snipi_ratio(s->desc.loss_weight, snipi_loss_scale(s)) : 0;
+    for (int f = 0; f < SNIPI_CANDIDATES; f++) {
+        double relative[SNIPI_TERMS];
+        for (int t = 0; t < SNIPI_TERMS; t++) relative[t] = snipi_relative_variance(s, f, t);
+        for (int i = 0; i < s->n_layers; i++)
+            if (snipi_met(&s->layers[i])) snipi_layer_costs(s, &s->layers[i], f, loss_weight, relative);
+    }
+}
+
+// From the records of a measurement to averaged costs. An error discards the measurement: nothing has changed.
+static snip_status snipi_take_measurement(snip *s, double grad_scale) {
+    int met = 0, moved = 0;
+    if (snipi_nonfinite_f64(s->loss))
+        return snipi_fail(s, SNIP_NONFINITE, "the measuring step", "its loss is not finite: measurement discarded");
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        if (!snipi_met(l)) continue;
+        met++;
+        moved += snipi_moved(s, l);
+        l->measurement->sums.elements_x = (double)(l->rows_of[SNIP_PASS_CLEAN] * l->k);
+        l->measurement->sums.elements_y = (double)(l->rows_of[SNIP_PASS_CLEAN] * l->n);
+    }
+    if (!met) return snipi_bad(s, "the measuring step", "it called no linear layer: measurement discarded");
+    if (met == moved) return snipi_bad(s, "the measuring step", "its passes ran different rows: measurement discarded");
+
+    const snipi_units units = snipi_units_of(s, grad_scale);
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
+        for (int f = 0; f < SNIPI_CANDIDATES && snipi_met(l); f++) {
+            const snip_estimate e = snipi_estimate_of(&l->measurement->sums, f, (double)(l->n * l->k), &units);
+            if (!snipi_estimate_finite(&e))
+                return snipi_fail_layer(s, SNIP_NONFINITE, l, "its measurement is not finite and was discarded");
+        }
+    }
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        for (int f = 0; f < SNIPI_CANDIDATES && snipi_met(l); f++)
+            l->kept.estimate[f] = snipi_estimate_of(&l->measurement->sums, f, (double)(l->n * l->k), &units);
+    }
+    const snip_status status = snipi_estimate_all_moved(s);
+    if (status) return status;
+    snipi_average_measurement(s);
+    snipi_costs(s);
+    return SNIP_OK;
+}
+
+// >>plan -------------------------------------------------------------------------------------------
+// A function of the costs: a multiple-choice knapsack, solved to a proven optimum by snip_ilp.h. A layer is a group,
+// its options the states of its GEMMs that may be chosen, each with its harm and its gain toward the stage's target:
+// products in * out in FP4, whole numbers, so that targets are met exactly; or seconds saved against the slowest state.
+// Where a stage asks for nothing, GEMMs of equal harm keep the higher precision.
+
+enum { SNIPI_OPTIONS = 27 };  // three states of three GEMMs: three digits to the base 3
+
+static int snipi_by_seconds(const snip *s) { return s->desc.speedup > 0 || s->desc.seconds > 0; }
+
+static int snipi_state_of(const snip *s, snip_format format) {
+    if (format == s->desc.high || snipi_plain(format)) return 0;
+    return format == SNIP_E4M3 ? 1 : 2;
+}
+
+static snip_format snipi_format_of(const snip *s, int state) {
+    return state ? snipi_candidates[state - 1] : s->desc.high;
+}
+
+static int snipi_option_state(int option, int g) { return option / (g == 0 ? 1 : g == 1 ? 3 : 9) % 3; }
+
+static int snipi_planned_state(const snip *s, const snipi_layer *l, int g) {
+    return snipi_state_of(s, snipi_format(l, g));
+}
+
+// A plan by FLOPs leaves nothing in `high`, which is more precise than a budget asks for; a plan by seconds may.
+static int snipi_state_allowed(const snip *s, const snipi_layer *l, int g, int state) {
+    if (state == 0) return snipi_by_seconds(s) && (l->allow[g] & SNIPI_ALLOW_FP8);
+    return (l->allow[g] & (state == 1 ? SNIPI_ALLOW_FP8 : SNIPI_ALLOW_FP4)) != 0;
+}
+
+// The state that a GEMM takes when its layer is planned as `state`: itself where allowed, else the nearest that is.
+static int snipi_uniform_state(const snip *s, const snipi_layer *l, int g, int state) {
+    if (snipi_state_allowed(s, l, g, state)) return state;
+    return state == 2 ? 1 : 2;
+}
+
+static int snipi_is_uniform(const snip *s, const snipi_layer *l, int option, int state) {
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        if (snipi_runs(l, g) && snipi_option_state(option, g) != snipi_uniform_state(s, l, g, state)) return 0;
+    return 1;
+}
+
+// A GEMM that never runs keeps its state.
+static int snipi_option_allowed(const snip *s, const snipi_layer *l, int option) {
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        const int state = snipi_option_state(option, g);
+        if (!(snipi_runs(l, g) ? snipi_state_allowed(s, l, g, state) : state == snipi_planned_state(s, l, g))) return 0;
+    }
+    if (!s->desc.per_layer) return 1;
+    for (int state = snipi_by_seconds(s) ? 0 : 1; state < SNIPI_STATES; state++)
+        if (snipi_is_uniform(s, l, option, state)) return 1;
+    return 0;
+}
+
+static double snipi_harm(const snipi_layer *l, int state, int g) {
+    return state ? l->kept.estimate[state - 1].cost[g] : 0;
+}
+
+static int snipi_is_candidate(snip_format format) {
+    return format == snipi_candidates[0] || format == snipi_candidates[1];
+}
+
+// What a GEMM's change of format adds to its cost: the standard error of the difference of its two costs, `margin`
+// times. Errors are added, not their squares: a new plan is chosen because its errors happen to be low.
+static double snipi_switch_cost(const snip *s, const snipi_layer *l, int g, int to) {
+    const int from = snipi_planned_state(s, l, g);
+    const int planned = snipi_is_candidate(snipi_format(l, g)) || snipi_by_seconds(s);
+    if (!(s->desc.margin > 0) || s->kept.plans == 0 || s->kept.fallen || !planned || from == to) return 0;
+    const double a = from ? l->kept.estimate[from - 1].error[g] : 0, b = to ? l->kept.estimate[to - 1].error[g] : 0;
+    return s->desc.margin * sqrt(a * a + b * b);
+}
+
+static double snipi_slowest(const snipi_layer *l, int g) {
+    double slowest = 0;
+    for (int state = 0; state < SNIPI_STATES; state++)
+        if (l->kept.seconds[state][g] > slowest) slowest = l->kept.seconds[state][g];
+    return slowest;
+}
+
+// A layer that no measurement has met yet, as it was not called, stays as it is, and out of the targets.
+static int snipi_measured_once(const snipi_layer *l) { return snipi_met(l) || snipi_has_averages(l); }
+
+// A knapsack and its memory.
+typedef struct {
+    snip_ilp_problem problem;
+    snip_ilp_option *options;  // [layers][SNIPI_OPTIONS]
+    snip_ilp_group *groups;    // [layers]
+    double *target;            // [stages]
+    int *choice, *ids;         // [layers]: chosen; [layers][SNIPI_OPTIONS]: which option a group's entry is
+    char *memory;
+} snipi_knapsack;
+
+static int snipi_knapsack_alloc(const snip *s, snipi_knapsack *p) {
+    const size_t layers = (size_t)s->n_layers, stages = (size_t)s->desc.n_stages;
+    const size_t options = layers * SNIPI_OPTIONS * sizeof *p->options, groups = layers * sizeof *p->groups;
+    memset(p, 0, sizeof *p);
+    p->memory = (char *)snipi_alloc(s, options + groups + stages * sizeof *p->target +
+                                           layers * (1 + SNIPI_OPTIONS) * sizeof *p->ids);
+    if (!p->memory) return 0;
+    p->options = (snip_ilp_option *)(void *)p->memory;
+    p->target = (double *)(void *)(p->memory + options);
+    p->groups = (snip_ilp_group *)(void *)(p->target + stages);
+    p->choice = (int *)(void *)(p->groups + layers);
+    p->ids = p->choice + layers;
+    p->problem.n_groups = s->n_layers;
+    p->problem.groups = p->groups;
+    p->problem.n_stages = s->desc.n_stages;
+    p->problem.stage_target = p->target;
+    return 1;
+}
+
+static snip_ilp_option snipi_option(const snip *s, const snipi_layer *l, int id, int costs) {
+    snip_ilp_option option = { 0, 0 };
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        const int state = snipi_option_state(id, g);
+        if (!snipi_runs(l, g)) continue;
+        if (costs) option.cost += snipi_harm(l, state, g) + snipi_switch_cost(s, l, g, state);
+        if (snipi_by_seconds(s))
+            option.gain += snipi_slowest(l, g) - l->kept.seconds[state][g];
+        else
+            option.gain += state == 2 ? (double)l->n * (double)l->k : 0;
+    }
+    return option;
+}
+
+// A layer's options; without costs, to see what can be had. A constant per layer changes no choice, and costs may not
+// be negative.
+static void snipi_add_options(const snip *s, snipi_knapsack *p, int i, int costs) {
+    const snipi_layer *l = &s->layers[i];
+    snip_ilp_option *list = p->options + SNIPI_OPTIONS * i;
+    int count = 0;
+    double least = 0;
+    for (int id = 0; id < SNIPI_OPTIONS; id++) {
+        if (!snipi_option_allowed(s, l, id)) continue;
+        p->ids[SNIPI_OPTIONS * i + count] = id;
+        list[count] = snipi_option(s, l, id, costs);
+        if (count == 0 || list[count].cost < least) least = list[count].cost;
+        count++;
+    }
+    for (int o = 0; o < count; o++) list[o].cost -= least;
+    p->groups[i].n_options = count;
+}
+
+// What the layer's stage has to gain on its account.
+static double snipi_layer_target(const snip *s, const snipi_layer *l) {
+    double target = 0;
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        if (!snipi_runs(l, g)) continue;
+        if (snipi_by_seconds(s)) {
+            target += snipi_slowest(l, g);
+            if (s->desc.speedup > 0) target -= l->kept.seconds[0][g] / s->desc.speedup;
+        } else
+            target += s->desc.budget * ((double)l->n * (double)l->k);
+    }
+    return target;
+}
+
+static snip_status snipi_check_seconds(const snip *s, const snipi_layer *l) {
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        if (snipi_runs(l, g) && !(l->kept.seconds[0][g] > 0))
+            return snipi_fail_layer(s, SNIP_BAD_ARGUMENT, l,
+                                    "a plan by seconds needs snip_measure_gains or snip_set_seconds first");
+    return SNIP_OK;
+}
+
+// The knapsack of all layers that were measured; without costs, of all that were called in this step.
+static snip_status snipi_build(const snip *s, snipi_knapsack *p, int costs) {
+    if (!snipi_knapsack_alloc(s, p)) return snipi_no_memory(s, "a plan");
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
+        p->groups[i].options = p->options + SNIPI_OPTIONS * i;
+        p->groups[i].n_options = 1;  // no gain at no cost
+        p->groups[i].stage = l->stage;
+        if (costs ? !snipi_measured_once(l) : !l->kept.ran) continue;
+        if (snipi_by_seconds(s) && snipi_check_seconds(s, l)) return SNIP_BAD_ARGUMENT;
+        snipi_add_options(s, p, i, costs);
+        p->target[l->stage] += snipi_layer_target(s, l);
+    }
+    for (int stage = 0; stage < s->desc.n_stages; stage++) {
+        if (snipi_by_seconds(s) && !(s->desc.speedup > 0)) p->target[stage] -= s->desc.seconds;
+        if (p->target[stage] < 0) p->target[stage] = 0;
+    }
+    return SNIP_OK;
+}
+
+static snip_status snipi_infeasible(const snip *s, const snipi_knapsack *p) {
+    double lacking = 0;
+    char where[32], why[140];
+    const int stage = snip_ilp_shortfall(&p->problem, &lacking);
+    if (stage < 0 || stage >= s->desc.n_stages)
+        return snipi_fail(s, SNIP_INFEASIBLE, "a plan", snip_status_text(SNIP_INFEASIBLE));
+    snprintf(where, sizeof where, "stage %d", stage);
+    if (snipi_by_seconds(s))
+        snprintf(why, sizeof why, "cannot be as fast as asked: %.3g seconds are lacking", lacking);
+    else
+        snprintf(why, sizeof why, "can put at most %.2f%% of its FLOPs in fp4, %.2f%% short of the budget of %.2f%%",
+                 100 * s->desc.budget * (1 - lacking / p->target[stage]),
+                 100 * s->desc.budget * lacking / p->target[stage], 100 * s->desc.budget);
+    return snipi_fail(s, SNIP_INFEASIBLE, where, why);
+}
+
+// A stage without a target takes nothing that it need not: of options with the chosen cost, the one with the least
+// gain.
+static void snipi_prefer_precision(const snip *s, snipi_knapsack *p) {
+    for (int i = 0; i < s->n_layers; i++) {
+        const snip_ilp_group *group = &p->groups[i];
+        const double cost = group->options[p->choice[i]].cost;
+        if (p->target[group->stage] > 0) continue;
+        for (int o = 0; o < group->n_options; o++)
+            if (group->options[o].cost <= cost && group->options[o].gain < group->options[p->choice[i]].gain)
+                p->choice[i] = o;
+    }
+}
+
+// What a new plan changes, for the reason.
+typedef struct {
+    int changed;
+    double before, after, margin;
+} snipi_change;
+
+static snipi_change snipi_adopt(snip *s, const snipi_knapsack *p) {
+    snipi_change c = { 0, 0, 0, 0 };
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        for (int g = 0; g < SNIP_GEMMS && snipi_measured_once(l); g++) {
+            if (!snipi_runs(l, g)) continue;
+            const int state = snipi_option_state(p->ids[SNIPI_OPTIONS * i + p->choice[i]], g);
+            const snip_format format = snipi_format_of(s, state);
+            c.before += snipi_harm(l, snipi_planned_state(s, l, g), g);
+            c.after += snipi_harm(l, state, g);
+            c.margin += snipi_switch_cost(s, l, g, state);
+            c.changed += snipi_format(l, g) != format;
+            l->kept.format[g] = format;
+        }
+    }
+    return c;
+}
+
+static void snipi_explain(snip *s, const snipi_change *c) {
+    char text[128];
+    const double margin = s->desc.margin > 0 ? s->desc.margin : 0;
+    if (s->kept.fallen)
+        snprintf(text, sizeof text, "a new plan after the fall back: predicted harm %.4g", c->after);
+    else if (s->kept.plans == 0)
+        snprintf(text, sizeof text, "the first plan: predicted harm %.4g", c->after);
+    else if (!c->changed)
+        snprintf(text, sizeof text, "the plan stays: no change saves more than %g standard errors", margin);
+    else if (c->before > c->after + c->margin)
+        snprintf(text, sizeof text, "%d GEMMs change: predicted harm %.4g -> %.4g, margin %.2g", c->changed, c->before,
+                 c->after, c->margin);
+    else
+        snprintf(text, sizeof text,
+                 "%d GEMMs change, as the plan no longer met its targets: predicted harm %.4g -> %.4g", c->changed,
+                 c->before, c->after);
+    snprintf(s->reason, sizeof s->reason, "step %lld: %s", (long long)s->kept.step, text);
+}
+
+// A plan from the costs, in force at once; without one, the old plan stays.
+static snip_status snipi_solve(snip *s) {
+    snipi_knapsack p;
+    snip_ilp_result result;
+    snip_status status = snipi_build(s, &p, 1);
+    if (!status) {
+        switch (snip_ilp_solve(&p.problem, NULL, p.choice, &result)) {
+            case SNIP_ILP_OPTIMAL:
+            case SNIP_ILP_FEASIBLE: break;
+            case SNIP_ILP_INFEASIBLE: status = snipi_infeasible(s, &p); break;
+            case SNIP_ILP_OUT_OF_MEMORY: status = snipi_no_memory(s, "a plan"); break;
+            case SNIP_ILP_BAD_ARGUMENT:
+                status = snipi_fail(s, SNIP_NONFINITE, "a plan", "a measured cost is not finite");
+                break;
+        }
+    }
+    if (!status) {
+        snipi_prefer_precision(s, &p);
+        const snipi_change change = snipi_adopt(s, &p);
+        snipi_explain(s, &change);
+        s->kept.fallen = 0;
+        s->kept.plans++;
+        s->solve_seconds = result.seconds;
+    }
+    snipi_free(s, p.memory);
+    return status;
+}
+
+// Whether any plan can meet the targets: a solve without costs, of the layers that the first step has called.
+static snip_status snipi_check_feasible(const snip *s) {
+    snipi_knapsack p;
+    double lacking = 0;
+    snip_status status = snipi_build(s, &p, 0);
+    if (!status && snip_ilp_shortfall(&p.problem, &lacking) >= 0 && lacking > 0) status = snipi_infeasible(s, &p);
+    snipi_free(s, p.memory);
+    return status;
+}
+
+SNIP_API double snip_plan_seconds(const snip *s) {
+    double sum = 0;
+    for (int i = 0; i < snip_layers(s); i++)
+        for (int g = 0; g < SNIP_GEMMS; g++) {
+            const snipi_layer *l = &s->layers[i];
+            if (snipi_runs(l, g)) sum += l->kept.seconds[snipi_planned_state(s, l, g)][g];
+        }
+    return sum;
+}
+
+// ---- seconds of GEMMs on this machine
+
+enum { SNIPI_TIMES = 5 };  // measured, after one that warms up; the least counts
+
+static snip_status snipi_time_gemm(const snipi_call *call, int g, snip_format format, const float *x, const float *w,
+                                   const float *dy, float *out) {
+    if (g == SNIP_FWD) return snipi_host_fwd(call, format, out, x, w, NULL);
+    if (g == SNIP_DGRAD) return snipi_host_dgrad(call, format, out, 0, dy, w);
+    return snipi_host_wgrad(call, format, out, 0, dy, call->l->n, x);
+}
+
+static snip_status snipi_time_layer(const snipi_call *call) {
+    snip *s = call->s;
+    snipi_layer *l = call->l;
+    const int64_t n = l->n, k = l->k, rows = call->rows, given = rows * (n + k) + n * k;
+    const int64_t nonfinite = l->nonfinite, saturated = l->saturated;
+    float *x = (float *)snipi_alloc(s, (size_t)(given + snipi_max(rows * snipi_max(n, k), n * k)) * sizeof(float));
+    snip_status status = SNIP_OK;
+    if (!x) return SNIP_OUT_OF_MEMORY;
+    float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
+    snip_noise_add(x, x, given, 1.0f, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_X));
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        for (int state = 0; state < SNIPI_STATES && !status; state++) {
+            double best = 0;
+            for (int i = 0; i < 1 + SNIPI_TIMES && !status; i++) {
+                double t = snipi_ilp_clock();
+                status = snipi_time_gemm(call, g, snipi_format_of(s, state), x, w, dy, out);
+                t = snipi_ilp_clock() - t;
+                if (i == 1 || (i > 1 && t < best)) best = t;
+            }
+            l->kept.seconds[state][g] = best > 1e-9 ? best : 1e-9;
+        }
+    snipi_free(s, x);
+    l->nonfinite = nonfinite;
+    l->saturated = saturated;
+    return status;
+}
+
+SNIP_API snip_status snip_measure_gains(snip *s, int64_t rows) {
+    snipi_call call;
+    if (!s || rows < 1 || rows > INT32_MAX) return snipi_bad(s, "snip_measure_gains", "rows is 1 to 2^31 - 1");
+    for (int i = 0; i < s->n_layers; i++)
+        if (!snipi_begin_call(&call, s, i, NULL, NULL, NULL, 0, snipi_host(), NULL, NULL) ||
+            !snipi_shape_ok(rows, snipi_max(call.l->n, call.l->k), snipi_max(call.l->n, call.l->k)))
+            return snipi_bad(s, "snip_measure_gains", "rows times a layer's features is out of range");
+    for (int i = 0; i < s->n_layers; i++) {
+        int same = 0;
+        snipi_begin_call(&call, s, i, NULL, NULL, NULL, 0, snipi_host(), NULL, NULL);
+        call.rows = rows;
+        while (s->layers[same].n != call.l->n || s->layers[same].k != call.l->k) same++;
+        if (same < i) {
+            memcpy(call.l->kept.seconds, s->layers[same].kept.seconds, sizeof call.l->kept.seconds);
+            continue;
+        }
+        const snip_status status = snipi_time_layer(&call);
+        if (status) return snipi_fail_at(s, status, i, "snip_measure_gains", snip_status_text(status));
+    }
+    s->checked = 0;
+    return SNIP_OK;
+}
+
+// >>policy -----------------------------------------------------------------------------------------
+// What has memory from step to step: when to measure, and what is news.
+//
+// A measuring step comes every `every` steps and, under a plan, when the loss spikes or the statistics drift, but not
+// within every / 10 steps of the last one. A measurement that was discarded is made anew after 1, 2, 4, ... steps. A
+// spike puts all of the plan's GEMMs below `fallback` into that format until the measurement; the plan is then made
+// afresh, without a margin for the old one.
+
+enum {
+    SNIPI_LOSSES = 32,    // steps that the running mean of the losses rests on; before as many, nothing is a spike
+    SNIPI_OUTLIERS = 16,  // far losses in a row that are no outliers any more, but another level
+    SNIPI_LEVELS = 16,    // steps that the running rms of X and dY rests on
+    SNIPI_EARLY = 10      // an early measurement keeps every / 10 steps away from the last one
+};
+
+// A loss counts as at most 3 deviations off in the running mean (Huber).
+static const double SNIPI_CLIP = 3;
+
+// Least deviation that is assumed, as a share of the mean: losses of a converged run are equal to some digits.
+static const double SNIPI_LEAST_DEVIATION = 0.005;
+
+static double snipi_loss_deviation(const snipi_kept *k) {
+    const double deviation = SNIPI_DEVIATION * k->loss_deviation, least = SNIPI_LEAST_DEVIATION * fabs(k->loss_mean);
+    return deviation > least ? deviation : least;
+}
+
+// Whether the step's loss begins a spike; a spike ends when a loss is no longer one. A loss equal to the one before (a
+// policy's 0, a coarse format's) tells nothing of the deviation. Losses that stay away are a new level, learned anew.
+static int snipi_loss_spikes(snip *s) {
+    snipi_kept *k = &s->kept;
+    const double clip = SNIPI_CLIP * SNIPI_DEVIATION * k->loss_deviation;
+    const int known = k->losses >= SNIPI_LOSSES, nonfinite = snipi_nonfinite_f64(s->loss);
+    double off = nonfinite ? 0 : s->loss - k->loss_mean;
+    const int far_above = nonfinite || off > s->desc.spike * snipi_loss_deviation(k);
+    const int begins = s->desc.spike > 0 && known && far_above && !k->spiking;
+    k->spiking = known && far_above;
+    if (nonfinite) return begins;
+    if (k->losses > 0 && s->loss == k->last_loss) return begins;
+    k->last_loss = s->loss;
+    k->losses++;
+    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / SNIPI_LOSSES;
+    const int outlier = k->losses > SNIPI_LOSSES && fabs(off) > clip;
+    if (outlier) off = off > 0 ? clip : -clip;
+    k->loss_mean += rate * off;
+    k->loss_deviation += rate * ((k->losses > 1 ? fabs(off) : 0) - k->loss_deviation);
+    k->outliers = outlier ? k->outliers + 1 : 0;
+    if (k->outliers >= SNIPI_OUTLIERS) {
+        k->losses = 1;
+        k->loss_mean = s->loss;
+        k->loss_deviation = 0;
+        k->outliers = k->spiking = 0;
+    }
+    return begins;
+}
+
+// Root mean square, over the layers' X and dY, of log2(rms now / rms at the last measurement), now being a mean of
+// about 16 steps.
+static double snipi_drift(snip *s) {
+    const int64_t levels = ++s->kept.levels;
+    const double rate = levels < SNIPI_LEVELS ? 1 / (double)levels : 1.0 / SNIPI_LEVELS;
+    double sum = 0, count = 0;
+    for (int i = 0; i < s->n_layers; i++)
+        for (int w = 0; w < 2; w++) {
+            const snipi_layer *l = &s->layers[i];
+            double *level = &s->layers[i].kept.level[w];
+            if (!(l->seen_sq[w] > 0) || snipi_nonfinite_f64(l->seen_sq[w])) continue;
+            *level += rate * (0.5 * log2(l->seen_sq[w] / l->seen[w]) - *level);
+            sum += (*level - l->kept.reference[w]) * (*level - l->kept.reference[w]);
+            count++;
+        }
+    return sqrt(snipi_ratio(sum, count));
+}
+
+static int snipi_under_plan(const snip *s) {
+    for (int i = 0; i < s->n_layers; i++)
+        for (int g = 0; g < SNIP_GEMMS; g++)
+            if (snipi_is_candidate(snipi_format(&s->layers[i], g))) return 1;
+    return 0;
+}
+
+// Puts the plan's GEMMs below `fallback` into it; their number is returned.
+static int snipi_fall_back(snip *s) {
+    int count = 0;
+    for (int i = 0; i < s->n_layers && s->desc.fallback != SNIP_E2M1; i++)
+        for (int g = 0; g < SNIP_GEMMS; g++) {
+            const snip_format format = snipi_format(&s->layers[i], g);
+            if (!snipi_is_candidate(format) || format == s->desc.fallback) continue;
+            s->layers[i].kept.format[g] = s->desc.fallback;
+            count++;
+        }
+    return count;
+}
+
+static void snipi_explain_spike(snip *s, int fallen) {
+    char then[64] = "measuring";
+    if (fallen)
+        snprintf(then, sizeof then, "%d GEMMs in %s until the next measurement", fallen,
+                 snip_format_name(s->desc.fallback));
+    snprintf(s->reason, sizeof s->reason, "step %lld: the loss spikes: %.4g, mean %.4g, deviation %.2g; %s",
+             (long long)s->kept.step, s->loss, s->kept.loss_mean, SNIPI_DEVIATION * s->kept.loss_deviation, then);
+}
+
+// After an ordinary step: is a measurement due before its time? A frozen plan is left alone.
+static void snipi_watch(snip *s, int spikes) {
+    const double drift = snipi_drift(s);
+    if (s->desc.every < 0 || !snipi_under_plan(s)) return;
+    if (spikes) {
+        const int fallen = snipi_fall_back(s);
+        s->kept.due = 1;
+        if (fallen) s->kept.fallen = 1;
+        snipi_explain_spike(s, fallen);
+    } else if (!s->kept.due && s->kept.measurements > 0 && s->desc.drift > 0 && drift > s->desc.drift) {
+        s->kept.due = 1;
+        snprintf(s->reason, sizeof s->reason,
+                 "step %lld: inputs and gradients have drifted by a factor of %.2g: measuring", (long long)s->kept.step,
+                 exp2(drift));
+    }
+}
+
+// Steps between the last measuring step and an early one.
+static int64_t snipi_wait(const snip *s) {
+    const int64_t most = snipi_max(1, s->desc.every / SNIPI_EARLY), failures = s->kept.failures;
+    if (failures == 0) return s->desc.every / SNIPI_EARLY;
+    return failures > 30 ? most : snipi_min(most, (int64_t)1 << (failures - 1));
+}
+
+static int snipi_measures_now(const snip *s) {
+    if (s->desc.every < 0 || s->kept.step == 0) return 0;
+    return s->kept.step % s->desc.every == 0 || (s->kept.due && s->kept.step >= s->kept.measured + snipi_wait(s));
+}
+
+static void snipi_begin_step(snip *s, int measure) {
+    s->told = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        l->size_before = l->seen[0] > 0 ? sqrt(l->seen_sq[0] / l->seen[0]) : l->size_before;
+        l->nonfinite = l->saturated = 0;
+        l->seen_sq[0] = l->seen_sq[1] = l->seen[0] = l->seen[1] = 0;
+        if (measure) memset(l->rows_of, 0, sizeof l->rows_of);
+    }
+    s->pending = SNIP_OK;
+    s->pending_layer = -1;
+    s->pending_message[0] = 0;
+    s->measuring = measure;
+    snipi_begin_pass(s, measure ? SNIP_PASS_LOSS_PROBE : SNIP_PASS_ORDINARY);
+}
+
+// A measuring step without a measurement: `status` says why, or the optimizer was left out.
+static void snipi_discard_measurement(snip *s, snip_status status) {
+    s->kept.due = 1;
+    s->kept.failures++;
+    snprintf(s->reason, sizeof s->reason, "step %lld: no measurement, to be made anew after %lld steps: %.170s",
+             (long long)s->kept.step, (long long)snipi_wait(s), status ? s->message : "the optimizer made no step");
+}
+
+// The records of a measuring step are complete: costs, then a plan.
+static snip_status snipi_decide(snip *s, double grad_scale) {
+    const snip_status status = snipi_take_measurement(s, grad_scale);
+    if (status) {
+        snipi_discard_measurement(s, status);
+        return status;
+    }
+    s->kept.due = s->kept.failures = 0;
+    return snipi_solve(s);
+}
+
+// What no plan could do without, said at the end of the first step.
+static snip_status snipi_check_first_step(snip *s) {
+    int called = 0;
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
+        called |= l->kept.ran != 0;
+        if (!snipi_probes_updates(s) || !(l->kept.ran >> SNIP_WGRAD & 1) || snipi_bound(s, l)) continue;
+        return snipi_not_bound(s, l);
+    }
+    return called ? snipi_check_feasible(s) : SNIP_OK;
+}
+
+// *adamw becomes NULL where its constants are out of range.
+static void snipi_check_end_step(snip *s, const snip_adamw **adamw) {
+    if (*adamw && !snipi_adamw_ok(*adamw)) {
+        *adamw = NULL;
+        snipi_keep(s, snipi_bad(s, "snip_end_step", "the optimizer's constants are out of range"));
+    } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
+        snipi_keep(s, snipi_bad(s, "snip_end_step",
+                                "snip_next_pass has not been told the loss of the measuring step's last pass"));
+    if (!s->pending_message[0]) return;
+    memcpy(s->message, s->pending_message, sizeof s->message);  // of the error that snip_end_step returns
+    s->failed_layer = s->pending_layer;
+}
+
+static snip_status snipi_still_probing(snip *s) {
+    return snipi_bad(s, "snip_end_step", "in a probe pass: run the batch again while snip_next_pass returns 1");
+}
+
+SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
+    if (!s) return SNIP_BAD_ARGUMENT;
+    if (snipi_in_probe(s)) return snipi_still_probing(s);
+    snipi_check_end_step(s, &adamw);
+    snip_status status = s->pending;
+    if (adamw) s->kept.adamw = *adamw;
+    s->kept.step++;
+    const int spikes = s->told && snipi_loss_spikes(s);
+    if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
+    if (s->measuring && s->n_layers) {
+        s->kept.measured = s->kept.step;
+        if (!adamw || status)
+            snipi_discard_measurement(s, status);
+        else {
+            snipi_host_finish(s, adamw);
+            status = snipi_decide(s, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
+        }
+    }
+    if (!status && !s->checked && adamw && s->desc.every > 0) {
+        status = snipi_check_first_step(s);
+        s->checked = 1;
+    }
+    snipi_begin_step(s, snipi_measures_now(s));
+    return status;
+}
+
+// >>files ------------------------------------------------------------------------------------------
+// The printed plan, the plan as a text file, the state as bytes.
+
+// ---- the printed plan
+
+// Names are "block.part.kind": a table of blocks x kinds. A column is what follows the block, "part.kind", and is
+// headed by the kind alone where no other column has it. What has no place in the table gets a line below it.
+enum { SNIPI_COLUMNS = 32 };  // most columns of the table
 
 static int snipi_block_length(const char *name) {
     const char *dot = strchr(name, '.');
     return dot ? (int)(dot - name) : 0;
 }
 
+static const char *snipi_column_of(const char *name) {
+    const char *dot = strchr(name, '.');
+    return dot ? dot + 1 : name;
+}
+
+static const char *snipi_kind_of(const char *column) {
+    const char *dot = strrchr(column, '.');
+    return dot ? dot + 1 : column;
+}
+
 static int snipi_same_block(const char *a, const char *b) {
-    int n = snipi_block_length(a);
+    const int n = snipi_block_length(a);
     return n == snipi_block_length(b) && strncmp(a, b, (size_t)n) == 0;
 }
 
-static char snipi_mark(snip_format f) {
+static char snipi_mark(const snipi_layer *l, int g) {
+    const snip_format f = snipi_format(l, g);
+    if (!snipi_runs(l, g)) return '-';
     return f == SNIP_E2M1 ? '4' : f == SNIP_E4M3 ? '8' : f == SNIP_BF16 ? 'b' : 'f';
 }
 
-// The first layer of a kind in the block of layer `of`, or -1.
-static int snipi_cell(const snip *s, int of, const char *kind) {
-    int i;
-    for (i = 0; i < s->n_layers; i++)
-        if (snipi_same_block(s->layers[i].name, s->layers[of].name) && !strcmp(snipi_kind_of(s->layers[i].name), kind))
-            return i;
+typedef struct {
+    const char *column[SNIPI_COLUMNS];
+    int columns;
+} snipi_table;
+
+static int snipi_find_column(const snipi_table *t, const char *name) {
+    const char *column = snipi_column_of(name);
+    for (int c = 0; c < t->columns; c++)
+        if (strcmp(t->column[c], column) == 0) return c;
     return -1;
 }
 
-SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
-    enum { MOST = 32 };
+static const char *snipi_heading(const snipi_table *t, int column) {
+    const char *kind = snipi_kind_of(t->column[column]);
+    for (int c = 0; c < t->columns; c++)
+        if (c != column && strcmp(snipi_kind_of(t->column[c]), kind) == 0) return t->column[column];
+    return kind;
+}
 
-    const char *kinds[MOST];
-    int n_kinds = 0, l, k, i;
-    if (!s || !file) return snipi_bad(s, "snip_plan_print");
-    for (l = 0; l < s->n_layers; l++) {
-        const char *kind = snipi_kind_of(s->layers[l].name);
-        for (k = 0; k < n_kinds && strcmp(kinds[k], kind); k++) {
-        }
-        if (k == n_kinds && n_kinds < MOST) kinds[n_kinds++] = kind;
+static void snipi_print_marks(FILE *file, const snipi_layer *l, int width) {
+    fprintf(file, " %c%c%c%*s", snipi_mark(l, 0), snipi_mark(l, 1), snipi_mark(l, 2), width > 3 ? width - 3 : 0, "");
+}
+
+// A layer's place in the printed plan: blocks stand in the order of their first layers.
+typedef struct {
+    const snipi_layer *layer;
+    int index, first;  // of the layer, and of its block's first
+} snipi_place;
+
+static int snipi_by_block(const void *a, const void *b) {
+    const snipi_place *x = (const snipi_place *)a, *y = (const snipi_place *)b;
+    const int n = snipi_block_length(x->layer->name), m = snipi_block_length(y->layer->name);
+    const int order = strncmp(x->layer->name, y->layer->name, (size_t)(n < m ? n : m));
+    if (order) return order;
+    return n != m ? n - m : x->index - y->index;
+}
+
+static int snipi_by_first(const void *a, const void *b) {
+    const snipi_place *x = (const snipi_place *)a, *y = (const snipi_place *)b;
+    return x->first != y->first ? x->first - y->first : x->index - y->index;
+}
+
+// The end of the block that begins at place `begin`.
+static int snipi_block_end(const snipi_place *places, int begin, int count) {
+    int end = begin + 1;
+    while (end < count && snipi_same_block(places[begin].layer->name, places[end].layer->name)) end++;
+    return end;
+}
+
+static void snipi_sort_places(const snip *s, snipi_place *places) {
+    const int count = s->n_layers;
+    for (int i = 0; i < count; i++) {
+        places[i].layer = &s->layers[i];
+        places[i].index = i;
     }
-    fprintf(file, "plan after step %lld: fp4 %.1f%%, fp8 %.1f%% of the linear layers' FLOPs\n", (long long)s->step,
-            100 * snip_share(s, SNIP_E2M1), 100 * snip_share(s, SNIP_E4M3));
-    fprintf(file, "  fwd dgrad wgrad: 4 fp4, 8 fp8, b bf16, f f32\n  %-8s", "block");
-    for (k = 0; k < n_kinds; k++) fprintf(file, " %-6s", kinds[k]);
+    qsort(places, (size_t)count, sizeof *places, snipi_by_block);
+    for (int begin = 0, end; begin < count; begin = end) {
+        end = snipi_block_end(places, begin, count);
+        for (int i = begin; i < end; i++) places[i].first = places[begin].index;
+    }
+    qsort(places, (size_t)count, sizeof *places, snipi_by_first);
+}
+
+// One row: a block's layers [begin, end), each in its column, the first where a column has two.
+static void snipi_print_block(FILE *file, const snipi_table *t, const snipi_place *places, int begin, int end) {
+    const snipi_layer *cell[SNIPI_COLUMNS] = { NULL };
+    const char *name = places[begin].layer->name;
+    for (int i = end - 1; i >= begin; i--) {
+        const int c = snipi_find_column(t, places[i].layer->name);
+        if (c >= 0) cell[c] = places[i].layer;
+    }
+    fprintf(file, "  %-8.*s", snipi_block_length(name), name);
+    for (int c = 0; c < t->columns; c++) {
+        const int width = (int)snipi_max(6, (int64_t)strlen(snipi_heading(t, c)));
+        if (cell[c])
+            snipi_print_marks(file, cell[c], width);
+        else
+            fprintf(file, " %-*s", width, "");
+    }
     fprintf(file, "\n");
-    for (l = 0; l < s->n_layers; l++) {
-        const char *name = s->layers[l].name;
-        for (i = 0; i < l && !snipi_same_block(s->layers[i].name, name); i++) {
-        }
-        if (i < l) continue;  // block already printed
-        fprintf(file, "  %-8.*s", snipi_block_length(name), name);
-        for (k = 0; k < n_kinds; k++) {
-            i = snipi_cell(s, l, kinds[k]);
-            if (i < 0)
-                fprintf(file, " %-6s", "");
-            else
-                fprintf(file, " %c%c%c   ", snipi_mark(s->layers[i].format[0]), snipi_mark(s->layers[i].format[1]),
-                        snipi_mark(s->layers[i].format[2]));
-        }
+    for (int i = begin; i < end; i++) {
+        const snipi_layer *l = places[i].layer;
+        const int c = snipi_find_column(t, l->name);
+        if (c >= 0 && cell[c] == l) continue;
+        fprintf(file, "    %s", l->name);
+        snipi_print_marks(file, l, 3);
         fprintf(file, "\n");
     }
-    for (l = 0; l < s->n_layers; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        for (k = 0; k < n_kinds && strcmp(kinds[k], snipi_kind_of(layer->name)); k++) {
-        }
-        if (k == n_kinds || snipi_cell(s, l, kinds[k]) != l)
-            fprintf(file, "  %s %c%c%c\n", layer->name, snipi_mark(layer->format[0]), snipi_mark(layer->format[1]),
-                    snipi_mark(layer->format[2]));
+}
+
+SNIP_API snip_status snip_plan_print(const snip *s, FILE *file) {
+    snipi_table t;
+    if (!s || !file) return snipi_bad(s, "snip_plan_print", "the session or the file is NULL");
+    snipi_place *places = (snipi_place *)snipi_alloc(s, (size_t)s->n_layers * sizeof *places);
+    if (!places) return snipi_no_memory(s, "snip_plan_print");
+    t.columns = 0;
+    for (int i = 0; i < s->n_layers && t.columns < SNIPI_COLUMNS; i++)
+        if (snipi_find_column(&t, s->layers[i].name) < 0) t.column[t.columns++] = snipi_column_of(s->layers[i].name);
+    fprintf(file, "plan after step %lld: fp4 %.1f%%, fp8 %.1f%% of the linear layers' FLOPs\n", (long long)s->kept.step,
+            100 * snip_share(s, SNIP_E2M1), 100 * snip_share(s, SNIP_E4M3));
+    fprintf(file, "  fwd dgrad wgrad: 4 fp4, 8 fp8, b bf16, f f32, - not run\n  %-8s", "block");
+    for (int c = 0; c < t.columns; c++) fprintf(file, " %-6s", snipi_heading(&t, c));
+    fprintf(file, "\n");
+    snipi_sort_places(s, places);
+    for (int begin = 0, end; begin < s->n_layers; begin = end) {
+        end = snipi_block_end(places, begin, s->n_layers);
+        snipi_print_block(file, &t, places, begin, end);
     }
-    return ferror(file) ? snipi_fail_in(s, SNIP_IO, "snip_plan_print", snip_status_text(SNIP_IO)) : SNIP_OK;
+    snipi_free(s, places);
+    return ferror(file) ? snipi_fail(s, SNIP_IO, "snip_plan_print", snip_status_text(SNIP_IO)) : SNIP_OK;
 }
 
-static uint64_t snipi_hash(uint64_t hash, const void *data, size_t size) {  // FNV-1a
-    const unsigned char *p = (const unsigned char *)data;
-    size_t i;
-    for (i = 0; i < size; i++) hash = (hash ^ p[i]) * 0x100000001B3u;
-    return hash;
-}
+// ---- the plan as a file: a header, one line a layer, and a hash of all lines before it
 
-#define SNIPI_HASH_START 0xCBF29CE484222325u
-
-// A text file: header, one line a layer, and a hash of all lines before it.
 static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
     if (line == 0)
         return snprintf(text, size, "snip-plan 1 layers %d step %lld budget %.6f fp4 %.6f%s%s\n", s->n_layers,
-                        (long long)s->step, s->desc.budget, snip_share(s, SNIP_E2M1), s->reason[0] ? "; " : "",
+                        (long long)s->kept.step, s->desc.budget, snip_share(s, SNIP_E2M1), s->reason[0] ? "; " : "",
                         s->reason);
-    return snprintf(text, size, "%s %lld %lld %s %s %s\n", s->layers[line - 1].name, (long long)s->layers[line - 1].n,
-                    (long long)s->layers[line - 1].k, snip_format_name(s->layers[line - 1].format[0]),
-                    snip_format_name(s->layers[line - 1].format[1]), snip_format_name(s->layers[line - 1].format[2]));
+    const snipi_layer *l = &s->layers[line - 1];
+    return snprintf(text, size, "%s %lld %lld %s %s %s\n", l->name, (long long)l->n, (long long)l->k,
+                    snip_format_name(snipi_format(l, 0)), snip_format_name(snipi_format(l, 1)),
+                    snip_format_name(snipi_format(l, 2)));
 }
 
 // A device, a pipe or a link is written as it is: renaming would put a file in its place. Strict C sees what a link
@@ -5048,311 +6305,331 @@ static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
 static int snipi_replaceable(const char *path) {
 #if defined(__unix__) || defined(__APPLE__)
     struct stat info;
-#    if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+#  if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
     return lstat(path, &info) != 0 || S_ISREG(info.st_mode);
-#    else
+#  else
     return stat(path, &info) != 0 || S_ISREG(info.st_mode);
-#    endif
+#  endif
 #else
     (void)path;
     return 1;
 #endif
 }
 
-SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
-    char text[512], *aside;
+// 0, or errno.
+static int snipi_write_plan(const snip *s, const char *path) {
+    char text[512];
     uint64_t hash = SNIPI_HASH_START;
-    FILE *file;
-    size_t length;
-    int line, ok, reason, renamed;
-    if (!s || !path) return snipi_bad(s, "snip_plan_save");
-    length = strlen(path) + 5;
-    aside = (char *)snipi_alloc(s, length);
-    if (!aside) return snipi_no_memory(s, "snip_plan_save");
-    renamed = snipi_replaceable(path);
-    snprintf(aside, length, renamed ? "%s.tmp" : "%s", path);
-    file = fopen(aside, "wb");
-    ok = file != NULL;
-    for (line = 0; ok && line <= s->n_layers; line++) {
-        int n = snipi_plan_line(s, line, text, sizeof text);
+    FILE *file = fopen(path, "wb");
+    int ok = file != NULL, reason;
+    for (int line = 0; ok && line <= s->n_layers; line++) {
+        const int n = snipi_plan_line(s, line, text, sizeof text);
         hash = snipi_hash(hash, text, (size_t)n);
         ok = fwrite(text, 1, (size_t)n, file) == (size_t)n;
     }
     if (ok) ok = fprintf(file, "end %016llx\n", (unsigned long long)hash) > 0;
-    reason = errno;
-    if (file) {
-        if (fclose(file) && ok) {
-            ok = 0;
-            reason = errno;
-        }
-        if (ok && renamed && rename(aside, path)) {
-            ok = 0;
-            reason = errno;
-        }
-        if (!ok && renamed) remove(aside);
-    }
-    snipi_free(s, aside);
-    if (!ok) {
-        snprintf(s->message, sizeof s->message, "%.150s: cannot be written: %.80s", path, strerror(reason));
-        return SNIP_IO;
-    }
-    return SNIP_OK;
+    reason = ok ? 0 : errno ? errno : EIO;
+    if (file && fclose(file) && ok) reason = errno ? errno : EIO;
+    return reason;
 }
 
-static snip_status snipi_plan_fail(snip *s, FILE *file, unsigned char *formats, snip_status status, const char *path,
-                                   const char *reason) {
-    if (file) fclose(file);
-    snipi_free(s, formats);
-    snprintf(s->message, sizeof s->message, "%.150s: %.100s", path, reason);
-    return status;
+SNIP_API snip_status snip_plan_save(snip *s, const char *path) {
+    if (!s || !path) return snipi_bad(s, "snip_plan_save", "the session or the path is NULL");
+    const size_t length = strlen(path) + 5;
+    char *aside = (char *)snipi_alloc(s, length);
+    if (!aside) return snipi_no_memory(s, "snip_plan_save");
+    const int renamed = snipi_replaceable(path);
+    snprintf(aside, length, renamed ? "%s.tmp" : "%s", path);
+    int reason = snipi_write_plan(s, aside);
+    if (!reason && renamed && rename(aside, path)) reason = errno ? errno : EIO;
+    if (reason && renamed) remove(aside);
+    snipi_free(s, aside);
+    if (!reason) return SNIP_OK;
+    snprintf(s->message, sizeof s->message, "%.150s: cannot be written: %.80s", path, strerror(reason));
+    s->failed_layer = -1;
+    return SNIP_IO;
+}
+
+// A line without its carriage return or the byte-order mark before the first; NULL at the end of the file.
+static char *snipi_read_line(FILE *file, int first, char *text, int size) {
+    if (!fgets(text, size, file)) return NULL;
+    size_t length = strlen(text);
+    if (length >= 2 && strcmp(text + length - 2, "\r\n") == 0) {
+        text[length - 2] = '\n';
+        text[--length] = 0;
+    }
+    if (first && strncmp(text, "\xEF\xBB\xBF", 3) == 0) memmove(text, text + 3, length - 2);
+    return text;
+}
+
+// A layer's line; NULL, or what is wrong.
+static const char *snipi_parse_layer(const char *text, const snipi_layer *l, unsigned char formats[SNIP_GEMMS],
+                                     snip_status *status) {
+    static const snip_format known[] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
+
+    enum { SNIPI_KNOWN = sizeof known / sizeof *known };
+
+    char name[256], format[SNIP_GEMMS][8];
+    long long n, k;
+    *status = SNIP_CORRUPT;
+    if (sscanf(text, "%255s %lld %lld %7s %7s %7s", name, &n, &k, format[0], format[1], format[2]) != 6)
+        return "has a damaged line";
+    if (strcmp(name, l->name) || n != l->n || k != l->k) {
+        *status = SNIP_MISMATCH;
+        return "is for a model with other layers";
+    }
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        int i = 0;
+        while (i < SNIPI_KNOWN && strcmp(format[g], snip_format_name(known[i]))) i++;
+        if (i == SNIPI_KNOWN) return "names an unknown precision";
+        formats[g] = (unsigned char)known[i];
+    }
+    return NULL;
+}
+
+static const char *snipi_parse_header(const snip *s, const char *text, snip_status *status) {
+    int version = 0, layers = 0;
+    *status = SNIP_CORRUPT;
+    if (sscanf(text, "snip-plan %d layers %d", &version, &layers) != 2) return "is not a snip plan";
+    *status = SNIP_UNSUPPORTED;
+    if (version != 1) return "is a plan of another version of snip; this one reads version 1";
+    *status = SNIP_MISMATCH;
+    if (layers != s->n_layers) return "is for a model with another number of layers";
+    return NULL;
+}
+
+// formats: [layers][SNIP_GEMMS]. NULL, or what is wrong with the file.
+static const char *snipi_parse_plan(const snip *s, FILE *file, unsigned char *formats, snip_status *status) {
+    char text[512];
+    uint64_t hash = SNIPI_HASH_START;
+    unsigned long long stored = 0;
+    int tail = 0;
+    for (int line = 0; line <= s->n_layers; line++) {
+        const char *why;
+        *status = SNIP_CORRUPT;
+        if (!snipi_read_line(file, line == 0, text, sizeof text)) {
+            *status = ferror(file) ? SNIP_IO : SNIP_CORRUPT;
+            return ferror(file) ? strerror(errno) : "ends too early";
+        }
+        hash = snipi_hash(hash, text, strlen(text));
+        why = line == 0 ? snipi_parse_header(s, text, status)
+                        : snipi_parse_layer(text, &s->layers[line - 1], formats + (line - 1) * SNIP_GEMMS, status);
+        if (why) return why;
+    }
+    *status = SNIP_CORRUPT;
+    if (!snipi_read_line(file, 0, text, sizeof text) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 ||
+        tail != 20 || strcmp(text + tail, "\n"))
+        return "ends too early";
+    return stored == hash && fgetc(file) == EOF ? NULL : "does not match its checksum";
 }
 
 SNIP_API snip_status snip_plan_load(snip *s, const char *path) {
-    char text[512], name[256], format[SNIP_GEMMS][8];
-    uint64_t hash = SNIPI_HASH_START;
-    unsigned long long stored;
-    unsigned char *formats;
-    long long n, k;
-    FILE *file;
-    int line, layers, g, tail = 0;
-    if (!s || !path) return snipi_bad(s, "snip_plan_load");
-    formats = (unsigned char *)snipi_alloc(s, (size_t)s->n_layers * SNIP_GEMMS);
+    if (!s || !path) return snipi_bad(s, "snip_plan_load", "the session or the path is NULL");
+    unsigned char *formats = (unsigned char *)snipi_alloc(s, (size_t)s->n_layers * SNIP_GEMMS);
     if (!formats) return snipi_no_memory(s, "snip_plan_load");
-    file = fopen(path, "rb");
-    if (!file) return snipi_plan_fail(s, NULL, formats, SNIP_IO, path, strerror(errno));
-    for (line = 0; line <= s->n_layers; line++) {
-        if (!fgets(text, sizeof text, file)) {
-            const char *reason = ferror(file) ? strerror(errno) : "ends too early";
-            return snipi_plan_fail(s, file, formats, ferror(file) ? SNIP_IO : SNIP_CORRUPT, path, reason);
-        }
-        hash = snipi_hash(hash, text, strlen(text));
-        if (line == 0) {
-            if (sscanf(text, "snip-plan 1 layers %d", &layers) != 1)
-                return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "is not a snip plan");
-            if (layers != s->n_layers)
-                return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path,
-                                       "is for a model with another number of layers");
-            continue;
-        }
-        if (sscanf(text, "%255s %lld %lld %7s %7s %7s", name, &n, &k, format[0], format[1], format[2]) != 6)
-            return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "has a damaged line");
-        if (strcmp(name, s->layers[line - 1].name) || n != s->layers[line - 1].n || k != s->layers[line - 1].k)
-            return snipi_plan_fail(s, file, formats, SNIP_MISMATCH, path, "is for a model with other layers");
-        for (g = 0; g < SNIP_GEMMS; g++) {
-            static const snip_format known[4] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
-            int i;
-            for (i = 0; i < 4 && strcmp(format[g], snip_format_name(known[i])); i++) {
-            }
-            if (i == 4) return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "names an unknown precision");
-            formats[(line - 1) * SNIP_GEMMS + g] = (unsigned char)known[i];
-        }
+    snip_status status = SNIP_IO;
+    FILE *file = fopen(path, "rb");
+    const char *why = file ? snipi_parse_plan(s, file, formats, &status) : strerror(errno);
+    if (why) {
+        snprintf(s->message, sizeof s->message, "%.150s: %.100s", path, why);
+        s->failed_layer = -1;
     }
-    if (!fgets(text, sizeof text, file) || sscanf(text, "end %16llx%n", &stored, &tail) != 1 || tail != 20 ||
-        strcmp(text + tail, "\n"))
-        return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "ends too early");
-    if (stored != hash || fgetc(file) != EOF)
-        return snipi_plan_fail(s, file, formats, SNIP_CORRUPT, path, "does not match its checksum");
-    for (line = 0; line < s->n_layers; line++)
-        for (g = 0; g < SNIP_GEMMS; g++) s->layers[line].format[g] = (snip_format)formats[line * SNIP_GEMMS + g];
-    fclose(file);
+    if (file) fclose(file);
+    for (int i = 0; i < s->n_layers && !why; i++)
+        for (int g = 0; g < SNIP_GEMMS; g++) s->layers[i].kept.format[g] = formats[i * SNIP_GEMMS + g];
     snipi_free(s, formats);
-    return SNIP_OK;
+    return why ? status : SNIP_OK;
 }
 
-// State: magic with a version, the last reason, then 8-byte words, little-endian on every machine: header, one record a
-// layer, hash.
-enum { SNIPI_STATE_TEXT = 8 + 256 };
+// ---- the state as bytes
+
+// "SNIPST" and a version, the last reason, from version 3 on the sizes of the two records, then words of 8 bytes,
+// little-endian on every machine: the session's record, one a layer, a hash. A version adds members to the records'
+// ends, so that an older state is one whose records are shorter.
+enum {
+    SNIPI_STATE_MAGIC = 8,
+    SNIPI_STATE_REASON = 256,
+    SNIPI_STATE_SIZES = 16,
+    SNIPI_STATE_2_SESSION = offsetof(snipi_kept, last_loss),  // version 2's records end there
+    SNIPI_STATE_2_LAYER = offsetof(snipi_kept_layer, ran)
+};
+
+static const char snipi_state_magic[] = "SNIPST3";
 
 typedef struct {
-    uint64_t layers, model;
-    int64_t step, plans;
-    snip_adamw adamw;
-    double measurements, squared_weights, loss_mean, loss_deviation;
-    int64_t losses, levels, measured, due, fallen;
-} snipi_state_header;
+    size_t start, session, layer;  // where the session's record begins; bytes of the records
+} snipi_state_layout;
 
-typedef struct {
-    int64_t format[SNIP_GEMMS];
-    snipi_average average[SNIPI_CANDIDATES];
-    snip_estimate estimate[SNIPI_CANDIDATES];
-    double seconds[1 + SNIPI_CANDIDATES][SNIP_GEMMS], level[2], reference[2];
-} snipi_state_layer;
+static snipi_state_layout snipi_this_layout(void) {
+    snipi_state_layout layout;
+    layout.start = SNIPI_STATE_MAGIC + SNIPI_STATE_REASON + SNIPI_STATE_SIZES;
+    layout.session = sizeof(snipi_kept);
+    layout.layer = sizeof(snipi_kept_layer);
+    return layout;
+}
 
 // Words of 8 bytes from the machine's order to little-endian, or back.
 static void snipi_little_endian(void *words, size_t size) {
     unsigned char *p = (unsigned char *)words;
-    size_t i;
-    int j;
-    for (i = 0; i + 8 <= size; i += 8) {
-        uint64_t word, swapped = 0;
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+        uint64_t word;
+        unsigned char bytes[8];
         memcpy(&word, p + i, 8);
-        for (j = 0; j < 8; j++) ((unsigned char *)&swapped)[j] = (unsigned char)(word >> 8 * j);
-        memcpy(p + i, &swapped, 8);
+        for (int j = 0; j < 8; j++) bytes[j] = (unsigned char)(word >> 8 * j);
+        memcpy(p + i, bytes, 8);
     }
 }
 
 static uint64_t snipi_model_hash(const snip *s) {
     uint64_t hash = SNIPI_HASH_START, seed = s->desc.seed;
-    int l;
-    for (l = 0; l < s->n_layers; l++) {
+    for (int i = 0; i < s->n_layers; i++) {
+        const snipi_layer *l = &s->layers[i];
         int64_t dims[3];
-        dims[0] = s->layers[l].n;
-        dims[1] = s->layers[l].k;
-        dims[2] = s->layers[l].stage;
+        dims[0] = l->n;
+        dims[1] = l->k;
+        dims[2] = l->stage;
         snipi_little_endian(dims, sizeof dims);
-        hash = snipi_hash(hash, s->layers[l].name, strlen(s->layers[l].name) + 1);
+        hash = snipi_hash(hash, l->name, strlen(l->name) + 1);
         hash = snipi_hash(hash, dims, sizeof dims);
     }
     snipi_little_endian(&seed, sizeof seed);
     return snipi_hash(hash, &seed, sizeof seed);
 }
 
-SNIP_API size_t snip_state_size(const snip *s) {
-    return s ? SNIPI_STATE_TEXT + sizeof(snipi_state_header) + (size_t)s->n_layers * sizeof(snipi_state_layer) +
-                   sizeof(uint64_t)
-             : 0;
+static size_t snipi_state_bytes(const snip *s, snipi_state_layout layout) {
+    return layout.start + layout.session + (size_t)s->n_layers * layout.layer + sizeof(uint64_t);
 }
 
+SNIP_API size_t snip_state_size(const snip *s) { return s ? snipi_state_bytes(s, snipi_this_layout()) : 0; }
+
 static int snipi_within_step(const snip *s) {
-    int l, calls = 0;
-    for (l = 0; l < s->n_layers; l++) calls |= s->layers[l].calls_forward || s->layers[l].calls_backward;
-    return calls || s->told || (s->pass != SNIP_PASS_ORDINARY && s->pass != SNIP_PASS_LOSS_PROBE);
+    return s->calls || s->told || s->pass == SNIP_PASS_UPDATE_PROBE || s->pass == SNIP_PASS_CLEAN ||
+           (s->measuring && s->pass == SNIP_PASS_ORDINARY);
 }
 
 SNIP_API snip_status snip_state_save(const snip *s, void *state) {
-    snipi_state_header header;
-    unsigned char *at = (unsigned char *)state;
-    uint64_t hash;
-    int l, g;
-    if (!s || !state) return snipi_bad(s, "snip_state_save");
+    if (!s || !state) return snipi_bad(s, "snip_state_save", "the session or the state is NULL");
     if (snipi_within_step(s))
-        return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is saved between steps: snip_end_step is missing");
-    memcpy(at, "SNIPST2", 8);
-    memcpy(at + 8, s->reason, sizeof s->reason);
-    at += SNIPI_STATE_TEXT;
-    memset(&header, 0, sizeof header);
-    header.layers = (uint64_t)s->n_layers;
-    header.model = snipi_model_hash(s);
-    header.step = s->step;
-    header.plans = s->plans;
-    header.adamw = s->adamw;
-    header.measurements = s->measurements;
-    header.squared_weights = s->squared_weights;
-    header.loss_mean = s->loss_mean;
-    header.loss_deviation = s->loss_deviation;
-    header.losses = s->losses;
-    header.levels = s->levels;
-    header.measured = s->measured;
-    header.due = s->due;
-    header.fallen = s->fallen;
-    memcpy(at, &header, sizeof header);
-    at += sizeof header;
-    for (l = 0; l < s->n_layers; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        snipi_state_layer record;
-        memset(&record, 0, sizeof record);
-        for (g = 0; g < SNIP_GEMMS; g++) record.format[g] = layer->format[g];
-        memcpy(record.average, layer->average, sizeof record.average);
-        memcpy(record.estimate, layer->estimate, sizeof record.estimate);
-        memcpy(record.seconds, layer->seconds, sizeof record.seconds);
-        memcpy(record.level, layer->level, sizeof record.level);
-        memcpy(record.reference, layer->reference, sizeof record.reference);
-        memcpy(at, &record, sizeof record);
-        at += sizeof record;
-    }
-    snipi_little_endian((unsigned char *)state + SNIPI_STATE_TEXT,
-                        (size_t)(at - (unsigned char *)state) - SNIPI_STATE_TEXT);
-    hash = snipi_hash(SNIPI_HASH_START, state, (size_t)(at - (unsigned char *)state));
+        return snipi_bad(s, "snip_state_save", "a state is saved between steps: snip_end_step is missing");
+    const snipi_state_layout layout = snipi_this_layout();
+    unsigned char *bytes = (unsigned char *)state, *at = bytes + layout.start;
+    uint64_t sizes[2];
+    sizes[0] = layout.session;
+    sizes[1] = layout.layer;
+    memcpy(bytes, snipi_state_magic, SNIPI_STATE_MAGIC);
+    memcpy(bytes + SNIPI_STATE_MAGIC, s->reason, SNIPI_STATE_REASON);
+    memcpy(at - sizeof sizes, sizes, sizeof sizes);
+    snipi_kept kept = s->kept;
+    kept.layers = (uint64_t)s->n_layers;
+    kept.model = snipi_model_hash(s);
+    memcpy(at, &kept, sizeof kept);
+    at += sizeof kept;
+    for (int i = 0; i < s->n_layers; i++, at += sizeof(snipi_kept_layer))
+        memcpy(at, &s->layers[i].kept, sizeof(snipi_kept_layer));
+    snipi_little_endian(bytes + layout.start - sizeof sizes, (size_t)(at - bytes) - layout.start + sizeof sizes);
+    uint64_t hash = snipi_hash(SNIPI_HASH_START, bytes, (size_t)(at - bytes));
     snipi_little_endian(&hash, sizeof hash);
     memcpy(at, &hash, sizeof hash);
     return SNIP_OK;
 }
 
-static int snipi_header_ok(const snipi_state_header *h) {
-    const int64_t most = INT64_C(1) << 62;
-    const int64_t counts[] = { h->step, h->losses, h->levels, h->measured, h->adamw.step };
-    const double values[] = { h->adamw.lr,        h->adamw.beta1,      h->adamw.beta2,
-                              h->adamw.eps,       h->adamw.grad_scale, h->measurements,
-                              h->squared_weights, h->loss_mean,        h->loss_deviation };
-    size_t i;
-    for (i = 0; i < sizeof counts / sizeof *counts; i++)
-        if (counts[i] < 0 || counts[i] > most) return 0;
-    for (i = 0; i < sizeof values / sizeof *values; i++)
-        if (snipi_nonfinite_f64(values[i])) return 0;
-    return h->plans >= 0 && h->plans <= INT32_MAX && (h->due == 0 || h->due == 1) && (h->fallen == 0 || h->fallen == 1);
+// A record of `size` bytes into one of `room`; what the file lacks is zero.
+static void snipi_read_record(void *record, size_t room, const unsigned char *at, size_t size) {
+    memset(record, 0, room);
+    memcpy(record, at, size);
+    snipi_little_endian(record, room);
 }
 
-static int snipi_record_ok(const unsigned char *at) {
-    snipi_state_layer r;
-    size_t i;
-    memcpy(&r, at, sizeof r);
-    snipi_little_endian(&r, sizeof r);
-    for (i = 0; i < SNIP_GEMMS; i++)
-        if (r.format[i] != SNIP_F32 && r.format[i] != SNIP_BF16 && r.format[i] != SNIP_E4M3 && r.format[i] != SNIP_E2M1)
-            return 0;
-    for (i = sizeof r.format; i < sizeof r; i += sizeof(double)) {  // all else are doubles
+static int snipi_kept_ok(const snipi_kept *k) {
+    const int64_t most = INT64_C(1) << 62;
+    const int64_t counts[] = { k->step, k->losses, k->levels, k->measured, k->adamw.step, k->outliers, k->failures };
+    const double values[] = { k->adamw.lr,         k->adamw.beta1,  k->adamw.beta2,     k->adamw.eps,
+                              k->adamw.grad_scale, k->measurements, k->squared_weights, k->loss_mean,
+                              k->loss_deviation,   k->last_loss };
+    const int64_t flags[] = { k->due, k->fallen, k->spiking };
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        if (counts[i] < 0 || counts[i] > most) return 0;
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++)
+        if (snipi_nonfinite_f64(values[i])) return 0;
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        if (flags[i] != 0 && flags[i] != 1) return 0;
+    return k->plans >= 0 && k->plans <= INT32_MAX;
+}
+
+static int snipi_kept_layer_ok(const snipi_kept_layer *k) {
+    const size_t first = offsetof(snipi_kept_layer, average), end = offsetof(snipi_kept_layer, ran);
+    for (int g = 0; g < SNIP_GEMMS; g++) {
+        const int64_t f = k->format[g];
+        if (f != SNIP_F32 && f != SNIP_BF16 && f != SNIP_E4M3 && f != SNIP_E2M1) return 0;
+    }
+    for (size_t i = first; i < end; i += sizeof(double)) {  // all of it doubles
         double value;
-        memcpy(&value, (const unsigned char *)&r + i, sizeof value);
+        memcpy(&value, (const unsigned char *)k + i, sizeof value);
         if (snipi_nonfinite_f64(value)) return 0;
     }
-    return 1;
+    return k->ran >= 0 && k->ran < 1 << SNIP_GEMMS;
+}
+
+// The layout of a state whose hash is right; NULL, or what is wrong.
+static const char *snipi_layout_of(const unsigned char *bytes, size_t size, snipi_state_layout *layout) {
+    const snipi_state_layout this_one = snipi_this_layout();
+    uint64_t sizes[2];
+    *layout = this_one;
+    if (memcmp(bytes, "SNIPST2", SNIPI_STATE_MAGIC) == 0) {
+        layout->start = SNIPI_STATE_MAGIC + SNIPI_STATE_REASON;
+        layout->session = SNIPI_STATE_2_SESSION;
+        layout->layer = SNIPI_STATE_2_LAYER;
+    } else if (memcmp(bytes, snipi_state_magic, SNIPI_STATE_MAGIC) == 0 && size >= this_one.start) {
+        memcpy(sizes, bytes + this_one.start - sizeof sizes, sizeof sizes);
+        snipi_little_endian(sizes, sizeof sizes);
+        if (sizes[0] != this_one.session || sizes[1] != this_one.layer) return "of another build of this version";
+    } else
+        return "of another version of snip; this one reads versions 2 and 3";
+    return NULL;
+}
+
+static snip_status snipi_not_a_state(const snip *s, snip_status status, const char *why) {
+    return snipi_fail(s, status, "session state", why);
 }
 
 SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
-    snipi_state_header header;
-    const unsigned char *at = (const unsigned char *)state;
+    const unsigned char *bytes = (const unsigned char *)state;
+    snipi_state_layout layout;
+    snipi_kept kept;
+    snipi_kept_layer layer;
     uint64_t hash;
-    int l, g;
-    if (!s || !state) return snipi_bad(s, "snip_state_load");
+    if (!s || !state) return snipi_bad(s, "snip_state_load", "the session or the state is NULL");
     if (snipi_within_step(s))
-        return snipi_fail(s, SNIP_BAD_ARGUMENT, "session state is loaded between steps: snip_end_step is missing");
-    if (size < 8 + sizeof hash) return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
-    if (memcmp(at, "SNIPST", 6)) return snipi_fail(s, SNIP_CORRUPT, "not a session state");
-    memcpy(&hash, at + size - sizeof hash, sizeof hash);
+        return snipi_bad(s, "snip_state_load", "a state is loaded between steps: snip_end_step is missing");
+    if (size < SNIPI_STATE_MAGIC + sizeof hash) return snipi_not_a_state(s, SNIP_CORRUPT, "cut short");
+    if (memcmp(bytes, snipi_state_magic, 6)) return snipi_not_a_state(s, SNIP_CORRUPT, "not one, but something else");
+    memcpy(&hash, bytes + size - sizeof hash, sizeof hash);
     snipi_little_endian(&hash, sizeof hash);
-    if (hash != snipi_hash(SNIPI_HASH_START, state, size - sizeof hash))
-        return snipi_fail(s, SNIP_CORRUPT, "session state does not match its checksum");
-    if (memcmp(at, "SNIPST2", 8))
-        return snipi_fail(s, SNIP_UNSUPPORTED, "session state of another version of snip; this one reads version 2");
-    if (size < SNIPI_STATE_TEXT + sizeof header + sizeof hash)
-        return snipi_fail(s, SNIP_CORRUPT, "session state is cut short");
-    memcpy(&header, at + SNIPI_STATE_TEXT, sizeof header);
-    snipi_little_endian(&header, sizeof header);
-    if (header.layers != (uint64_t)s->n_layers || header.model != snipi_model_hash(s) || size != snip_state_size(s))
-        return snipi_fail(s, SNIP_MISMATCH, "session state belongs to another model or seed");
-    if (!snipi_header_ok(&header)) return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
-    for (l = 0; l < s->n_layers; l++)
-        if (!snipi_record_ok(at + SNIPI_STATE_TEXT + sizeof header + (size_t)l * sizeof(snipi_state_layer)))
-            return snipi_fail(s, SNIP_CORRUPT, "session state holds values out of range");
-    memcpy(s->reason, at + 8, sizeof s->reason);
-    s->reason[sizeof s->reason - 1] = 0;
-    s->step = header.step;
-    s->plans = (int)header.plans;
-    s->adamw = header.adamw;
-    s->measurements = header.measurements;
-    s->squared_weights = header.squared_weights;
-    s->loss_mean = header.loss_mean;
-    s->loss_deviation = header.loss_deviation;
-    s->losses = header.losses;
-    s->levels = header.levels;
-    s->measured = header.measured;
-    s->due = header.due;
-    s->fallen = header.fallen;
-    at += SNIPI_STATE_TEXT + sizeof header;
-    for (l = 0; l < s->n_layers; l++) {
-        snipi_layer *layer = &s->layers[l];
-        snipi_state_layer record;
-        memcpy(&record, at, sizeof record);
-        snipi_little_endian(&record, sizeof record);
-        at += sizeof record;
-        for (g = 0; g < SNIP_GEMMS; g++) layer->format[g] = (snip_format)record.format[g];
-        memcpy(layer->average, record.average, sizeof record.average);
-        memcpy(layer->estimate, record.estimate, sizeof record.estimate);
-        memcpy(layer->seconds, record.seconds, sizeof record.seconds);
-        memcpy(layer->level, record.level, sizeof record.level);
-        memcpy(layer->reference, record.reference, sizeof record.reference);
+    if (hash != snipi_hash(SNIPI_HASH_START, bytes, size - sizeof hash))
+        return snipi_not_a_state(s, SNIP_CORRUPT, "does not match its checksum");
+    const char *why = snipi_layout_of(bytes, size, &layout);
+    if (why) return snipi_not_a_state(s, SNIP_UNSUPPORTED, why);
+    if (size < layout.start + layout.session + sizeof hash) return snipi_not_a_state(s, SNIP_CORRUPT, "cut short");
+
+    const unsigned char *at = bytes + layout.start;
+    snipi_read_record(&kept, sizeof kept, at, layout.session);
+    if (kept.layers != (uint64_t)s->n_layers || kept.model != snipi_model_hash(s) ||
+        size != snipi_state_bytes(s, layout))
+        return snipi_not_a_state(s, SNIP_MISMATCH, "belongs to another model or seed");
+    int ok = snipi_kept_ok(&kept);
+    at += layout.session;
+    for (int i = 0; i < s->n_layers && ok; i++) {
+        snipi_read_record(&layer, sizeof layer, at + (size_t)i * layout.layer, layout.layer);
+        ok = snipi_kept_layer_ok(&layer);
     }
-    snipi_begin_step(s);
+    if (!ok) return snipi_not_a_state(s, SNIP_CORRUPT, "holds values out of range");
+
+    for (int i = 0; i < s->n_layers; i++)
+        snipi_read_record(&s->layers[i].kept, sizeof layer, at + (size_t)i * layout.layer, layout.layer);
+    s->kept = kept;
+    memcpy(s->reason, bytes + SNIPI_STATE_MAGIC, sizeof s->reason);
+    s->reason[sizeof s->reason - 1] = 0;
+    snipi_begin_step(s, snipi_measures_now(s));
     return SNIP_OK;
 }
 
@@ -5361,80 +6638,78 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
 
 // >>simd -------------------------------------------------------------------------------------------
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)
-#    pragma GCC diagnostic push
-#    pragma GCC diagnostic ignored "-Wuninitialized"
-#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  pragma GCC diagnostic push
+#  pragma GCC diagnostic ignored "-Wuninitialized"
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #ifdef SNIPI_X86
-#    define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#    define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#    define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
-#    define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
-#    define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#    define SNIPI_TARGET_AMX \
-        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
+#  define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#  define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#  define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#  define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
+#  define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#  define SNIPI_TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
 
 // Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0,
 // p1, q1,
 // ... hold the two vectors of each row.
-#    define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
-#    define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
-#    define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
+#  define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
+#  define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
+#  define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
 
 SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
 
 // The tile of C, on its way while sums are made.
-#    define SNIPI_FETCH_C(rows, cols)                                          \
-        for (k = 0; k < rows; k++) {                                           \
-            _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
-            _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
-        }
+#  define SNIPI_FETCH_C(rows, cols)                                      \
+    for (k = 0; k < rows; k++) {                                         \
+      _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
+      _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+    }
 
 // Panels come from the second cache, which the hardware's prefetching leaves too late.
 enum { SNIPI_AHEAD_PANEL = 24 };  // steps of k
 
-#    define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                    \
-        _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
-        _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
-        if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
+#  define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                  \
+    _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
+    _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
+    if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
 // acc[i][j] += a[i] * b[j]
-#    define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                  \
-        attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, \
-                                   int64_t ldc) {                                                           \
-            vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                         \
-            int64_t k;                                                                                      \
-            each(SNIPI_F32_ZERO_##lanes)                                                                    \
-                SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {        \
-                SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                     \
-                b0 = pre##loadu_ps(b);                                                                      \
-                b1 = pre##loadu_ps(b + lanes);                                                              \
-                each(SNIPI_F32_STEP_##lanes)                                                                \
-            }                                                                                               \
-            b0 = pre##setzero_ps();                                                                         \
-            b1 = b0;                                                                                        \
-            if (from) {                                                                                     \
-                b0 = pre##loadu_ps(from);                                                                   \
-                b1 = pre##loadu_ps(from + lanes);                                                           \
-            }                                                                                               \
-            each(SNIPI_F32_STORE_##lanes)                                                                   \
-        }
-#    define SNIPI_F32_DECLARE(i) p##i, q##i,
-#    define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
-#    define SNIPI_F32_STEP_8(i)               \
-        ai = _mm256_broadcast_ss(a + i);      \
-        p##i = _mm256_fmadd_ps(ai, b0, p##i); \
-        q##i = _mm256_fmadd_ps(ai, b1, q##i);
-#    define SNIPI_F32_STORE_8(i)                                                                      \
-        _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
-        _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
-#    define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
-#    define SNIPI_F32_STEP_16(i)              \
-        ai = _mm512_set1_ps(a[i]);            \
-        p##i = _mm512_fmadd_ps(ai, b0, p##i); \
-        q##i = _mm512_fmadd_ps(ai, b1, q##i);
-#    define SNIPI_F32_STORE_16(i)                                                                     \
-        _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
-        _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
+#  define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                               \
+    attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
+      vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                                          \
+      int64_t k;                                                                                                       \
+      each(SNIPI_F32_ZERO_##lanes)                                                                                     \
+          SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {                         \
+        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                                        \
+        b0 = pre##loadu_ps(b);                                                                                         \
+        b1 = pre##loadu_ps(b + lanes);                                                                                 \
+        each(SNIPI_F32_STEP_##lanes)                                                                                   \
+      }                                                                                                                \
+      b0 = pre##setzero_ps();                                                                                          \
+      b1 = b0;                                                                                                         \
+      if (from) {                                                                                                      \
+        b0 = pre##loadu_ps(from);                                                                                      \
+        b1 = pre##loadu_ps(from + lanes);                                                                              \
+      }                                                                                                                \
+      each(SNIPI_F32_STORE_##lanes)                                                                                    \
+    }
+#  define SNIPI_F32_DECLARE(i) p##i, q##i,
+#  define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
+#  define SNIPI_F32_STEP_8(i)             \
+    ai = _mm256_broadcast_ss(a + i);      \
+    p##i = _mm256_fmadd_ps(ai, b0, p##i); \
+    q##i = _mm256_fmadd_ps(ai, b1, q##i);
+#  define SNIPI_F32_STORE_8(i)                                                                    \
+    _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
+    _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
+#  define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
+#  define SNIPI_F32_STEP_16(i)            \
+    ai = _mm512_set1_ps(a[i]);            \
+    p##i = _mm512_fmadd_ps(ai, b0, p##i); \
+    q##i = _mm512_fmadd_ps(ai, b1, q##i);
+#  define SNIPI_F32_STORE_16(i)                                                                   \
+    _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
+    _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
 SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
 SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
 
@@ -5442,39 +6717,38 @@ SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, S
 // products are added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
 enum { SNIPI_S8_STEPS = 32 };
 
-#    define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                      \
-        attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
-                                   const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-            const vec ones = widths##set1_epi16(1);                                                                   \
-            float tile[rows * 2 * lanes],                                                                             \
-                *to = tile; /* c is far, and its rows may share a set of the nearest cache */                         \
-            const float *old = from ? from : c;                                                                       \
-            int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                    \
-            (void)ones;                                                                                               \
-            SNIPI_FETCH_C(rows, 2 * lanes)                                                                            \
-            for (k = 0; k < kc;                                                                                       \
-                 k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {       \
-                int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                         \
-                vec each(declare) b0, b1, ai;                                                                         \
-                each(begin##_START) while (step < steps) {                                                            \
-                    const int64_t stop = begin##_STOP(step, steps);                                                   \
-                    each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                  \
-                        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                       \
-                        b0 = widths##loadu_##si((const vec *)(const void *)b);                                        \
-                        b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                          \
-                        each(begin##_STEP)                                                                            \
-                    }                                                                                                 \
-                    each(begin##_WIDEN)                                                                               \
-                }                                                                                                     \
-                if (k + block >= kc) {                                                                                \
-                    to = c;                                                                                           \
-                    to_ld = ldc;                                                                                      \
-                }                                                                                                     \
-                each(begin##_STORE)                                                                                   \
-            }                                                                                                         \
-        }
-#    define SNIPI_S8_DECLARE(i) p##i, q##i,
-#    define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
+#  define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                    \
+    attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
+                               const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+      const vec ones = widths##set1_epi16(1);                                                                     \
+      float tile[rows * 2 * lanes], *to = tile; /* c is far, and its rows may share a set of the nearest cache */ \
+      const float *old = from ? from : c;                                                                         \
+      int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                      \
+      (void)ones;                                                                                                 \
+      SNIPI_FETCH_C(rows, 2 * lanes)                                                                              \
+      for (k = 0; k < kc;                                                                                         \
+           k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {         \
+        int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                             \
+        vec each(declare) b0, b1, ai;                                                                             \
+        each(begin##_START) while (step < steps) {                                                                \
+          const int64_t stop = begin##_STOP(step, steps);                                                         \
+          each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                        \
+            SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                               \
+            b0 = widths##loadu_##si((const vec *)(const void *)b);                                                \
+            b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                                  \
+            each(begin##_STEP)                                                                                    \
+          }                                                                                                       \
+          each(begin##_WIDEN)                                                                                     \
+        }                                                                                                         \
+        if (k + block >= kc) {                                                                                    \
+          to = c;                                                                                                 \
+          to_ld = ldc;                                                                                            \
+        }                                                                                                         \
+        each(begin##_STORE)                                                                                       \
+      }                                                                                                           \
+    }
+#  define SNIPI_S8_DECLARE(i) p##i, q##i,
+#  define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
 
 SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     int32_t x;
@@ -5482,16 +6756,16 @@ SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     return x;
 }
 
-#    define SNIPI_S8_STORE_8(i)                                                                                   \
-        {                                                                                                         \
-            __m256 s = _mm256_broadcast_ss(sa + i);                                                               \
-            float *ti = to + i * to_ld;                                                                           \
-            const float *oi = old + i * old_ld;                                                                   \
-            _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), \
-                                                 _mm256_loadu_ps(oi)));                                           \
-            _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)),                   \
-                                                     _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8)));         \
-        }
+#  define SNIPI_S8_STORE_8(i)                                                                                         \
+    {                                                                                                                 \
+      __m256 s = _mm256_broadcast_ss(sa + i);                                                                         \
+      float *ti = to + i * to_ld;                                                                                     \
+      const float *oi = old + i * old_ld;                                                                             \
+      _mm256_storeu_ps(                                                                                               \
+          ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(oi))); \
+      _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i),   \
+                                               _mm256_loadu_ps(oi + 8)));                                             \
+    }
 
 // A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1,
@@ -5501,110 +6775,102 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, _
     _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
 }
 
-#    define SNIPI_STORE_16(i, value)                                                                       \
-        snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
-                           old + i * old_ld, to + i * to_ld);
-#    define SNIPI_S8_START_8(i)                                          \
-        p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
-        q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
-#    define SNIPI_S8_START_16(i)          \
-        p##i = _mm512_loadu_si512(start); \
-        q##i = _mm512_loadu_si512(start + 16);
-#    define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
-#    define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
+#  define SNIPI_STORE_16(i, value)                                                                     \
+    snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
+                       old + i * old_ld, to + i * to_ld);
+#  define SNIPI_S8_START_8(i)                                        \
+    p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
+    q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+#  define SNIPI_S8_START_16(i)        \
+    p##i = _mm512_loadu_si512(start); \
+    q##i = _mm512_loadu_si512(start + 16);
+#  define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
+#  define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
 // A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
-#    define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                      \
-        __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch \
-                ", %0, %0|%0, %0, " scratch "}"                                                \
-                : "+" kind(acc)                                                                \
-                : kind(x), kind(y)                                                             \
-                : lost);
-#    define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#    define SNIPI_MADD256_START SNIPI_S8_START_8
-#    define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
-#    define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
-#    define SNIPI_MADD256_STEP(i)                      \
-        ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
-#    define SNIPI_MADD256_WIDEN(i)                                    \
-        p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
-        q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
-#    define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#    define SNIPI_MADD512_START SNIPI_S8_START_16
-#    define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
-#    define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
-#    define SNIPI_MADD512_STEP(i)                      \
-        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
-#    define SNIPI_MADD512_WIDEN(i)                                    \
-        p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
-        q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
-#    define SNIPI_VNNI_STOP(step, steps) (steps)
-#    define SNIPI_VNNI_START SNIPI_S8_START_16
-#    define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
-#    define SNIPI_VNNI_CLEAR(i)
-#    define SNIPI_DPBUSD(acc, x, y)                \
-        __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
-                : "+v"(acc)                        \
-                : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
-#    define SNIPI_VNNI_STEP(i)                         \
-        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_DPBUSD(p##i, ai, b0);                    \
-        SNIPI_DPBUSD(q##i, ai, b1);
-#    define SNIPI_VNNI_WIDEN(i)
+#  define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                                                \
+    __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch ", %0, %0|%0, %0, " scratch \
+            "}"                                                                                                        \
+            : "+" kind(acc)                                                                                            \
+            : kind(x), kind(y)                                                                                         \
+            : lost);
+#  define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#  define SNIPI_MADD256_START SNIPI_S8_START_8
+#  define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
+#  define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
+#  define SNIPI_MADD256_STEP(i)                    \
+    ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+    SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
+#  define SNIPI_MADD256_WIDEN(i)                                  \
+    p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
+    q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
+#  define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#  define SNIPI_MADD512_START SNIPI_S8_START_16
+#  define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
+#  define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
+#  define SNIPI_MADD512_STEP(i)                    \
+    ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+    SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
+#  define SNIPI_MADD512_WIDEN(i)                                  \
+    p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
+    q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
+#  define SNIPI_VNNI_STOP(step, steps) (steps)
+#  define SNIPI_VNNI_START SNIPI_S8_START_16
+#  define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
+#  define SNIPI_VNNI_CLEAR(i)
+#  define SNIPI_DPBUSD(acc, x, y)              \
+    __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
+            : "+v"(acc)                        \
+            : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
+#  define SNIPI_VNNI_STEP(i)                       \
+    ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+    SNIPI_DPBUSD(p##i, ai, b0);                    \
+    SNIPI_DPBUSD(q##i, ai, b1);
+#  define SNIPI_VNNI_WIDEN(i)
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS,
                 SNIPI_MADD256, _mm256_, si256)
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS,
                 SNIPI_MADD512, _mm512_, si512)
 SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI,
                 _mm512_, si512)
-#    ifdef SNIPI_X86_LATE
+#  ifdef SNIPI_X86_LATE
 // Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
-#        ifndef SNIPI_EMULATED
-#            define SNIPI_DPBUSD256(acc, x, y) \
-                __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
-#            define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
-#            define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
-#            define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
-#            define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #            t "|tmm" #            t "}" : :)
-#            define SNIPI_TILE_LOAD(t, p, stride)                                          \
-                __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" \
-                                 :                                                         \
-                                 : "r"(p), "r"(stride)                                     \
-                                 : "memory")
-#            define SNIPI_TILE_STORE(t, p, stride)                                          \
-                __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" \
-                                 :                                                          \
-                                 : "r"(p), "r"(stride)                                      \
-                                 : "memory")
-#            define SNIPI_TILE_DPBSSD(t, a, b) \
-                __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
-#            define SNIPI_TILE_DPBF16(t, a, b)                                                                       \
-                __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" \
-                                 :                                                                                   \
-                                 :)
-#        endif
-#        define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
-#        define SNIPI_VNNI256_START SNIPI_S8_START_8
-#        define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
-#        define SNIPI_VNNI256_STEP(i)                      \
-            ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-            SNIPI_DPBUSD256(p##i, ai, b0);                 \
-            SNIPI_DPBUSD256(q##i, ai, b1);
-#        define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
-#        define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
+#    ifndef SNIPI_EMULATED
+#      define SNIPI_DPBUSD256(acc, x, y) \
+        __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
+#      define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
+#      define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#      define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#      define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #      t "|tmm" #      t "}" : :)
+#      define SNIPI_TILE_LOAD(t, p, stride) \
+        __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" : : "r"(p), "r"(stride) : "memory")
+#      define SNIPI_TILE_STORE(t, p, stride) \
+        __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" : : "r"(p), "r"(stride) : "memory")
+#      define SNIPI_TILE_DPBSSD(t, a, b) \
+        __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#      define SNIPI_TILE_DPBF16(t, a, b) \
+        __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#    endif
+#    define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
+#    define SNIPI_VNNI256_START SNIPI_S8_START_8
+#    define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
+#    define SNIPI_VNNI256_STEP(i)                    \
+      ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+      SNIPI_DPBUSD256(p##i, ai, b0);                 \
+      SNIPI_DPBUSD256(q##i, ai, b1);
+#    define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
+#    define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE,
                 SNIPI_VNNI256, _mm256_, si256)
 // acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
-#        define SNIPI_BF16_STOP SNIPI_VNNI_STOP
-#        define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
-#        define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
-#        define SNIPI_BF16_STEP(i)                         \
-            ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-            SNIPI_DPBF16(p##i, ai, b0);                    \
-            SNIPI_DPBF16(q##i, ai, b1);
-#        define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
-#        define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
+#    define SNIPI_BF16_STOP SNIPI_VNNI_STOP
+#    define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
+#    define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
+#    define SNIPI_BF16_STEP(i)                       \
+      ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+      SNIPI_DPBF16(p##i, ai, b0);                    \
+      SNIPI_DPBF16(q##i, ai, b1);
+#    define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
+#    define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
 SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE,
                 SNIPI_BF16, _mm512_, si512)
 
@@ -5635,67 +6901,66 @@ SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
 
 SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
 
-#        define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
-#        define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
-#        define SNIPI_AMX_ROWS(value, count)                                                                      \
-            {                                                                                                     \
-                const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                           \
-                const int64_t stop = snipi_min(row + (count), 32);                                                \
-                for (; row < stop; row++)                                                                         \
-                    snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row),                          \
-                                       value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); \
-            }
-#        define SNIPI_KERNEL_AMX(name, product, value)                                                            \
-            SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b,       \
-                                              const float *sa, const float *sb, const int32_t *start,             \
-                                              const float *from, float *c, int64_t ldc) {                         \
-                __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                 \
-                const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
-                float tile[32 * 32], *to = tile;                                                                  \
-                const float *old = from ? from : c;                                                               \
-                int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                      \
-                int turn = 0;                                                                                     \
-                (void)start;                                                                                      \
-                SNIPI_FETCH_C(32, 32)                                                                             \
-                for (k = 0; k < kc; k += block) {                                                                 \
-                    const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece),                       \
-                                  share = snipi_ceil_div(8, pieces);                                              \
-                    SNIPI_TILE_ZERO(0);                                                                           \
-                    SNIPI_TILE_ZERO(1);                                                                           \
-                    SNIPI_TILE_ZERO(2);                                                                           \
-                    SNIPI_TILE_ZERO(3);                                                                           \
-                    for (p = 0; p < pieces; p++, a += piece,                                                      \
-                        b += 32 * piece) { /* after each product, `share` rows of the block before */             \
-                        SNIPI_TILE_LOAD(4, a, row_bytes);                                                         \
-                        SNIPI_TILE_LOAD(6, b, line);                                                              \
-                        product(0, 4, 6);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        SNIPI_TILE_LOAD(7, b + 64, line);                                                         \
-                        product(1, 4, 7);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                        \
-                        product(2, 5, 6);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        product(3, 5, 7);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                    }                                                                                             \
-                    if (k) {                                                                                      \
-                        sa += 32;                                                                                 \
-                        sb += 32;                                                                                 \
-                        old = tile;                                                                               \
-                        old_ld = 32;                                                                              \
-                    }                                                                                             \
-                    SNIPI_TILE_STORE(0, sums[turn], line);                                                        \
-                    SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                   \
-                    SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                              \
-                    SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                         \
-                    turn = !turn;                                                                                 \
-                    row = 0;                                                                                      \
-                }                                                                                                 \
-                to = c;                                                                                           \
-                to_ld = ldc;                                                                                      \
-                SNIPI_AMX_ROWS(value, 32)                                                                         \
-            }
+#    define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
+#    define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
+#    define SNIPI_AMX_ROWS(value, count)                                                                           \
+      {                                                                                                            \
+        const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                                    \
+        const int64_t stop = snipi_min(row + (count), 32);                                                         \
+        for (; row < stop; row++)                                                                                  \
+          snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), \
+                             old + row * old_ld, to + row * to_ld);                                                \
+      }
+#    define SNIPI_KERNEL_AMX(name, product, value)                                                                     \
+      SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, \
+                                        const float *sb, const int32_t *start, const float *from, float *c,            \
+                                        int64_t ldc) {                                                                 \
+        __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                              \
+        const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128;              \
+        float tile[32 * 32], *to = tile;                                                                               \
+        const float *old = from ? from : c;                                                                            \
+        int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                                   \
+        int turn = 0;                                                                                                  \
+        (void)start;                                                                                                   \
+        SNIPI_FETCH_C(32, 32)                                                                                          \
+        for (k = 0; k < kc; k += block) {                                                                              \
+          const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces);   \
+          SNIPI_TILE_ZERO(0);                                                                                          \
+          SNIPI_TILE_ZERO(1);                                                                                          \
+          SNIPI_TILE_ZERO(2);                                                                                          \
+          SNIPI_TILE_ZERO(3);                                                                                          \
+          for (p = 0; p < pieces;                                                                                      \
+               p++, a += piece, b += 32 * piece) { /* after each product, `share` rows of the block before */          \
+            SNIPI_TILE_LOAD(4, a, row_bytes);                                                                          \
+            SNIPI_TILE_LOAD(6, b, line);                                                                               \
+            product(0, 4, 6);                                                                                          \
+            SNIPI_AMX_ROWS(value, share)                                                                               \
+            SNIPI_TILE_LOAD(7, b + 64, line);                                                                          \
+            product(1, 4, 7);                                                                                          \
+            SNIPI_AMX_ROWS(value, share)                                                                               \
+            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                                         \
+            product(2, 5, 6);                                                                                          \
+            SNIPI_AMX_ROWS(value, share)                                                                               \
+            product(3, 5, 7);                                                                                          \
+            SNIPI_AMX_ROWS(value, share)                                                                               \
+          }                                                                                                            \
+          if (k) {                                                                                                     \
+            sa += 32;                                                                                                  \
+            sb += 32;                                                                                                  \
+            old = tile;                                                                                                \
+            old_ld = 32;                                                                                               \
+          }                                                                                                            \
+          SNIPI_TILE_STORE(0, sums[turn], line);                                                                       \
+          SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                                  \
+          SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                                             \
+          SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                                        \
+          turn = !turn;                                                                                                \
+          row = 0;                                                                                                     \
+        }                                                                                                              \
+        to = c;                                                                                                        \
+        to_ld = ldc;                                                                                                   \
+        SNIPI_AMX_ROWS(value, 32)                                                                                      \
+      }
 SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
 SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
 
@@ -5787,7 +7052,7 @@ SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, 
         _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
     }
 }
-#    endif  // SNIPI_X86_LATE
+#  endif  // SNIPI_X86_LATE
 SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
                                                 int offset, uint8_t *out, int width) {
     const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice),
@@ -5838,8 +7103,8 @@ SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row
     }
 }
 
-#    define SNIPI_CODES_16(row) \
-        (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
+#  define SNIPI_CODES_16(row) \
+    (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
 
 // Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes
 // of their own.
@@ -5911,10 +7176,10 @@ SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, i
 // 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
 // term is even, so that ties stay ties to even. Less power, the sum is the value.
 // SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
-#    define SNIPI_KEPT(v) __asm__("" : "+x"(v))
-#    define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
-#    define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
-#    define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
+#  define SNIPI_KEPT(v) __asm__("" : "+x"(v))
+#  define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
+#  define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
+#  define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
 
 enum { SNIPI_AHEAD = 3072 };  // bytes: the hardware prefetcher stops at pages
 
@@ -5979,68 +7244,65 @@ static snipi_rounds snipi_rounds_of(snip_rng_key key, uint32_t upper) {
 
 // Philox over `n` times 4 or 8 counters in 64-bit lanes: the products' latency is long. Only the low halves of c0..c3
 // count until the end. The counters' order makes the unpacked halves come out in sequence.
-#    define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order)                                   \
-        attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) {                \
-            const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57);               \
-            vec c0[n], c1[n], c2[n], c3[n];                                                                     \
-            int g, round;                                                                                       \
-            SNIPI_UNROLL                                                                                        \
-            for (g = 0; g < n; g++) {                                                                           \
-                vec p0 = pre##mul_epu32(                                                                        \
-                    pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order), m0);  \
-                vec p1 = pre##mul_epu32(                                                                        \
-                    pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)), m1);    \
-                c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0])); \
-                c1[g] = p1;                                                                                     \
-                c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1]));                      \
-                c3[g] = pre##set1_epi64##si((int64_t)s->second[2]);                                             \
-            }                                                                                                   \
-            SNIPI_UNROLL                                                                                        \
-            for (round = 0; round < 7; round++) {                                                               \
-                SNIPI_UNROLL                                                                                    \
-                for (g = 0; g < n; g++) {                                                                       \
-                    vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1); /* as snip_philox */    \
-                    c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g],                                  \
-                                               pre##set1_epi64##si((int64_t)s->key[2 * round]));                \
-                    c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g],                                  \
-                                               pre##set1_epi64##si((int64_t)s->key[2 * round + 1]));            \
-                    c1[g] = p1;                                                                                 \
-                    c3[g] = p0;                                                                                 \
-                }                                                                                               \
-            }                                                                                                   \
-            SNIPI_UNROLL                                                                                        \
-            for (g = 0; g < n; g++) {                                                                           \
-                vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g],                                 \
-                                              pre##set1_epi64##si((int64_t)s->key[14]));                        \
-                vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g],                                  \
-                                             pre##set1_epi64##si((int64_t)s->key[15]));                         \
-                SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd));                       \
-                SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd));           \
-            }                                                                                                   \
-        }
-#    define SNIPI_PHILOX(name, attribute, lanes)                                                                      \
-        attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {                     \
-            const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32));                                     \
-            int b = 0;                                                                                                \
-            if (!snipi_one_upper(first, blocks)) {                                                                    \
-                snipi_philox_scalar(key, first, blocks, out);                                                         \
-                return;                                                                                               \
-            }                                                                                                         \
-            for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
-            for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b);              \
-        }
-#    define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
-#    define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)  // the shift's port is the product's
-#    define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
-#    define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+#  define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order)                                            \
+    attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) {                           \
+      const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57);                            \
+      vec c0[n], c1[n], c2[n], c3[n];                                                                                  \
+      int g, round;                                                                                                    \
+      SNIPI_UNROLL                                                                                                     \
+      for (g = 0; g < n; g++) {                                                                                        \
+        vec p0 = pre##mul_epu32(pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order),  \
+                                m0);                                                                                   \
+        vec p1 = pre##mul_epu32(pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)),    \
+                                m1);                                                                                   \
+        c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0]));                \
+        c1[g] = p1;                                                                                                    \
+        c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1]));                                     \
+        c3[g] = pre##set1_epi64##si((int64_t)s->second[2]);                                                            \
+      }                                                                                                                \
+      SNIPI_UNROLL                                                                                                     \
+      for (round = 0; round < 7; round++) {                                                                            \
+        SNIPI_UNROLL                                                                                                   \
+        for (g = 0; g < n; g++) {                                                                                      \
+          vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1); /* as snip_philox */                     \
+          c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)s->key[2 * round])); \
+          c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g],                                                   \
+                                     pre##set1_epi64##si((int64_t)s->key[2 * round + 1]));                             \
+          c1[g] = p1;                                                                                                  \
+          c3[g] = p0;                                                                                                  \
+        }                                                                                                              \
+      }                                                                                                                \
+      SNIPI_UNROLL                                                                                                     \
+      for (g = 0; g < n; g++) {                                                                                        \
+        vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g], pre##set1_epi64##si((int64_t)s->key[14]));     \
+        vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g], pre##set1_epi64##si((int64_t)s->key[15]));      \
+        SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd));                                      \
+        SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd));                          \
+      }                                                                                                                \
+    }
+#  define SNIPI_PHILOX(name, attribute, lanes)                                                                  \
+    attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {                   \
+      const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32));                                     \
+      int b = 0;                                                                                                \
+      if (!snipi_one_upper(first, blocks)) {                                                                    \
+        snipi_philox_scalar(key, first, blocks, out);                                                           \
+        return;                                                                                                 \
+      }                                                                                                         \
+      for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
+      for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b);              \
+    }
+#  define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
+#  define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)  // the shift's port is the product's
+#  define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
+#  define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
 // Halves changed about, and the low one XORed.
-#    define SNIPI_LAST_4(p, c, k)                       \
-        _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), \
-                         _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
-#    define SNIPI_LAST_8(p, c, k) \
-        _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
-#    define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
-#    define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
+#  define SNIPI_LAST_4(p, c, k)                     \
+    _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), \
+                     _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
+#  define SNIPI_LAST_8(p, c, k) \
+    _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
+#  define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#  define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
 SNIPI_WORDS(snipi_philox_avx2_2, SNIPI_TARGET_AVX2, 2, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
 SNIPI_WORDS(snipi_philox_avx2_4, SNIPI_TARGET_AVX2, 4, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
 SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, 4)
@@ -6170,9 +7432,9 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
     for (g = 0; g < 2; g++) {  // tally += (lane + lane 8 further) * scale^2
         const __m256d s = _mm256_set1_pd((double)q->scale), s2 = _mm256_set1_pd((double)q->scale * (double)q->scale);
         __m256d v, d, w = _mm256_mul_pd(dot[g], s);
-#    define SNIPI_HALF(pair)                                                                                    \
-        _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
-                      _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
+#  define SNIPI_HALF(pair)                                                                                  \
+    _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
+                  _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
         v = _mm256_mul_pd(SNIPI_HALF(sum_sq), s2);
         d = _mm256_mul_pd(SNIPI_HALF(err_sq), s2);
         SNIPI_KEPT(v);
@@ -6210,10 +7472,10 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_ru
     k.code_below = k.least;
     return k;
 }
-#    if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
-#        pragma GCC diagnostic push
-#        pragma GCC diagnostic ignored "-Wsign-conversion"
-#    endif
+#  if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
+#    pragma GCC diagnostic push
+#    pragma GCC diagnostic ignored "-Wsign-conversion"
+#  endif
 // y's code, in `sum` as above, and value.
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over,
                                                          __m512i *sum) {
@@ -6252,9 +7514,9 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512
     *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
     return _mm512_mask_sub_ps(value, below, value, k->least_float);
 }
-#    if defined(__GNUC__) && !defined(__clang__)
-#        pragma GCC diagnostic pop
-#    endif
+#  if defined(__GNUC__) && !defined(__clang__)
+#    pragma GCC diagnostic pop
+#  endif
 // tally += (lane + lane 8 further) * scale^2
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
     __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
@@ -6992,22 +8254,22 @@ SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float
 }
 #endif  // SNIPI_X86
 #if defined(__GNUC__) && !defined(__clang__)
-#    pragma GCC diagnostic pop
+#  pragma GCC diagnostic pop
 #endif
 #ifdef SNIPI_NEON
 // Vectors of 4 floats, 16 elements a turn, so that element i stays in lane i % 16. Right shifts by a variable are left
 // shifts by its negative. Tiles divide SNIPI_MAX_MR and SNIPI_MAX_NR. Intrinsics are plain arithmetic to the compiler:
 // SNIPI_KEPT also holds sums in their order under -Ofast.
-#    define SNIPI_KEPT(v) __asm__("" : "+w"(v))
-#    ifdef __clang__
-#        define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
-#    else
-#        define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#    endif
+#  define SNIPI_KEPT(v) __asm__("" : "+w"(v))
+#  ifdef __clang__
+#    define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
+#  else
+#    define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#  endif
 
-#    define SNIPI_NEON_ROW(r)                                      \
-        acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
-        acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
+#  define SNIPI_NEON_ROW(r)                                    \
+    acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
+    acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
 
 static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c,
                                   int64_t ldc) {
@@ -7087,13 +8349,13 @@ static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, co
 // has the intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target
 // does not contain.
 typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
-#    define SNIPI_DOT(v, y, lane)                                                          \
-        {                                                                                  \
-            snipi_vec16 dot = v;                                                           \
-            __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); \
-            v = dot;                                                                       \
-        }
-#    define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
+#  define SNIPI_DOT(v, y, lane)                                                      \
+    {                                                                                \
+      snipi_vec16 dot = v;                                                           \
+      __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); \
+      v = dot;                                                                       \
+    }
+#  define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
 
 SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start,
                                             int32_t *sum) {
@@ -7440,9 +8702,9 @@ static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
 
 #ifdef SNIPI_X86_LATE
 enum { SNIPI_HAS_AVX_VNNI = 1, SNIPI_HAS_BF16 = 2, SNIPI_HAS_AMX = 4, SNIPI_HAS_ASKED = 8 };
-#    ifdef SNIPI_EMULATED
+#  ifdef SNIPI_EMULATED
 static int snipi_x86_late(void) { return SNIPI_HAS_AVX_VNNI | SNIPI_HAS_BF16 | SNIPI_HAS_AMX; }
-#    else
+#  else
 static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
     __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
 }
@@ -7451,7 +8713,7 @@ static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
 // this process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small
 // signal stack refuses.
 static int snipi_amx_usable(void) {
-#        ifdef __linux__
+#    ifdef __linux__
     uint32_t r[4], saved;
     long result;
     snipi_cpuid(0x1D, 1, r);
@@ -7459,9 +8721,9 @@ static int snipi_amx_usable(void) {
     if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return result == 0;
-#        else
+#    else
     return 0;
-#        endif
+#    endif
 }
 
 static int snipi_x86_late(void) {
@@ -7482,7 +8744,7 @@ static int snipi_x86_late(void) {
     __atomic_store_n(&answer, has, __ATOMIC_RELAXED);
     return has;
 }
-#    endif
+#  endif
 #endif  // SNIPI_X86_LATE
 
 SNIP_API int snip_isa_available(snip_isa isa) {
@@ -7502,11 +8764,11 @@ SNIP_API int snip_isa_available(snip_isa isa) {
 #endif
 #ifdef SNIPI_NEON
     if (isa == SNIP_ISA_NEON) return 1;
-#    if defined(__ARM_FEATURE_DOTPROD)
+#  if defined(__ARM_FEATURE_DOTPROD)
     if (isa == SNIP_ISA_NEON_DOT) return 1;
-#    elif defined(__linux__)
+#  elif defined(__linux__)
     if (isa == SNIP_ISA_NEON_DOT) return (int)(getauxval(AT_HWCAP) >> 20 & 1);  // HWCAP_ASIMDDP
-#    endif
+#  endif
 #endif
     return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
 }
@@ -7654,7 +8916,7 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.spread = snipi_spread_avx512;
         k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
     }
-#    ifdef SNIPI_X86_LATE
+#  ifdef SNIPI_X86_LATE
     if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
     if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
     if (isa >= SNIP_ISA_AVX512_BF16) {
@@ -7670,7 +8932,7 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.begin = snipi_tiles_begin;
         k.end = snipi_tiles_end;
     }
-#    endif
+#  endif
 #elif defined(SNIPI_NEON)
     if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
         k.f32_mr = 12;
