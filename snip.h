@@ -3921,7 +3921,8 @@ static snip_status snipi_refuse_for(const snipi_call *call, const char *why) {
 static snip_status snipi_finish_call(const snipi_call *call, int64_t nonfinite_before, snip_status status) {
     if (!status && call->l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
     if (!status) return SNIP_OK;
-    snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
+    if (status != SNIP_BAD_ARGUMENT)  // whose refusal has said why
+        snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
     return call->s->mode == SNIP_TRAIN ? snipi_keep(call->s, status) : status;
 }
 
@@ -5949,28 +5950,28 @@ static double snipi_loss_deviation(const snipi_kept *k) {
 // policy's 0, a coarse format's) tells nothing of the deviation. Losses that stay away are a new level, learned anew.
 static int snipi_loss_spikes(snip *s) {
     snipi_kept *k = &s->kept;
-    const double clip = SNIPI_CLIP * SNIPI_DEVIATION * k->loss_deviation;
+    const double deviation = snipi_loss_deviation(k), clip = SNIPI_CLIP * deviation;
     const int known = k->losses >= SNIPI_LOSSES, nonfinite = snipi_nonfinite_f64(s->loss);
     double off = nonfinite ? 0 : s->loss - k->loss_mean;
-    const int far_above = nonfinite || off > s->desc.spike * snipi_loss_deviation(k);
+    const int far_above = nonfinite || off > s->desc.spike * deviation;
     const int begins = s->desc.spike > 0 && known && far_above && !k->spiking;
     k->spiking = known && far_above;
     if (nonfinite) return begins;
-    if (k->losses > 0 && s->loss == k->last_loss) return begins;
+    const int repeated = k->losses > 0 && s->loss == k->last_loss, outlier = known && fabs(off) > clip;
     k->last_loss = s->loss;
     k->losses++;
-    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / SNIPI_LOSSES;
-    const int outlier = k->losses > SNIPI_LOSSES && fabs(off) > clip;
-    if (outlier) off = off > 0 ? clip : -clip;
-    k->loss_mean += rate * off;
-    k->loss_deviation += rate * ((k->losses > 1 ? fabs(off) : 0) - k->loss_deviation);
     k->outliers = outlier ? k->outliers + 1 : 0;
     if (k->outliers >= SNIPI_OUTLIERS) {
         k->losses = 1;
         k->loss_mean = s->loss;
         k->loss_deviation = 0;
         k->outliers = k->spiking = 0;
+        return begins;
     }
+    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / SNIPI_LOSSES;
+    if (outlier) off = off > 0 ? clip : -clip;
+    k->loss_mean += rate * off;
+    if (!repeated) k->loss_deviation += rate * ((k->losses > 1 ? fabs(off) : 0) - k->loss_deviation);
     return begins;
 }
 
