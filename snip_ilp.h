@@ -786,7 +786,7 @@ static int snipi_ilp_core_make(snipi_ilp_run *run, const snipi_ilp_knapsack *sac
     return 1;
 }
 
-enum { SNIPI_ILP_GUESS_RANK = 16 };  // rows of the first core: about what is solved in no time
+enum { SNIPI_ILP_GUESS_RANK = 16 };  // the first core has about as many rows: microseconds of search
 
 // A first guess of the gap: the reduced cost of the 16th most ambiguous group.
 static double snipi_ilp_guess(const snipi_ilp_knapsack *sack) {
@@ -1031,7 +1031,7 @@ static void snipi_ilp_trace(const snipi_ilp_knapsack *sack, const snipi_ilp_core
 static int snipi_ilp_refine(snipi_ilp_run *run, snipi_ilp_knapsack *sack) {
     const snipi_ilp_block *mark = run->newest;
     double guess = snipi_ilp_guess(sack), cut;
-    if (guess < sack->excess / 1024) guess = sack->excess / 1024;  // at most 7 rounds to the first choice's gap
+    if (guess < sack->excess / 1024) guess = sack->excess / 1024;  // 8 rounds at most to the first choice's gap
     sack->proven = 0;
     for (; !snipi_ilp_settled(run, sack, snipi_ilp_cost_of(sack, sack->excess), &cut); guess *= 3) {
         const double limit = guess < cut ? guess : cut;
