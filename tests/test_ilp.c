@@ -651,6 +651,17 @@ static void test_arguments(void) {
     CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && shortfall >= 1 && shortfall <= 1);
 }
 
+// The quick start on top of the header, word for word.
+static void test_quick_start(void) {
+    what = "quick start";
+    snip_ilp_option q[2] = {{ 0.0, 0.0 }, { 0.3, 1.0 }}, k[2] = {{ 0.0, 0.0 }, { 0.1, 1.0 }};
+    snip_ilp_group groups[2] = {{ q, 2, 0 }, { k, 2, 0 }};
+    snip_ilp_problem problem = { 2, groups, 0, NULL, 1.0 };
+    int choice[2];
+    CHECK(snip_ilp_solve(&problem, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
+    CHECK(choice[0] == 0 && choice[1] == 1);
+}
+
 static void test_determinism(void) {
     int a[560], b[560], i;
     what = "determinism";
@@ -683,6 +694,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--seed"))
             seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
     }
+    test_quick_start();
     test_arguments();
     test_out_of_memory();
     test_memory_limit();
