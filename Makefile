@@ -49,7 +49,7 @@ $(B)/test_cuda: tests/test_cuda.cpp tests/cuda_shim.h snip_cuda.cuh $(HEADERS) |
 	$(CXX) $(CFLAGS) -O1 -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
 
 # The longest first: two run at a time
-TESTS = test_session test_cuda test_quant test_gemm test_gemm_emulated test_ilp test_train test_pool test_report test_codec
+TESTS = test_errors test_estimates test_linear test_plan test_protocol test_state test_inside test_cuda test_quant test_gemm test_gemm_emulated test_ilp test_train test_pool test_report test_codec
 SHELL_TESTS ?= targets cuda_compile compilers cuda_faults headers trainer instructions cuda_trainer bench reference
 test: $(TESTS:%=$(B)/%) $(B)/train_llama $(B)/minimal
 	CC="$(CC)" BUILD=$(B) SHELL_TESTS="$(SHELL_TESTS)" tests/run.sh $(TESTS)

@@ -5946,16 +5946,17 @@ static double snipi_loss_deviation(const snipi_kept *k) {
     return deviation > least ? deviation : least;
 }
 
-// Whether the step's loss begins a spike; a spike ends when a loss is no longer one. A loss equal to the one before (a
-// policy's 0, a coarse format's) tells nothing of the deviation. Losses that stay away are a new level, learned anew.
-static int snipi_loss_spikes(snip *s) {
+// Whether the step's loss begins a spike; a spike ends when a loss is no longer one. In a measuring step, which needs
+// no other measurement, none begins. A loss equal to the one before (a policy's 0, a coarse format's) tells nothing of
+// the deviation. Losses that stay away are a new level, learned anew.
+static int snipi_loss_spikes(snip *s, int measuring) {
     snipi_kept *k = &s->kept;
     const double deviation = snipi_loss_deviation(k), clip = SNIPI_CLIP * deviation;
     const int known = k->losses >= SNIPI_LOSSES, nonfinite = snipi_nonfinite_f64(s->loss);
     double off = nonfinite ? 0 : s->loss - k->loss_mean;
     const int far_above = nonfinite || off > s->desc.spike * deviation;
-    const int begins = s->desc.spike > 0 && known && far_above && !k->spiking;
-    k->spiking = known && far_above;
+    const int begins = s->desc.spike > 0 && known && far_above && !k->spiking && !measuring;
+    k->spiking = far_above && (k->spiking || begins);
     if (nonfinite) return begins;
     const int repeated = k->losses > 0 && s->loss == k->last_loss, outlier = known && fabs(off) > clip;
     k->last_loss = s->loss;
@@ -6122,7 +6123,7 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     snip_status status = s->pending;
     if (adamw) s->kept.adamw = *adamw;
     s->kept.step++;
-    const int spikes = s->told && snipi_loss_spikes(s);
+    const int spikes = s->told && snipi_loss_spikes(s, s->measuring);
     if (s->pass == SNIP_PASS_ORDINARY) snipi_watch(s, spikes);
     if (s->measuring && s->n_layers) {
         s->kept.measured = s->kept.step;
@@ -6572,10 +6573,12 @@ static int snipi_kept_layer_ok(const snipi_kept_layer *k) {
 }
 
 // The layout of a state whose hash is right; NULL, or what is wrong.
-static const char *snipi_layout_of(const unsigned char *bytes, size_t size, snipi_state_layout *layout) {
+static const char *snipi_layout_of(const unsigned char *bytes, size_t size, snipi_state_layout *layout,
+                                   snip_status *status) {
     const snipi_state_layout this_one = snipi_this_layout();
     uint64_t sizes[2];
     *layout = this_one;
+    *status = SNIP_UNSUPPORTED;
     if (memcmp(bytes, "SNIPST2", SNIPI_STATE_MAGIC) == 0) {
         layout->start = SNIPI_STATE_MAGIC + SNIPI_STATE_REASON;
         layout->session = SNIPI_STATE_2_SESSION;
@@ -6583,7 +6586,8 @@ static const char *snipi_layout_of(const unsigned char *bytes, size_t size, snip
     } else if (memcmp(bytes, snipi_state_magic, SNIPI_STATE_MAGIC) == 0 && size >= this_one.start) {
         memcpy(sizes, bytes + this_one.start - sizeof sizes, sizeof sizes);
         snipi_little_endian(sizes, sizeof sizes);
-        if (sizes[0] != this_one.session || sizes[1] != this_one.layer) return "of another build of this version";
+        *status = SNIP_CORRUPT;
+        if (sizes[0] != this_one.session || sizes[1] != this_one.layer) return "holds values out of range";
     } else
         return "of another version of snip; this one reads versions 2 and 3";
     return NULL;
@@ -6608,8 +6612,9 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     snipi_little_endian(&hash, sizeof hash);
     if (hash != snipi_hash(SNIPI_HASH_START, bytes, size - sizeof hash))
         return snipi_not_a_state(s, SNIP_CORRUPT, "does not match its checksum");
-    const char *why = snipi_layout_of(bytes, size, &layout);
-    if (why) return snipi_not_a_state(s, SNIP_UNSUPPORTED, why);
+    snip_status status;
+    const char *why = snipi_layout_of(bytes, size, &layout, &status);
+    if (why) return snipi_not_a_state(s, status, why);
     if (size < layout.start + layout.session + sizeof hash) return snipi_not_a_state(s, SNIP_CORRUPT, "cut short");
 
     const unsigned char *at = bytes + layout.start;

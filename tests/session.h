@@ -5,7 +5,7 @@
 
 #include "test.h"
 #ifndef SNIPI_WORTH
-#    define SNIPI_WORTH 0  // threads for however little, where the implementation is compiled with the test
+#  define SNIPI_WORTH 0  // threads for however little, where the implementation is compiled with the test
 #endif
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
@@ -214,7 +214,7 @@ typedef struct {
     float *m[2], *v[2];                   // [out][in]
     float *h, *a, *y, *dy, *da, *dh;      // [rows][hid or out]; h before tanh, a after
     float *noise_h, *noise_y, *noise_da;  // added to the outputs of fwd 0, fwd 1 and dgrad 1, if not NULL
-    snip_mode eval_between;               // evaluates in this mode in the middle of a pass; SNIP_TRAIN: not
+    snip_mode eval_between;               // evaluates in this mode before each pass; SNIP_TRAIN: not
     double loss;
 } model;
 
@@ -282,13 +282,6 @@ static inline snip_status model_micro_batch(model *n, snip *s, int first, int ro
     float *da = n->da + first * n->hid, *dh = n->dh + first * n->hid;
     snip_status worst = snip_linear_forward(s, 0, h, x, n->w[0], n->b[0], rows);
     for (int i = 0; i < rows * n->hid; i++) a[i] = tanhf(h[i] + (n->noise_h ? n->noise_h[first * n->hid + i] : 0));
-    if (n->eval_between != SNIP_TRAIN) {
-        float *other = floats(rows * n->hid);
-        snip_set_mode(s, n->eval_between);
-        worst = worse(worst, snip_linear_forward(s, 0, other, x, n->w[0], n->b[0], rows));
-        worst = worse(worst, snip_linear_forward(s, 1, other, a, n->w[1], NULL, rows / 2));
-        snip_set_mode(s, SNIP_TRAIN);
-    }
     worst = worse(worst, snip_linear_forward(s, 1, y, a, n->w[1], n->b[1], rows));
     for (int i = 0; i < rows * n->out; i++) {
         dy[i] = y[i] + (n->noise_y ? n->noise_y[first * n->out + i] : 0) - t[i];
@@ -309,6 +302,12 @@ static inline snip_status model_pass(model *n, snip *s) {
         memset(n->dw[l], 0, (size_t)weights_of(n, l) * sizeof(float));
         memset(n->db[l], 0, (size_t)(l ? n->out : n->hid) * sizeof(float));
     }
+    if (n->eval_between != SNIP_TRAIN) {
+        worst = worse(worst, snip_set_mode(s, n->eval_between));
+        worst = worse(worst, snip_linear_forward(s, 0, n->h, n->x, n->w[0], n->b[0], n->rows));
+        worst = worse(worst, snip_linear_forward(s, 1, n->y, n->h, n->w[1], NULL, n->rows / 2));
+        worst = worse(worst, snip_set_mode(s, SNIP_TRAIN));
+    }
     for (int micro = 0; micro < n->micros; micro++) {
         int first = n->rows * micro / n->micros, end = n->rows * (micro + 1) / n->micros;
         worst = worse(worst, model_micro_batch(n, s, first, end - first));
@@ -317,9 +316,9 @@ static inline snip_status model_pass(model *n, snip *s) {
 }
 
 #if defined(__clang__)
-#    define TEST_AS_WRITTEN __attribute__((optnone))  // -Ofast rounds vectors and single elements differently, by how
-#else                                                 // the arrays lie
-#    define TEST_AS_WRITTEN
+#  define TEST_AS_WRITTEN __attribute__((optnone))  // -Ofast rounds vectors and single elements differently, by how
+#else                                               // the arrays lie
+#  define TEST_AS_WRITTEN
 #endif
 
 TEST_AS_WRITTEN static inline void model_update(model *n, const snip_adamw *o) {
@@ -402,12 +401,13 @@ static inline snip *bundle_session(const bundle *b, snip_desc d, int layers) {
 
 static inline snip_status bundle_step(const bundle *b, snip *s, int64_t step) {
     snip_adamw o = optimizer(step);
-    float y[BUNDLE_ROWS * BUNDLE_WIDEST], dw[BUNDLE_WIDEST * BUNDLE_WIDEST];
+    float y[BUNDLE_ROWS * BUNDLE_WIDEST], dx[BUNDLE_ROWS * BUNDLE_WIDEST], dw[BUNDLE_WIDEST * BUNDLE_WIDEST];
     do
         for (int l = 0; l < snip_layers(s); l++) {
             snip_linear_forward(s, l, y, b->x[l], b->w[l], NULL, BUNDLE_ROWS);
+            memset(dx, 0, sizeof dx);
             memset(dw, 0, sizeof dw);
-            snip_linear_backward(s, l, NULL, dw, NULL, b->dy[l], b->x[l], b->w[l], BUNDLE_ROWS);
+            snip_linear_backward(s, l, dx, dw, NULL, b->dy[l], b->x[l], b->w[l], BUNDLE_ROWS);
         }
     while (snip_next_pass(s, 2.5));
     return snip_end_step(s, &o);

@@ -571,15 +571,15 @@ static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params, int
     if (!params) check(snip_ilp_shortfall(p, NULL) == -2, "shortfall refuses", line);
 }
 
-#define REFUSE(assignment)           \
-    do {                             \
-        p = good;                    \
-        memcpy(g, good_g, sizeof g); \
-        memcpy(o, good_o, sizeof o); \
-        target[0] = 1;               \
-        assignment;                  \
-        refuse(&p, NULL, __LINE__);  \
-    } while (0)
+#define REFUSE(assignment)       \
+  do {                           \
+    p = good;                    \
+    memcpy(g, good_g, sizeof g); \
+    memcpy(o, good_o, sizeof o); \
+    target[0] = 1;               \
+    assignment;                  \
+    refuse(&p, NULL, __LINE__);  \
+  } while (0)
 
 static void test_arguments(void) {
     const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u),
@@ -655,7 +655,10 @@ static void test_arguments(void) {
 static void test_quick_start(void) {
     what = "quick start";
     snip_ilp_option q[2] = {{ 0.0, 0.0 }, { 0.3, 1.0 }}, k[2] = {{ 0.0, 0.0 }, { 0.1, 1.0 }};
-    snip_ilp_group groups[2] = {{ q, 2, 0 }, { k, 2, 0 }};
+    snip_ilp_group groups[2] = {
+        {q,  2, 0},
+        { k, 2, 0}
+    };
     snip_ilp_problem problem = { 2, groups, 0, NULL, 1.0 };
     int choice[2];
     CHECK(snip_ilp_solve(&problem, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);

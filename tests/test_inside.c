@@ -1,6 +1,6 @@
-// Parts of the session that its interface does not show. PRIVATE NAMES: snipi_mix_rows, snipi_mix_columns, SNIPI_MIXED,
+// Parts of the session that its interface does not show. PRIVATE NAMES: snipi_host_mix_rows and _columns, SNIPI_MIXED,
 // SNIPI_PROJECTED, snipi_sum_sq, snipi_adam_scalar, snipi_adam_of, snipi_average_measurement, snipi_solve, SNIPI_TERMS,
-// snipi_state_header, SNIPI_STATE_TEXT, snipi_little_endian and the members of snip.
+// snipi_costs, snipi_kept, SNIPI_STATE_MAGIC and its like, snipi_little_endian and the members of snip.
 //     test_inside --state      prints a digest of a saved state, which test_targets.sh compares between machines
 #include "session.h"
 
@@ -24,9 +24,9 @@ static void mixed_rows_keep_the_norm_on_average(void) {
         for (int i = 0; i < KEYS; i++) {
             snip_rng_key key = { 1, 2, (uint32_t)i };
             set_threads(1 + i % 3);
-            snipi_mix_rows(key, x, ROWS, COLS, 0, SNIPI_MIXED, mixed);
+            snipi_host_mix_rows(NULL, key, x, ROWS, COLS, 0, SNIPI_MIXED, mixed);
             set_threads(1);
-            snipi_mix_rows(key, x, ROWS, COLS, 0, SNIPI_MIXED, again);
+            snipi_host_mix_rows(NULL, key, x, ROWS, COLS, 0, SNIPI_MIXED, again);
             CHECK(same_floats(mixed, again, SNIPI_MIXED * COLS));
             mean += snipi_sum_sq(mixed, SNIPI_MIXED * COLS) / KEYS;
         }
@@ -42,9 +42,9 @@ static void mixed_rows_are_the_sum_of_their_parts(void) {
     float *mixed = floats(SNIPI_MIXED * COLS), *part = floats(SNIPI_MIXED * COLS), *rest = floats(SNIPI_MIXED * COLS);
     for (int i = 0; i < 300; i++) {
         snip_rng_key key = { 1, 2, (uint32_t)i };
-        snipi_mix_rows(key, x, ROWS, COLS, 0, SNIPI_MIXED, mixed);
-        snipi_mix_rows(key, x, PART, COLS, 0, SNIPI_MIXED, part);
-        snipi_mix_rows(key, x + PART * COLS, ROWS - PART, COLS, PART, SNIPI_MIXED, rest);
+        snipi_host_mix_rows(NULL, key, x, ROWS, COLS, 0, SNIPI_MIXED, mixed);
+        snipi_host_mix_rows(NULL, key, x, PART, COLS, 0, SNIPI_MIXED, part);
+        snipi_host_mix_rows(NULL, key, x + PART * COLS, ROWS - PART, COLS, PART, SNIPI_MIXED, rest);
         for (int j = 0; j < SNIPI_MIXED * COLS; j++) part[j] += rest[j] - mixed[j];
         CHECK(snipi_sum_sq(part, SNIPI_MIXED * COLS) < 1e-10 * snipi_sum_sq(x, ROWS * COLS));
     }
@@ -63,8 +63,8 @@ static void columns_are_mixed_as_the_rows_of_the_transpose(void) {
         float *by_columns = floats(rows * SNIPI_PROJECTED);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < cols; j++) turned[j * rows + i] = x[i * cols + j];
-        snipi_mix_rows(key, turned, cols, rows, 0, SNIPI_PROJECTED, by_rows);
-        snipi_mix_columns(key, x, rows, cols, by_columns);
+        snipi_host_mix_rows(NULL, key, turned, cols, rows, 0, SNIPI_PROJECTED, by_rows);
+        snipi_host_mix_columns(NULL, key, x, rows, cols, by_columns);
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < SNIPI_PROJECTED; j++)
                 CHECK(fabsf(by_columns[i * SNIPI_PROJECTED + j] - by_rows[j * rows + i]) < 1e-4f);
@@ -97,13 +97,19 @@ static void adam_steps_are_the_scalar_ones_on_every_path(void) {
 
 // ---- averages of one layer ----
 
+// As if layer l had been called in a measurement.
+static void make_up_a_call(snip *s, int l) {
+    s->layers[l].rows_of[SNIP_PASS_CLEAN] = 1;
+    s->layers[l].measurement = (snipi_measurement *)snipi_alloc(s, sizeof(snipi_measurement));
+}
+
 static snip *averaged_session(int layers) {
     snip_desc d = description();
     d.update_weight = -1;
     snip *s = session_open(&d);
     for (int l = 0; l < layers; l++) {
         CHECK(snip_add_linear(s, "l", 16, 16, 0) == l);
-        s->layers[l].elements_x = 1;
+        make_up_a_call(s, l);
     }
     return s;
 }
@@ -111,11 +117,12 @@ static snip *averaged_session(int layers) {
 static void costs_are_averages_by_the_textbook(void) {
     static const double x[4] = { 3, 5, 4, 9 };
     snip *s = averaged_session(1);
-    s->loss = -2;
+    s->loss = -20;
     for (int n = 1; n <= 4; n++) {
         double mean = 0, var = 0, weights_sq = 0, weight[4] = { 0 };
-        s->layers[0].estimate[1].loss_second = x[n - 1];
+        s->layers[0].kept.estimate[1].loss_second = x[n - 1];
         snipi_average_measurement(s);
+        snipi_costs(s);
         for (int j = 0; j < n; j++) weight[j] = n < 4 ? 1.0 / n : j == 3 ? 1.0 / 3 : 2.0 / 9;
         for (int j = 0; j < n; j++) mean += weight[j] * x[j];
         for (int j = 0; j < n; j++) {
@@ -124,7 +131,7 @@ static void costs_are_averages_by_the_textbook(void) {
         }
         snip_layer_info info = layer_of(s, 0);
         double error = n == 1 ? mean : sqrt(var / (1 - weights_sq) * weights_sq);
-        CHECK(close_to(info.fp4.cost[0], mean / 2, 1e-12) && close_to(info.fp4.error[0], error / 2, 1e-12));
+        CHECK(close_to(info.fp4.cost[0], mean / 20, 1e-12) && close_to(info.fp4.error[0], error / 20, 1e-12));
         CHECK(info.fp4.cost[1] == 0 && info.fp4.error[1] == 0 && info.fp8.cost[0] == 0);
         CHECK(close_to(info.measurements, 1 / weights_sq, 1e-12));
     }
@@ -134,15 +141,16 @@ static void errors_are_moderated_by_those_of_all_layers(void) {
     const double mean[2] = { 6, 2 }, own[2] = { 2, 0.02 };
     const double relative = (2 + 0.02) / (36 + 2 + 4 + 0.02);  // of two measurements each
     snip *s = averaged_session(2);
-    s->loss = 1;
+    s->loss = 100;
     for (int sign = -1; sign < 2; sign += 2) {
-        for (int l = 0; l < 2; l++) s->layers[l].estimate[0].loss_second = mean[l] + sign * sqrt(own[l] / 2);
+        for (int l = 0; l < 2; l++) s->layers[l].kept.estimate[0].loss_second = mean[l] + sign * sqrt(own[l] / 2);
         snipi_average_measurement(s);
+        snipi_costs(s);
     }
     for (int l = 0; l < 2; l++) {
         snip_layer_info info = layer_of(s, l);
         double error = sqrt(0.5 * (4 * relative * (mean[l] * mean[l] + own[l]) + own[l]) / 5);
-        CHECK(close_to(info.fp8.cost[0], mean[l], 1e-12) && close_to(info.fp8.error[0], error, 1e-12));
+        CHECK(close_to(info.fp8.cost[0], mean[l] / 100, 1e-12) && close_to(info.fp8.error[0], error / 100, 1e-12));
     }
 }
 
@@ -150,8 +158,9 @@ static void a_first_order_term_averages_out(void) {
     snip *s = averaged_session(1);
     s->loss = -2;
     for (int i = 0; i < 200; i++) {
-        s->layers[0].estimate[1].loss_first = i & 1 ? 1 : -1;
+        s->layers[0].kept.estimate[1].loss_first = i & 1 ? 1 : -1;
         snipi_average_measurement(s);
+        snipi_costs(s);
     }
     snip_layer_info info = layer_of(s, 0);  // the last came out as 1: mean 0.2, nearly all error
     CHECK(info.fp4.cost[0] > 0 && info.fp4.cost[0] < 0.2 / 2 * 0.3 && close_to(info.measurements, 5, 1e-9));
@@ -168,7 +177,7 @@ static snip *made_up_session(snip_desc d) {
         snprintf(name, sizeof name, "%d.x.y", l);
         CHECK(snip_add_linear(s, name, 16, 16, 0) == l);
     }
-    for (int l = 0; l < MADE_UP; l++) s->layers[l].elements_x = 1;
+    for (int l = 0; l < MADE_UP; l++) make_up_a_call(s, l);
     s->loss = 1;
     return s;
 }
@@ -181,9 +190,10 @@ static int made_up_measurement(snip *s, double truth[MADE_UP][3], double noise) 
     for (int l = 0; l < MADE_UP; l++)
         for (int f = 0; f < 2; f++)
             for (int g = 0; g < 3; g++)
-                s->layers[l].estimate[f].update[g] = truth[l][g] * (f ? 1 : 0.01) * exp(noise * (double)normal()) *
-                                                     (g ? s->desc.horizon : 1);
+                s->layers[l].kept.estimate[f].update[g] = truth[l][g] * (f ? 1 : 0.01) * exp(noise * (double)normal()) *
+                                                          (g ? s->desc.horizon : 1);
     snipi_average_measurement(s);
+    snipi_costs(s);
     CHECK(snipi_solve(s) == SNIP_OK);
     formats_of(s, after);
     for (int i = 0; i < MADE_UP_GEMMS; i++) changed += before[i] != after[i];
@@ -325,7 +335,7 @@ static void a_plan_that_no_longer_meets_its_targets_is_changed(void) {
 static snip *numbered_session(void) {
     snip *s = made_up_session(description());
     for (int l = 0; l < MADE_UP; l++) {
-        snipi_layer *layer = &s->layers[l];
+        snipi_kept_layer *layer = &s->layers[l].kept;
         for (int f = 0; f < 2; f++) {
             for (int t = 0; t < SNIPI_TERMS; t++) {
                 layer->average[f].mean[t] = 0.5 * l + f - t;
@@ -336,16 +346,16 @@ static snip *numbered_session(void) {
         layer->level[0] = layer->seconds[2][1] = -0.5 * l;
         layer->format[l % 3] = SNIP_E2M1;
     }
-    s->step = 123456789012;
-    s->plans = 7;
-    s->measurements = 3;
-    s->squared_weights = 0.5;
-    s->loss_mean = 2.5;
-    s->losses = 99;
-    s->levels = 98;
-    s->measured = 97;
-    s->due = s->fallen = 1;
-    s->adamw = optimizer(12);
+    s->kept.step = 123456789012;
+    s->kept.plans = 7;
+    s->kept.measurements = 3;
+    s->kept.squared_weights = 0.5;
+    s->kept.loss_mean = 2.5;
+    s->kept.losses = 99;
+    s->kept.levels = 98;
+    s->kept.measured = 97;
+    s->kept.due = s->kept.fallen = 1;
+    s->kept.adamw = optimizer(12);
     snprintf(s->reason, sizeof s->reason, "step 3: because");
     return s;
 }
@@ -356,21 +366,22 @@ static uint64_t state_digest(void) {
     unsigned char *state = (unsigned char *)room(size), *again = (unsigned char *)room(size);
     CHECK(snip_state_save(s, state) == SNIP_OK && snip_state_load(other, state, size) == SNIP_OK);
     CHECK(snip_state_save(other, again) == SNIP_OK && !memcmp(state, again, size));
-    CHECK(other->step == s->step && other->layers[5].average[1].mean[2] == s->layers[5].average[1].mean[2]);
+    CHECK(other->kept.step == s->kept.step &&
+          other->layers[5].kept.average[1].mean[2] == s->layers[5].kept.average[1].mean[2]);
     return test_hash(TEST_HASH_START, state, size);
 }
 
-static void a_state_is_the_same_bytes_on_every_machine(void) { CHECK(state_digest() == 0x081a4365acb9baa5u); }
+static void a_state_is_the_same_bytes_on_every_machine(void) { CHECK(state_digest() == 0x34751b87e63f4190u); }
 
 // A state whose checksum is right and whose values are not.
 static void forged_values_are_refused(void) {
-    const size_t header = SNIPI_STATE_TEXT, layer = header + sizeof(snipi_state_header);
+    const size_t header = SNIPI_STATE_MAGIC + SNIPI_STATE_REASON + SNIPI_STATE_SIZES;
+    const size_t layer = header + sizeof(snipi_kept), drift = layer + offsetof(snipi_kept_layer, reference);
     snip_desc d = description();
     snip *s = session_open(&d);
     CHECK(snip_add_linear(s, "0.a", 8, 8, 0) == 0);
     const size_t size = snip_state_size(s);
-    const size_t step = header + offsetof(snipi_state_header, step),
-                 plans = header + offsetof(snipi_state_header, plans);
+    const size_t step = header + offsetof(snipi_kept, step), plans = header + offsetof(snipi_kept, plans);
 
     const struct {
         size_t at;
@@ -380,9 +391,11 @@ static void forged_values_are_refused(void) {
         {layer,      77,                  0}, // a format
         { layer,     4,                   0}, // E5M2 is none of the plan's
         { layer,     0xFFFFFFFFFFFFFFFFu, 0},
-        { size - 16, 0x7FF8000000000000u, 0}, // a layer's last double: NaN, infinity, 1
-        { size - 16, 0x7FF0000000000000u, 0},
-        { size - 16, 0x3FF0000000000000u, 1},
+        { drift,     0x7FF8000000000000u, 0}, // a double: NaN, infinity, 1
+        { drift,     0x7FF0000000000000u, 0},
+        { drift,     0x3FF0000000000000u, 1},
+        { size - 16, 8,                   0}, // bits of the GEMMs that ran
+        { size - 16, 7,                   1},
         { step,      0x7FFFFFFFFFFFFFFFu, 0},
         { step,      0x8000000000000000u, 0},
         { step,      41,                  1},

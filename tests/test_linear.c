@@ -90,6 +90,9 @@ static void check_backward(const layer_case *c, int given) {
 static void check_evaluation(const layer_case *c) {
     float *y = floats(c->rows * c->out);
     double *expected = doubles(c->rows * c->out);
+    snip_adamw o = optimizer(1);
+    CHECK(snip_next_pass(c->s, 1) == 0);
+    snip_end_step(c->s, &o);
     snip_set_mode(c->s, SNIP_EVAL);
     CHECK(snip_linear_forward(c->s, 0, y, c->x, c->w, c->bias, c->rows) == SNIP_OK);
     CHECK(same_floats(c->y, y, c->rows * c->out));

@@ -146,7 +146,7 @@ static void threads_do_not_show(void) {
     CHECK(two != one);
 }
 
-static void evaluation_in_the_middle_of_a_step_does_not_show(void) {
+static void evaluation_between_passes_does_not_show(void) {
     uint64_t one = fingerprint(1, 1, SNIP_TRAIN);
     CHECK(one == fingerprint(1, 1, SNIP_EVAL));
     CHECK(one == fingerprint(1, 1, SNIP_EVAL_HIGH));
@@ -278,7 +278,7 @@ int main(int argc, char **argv) {
     RUN(a_session_with_negative_every_never_measures);
     RUN(measuring_alone_does_not_change_the_training);
     RUN(threads_do_not_show);
-    RUN(evaluation_in_the_middle_of_a_step_does_not_show);
+    RUN(evaluation_between_passes_does_not_show);
     RUN(ranks_that_exchange_state_plan_alike);
     RUN(a_measured_layer_takes_20_kib_a_sketched_tensor);
     return test_end();
