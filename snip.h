@@ -100,11 +100,11 @@
 #define SNIP_VERSION 200
 
 #if defined(SNIP_STATIC) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIP_API static __attribute__((unused))
+#    define SNIP_API static __attribute__((unused))
 #elif defined(SNIP_STATIC)
-#  define SNIP_API static
+#    define SNIP_API static
 #else
-#  define SNIP_API extern
+#    define SNIP_API extern
 #endif
 
 #ifdef __cplusplus
@@ -112,18 +112,18 @@ extern "C" {
 #endif
 
 // >>status -----------------------------------------------------------------------------------------
-#define SNIP_STATUS_LIST(X)                                            \
-  X(SNIP_OK, "ok")                                                     \
-  X(SNIP_BAD_ARGUMENT, "an argument is out of range")                  \
-  X(SNIP_OUT_OF_MEMORY, "out of memory")                               \
-  X(SNIP_UNSUPPORTED, "this combination is not supported")             \
-  X(SNIP_NONFINITE, "a tensor holds NaN or infinity")                  \
-  X(SNIP_INFEASIBLE, "no plan meets the budget")                       \
-  X(SNIP_NOT_BOUND, "a layer has no optimizer state bound to it")      \
-  X(SNIP_IO, "a file cannot be read or written")                       \
-  X(SNIP_CORRUPT, "the data is damaged, cut short or of another kind") \
-  X(SNIP_MISMATCH, "the data belongs to a different model or session") \
-  X(SNIP_DEVICE, "a call of the CUDA runtime failed")
+#define SNIP_STATUS_LIST(X)                                              \
+    X(SNIP_OK, "ok")                                                     \
+    X(SNIP_BAD_ARGUMENT, "an argument is out of range")                  \
+    X(SNIP_OUT_OF_MEMORY, "out of memory")                               \
+    X(SNIP_UNSUPPORTED, "this combination is not supported")             \
+    X(SNIP_NONFINITE, "a tensor holds NaN or infinity")                  \
+    X(SNIP_INFEASIBLE, "no plan meets the budget")                       \
+    X(SNIP_NOT_BOUND, "a layer has no optimizer state bound to it")      \
+    X(SNIP_IO, "a file cannot be read or written")                       \
+    X(SNIP_CORRUPT, "the data is damaged, cut short or of another kind") \
+    X(SNIP_MISMATCH, "the data belongs to a different model or session") \
+    X(SNIP_DEVICE, "a call of the CUDA runtime failed")
 
 typedef enum {
 
@@ -172,25 +172,25 @@ typedef struct {
 
 // Ready-made recipes, as initializers: snip_recipe r = SNIP_RECIPE_FP8_TILE;
 #define SNIP_RECIPE_F32 \
-  { SNIP_F32, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_F32, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_BF16 \
-  { SNIP_BF16, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_BF16, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_FP8_TILE \
-  { SNIP_E4M3, 1, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E4M3, 1, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_FP8_BLOCK \
-  { SNIP_E4M3, 128, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E4M3, 128, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_FP4_TILE \
-  { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_FP4_TILE_SR \
-  { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_STOCHASTIC }
+    { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, SNIP_ROUND_STOCHASTIC }
 #define SNIP_RECIPE_FP4_BLOCK \
-  { SNIP_E2M1, 128, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E2M1, 128, 128, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_MXFP8 \
-  { SNIP_E4M3, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E4M3, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_MXFP4 \
-  { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, SNIP_ROUND_NEAREST_EVEN }
 #define SNIP_RECIPE_NVFP4 \
-  { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
+    { SNIP_E2M1, 1, 16, SNIP_SCALE_UE4M3, SNIP_ROUND_NEAREST_EVEN }
 
 // Instruction sets with code of their own; GEMMs use all of them, the rest only knows AVX2, AVX-512 and NEON.
 // AMX is on Linux only: the first call that looks for it asks the kernel's permission for the process, after which
@@ -650,31 +650,31 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #include <string.h>
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
-#  include <sys/stat.h>
+#    include <sys/stat.h>
 #endif
 #ifndef SNIP_MALLOC
-#  define SNIP_MALLOC(size) malloc(size)
-#  define SNIP_FREE(ptr) free(ptr)
+#    define SNIP_MALLOC(size) malloc(size)
+#    define SNIP_FREE(ptr) free(ptr)
 #endif
 #ifndef SNIP_ILP_MALLOC
-#  define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
-#  define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
+#    define SNIP_ILP_MALLOC(size) SNIP_MALLOC(size)
+#    define SNIP_ILP_FREE(ptr) SNIP_FREE(ptr)
 #endif
 #include "snip_ilp.h"
 
 #ifndef SNIP_PARALLEL_FOR
-#  define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
+#    define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
 
 static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
     int64_t i;
-#  ifdef _OPENMP
-#    pragma omp parallel for schedule(dynamic) if (n > 1)
-#  endif
+#    ifdef _OPENMP
+#        pragma omp parallel for schedule(dynamic) if (n > 1)
+#    endif
     for (i = 0; i < n; i++) fn(arg, i);
 }
 #endif
 #ifndef SNIPI_WORTH
-#  define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
+#    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
     int64_t i;
@@ -684,62 +684,62 @@ static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64
         for (i = 0; i < n; i++) fn(arg, i);
 }
 #if defined(__GNUC__) || defined(__clang__)
-#  define SNIPI_INLINE static inline __attribute__((always_inline))
+#    define SNIPI_INLINE static inline __attribute__((always_inline))
 #else
-#  define SNIPI_INLINE static inline
+#    define SNIPI_INLINE static inline
 #endif
 #if defined(__CUDACC__)  // functions that snip_cuda.cuh's kernels share
-#  define SNIPI_HD __host__ __device__
+#    define SNIPI_HD __host__ __device__
 #else
-#  define SNIPI_HD
+#    define SNIPI_HD
 #endif
 #if defined(__clang__)
-#  define SNIPI_UNROLL _Pragma("unroll")
+#    define SNIPI_UNROLL _Pragma("unroll")
 #elif defined(__GNUC__) && !defined(__CUDACC__)
-#  define SNIPI_UNROLL _Pragma("GCC unroll 16")
+#    define SNIPI_UNROLL _Pragma("GCC unroll 16")
 #else
-#  define SNIPI_UNROLL
+#    define SNIPI_UNROLL
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_X86 1
-#  include <immintrin.h>
-#  if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
-#    define SNIPI_X86_LATE 1  // AVX-VNNI, AVX512-BF16, AMX
-#  endif
+#    define SNIPI_X86 1
+#    include <immintrin.h>
+#    if !defined(SNIP_NO_AMX) && (defined(__clang__) ? __clang_major__ >= 13 : __GNUC__ >= 12)
+#        define SNIPI_X86_LATE 1  // AVX-VNNI, AVX512-BF16, AMX
+#    endif
 #endif
 #if !defined(SNIP_NO_SIMD) && defined(__aarch64__) && defined(__ARM_NEON) && \
     (defined(__GNUC__) || defined(__clang__)) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#  define SNIPI_NEON 1
-#  include <arm_neon.h>
-#  ifdef __linux__
-#    include <sys/auxv.h>
-#  endif
+#    define SNIPI_NEON 1
+#    include <arm_neon.h>
+#    ifdef __linux__
+#        include <sys/auxv.h>
+#    endif
 #endif
 
 // Between a product's store and its use: keeps the compiler from fusing the two into one multiply-add.
 #if defined(__GNUC__) || defined(__clang__)
-#  define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
+#    define SNIPI_ROUNDED(array) __asm__ volatile("" : : "r"(array) : "memory")
 #else
-#  define SNIPI_ROUNDED(array) ((void)(array))
+#    define SNIPI_ROUNDED(array) ((void)(array))
 #endif
 // The compiler cannot see where this double comes from. Device code divides doubles as IEEE says under any flags.
 #if defined(__CUDA_ARCH__)
-#  define SNIPI_HIDDEN(x) ((void)0)
+#    define SNIPI_HIDDEN(x) ((void)0)
 #elif defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
+#    define SNIPI_HIDDEN(x) __asm__("" : "+x"(x))
 #elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-#  define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
+#    define SNIPI_HIDDEN(x) __asm__("" : "+w"(x))
 #else
-#  define SNIPI_HIDDEN(x)           \
-    do {                            \
-      volatile double hidden = (x); \
-      (x) = hidden;                 \
-    } while (0)
+#    define SNIPI_HIDDEN(x)               \
+        do {                              \
+            volatile double hidden = (x); \
+            (x) = hidden;                 \
+        } while (0)
 #endif
 #ifdef SNIPI_X86
-#  define snipi_stream_end() _mm_sfence()  // orders streaming stores before whatever tells another thread of them
+#    define snipi_stream_end() _mm_sfence()  // orders streaming stores before whatever tells another thread of them
 #else
-#  define snipi_stream_end() ((void)0)
+#    define snipi_stream_end() ((void)0)
 #endif
 
 // A reduction's partial results are kept per chunk and added in order, so that the number of threads
@@ -799,7 +799,7 @@ static int snipi_nonfinite_f64(double x) {
 SNIP_API const char *snip_status_text(snip_status status) {
     switch (status) {
 #define SNIP_X(code, text) \
-  case code: return text;
+    case code: return text;
         SNIP_STATUS_LIST(SNIP_X)
 #undef SNIP_X
         case SNIP_STATUS_COUNT: break;
@@ -6307,11 +6307,11 @@ static int snipi_plan_line(const snip *s, int line, char *text, size_t size) {
 static int snipi_replaceable(const char *path) {
 #if defined(__unix__) || defined(__APPLE__)
     struct stat info;
-#  if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
+#    if defined(__APPLE__) || (defined(_POSIX_C_SOURCE) && _POSIX_C_SOURCE >= 200112L)
     return lstat(path, &info) != 0 || S_ISREG(info.st_mode);
-#  else
+#    else
     return stat(path, &info) != 0 || S_ISREG(info.st_mode);
-#  endif
+#    endif
 #else
     (void)path;
     return 1;
@@ -6644,78 +6644,80 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
 
 // >>simd -------------------------------------------------------------------------------------------
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)
-#  pragma GCC diagnostic push
-#  pragma GCC diagnostic ignored "-Wuninitialized"
-#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#    pragma GCC diagnostic push
+#    pragma GCC diagnostic ignored "-Wuninitialized"
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #ifdef SNIPI_X86
-#  define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#  define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#  define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
-#  define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
-#  define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
-#  define SNIPI_TARGET_AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
+#    define SNIPI_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#    define SNIPI_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#    define SNIPI_TARGET_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
+#    define SNIPI_TARGET_AVX_VNNI __attribute__((target("avx2,fma,avxvnni")))
+#    define SNIPI_TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")))
+#    define SNIPI_TARGET_AMX \
+        __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
 
 // Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0,
 // p1, q1,
 // ... hold the two vectors of each row.
-#  define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
-#  define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
-#  define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
+#    define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
+#    define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
+#    define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
 
 SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
 
 // The tile of C, on its way while sums are made.
-#  define SNIPI_FETCH_C(rows, cols)                                      \
-    for (k = 0; k < rows; k++) {                                         \
-      _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
-      _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
-    }
+#    define SNIPI_FETCH_C(rows, cols)                                          \
+        for (k = 0; k < rows; k++) {                                           \
+            _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
+            _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+        }
 
 // Panels come from the second cache, which the hardware's prefetching leaves too late.
 enum { SNIPI_AHEAD_PANEL = 24 };  // steps of k
 
-#  define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                  \
-    _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
-    _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
-    if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
+#    define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                    \
+        _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
+        _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
+        if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
 // acc[i][j] += a[i] * b[j]
-#  define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                               \
-    attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc) { \
-      vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                                          \
-      int64_t k;                                                                                                       \
-      each(SNIPI_F32_ZERO_##lanes)                                                                                     \
-          SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {                         \
-        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                                        \
-        b0 = pre##loadu_ps(b);                                                                                         \
-        b1 = pre##loadu_ps(b + lanes);                                                                                 \
-        each(SNIPI_F32_STEP_##lanes)                                                                                   \
-      }                                                                                                                \
-      b0 = pre##setzero_ps();                                                                                          \
-      b1 = b0;                                                                                                         \
-      if (from) {                                                                                                      \
-        b0 = pre##loadu_ps(from);                                                                                      \
-        b1 = pre##loadu_ps(from + lanes);                                                                              \
-      }                                                                                                                \
-      each(SNIPI_F32_STORE_##lanes)                                                                                    \
-    }
-#  define SNIPI_F32_DECLARE(i) p##i, q##i,
-#  define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
-#  define SNIPI_F32_STEP_8(i)             \
-    ai = _mm256_broadcast_ss(a + i);      \
-    p##i = _mm256_fmadd_ps(ai, b0, p##i); \
-    q##i = _mm256_fmadd_ps(ai, b1, q##i);
-#  define SNIPI_F32_STORE_8(i)                                                                    \
-    _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
-    _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
-#  define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
-#  define SNIPI_F32_STEP_16(i)            \
-    ai = _mm512_set1_ps(a[i]);            \
-    p##i = _mm512_fmadd_ps(ai, b0, p##i); \
-    q##i = _mm512_fmadd_ps(ai, b1, q##i);
-#  define SNIPI_F32_STORE_16(i)                                                                   \
-    _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
-    _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
+#    define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                  \
+        attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, \
+                                   int64_t ldc) {                                                           \
+            vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                         \
+            int64_t k;                                                                                      \
+            each(SNIPI_F32_ZERO_##lanes)                                                                    \
+                SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {        \
+                SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                     \
+                b0 = pre##loadu_ps(b);                                                                      \
+                b1 = pre##loadu_ps(b + lanes);                                                              \
+                each(SNIPI_F32_STEP_##lanes)                                                                \
+            }                                                                                               \
+            b0 = pre##setzero_ps();                                                                         \
+            b1 = b0;                                                                                        \
+            if (from) {                                                                                     \
+                b0 = pre##loadu_ps(from);                                                                   \
+                b1 = pre##loadu_ps(from + lanes);                                                           \
+            }                                                                                               \
+            each(SNIPI_F32_STORE_##lanes)                                                                   \
+        }
+#    define SNIPI_F32_DECLARE(i) p##i, q##i,
+#    define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
+#    define SNIPI_F32_STEP_8(i)               \
+        ai = _mm256_broadcast_ss(a + i);      \
+        p##i = _mm256_fmadd_ps(ai, b0, p##i); \
+        q##i = _mm256_fmadd_ps(ai, b1, q##i);
+#    define SNIPI_F32_STORE_8(i)                                                                      \
+        _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
+        _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
+#    define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
+#    define SNIPI_F32_STEP_16(i)              \
+        ai = _mm512_set1_ps(a[i]);            \
+        p##i = _mm512_fmadd_ps(ai, b0, p##i); \
+        q##i = _mm512_fmadd_ps(ai, b1, q##i);
+#    define SNIPI_F32_STORE_16(i)                                                                     \
+        _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
+        _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
 SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
 SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
 
@@ -6723,38 +6725,39 @@ SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, S
 // products are added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
 enum { SNIPI_S8_STEPS = 32 };
 
-#  define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                    \
-    attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
-                               const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-      const vec ones = widths##set1_epi16(1);                                                                     \
-      float tile[rows * 2 * lanes], *to = tile; /* c is far, and its rows may share a set of the nearest cache */ \
-      const float *old = from ? from : c;                                                                         \
-      int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                      \
-      (void)ones;                                                                                                 \
-      SNIPI_FETCH_C(rows, 2 * lanes)                                                                              \
-      for (k = 0; k < kc;                                                                                         \
-           k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {         \
-        int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                             \
-        vec each(declare) b0, b1, ai;                                                                             \
-        each(begin##_START) while (step < steps) {                                                                \
-          const int64_t stop = begin##_STOP(step, steps);                                                         \
-          each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                        \
-            SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                               \
-            b0 = widths##loadu_##si((const vec *)(const void *)b);                                                \
-            b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                                  \
-            each(begin##_STEP)                                                                                    \
-          }                                                                                                       \
-          each(begin##_WIDEN)                                                                                     \
-        }                                                                                                         \
-        if (k + block >= kc) {                                                                                    \
-          to = c;                                                                                                 \
-          to_ld = ldc;                                                                                            \
-        }                                                                                                         \
-        each(begin##_STORE)                                                                                       \
-      }                                                                                                           \
-    }
-#  define SNIPI_S8_DECLARE(i) p##i, q##i,
-#  define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
+#    define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                      \
+        attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
+                                   const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+            const vec ones = widths##set1_epi16(1);                                                                   \
+            float tile[rows * 2 * lanes],                                                                             \
+                *to = tile; /* c is far, and its rows may share a set of the nearest cache */                         \
+            const float *old = from ? from : c;                                                                       \
+            int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                    \
+            (void)ones;                                                                                               \
+            SNIPI_FETCH_C(rows, 2 * lanes)                                                                            \
+            for (k = 0; k < kc;                                                                                       \
+                 k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {       \
+                int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                         \
+                vec each(declare) b0, b1, ai;                                                                         \
+                each(begin##_START) while (step < steps) {                                                            \
+                    const int64_t stop = begin##_STOP(step, steps);                                                   \
+                    each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                  \
+                        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                       \
+                        b0 = widths##loadu_##si((const vec *)(const void *)b);                                        \
+                        b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                          \
+                        each(begin##_STEP)                                                                            \
+                    }                                                                                                 \
+                    each(begin##_WIDEN)                                                                               \
+                }                                                                                                     \
+                if (k + block >= kc) {                                                                                \
+                    to = c;                                                                                           \
+                    to_ld = ldc;                                                                                      \
+                }                                                                                                     \
+                each(begin##_STORE)                                                                                   \
+            }                                                                                                         \
+        }
+#    define SNIPI_S8_DECLARE(i) p##i, q##i,
+#    define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
 
 SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     int32_t x;
@@ -6762,16 +6765,16 @@ SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     return x;
 }
 
-#  define SNIPI_S8_STORE_8(i)                                                                                         \
-    {                                                                                                                 \
-      __m256 s = _mm256_broadcast_ss(sa + i);                                                                         \
-      float *ti = to + i * to_ld;                                                                                     \
-      const float *oi = old + i * old_ld;                                                                             \
-      _mm256_storeu_ps(                                                                                               \
-          ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), _mm256_loadu_ps(oi))); \
-      _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)), _mm256_cvtepi32_ps(q##i),   \
-                                               _mm256_loadu_ps(oi + 8)));                                             \
-    }
+#    define SNIPI_S8_STORE_8(i)                                                                                   \
+        {                                                                                                         \
+            __m256 s = _mm256_broadcast_ss(sa + i);                                                               \
+            float *ti = to + i * to_ld;                                                                           \
+            const float *oi = old + i * old_ld;                                                                   \
+            _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), \
+                                                 _mm256_loadu_ps(oi)));                                           \
+            _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)),                   \
+                                                     _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8)));         \
+        }
 
 // A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1,
@@ -6781,102 +6784,110 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, _
     _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
 }
 
-#  define SNIPI_STORE_16(i, value)                                                                     \
-    snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
-                       old + i * old_ld, to + i * to_ld);
-#  define SNIPI_S8_START_8(i)                                        \
-    p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
-    q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
-#  define SNIPI_S8_START_16(i)        \
-    p##i = _mm512_loadu_si512(start); \
-    q##i = _mm512_loadu_si512(start + 16);
-#  define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
-#  define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
+#    define SNIPI_STORE_16(i, value)                                                                       \
+        snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
+                           old + i * old_ld, to + i * to_ld);
+#    define SNIPI_S8_START_8(i)                                          \
+        p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
+        q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+#    define SNIPI_S8_START_16(i)          \
+        p##i = _mm512_loadu_si512(start); \
+        q##i = _mm512_loadu_si512(start + 16);
+#    define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
+#    define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
 // A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
-#  define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                                                \
-    __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch ", %0, %0|%0, %0, " scratch \
-            "}"                                                                                                        \
-            : "+" kind(acc)                                                                                            \
-            : kind(x), kind(y)                                                                                         \
-            : lost);
-#  define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#  define SNIPI_MADD256_START SNIPI_S8_START_8
-#  define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
-#  define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
-#  define SNIPI_MADD256_STEP(i)                    \
-    ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
-#  define SNIPI_MADD256_WIDEN(i)                                  \
-    p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
-    q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
-#  define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#  define SNIPI_MADD512_START SNIPI_S8_START_16
-#  define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
-#  define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
-#  define SNIPI_MADD512_STEP(i)                    \
-    ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
-#  define SNIPI_MADD512_WIDEN(i)                                  \
-    p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
-    q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
-#  define SNIPI_VNNI_STOP(step, steps) (steps)
-#  define SNIPI_VNNI_START SNIPI_S8_START_16
-#  define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
-#  define SNIPI_VNNI_CLEAR(i)
-#  define SNIPI_DPBUSD(acc, x, y)              \
-    __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
-            : "+v"(acc)                        \
-            : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
-#  define SNIPI_VNNI_STEP(i)                       \
-    ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-    SNIPI_DPBUSD(p##i, ai, b0);                    \
-    SNIPI_DPBUSD(q##i, ai, b1);
-#  define SNIPI_VNNI_WIDEN(i)
+#    define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                      \
+        __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch \
+                ", %0, %0|%0, %0, " scratch "}"                                                \
+                : "+" kind(acc)                                                                \
+                : kind(x), kind(y)                                                             \
+                : lost);
+#    define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#    define SNIPI_MADD256_START SNIPI_S8_START_8
+#    define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
+#    define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
+#    define SNIPI_MADD256_STEP(i)                      \
+        ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
+#    define SNIPI_MADD256_WIDEN(i)                                    \
+        p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
+        q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
+#    define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
+#    define SNIPI_MADD512_START SNIPI_S8_START_16
+#    define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
+#    define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
+#    define SNIPI_MADD512_STEP(i)                      \
+        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
+#    define SNIPI_MADD512_WIDEN(i)                                    \
+        p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
+        q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
+#    define SNIPI_VNNI_STOP(step, steps) (steps)
+#    define SNIPI_VNNI_START SNIPI_S8_START_16
+#    define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
+#    define SNIPI_VNNI_CLEAR(i)
+#    define SNIPI_DPBUSD(acc, x, y)                \
+        __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
+                : "+v"(acc)                        \
+                : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
+#    define SNIPI_VNNI_STEP(i)                         \
+        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+        SNIPI_DPBUSD(p##i, ai, b0);                    \
+        SNIPI_DPBUSD(q##i, ai, b1);
+#    define SNIPI_VNNI_WIDEN(i)
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS,
                 SNIPI_MADD256, _mm256_, si256)
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS,
                 SNIPI_MADD512, _mm512_, si512)
 SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI,
                 _mm512_, si512)
-#  ifdef SNIPI_X86_LATE
+#    ifdef SNIPI_X86_LATE
 // Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
-#    ifndef SNIPI_EMULATED
-#      define SNIPI_DPBUSD256(acc, x, y) \
-        __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
-#      define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
-#      define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
-#      define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
-#      define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #      t "|tmm" #      t "}" : :)
-#      define SNIPI_TILE_LOAD(t, p, stride) \
-        __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" : : "r"(p), "r"(stride) : "memory")
-#      define SNIPI_TILE_STORE(t, p, stride) \
-        __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" : : "r"(p), "r"(stride) : "memory")
-#      define SNIPI_TILE_DPBSSD(t, a, b) \
-        __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
-#      define SNIPI_TILE_DPBF16(t, a, b) \
-        __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
-#    endif
-#    define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
-#    define SNIPI_VNNI256_START SNIPI_S8_START_8
-#    define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
-#    define SNIPI_VNNI256_STEP(i)                    \
-      ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-      SNIPI_DPBUSD256(p##i, ai, b0);                 \
-      SNIPI_DPBUSD256(q##i, ai, b1);
-#    define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
-#    define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
+#        ifndef SNIPI_EMULATED
+#            define SNIPI_DPBUSD256(acc, x, y) \
+                __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
+#            define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
+#            define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
+#            define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
+#            define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #            t "|tmm" #            t "}" : :)
+#            define SNIPI_TILE_LOAD(t, p, stride)                                          \
+                __asm__ volatile("tileloadd {(%0,%1,1), %%tmm" #t "|tmm" #t ", [%0+%1*1]}" \
+                                 :                                                         \
+                                 : "r"(p), "r"(stride)                                     \
+                                 : "memory")
+#            define SNIPI_TILE_STORE(t, p, stride)                                          \
+                __asm__ volatile("tilestored {%%tmm" #t ", (%0,%1,1)|[%0+%1*1], tmm" #t "}" \
+                                 :                                                          \
+                                 : "r"(p), "r"(stride)                                      \
+                                 : "memory")
+#            define SNIPI_TILE_DPBSSD(t, a, b) \
+                __asm__ volatile("tdpbssd {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" : :)
+#            define SNIPI_TILE_DPBF16(t, a, b)                                                                       \
+                __asm__ volatile("tdpbf16ps {%%tmm" #b ", %%tmm" #a ", %%tmm" #t "|tmm" #t ", tmm" #a ", tmm" #b "}" \
+                                 :                                                                                   \
+                                 :)
+#        endif
+#        define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
+#        define SNIPI_VNNI256_START SNIPI_S8_START_8
+#        define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
+#        define SNIPI_VNNI256_STEP(i)                      \
+            ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
+            SNIPI_DPBUSD256(p##i, ai, b0);                 \
+            SNIPI_DPBUSD256(q##i, ai, b1);
+#        define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
+#        define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
 SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE,
                 SNIPI_VNNI256, _mm256_, si256)
 // acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
-#    define SNIPI_BF16_STOP SNIPI_VNNI_STOP
-#    define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
-#    define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
-#    define SNIPI_BF16_STEP(i)                       \
-      ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-      SNIPI_DPBF16(p##i, ai, b0);                    \
-      SNIPI_DPBF16(q##i, ai, b1);
-#    define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
-#    define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
+#        define SNIPI_BF16_STOP SNIPI_VNNI_STOP
+#        define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
+#        define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
+#        define SNIPI_BF16_STEP(i)                         \
+            ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
+            SNIPI_DPBF16(p##i, ai, b0);                    \
+            SNIPI_DPBF16(q##i, ai, b1);
+#        define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
+#        define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
 SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE,
                 SNIPI_BF16, _mm512_, si512)
 
@@ -6907,66 +6918,67 @@ SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
 
 SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
 
-#    define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
-#    define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
-#    define SNIPI_AMX_ROWS(value, count)                                                                           \
-      {                                                                                                            \
-        const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                                    \
-        const int64_t stop = snipi_min(row + (count), 32);                                                         \
-        for (; row < stop; row++)                                                                                  \
-          snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row), value(sums[!turn] + 32 * row + 16), \
-                             old + row * old_ld, to + row * to_ld);                                                \
-      }
-#    define SNIPI_KERNEL_AMX(name, product, value)                                                                     \
-      SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa, \
-                                        const float *sb, const int32_t *start, const float *from, float *c,            \
-                                        int64_t ldc) {                                                                 \
-        __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                              \
-        const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128;              \
-        float tile[32 * 32], *to = tile;                                                                               \
-        const float *old = from ? from : c;                                                                            \
-        int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                                   \
-        int turn = 0;                                                                                                  \
-        (void)start;                                                                                                   \
-        SNIPI_FETCH_C(32, 32)                                                                                          \
-        for (k = 0; k < kc; k += block) {                                                                              \
-          const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece), share = snipi_ceil_div(8, pieces);   \
-          SNIPI_TILE_ZERO(0);                                                                                          \
-          SNIPI_TILE_ZERO(1);                                                                                          \
-          SNIPI_TILE_ZERO(2);                                                                                          \
-          SNIPI_TILE_ZERO(3);                                                                                          \
-          for (p = 0; p < pieces;                                                                                      \
-               p++, a += piece, b += 32 * piece) { /* after each product, `share` rows of the block before */          \
-            SNIPI_TILE_LOAD(4, a, row_bytes);                                                                          \
-            SNIPI_TILE_LOAD(6, b, line);                                                                               \
-            product(0, 4, 6);                                                                                          \
-            SNIPI_AMX_ROWS(value, share)                                                                               \
-            SNIPI_TILE_LOAD(7, b + 64, line);                                                                          \
-            product(1, 4, 7);                                                                                          \
-            SNIPI_AMX_ROWS(value, share)                                                                               \
-            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                                         \
-            product(2, 5, 6);                                                                                          \
-            SNIPI_AMX_ROWS(value, share)                                                                               \
-            product(3, 5, 7);                                                                                          \
-            SNIPI_AMX_ROWS(value, share)                                                                               \
-          }                                                                                                            \
-          if (k) {                                                                                                     \
-            sa += 32;                                                                                                  \
-            sb += 32;                                                                                                  \
-            old = tile;                                                                                                \
-            old_ld = 32;                                                                                               \
-          }                                                                                                            \
-          SNIPI_TILE_STORE(0, sums[turn], line);                                                                       \
-          SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                                  \
-          SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                                             \
-          SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                                        \
-          turn = !turn;                                                                                                \
-          row = 0;                                                                                                     \
-        }                                                                                                              \
-        to = c;                                                                                                        \
-        to_ld = ldc;                                                                                                   \
-        SNIPI_AMX_ROWS(value, 32)                                                                                      \
-      }
+#        define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
+#        define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
+#        define SNIPI_AMX_ROWS(value, count)                                                                      \
+            {                                                                                                     \
+                const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                           \
+                const int64_t stop = snipi_min(row + (count), 32);                                                \
+                for (; row < stop; row++)                                                                         \
+                    snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row),                          \
+                                       value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); \
+            }
+#        define SNIPI_KERNEL_AMX(name, product, value)                                                            \
+            SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b,       \
+                                              const float *sa, const float *sb, const int32_t *start,             \
+                                              const float *from, float *c, int64_t ldc) {                         \
+                __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                 \
+                const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
+                float tile[32 * 32], *to = tile;                                                                  \
+                const float *old = from ? from : c;                                                               \
+                int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                      \
+                int turn = 0;                                                                                     \
+                (void)start;                                                                                      \
+                SNIPI_FETCH_C(32, 32)                                                                             \
+                for (k = 0; k < kc; k += block) {                                                                 \
+                    const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece),                       \
+                                  share = snipi_ceil_div(8, pieces);                                              \
+                    SNIPI_TILE_ZERO(0);                                                                           \
+                    SNIPI_TILE_ZERO(1);                                                                           \
+                    SNIPI_TILE_ZERO(2);                                                                           \
+                    SNIPI_TILE_ZERO(3);                                                                           \
+                    for (p = 0; p < pieces; p++, a += piece,                                                      \
+                        b += 32 * piece) { /* after each product, `share` rows of the block before */             \
+                        SNIPI_TILE_LOAD(4, a, row_bytes);                                                         \
+                        SNIPI_TILE_LOAD(6, b, line);                                                              \
+                        product(0, 4, 6);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        SNIPI_TILE_LOAD(7, b + 64, line);                                                         \
+                        product(1, 4, 7);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                        \
+                        product(2, 5, 6);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                        product(3, 5, 7);                                                                         \
+                        SNIPI_AMX_ROWS(value, share)                                                              \
+                    }                                                                                             \
+                    if (k) {                                                                                      \
+                        sa += 32;                                                                                 \
+                        sb += 32;                                                                                 \
+                        old = tile;                                                                               \
+                        old_ld = 32;                                                                              \
+                    }                                                                                             \
+                    SNIPI_TILE_STORE(0, sums[turn], line);                                                        \
+                    SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                   \
+                    SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                              \
+                    SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                         \
+                    turn = !turn;                                                                                 \
+                    row = 0;                                                                                      \
+                }                                                                                                 \
+                to = c;                                                                                           \
+                to_ld = ldc;                                                                                      \
+                SNIPI_AMX_ROWS(value, 32)                                                                         \
+            }
 SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
 SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
 
@@ -7058,7 +7070,7 @@ SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, 
         _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
     }
 }
-#  endif  // SNIPI_X86_LATE
+#    endif  // SNIPI_X86_LATE
 SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
                                                 int offset, uint8_t *out, int width) {
     const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice),
@@ -7109,8 +7121,8 @@ SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row
     }
 }
 
-#  define SNIPI_CODES_16(row) \
-    (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
+#    define SNIPI_CODES_16(row) \
+        (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
 
 // Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes
 // of their own.
@@ -7182,10 +7194,10 @@ SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, i
 // 2^(e + 23 - mantissa) plus that second term in its last places, rounds |y| and has the code in its low bits; the
 // term is even, so that ties stay ties to even. Less power, the sum is the value.
 // SNIPI_KEPT stops the compiler from undoing the rounding (-Ofast) or fusing the product with what follows.
-#  define SNIPI_KEPT(v) __asm__("" : "+x"(v))
-#  define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
-#  define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
-#  define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
+#    define SNIPI_KEPT(v) __asm__("" : "+x"(v))
+#    define SNIPI_KEPT512(v) __asm__("" : "+v"(v))
+#    define SNIPI_LOW(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_castps512_ps256(v))
+#    define SNIPI_HIGH(v) _mm512_maskz_cvtps_pd(0xFF, _mm512_extractf32x8_ps(v, 1))
 
 enum { SNIPI_AHEAD = 3072 };  // bytes: the hardware prefetcher stops at pages
 
@@ -7250,65 +7262,68 @@ static snipi_rounds snipi_rounds_of(snip_rng_key key, uint32_t upper) {
 
 // Philox over `n` times 4 or 8 counters in 64-bit lanes: the products' latency is long. Only the low halves of c0..c3
 // count until the end. The counters' order makes the unpacked halves come out in sequence.
-#  define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order)                                            \
-    attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) {                           \
-      const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57);                            \
-      vec c0[n], c1[n], c2[n], c3[n];                                                                                  \
-      int g, round;                                                                                                    \
-      SNIPI_UNROLL                                                                                                     \
-      for (g = 0; g < n; g++) {                                                                                        \
-        vec p0 = pre##mul_epu32(pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order),  \
-                                m0);                                                                                   \
-        vec p1 = pre##mul_epu32(pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)),    \
-                                m1);                                                                                   \
-        c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0]));                \
-        c1[g] = p1;                                                                                                    \
-        c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1]));                                     \
-        c3[g] = pre##set1_epi64##si((int64_t)s->second[2]);                                                            \
-      }                                                                                                                \
-      SNIPI_UNROLL                                                                                                     \
-      for (round = 0; round < 7; round++) {                                                                            \
-        SNIPI_UNROLL                                                                                                   \
-        for (g = 0; g < n; g++) {                                                                                      \
-          vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1); /* as snip_philox */                     \
-          c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g], pre##set1_epi64##si((int64_t)s->key[2 * round])); \
-          c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g],                                                   \
-                                     pre##set1_epi64##si((int64_t)s->key[2 * round + 1]));                             \
-          c1[g] = p1;                                                                                                  \
-          c3[g] = p0;                                                                                                  \
-        }                                                                                                              \
-      }                                                                                                                \
-      SNIPI_UNROLL                                                                                                     \
-      for (g = 0; g < n; g++) {                                                                                        \
-        vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g], pre##set1_epi64##si((int64_t)s->key[14]));     \
-        vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g], pre##set1_epi64##si((int64_t)s->key[15]));      \
-        SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd));                                      \
-        SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd));                          \
-      }                                                                                                                \
-    }
-#  define SNIPI_PHILOX(name, attribute, lanes)                                                                  \
-    attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {                   \
-      const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32));                                     \
-      int b = 0;                                                                                                \
-      if (!snipi_one_upper(first, blocks)) {                                                                    \
-        snipi_philox_scalar(key, first, blocks, out);                                                           \
-        return;                                                                                                 \
-      }                                                                                                         \
-      for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
-      for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b);              \
-    }
-#  define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
-#  define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)  // the shift's port is the product's
-#  define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
-#  define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+#    define SNIPI_WORDS(name, attribute, n, vec, lanes, bits, pre, si, order)                                   \
+        attribute SNIPI_INLINE void name(const snipi_rounds *s, uint32_t first, uint32_t *out) {                \
+            const vec m0 = pre##set1_epi64##si(0xD2511F53), m1 = pre##set1_epi64##si(0xCD9E8D57);               \
+            vec c0[n], c1[n], c2[n], c3[n];                                                                     \
+            int g, round;                                                                                       \
+            SNIPI_UNROLL                                                                                        \
+            for (g = 0; g < n; g++) {                                                                           \
+                vec p0 = pre##mul_epu32(                                                                        \
+                    pre##add_epi64(pre##set1_epi64##si((int64_t)(first + (uint32_t)(g * lanes))), order), m0);  \
+                vec p1 = pre##mul_epu32(                                                                        \
+                    pre##xor_si##bits(SNIPI_UPPER_##lanes(p0), pre##set1_epi64##si((int64_t)s->first)), m1);    \
+                c0[g] = pre##xor_si##bits(SNIPI_UPPER_##lanes(p1), pre##set1_epi64##si((int64_t)s->second[0])); \
+                c1[g] = p1;                                                                                     \
+                c2[g] = pre##xor_si##bits(p0, pre##set1_epi64##si((int64_t)s->second[1]));                      \
+                c3[g] = pre##set1_epi64##si((int64_t)s->second[2]);                                             \
+            }                                                                                                   \
+            SNIPI_UNROLL                                                                                        \
+            for (round = 0; round < 7; round++) {                                                               \
+                SNIPI_UNROLL                                                                                    \
+                for (g = 0; g < n; g++) {                                                                       \
+                    vec p0 = pre##mul_epu32(c0[g], m0), p1 = pre##mul_epu32(c2[g], m1); /* as snip_philox */    \
+                    c0[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p1), c1[g],                                  \
+                                               pre##set1_epi64##si((int64_t)s->key[2 * round]));                \
+                    c2[g] = SNIPI_XOR3_##lanes(SNIPI_UPPER_##lanes(p0), c3[g],                                  \
+                                               pre##set1_epi64##si((int64_t)s->key[2 * round + 1]));            \
+                    c1[g] = p1;                                                                                 \
+                    c3[g] = p0;                                                                                 \
+                }                                                                                               \
+            }                                                                                                   \
+            SNIPI_UNROLL                                                                                        \
+            for (g = 0; g < n; g++) {                                                                           \
+                vec even = SNIPI_LAST_##lanes(pre##mul_epu32(c2[g], m1), c1[g],                                 \
+                                              pre##set1_epi64##si((int64_t)s->key[14]));                        \
+                vec odd = SNIPI_LAST_##lanes(pre##mul_epu32(c0[g], m0), c3[g],                                  \
+                                             pre##set1_epi64##si((int64_t)s->key[15]));                         \
+                SNIPI_STORE_##lanes(out + 4 * lanes * g, pre##unpacklo_epi64(even, odd));                       \
+                SNIPI_STORE_##lanes(out + 4 * lanes * g + 2 * lanes, pre##unpackhi_epi64(even, odd));           \
+            }                                                                                                   \
+        }
+#    define SNIPI_PHILOX(name, attribute, lanes)                                                                      \
+        attribute static void name(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {                     \
+            const snipi_rounds s = snipi_rounds_of(key, (uint32_t)(first >> 32));                                     \
+            int b = 0;                                                                                                \
+            if (!snipi_one_upper(first, blocks)) {                                                                    \
+                snipi_philox_scalar(key, first, blocks, out);                                                         \
+                return;                                                                                               \
+            }                                                                                                         \
+            for (; b + 4 * lanes <= blocks; b += 4 * lanes) name##_4(&s, (uint32_t)first + (uint32_t)b, out + 4 * b); \
+            for (; b < blocks; b += 2 * lanes) name##_2(&s, (uint32_t)first + (uint32_t)b, out + 4 * b);              \
+        }
+#    define SNIPI_UPPER_4(a) _mm256_srli_epi64(a, 32)
+#    define SNIPI_UPPER_8(a) _mm512_shuffle_epi32(a, _MM_PERM_DDBB)  // the shift's port is the product's
+#    define SNIPI_XOR3_4(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
+#    define SNIPI_XOR3_8(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
 // Halves changed about, and the low one XORed.
-#  define SNIPI_LAST_4(p, c, k)                     \
-    _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), \
-                     _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
-#  define SNIPI_LAST_8(p, c, k) \
-    _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
-#  define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
-#  define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
+#    define SNIPI_LAST_4(p, c, k)                       \
+        _mm256_xor_si256(_mm256_shuffle_epi32(p, 0xB1), \
+                         _mm256_and_si256(_mm256_xor_si256(c, k), _mm256_set1_epi64x(0xFFFFFFFF)))
+#    define SNIPI_LAST_8(p, c, k) \
+        _mm512_mask_ternarylogic_epi32(_mm512_shuffle_epi32(p, _MM_PERM_CDAB), 0x5555, c, k, 0x96)
+#    define SNIPI_STORE_4(p, v) _mm256_storeu_si256((__m256i *)(void *)(p), v)
+#    define SNIPI_STORE_8(p, v) _mm512_storeu_si512(p, v)
 SNIPI_WORDS(snipi_philox_avx2_2, SNIPI_TARGET_AVX2, 2, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
 SNIPI_WORDS(snipi_philox_avx2_4, SNIPI_TARGET_AVX2, 4, __m256i, 4, 256, _mm256_, x, _mm256_setr_epi64x(0, 2, 1, 3))
 SNIPI_PHILOX(snipi_philox_avx2, SNIPI_TARGET_AVX2, 4)
@@ -7438,9 +7453,9 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
     for (g = 0; g < 2; g++) {  // tally += (lane + lane 8 further) * scale^2
         const __m256d s = _mm256_set1_pd((double)q->scale), s2 = _mm256_set1_pd((double)q->scale * (double)q->scale);
         __m256d v, d, w = _mm256_mul_pd(dot[g], s);
-#  define SNIPI_HALF(pair)                                                                                  \
-    _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
-                  _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
+#    define SNIPI_HALF(pair)                                                                                    \
+        _mm256_add_pd(_mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[0], 1) : _mm256_castps256_ps128(pair[0])), \
+                      _mm256_cvtps_pd(g ? _mm256_extractf128_ps(pair[1], 1) : _mm256_castps256_ps128(pair[1])))
         v = _mm256_mul_pd(SNIPI_HALF(sum_sq), s2);
         d = _mm256_mul_pd(SNIPI_HALF(err_sq), s2);
         SNIPI_KEPT(v);
@@ -7478,10 +7493,10 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_ru
     k.code_below = k.least;
     return k;
 }
-#  if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
-#    pragma GCC diagnostic push
-#    pragma GCC diagnostic ignored "-Wsign-conversion"
-#  endif
+#    if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
+#        pragma GCC diagnostic push
+#        pragma GCC diagnostic ignored "-Wsign-conversion"
+#    endif
 // y's code, in `sum` as above, and value.
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over,
                                                          __m512i *sum) {
@@ -7520,9 +7535,9 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512
     *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
     return _mm512_mask_sub_ps(value, below, value, k->least_float);
 }
-#  if defined(__GNUC__) && !defined(__clang__)
-#    pragma GCC diagnostic pop
-#  endif
+#    if defined(__GNUC__) && !defined(__clang__)
+#        pragma GCC diagnostic pop
+#    endif
 // tally += (lane + lane 8 further) * scale^2
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
     __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
@@ -8260,22 +8275,22 @@ SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float
 }
 #endif  // SNIPI_X86
 #if defined(__GNUC__) && !defined(__clang__)
-#  pragma GCC diagnostic pop
+#    pragma GCC diagnostic pop
 #endif
 #ifdef SNIPI_NEON
 // Vectors of 4 floats, 16 elements a turn, so that element i stays in lane i % 16. Right shifts by a variable are left
 // shifts by its negative. Tiles divide SNIPI_MAX_MR and SNIPI_MAX_NR. Intrinsics are plain arithmetic to the compiler:
 // SNIPI_KEPT also holds sums in their order under -Ofast.
-#  define SNIPI_KEPT(v) __asm__("" : "+w"(v))
-#  ifdef __clang__
-#    define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
-#  else
-#    define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
-#  endif
+#    define SNIPI_KEPT(v) __asm__("" : "+w"(v))
+#    ifdef __clang__
+#        define SNIPI_TARGET_DOT __attribute__((target("dotprod")))
+#    else
+#        define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#    endif
 
-#  define SNIPI_NEON_ROW(r)                                    \
-    acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
-    acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
+#    define SNIPI_NEON_ROW(r)                                      \
+        acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
+        acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
 
 static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c,
                                   int64_t ldc) {
@@ -8355,13 +8370,13 @@ static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, co
 // has the intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target
 // does not contain.
 typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
-#  define SNIPI_DOT(v, y, lane)                                                      \
-    {                                                                                \
-      snipi_vec16 dot = v;                                                           \
-      __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); \
-      v = dot;                                                                       \
-    }
-#  define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
+#    define SNIPI_DOT(v, y, lane)                                                          \
+        {                                                                                  \
+            snipi_vec16 dot = v;                                                           \
+            __asm__("sdot %0.4s, %1.16b, %2.4b[" #lane "]" : "+w"(dot) : "w"(y), "w"(ai)); \
+            v = dot;                                                                       \
+        }
+#    define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
 
 SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start,
                                             int32_t *sum) {
@@ -8708,9 +8723,9 @@ static void snipi_flip_neon(const uint32_t signs[4], float x[SNIPI_SIGNS]) {
 
 #ifdef SNIPI_X86_LATE
 enum { SNIPI_HAS_AVX_VNNI = 1, SNIPI_HAS_BF16 = 2, SNIPI_HAS_AMX = 4, SNIPI_HAS_ASKED = 8 };
-#  ifdef SNIPI_EMULATED
+#    ifdef SNIPI_EMULATED
 static int snipi_x86_late(void) { return SNIPI_HAS_AVX_VNNI | SNIPI_HAS_BF16 | SNIPI_HAS_AMX; }
-#  else
+#    else
 static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
     __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "0"(leaf), "2"(sub));
 }
@@ -8719,7 +8734,7 @@ static void snipi_cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) {
 // this process: system call arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which an older kernel or a small
 // signal stack refuses.
 static int snipi_amx_usable(void) {
-#    ifdef __linux__
+#        ifdef __linux__
     uint32_t r[4], saved;
     long result;
     snipi_cpuid(0x1D, 1, r);
@@ -8727,9 +8742,9 @@ static int snipi_amx_usable(void) {
     if (r[0] != (1024u << 16 | 8192u) || r[1] != (8u << 16 | 64u) || (saved >> 17 & 3) != 3) return 0;
     __asm__ volatile("syscall" : "=a"(result) : "0"(158L), "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
     return result == 0;
-#    else
+#        else
     return 0;
-#    endif
+#        endif
 }
 
 static int snipi_x86_late(void) {
@@ -8750,7 +8765,7 @@ static int snipi_x86_late(void) {
     __atomic_store_n(&answer, has, __ATOMIC_RELAXED);
     return has;
 }
-#  endif
+#    endif
 #endif  // SNIPI_X86_LATE
 
 SNIP_API int snip_isa_available(snip_isa isa) {
@@ -8770,11 +8785,11 @@ SNIP_API int snip_isa_available(snip_isa isa) {
 #endif
 #ifdef SNIPI_NEON
     if (isa == SNIP_ISA_NEON) return 1;
-#  if defined(__ARM_FEATURE_DOTPROD)
+#    if defined(__ARM_FEATURE_DOTPROD)
     if (isa == SNIP_ISA_NEON_DOT) return 1;
-#  elif defined(__linux__)
+#    elif defined(__linux__)
     if (isa == SNIP_ISA_NEON_DOT) return (int)(getauxval(AT_HWCAP) >> 20 & 1);  // HWCAP_ASIMDDP
-#  endif
+#    endif
 #endif
     return isa == SNIP_ISA_BEST || isa == SNIP_ISA_SCALAR;
 }
@@ -8922,7 +8937,7 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.spread = snipi_spread_avx512;
         k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
     }
-#  ifdef SNIPI_X86_LATE
+#    ifdef SNIPI_X86_LATE
     if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
     if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
     if (isa >= SNIP_ISA_AVX512_BF16) {
@@ -8938,7 +8953,7 @@ static snipi_kernels snipi_kernels_of(snip_isa isa) {
         k.begin = snipi_tiles_begin;
         k.end = snipi_tiles_end;
     }
-#  endif
+#    endif
 #elif defined(SNIPI_NEON)
     if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
         k.f32_mr = 12;

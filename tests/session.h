@@ -5,7 +5,7 @@
 
 #include "test.h"
 #ifndef SNIPI_WORTH
-#  define SNIPI_WORTH 0  // threads for however little, where the implementation is compiled with the test
+#    define SNIPI_WORTH 0  // threads for however little, where the implementation is compiled with the test
 #endif
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
@@ -316,9 +316,9 @@ static inline snip_status model_pass(model *n, snip *s) {
 }
 
 #if defined(__clang__)
-#  define TEST_AS_WRITTEN __attribute__((optnone))  // -Ofast rounds vectors and single elements differently, by how
-#else                                               // the arrays lie
-#  define TEST_AS_WRITTEN
+#    define TEST_AS_WRITTEN __attribute__((optnone))  // -Ofast rounds vectors and single elements differently, by how
+#else                                                 // the arrays lie
+#    define TEST_AS_WRITTEN
 #endif
 
 TEST_AS_WRITTEN static inline void model_update(model *n, const snip_adamw *o) {

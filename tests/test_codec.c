@@ -35,7 +35,7 @@ typedef struct {
 } codec;
 
 #define CODEC(name) \
-  { #name, runs_##name, (int)(sizeof runs_##name / sizeof runs_##name[0]), snip_##name##_from_f32 }
+    { #name, runs_##name, (int)(sizeof runs_##name / sizeof runs_##name[0]), snip_##name##_from_f32 }
 static const codec codecs[] = {
     CODEC(e4m3),
     CODEC(e5m2),

@@ -9,14 +9,14 @@ static void descriptions_are_refused(void) {
     snip_desc d = description(), e;
     CHECK(snip_desc_check(NULL) == SNIP_BAD_ARGUMENT && snip_create(NULL) == NULL);
     CHECK(snip_desc_check(&d) == SNIP_OK);
-#define REFUSED(change)                              \
-  do {                                               \
-    e = d;                                           \
-    change;                                          \
-    test_about("%s", #change);                       \
-    CHECK(snip_desc_check(&e) == SNIP_BAD_ARGUMENT); \
-    CHECK(snip_create(&e) == NULL);                  \
-  } while (0)
+#define REFUSED(change)                                  \
+    do {                                                 \
+        e = d;                                           \
+        change;                                          \
+        test_about("%s", #change);                       \
+        CHECK(snip_desc_check(&e) == SNIP_BAD_ARGUMENT); \
+        CHECK(snip_create(&e) == NULL);                  \
+    } while (0)
     REFUSED(e.budget = -0.01);
     REFUSED(e.budget = 1.01);
     REFUSED(e.budget = nan);
@@ -57,16 +57,108 @@ static void *plain_alloc(size_t size, void *user) {
     return malloc(size);
 }
 
+static void the_field_that_is_refused_is_named(void) {
+    static const snip_recipe f32 = SNIP_RECIPE_F32;
+    const double nan = NAN;
+    snip_desc d = description(), e;
+    CHECK(snip_desc_error(&d) == NULL && strstr(snip_desc_error(NULL), "NULL"));
+#define NAMES(field, value)                                                  \
+    do {                                                                     \
+        e = d;                                                               \
+        e.field = value;                                                     \
+        test_about("%s: %s", #field, snip_desc_error(&e));                   \
+        CHECK(strncmp(snip_desc_error(&e), #field " ", sizeof #field) == 0); \
+    } while (0)
+    NAMES(budget, 75);
+    NAMES(speedup, 1e9);
+    NAMES(seconds, -1);
+    NAMES(n_stages, -1);
+    NAMES(high, SNIP_E4M3);
+    NAMES(measure, SNIP_E2M1);
+    NAMES(loss_weight, nan);
+    NAMES(update_weight, nan);
+    NAMES(horizon, -1);
+    NAMES(sample, 2);
+    NAMES(optimizer, (snip_optimizer)9);
+    NAMES(margin, nan);
+    NAMES(spike, nan);
+    NAMES(drift, nan);
+    NAMES(fallback, SNIP_E5M2);
+    NAMES(isa, SNIP_ISA_COUNT);
+#undef NAMES
+    e = d;
+    e.budget = 75;
+    CHECK(strcmp(snip_desc_error(&e), "budget is a share, 0 to 1") == 0);
+    e = d;
+    e.optimizer = SNIP_CUSTOM;
+    CHECK(strncmp(snip_desc_error(&e), "sensitivity ", 12) == 0);
+    e = d;
+    e.fp4.weight = f32;
+    CHECK(strncmp(snip_desc_error(&e), "fp4 ", 4) == 0);
+    e = d;
+    e.alloc.free_fn = (void (*)(void *, void *))1;
+    CHECK(strncmp(snip_desc_error(&e), "alloc ", 6) == 0);
+}
+
+static void layers_are_refused_by_cause(void) {
+    static const struct {
+        const char *name;
+        int64_t out, in;
+        int stage;
+        const char *cause;
+    } cases[] = {
+        {"my layer", 8, 8, 0, "blank"       },
+        { "",        8, 8, 0, "255"         },
+        { NULL,      8, 8, 0, "NULL"        },
+        { "a",       0, 8, 0, "out_features"},
+        { "a",       8, 8, 1, "n_stages"    }
+    };
+
+    snip_desc d = description();
+    snip *s = session_open(&d);
+    for (int i = 0; i < 5; i++) {
+        CHECK(snip_add_linear(s, cases[i].name, cases[i].out, cases[i].in, cases[i].stage) == -SNIP_BAD_ARGUMENT);
+        CHECK(strstr(snip_message(s), "snip_add_linear: ") && strstr(snip_message(s), cases[i].cause));
+    }
+}
+
+static void what_no_plan_could_do_without_is_said_in_the_first_step(void) {
+    bundle b = bundle_new();
+    snip_desc d = description();
+    d.budget = 0.75;
+    d.every = 500;
+    snip *s = bundle_session(&b, d, BUNDLE);
+    CHECK(snip_allow(s, -1, SNIP_FWD, 1, 0) == SNIP_OK);
+    CHECK(bundle_step(&b, s, 1) == SNIP_INFEASIBLE && strstr(snip_message(s), "at most 66.67%"));
+    CHECK(bundle_step(&b, s, 2) == SNIP_OK);  // once
+    CHECK(snip_allow(s, -1, SNIP_FWD, 1, 1) == SNIP_OK && bundle_step(&b, s, 3) == SNIP_OK);
+    d.speedup = 1.5;
+    s = bundle_session(&b, d, BUNDLE);
+    CHECK(bundle_step(&b, s, 1) == SNIP_BAD_ARGUMENT && strstr(snip_message(s), "snip_measure_gains"));
+    CHECK(snip_failed_layer(s) == 0);
+}
+
+static void layers_are_found_by_name(void) {
+    bundle b = bundle_new();
+    snip_desc d = description();
+    snip *s = bundle_session(&b, d, BUNDLE);
+    CHECK(snip_find_layer(s, "x") == 4 && snip_find_layer(s, "2.z") == 6 && snip_find_layer(s, "0.attn.q") == 0);
+    CHECK(snip_find_layer(s, "0.attn") == -1 && snip_find_layer(s, NULL) == -1 && snip_find_layer(NULL, "x") == -1);
+    CHECK(snip_settings(s)->measure == SNIP_F32 && snip_settings(s)->horizon == 100 && snip_settings(NULL) == NULL);
+    CHECK(snip_failed_layer(s) == -1 && snip_failed_layer(NULL) == -1);
+    CHECK(snip_step_status(NULL) == SNIP_BAD_ARGUMENT && snip_step_status(s) == SNIP_OK);
+}
+
 static void recipes_and_allocators_are_refused(void) {
     snip_desc d = description(), e;
-#define REFUSED(member, value)                       \
-  do {                                               \
-    e = d;                                           \
-    e.member = value;                                \
-    test_about("%s = %s", #member, #value);          \
-    CHECK(snip_desc_check(&e) == SNIP_BAD_ARGUMENT); \
-    CHECK(snip_create(&e) == NULL);                  \
-  } while (0)
+#define REFUSED(member, value)                           \
+    do {                                                 \
+        e = d;                                           \
+        e.member = value;                                \
+        test_about("%s = %s", #member, #value);          \
+        CHECK(snip_desc_check(&e) == SNIP_BAD_ARGUMENT); \
+        CHECK(snip_create(&e) == NULL);                  \
+    } while (0)
     snip_alloc half = { plain_alloc, NULL, NULL };
     snip_recipe backwards = recipe_fp4_block, two_scales = recipe_fp8_tile;
     backwards.tile_cols = -1;
@@ -175,11 +267,11 @@ static void refused_linear_calls_leave_the_outputs_alone(void) {
     float w[16] = { 1 }, x[16] = { 1 }, y[16], before[16];
     snip *s = session_of_one_layer();
     for (int i = 0; i < 16; i++) y[i] = before[i] = (float)i;
-#define FORWARD(s, l, out, inp, w, rows)                                            \
-  do {                                                                              \
-    CHECK(snip_linear_forward(s, l, out, inp, w, NULL, rows) == SNIP_BAD_ARGUMENT); \
-    CHECK(same_floats(y, before, 16));                                              \
-  } while (0)
+#define FORWARD(s, l, out, inp, w, rows)                                                \
+    do {                                                                                \
+        CHECK(snip_linear_forward(s, l, out, inp, w, NULL, rows) == SNIP_BAD_ARGUMENT); \
+        CHECK(same_floats(y, before, 16));                                              \
+    } while (0)
     FORWARD(NULL, 0, y, x, w, 4);
     FORWARD(s, 1, y, x, w, 4);
     FORWARD(s, -1, y, x, w, 4);
@@ -189,11 +281,11 @@ static void refused_linear_calls_leave_the_outputs_alone(void) {
     FORWARD(s, 0, y, x, w, -1);
     FORWARD(s, 0, y, x, w, INT64_MAX);
 #undef FORWARD
-#define BACKWARD(s, l, dout, inp, w, rows)                                               \
-  do {                                                                                   \
-    CHECK(snip_linear_backward(s, l, y, y, y, dout, inp, w, rows) == SNIP_BAD_ARGUMENT); \
-    CHECK(same_floats(y, before, 16));                                                   \
-  } while (0)
+#define BACKWARD(s, l, dout, inp, w, rows)                                                   \
+    do {                                                                                     \
+        CHECK(snip_linear_backward(s, l, y, y, y, dout, inp, w, rows) == SNIP_BAD_ARGUMENT); \
+        CHECK(same_floats(y, before, 16));                                                   \
+    } while (0)
     BACKWARD(NULL, 0, x, x, w, 4);
     BACKWARD(s, 1, x, x, w, 4);
     BACKWARD(s, -1, x, x, w, 4);
@@ -216,14 +308,14 @@ static void steps_end_with_a_valid_optimizer(void) {
     snip_adamw o = optimizer(1), p;
     CHECK(snip_next_pass(NULL, 1) == 0 && snip_end_step(NULL, &o) == SNIP_BAD_ARGUMENT);
     CHECK(snip_end_step(s, NULL) == SNIP_OK && snip_step(s) == 1);  // no optimizer's step
-#define REFUSED(change)                                                   \
-  do {                                                                    \
-    int64_t step = snip_step(s);                                          \
-    p = o;                                                                \
-    change;                                                               \
-    CHECK(snip_end_step(s, &p) == SNIP_BAD_ARGUMENT && *snip_message(s)); \
-    CHECK(snip_step(s) == step + 1);                                      \
-  } while (0)
+#define REFUSED(change)                                                       \
+    do {                                                                      \
+        int64_t step = snip_step(s);                                          \
+        p = o;                                                                \
+        change;                                                               \
+        CHECK(snip_end_step(s, &p) == SNIP_BAD_ARGUMENT && *snip_message(s)); \
+        CHECK(snip_step(s) == step + 1);                                      \
+    } while (0)
     REFUSED(p.step = 0);
     REFUSED(p.step = -3);
     REFUSED(p.beta1 = 1);
@@ -437,12 +529,12 @@ static void layers_without_optimizer_state_are_named(void) {
 
 // ---- messages: about the call that was refused last, not an earlier one ----
 
-#define SAYS(call, word)                     \
-  do {                                       \
-    snip_plan_load(s, test_path("missing")); \
-    CHECK(call);                             \
-    CHECK(strstr(snip_message(s), word));    \
-  } while (0)
+#define SAYS(call, word)                         \
+    do {                                         \
+        snip_plan_load(s, test_path("missing")); \
+        CHECK(call);                             \
+        CHECK(strstr(snip_message(s), word));    \
+    } while (0)
 #define REFUSES(function, arguments) SAYS(function arguments == SNIP_BAD_ARGUMENT, #function)
 
 static void messages_name_the_function(void) {
@@ -768,6 +860,10 @@ static void allocations_that_fail_are_survived(void) {
 int main(int argc, char **argv) {
     test_start(argc, argv);
     RUN(descriptions_are_refused);
+    RUN(the_field_that_is_refused_is_named);
+    RUN(layers_are_refused_by_cause);
+    RUN(what_no_plan_could_do_without_is_said_in_the_first_step);
+    RUN(layers_are_found_by_name);
     RUN(recipes_and_allocators_are_refused);
     RUN(instruction_sets_that_are_lacking_are_unsupported);
     RUN(layers_are_refused);

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
-#  include <omp.h>
+#    include <omp.h>
 #endif
 #define SNIPI_WORTH 0  // threads for however little
 #define SNIP_STATIC    // what is not called is not compiled

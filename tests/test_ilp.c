@@ -571,15 +571,15 @@ static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params, int
     if (!params) check(snip_ilp_shortfall(p, NULL) == -2, "shortfall refuses", line);
 }
 
-#define REFUSE(assignment)       \
-  do {                           \
-    p = good;                    \
-    memcpy(g, good_g, sizeof g); \
-    memcpy(o, good_o, sizeof o); \
-    target[0] = 1;               \
-    assignment;                  \
-    refuse(&p, NULL, __LINE__);  \
-  } while (0)
+#define REFUSE(assignment)           \
+    do {                             \
+        p = good;                    \
+        memcpy(g, good_g, sizeof g); \
+        memcpy(o, good_o, sizeof o); \
+        target[0] = 1;               \
+        assignment;                  \
+        refuse(&p, NULL, __LINE__);  \
+    } while (0)
 
 static void test_arguments(void) {
     const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u),

@@ -255,6 +255,32 @@ static kept_result kept_run(snip *s, const float *x, const float *w, const float
     return r;
 }
 
+// One float that a million rows are added to one after the other is 2e-3 off.
+static void bias_gradients_of_many_rows_lose_no_digits(void) {
+    enum { OUT = 3 };
+
+    const int64_t rows = (int64_t)1 << 18;
+    float *x = floats(rows), *dy = floats(rows * OUT), dw[OUT] = { 0 }, w[OUT] = { 1, 2, 3 };
+    double sum[OUT] = { 0 };
+    snip_desc d = description();
+    d.every = -1;
+    for (int64_t i = 0; i < rows * OUT; i++) {
+        dy[i] = 0.1f + 0.01f * uniform();
+        sum[i % OUT] += (double)dy[i];
+    }
+    float bias[2][OUT];
+    for (int threads = 1; threads <= 2; threads++) {
+        snip *s = session_open(&d);
+        snip_add_linear(s, "l", OUT, 1, 0);
+        set_threads(threads);
+        for (int j = 0; j < OUT; j++) bias[threads - 1][j] = 0.5f;
+        CHECK(snip_linear_backward(s, 0, NULL, dw, bias[threads - 1], dy, x, w, rows) == SNIP_OK);
+    }
+    set_threads(1);
+    for (int j = 0; j < OUT; j++) CHECK(close_to((double)bias[0][j], sum[j] + 0.5, 1e-7));
+    CHECK(same_floats(bias[0], bias[1], OUT));
+}
+
 // Weights quantized and packed once for several micro-batches: outputs and counts as without, also when weights or
 // formats change.
 static void weights_kept_for_micro_batches_give_the_same_bits(void) {
@@ -297,6 +323,7 @@ int main(int argc, char **argv) {
     RUN(stochastic_gradients_average_out);
     RUN(number_of_rows_may_change_from_call_to_call);
     RUN(calls_without_rows_do_nothing);
+    RUN(bias_gradients_of_many_rows_lose_no_digits);
     RUN(weights_kept_for_micro_batches_give_the_same_bits);
     return test_end();
 }

@@ -278,6 +278,10 @@ static void seconds_are_positive_and_kept_in_the_state(void) {
     CHECK(snip_set_seconds(s, -2, SNIP_FWD, seconds) == SNIP_BAD_ARGUMENT);
     CHECK(snip_set_seconds(s, 0, SNIP_FWD, NULL) == SNIP_BAD_ARGUMENT);
     CHECK(snip_set_seconds(s, 3, SNIP_WGRAD, seconds) == SNIP_OK);
+    snip *all = bundle_session(&b, description(), BUNDLE);
+    CHECK(snip_set_seconds(all, -1, SNIP_GEMMS, seconds) == SNIP_OK);
+    for (int l = 0; l < BUNDLE; l++)
+        for (int g = 0; g < SNIP_GEMMS; g++) CHECK(layer_of(all, l).seconds[0][g] == 3);
     seconds[1] = 0;
     CHECK(snip_set_seconds(s, 3, SNIP_WGRAD, seconds) == SNIP_BAD_ARGUMENT);
     size_t size = snip_state_size(s);
@@ -418,6 +422,74 @@ static void a_new_level_of_the_loss_becomes_the_rule(void) {
     CHECK(told && sscanf(told, "mean %lf", &mean) == 1 && mean > 2.9 && mean < 3.1);
 }
 
+// Numbers of spikes among 400 losses, and whether a real one after them is seen: the plan falls back.
+static int spikes_among(double (*loss_of)(int step), double jump, int *seen) {
+    model n = model_small();
+    int spikes = 0;
+    snip_desc d = description();
+    d.every = 100000;
+    snip *s = model_session(&n, &d);
+    random_state = 9;
+    for (int step = 1; step <= 401; step++) {
+        snip_set_format(s, -1, SNIP_GEMMS, SNIP_E2M1);
+        CHECK(!step_with_loss(&n, s, step <= 400 ? loss_of(step) : jump));
+        *seen = snip_share(s, SNIP_E2M1) < 1;
+        if (step <= 400) spikes += *seen;
+    }
+    return spikes;
+}
+
+static float coarse(double x) { return snip_bf16_to_f32(snip_bf16_from_f32((float)x)); }
+
+static double zero_first(int step) { return step <= 40 ? 0 : 0.01 * (1 + 0.02 * sin(1.7 * step)); }
+
+static double zero_now_and_then(int step) { return step / 60 % 2 ? 0 : 0.01 * (double)normal(); }
+
+static double huge(int step) { return 1e30 * (2 + 0.1 * sin(step)); }
+
+static double tiny(int step) { return 1e-30 * (2 + 0.1 * sin(step)); }
+
+static double negative(int step) { return -5 + 0.1 * sin(step); }
+
+static double constant(int step) { return 3 + 0 * step; }
+
+static double in_bf16(int step) { return (double)coarse(4 * exp(-step / 300.0) + 0.01 * (double)normal()); }
+
+static void spikes_are_told_from_any_losses(void) {
+    static const struct {
+        const char *name;
+        double (*loss_of)(int);
+        double jump;
+        int most;
+    } cases[] = {
+        {"0 first",         zero_first,        1,     1},
+        { "0 now and then", zero_now_and_then, 1,     0},
+        { "huge",           huge,              1e31,  0},
+        { "tiny",           tiny,              1e-29, 0},
+        { "negative",       negative,          3,     0},
+        { "constant",       constant,          4,     0},
+        { "coarse",         in_bf16,           9,     0}
+    };
+
+    for (int i = 0; i < 7; i++) {
+        int seen = 0, spikes = spikes_among(cases[i].loss_of, cases[i].jump, &seen);
+        test_about("%s: %d spikes, the real one %s", cases[i].name, spikes, seen ? "seen" : "missed");
+        CHECK(spikes <= cases[i].most && seen);
+    }
+}
+
+// ---- nothing is asked for ----
+
+static void without_a_budget_equal_harm_stays_precise(void) {
+    bundle b = bundle_new();
+    snip_desc d = description();
+    d.update_weight = -1;  // so that the backward GEMMs' harm is 0 in either format
+    snip *s = bundle_session(&b, d, BUNDLE);
+    for (int step = 1; step <= 2; step++) CHECK(bundle_step(&b, s, step) == SNIP_OK);
+    for (int l = 0; l < BUNDLE; l++)
+        CHECK(layer_of(s, l).format[SNIP_DGRAD] == SNIP_E4M3 && layer_of(s, l).format[SNIP_WGRAD] == SNIP_E4M3);
+}
+
 // ---- drift of inputs and gradients ----
 
 typedef struct {
@@ -487,6 +559,36 @@ static void a_plan_comes_back_from_its_file(void) {
     CHECK(!memcmp(got, plan, sizeof plan));
     char *text = test_read(test_path("plan"), &size), *text2 = test_read(test_path("again"), &size2);
     CHECK(size > 50 && size2 == size && !memcmp(text, text2, size));
+}
+
+// As editors and version control leave it: a byte-order mark, carriage returns, both.
+static void a_plan_file_survives_an_editor(void) {
+    bundle b = bundle_new();
+    snip_format plan[3 * FILED], got[3 * FILED];
+    size_t size;
+    snip *s = filed_session(&b);
+    formats_of(s, plan);
+    CHECK(snip_plan_save(s, test_path("plan")) == SNIP_OK);
+    const char *text = test_read(test_path("plan"), &size);
+    for (int marks = 0; marks < 4; marks++) {
+        snip *fresh = bundle_session(&b, description(), FILED);
+        char *edited = (char *)room(2 * size + 3), *to = edited;
+        if (marks & 1) {
+            memcpy(to, "\xEF\xBB\xBF", 3);
+            to += 3;
+        }
+        for (size_t i = 0; i < size; i++) {
+            if ((marks & 2) && text[i] == '\n') *to++ = '\r';
+            *to++ = text[i];
+        }
+        test_write(test_path("edited"), edited, (size_t)(to - edited));
+        CHECK(snip_plan_load(fresh, test_path("edited")) == SNIP_OK);
+        formats_of(fresh, got);
+        CHECK(!memcmp(got, plan, sizeof plan));
+        session_close(fresh);
+    }
+    test_write(test_path("edited"), "snip-plan 2 layers 4\n", 21);
+    CHECK(snip_plan_load(s, test_path("edited")) == SNIP_UNSUPPORTED && strstr(snip_message(s), "version"));
 }
 
 typedef struct {
@@ -618,9 +720,12 @@ int main(int argc, char **argv) {
     RUN(a_spike_falls_back_until_the_next_measurement);
     RUN(a_loss_that_is_not_a_number_is_measured_at_once);
     RUN(falling_noisy_losses_are_no_spikes);
+    RUN(spikes_are_told_from_any_losses);
+    RUN(without_a_budget_equal_harm_stays_precise);
     RUN(a_new_level_of_the_loss_becomes_the_rule);
     RUN(inputs_that_drift_are_measured_anew);
     RUN(a_plan_comes_back_from_its_file);
+    RUN(a_plan_file_survives_an_editor);
     RUN(damaged_plan_files_are_refused_whole);
     RUN(plans_of_another_model_are_refused);
     RUN(pipes_and_links_are_written_as_they_are);

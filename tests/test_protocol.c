@@ -272,6 +272,40 @@ static void a_measured_layer_takes_20_kib_a_sketched_tensor(void) {
     CHECK((many - few) / 32 <= 5 * 20 * 1024);
 }
 
+// Nothing is kept of a layer that no measurement has called but its record of averages.
+static void a_layer_that_is_not_called_takes_little_memory(void) {
+    enum { LAYERS = 4096 };
+
+    meter m = { 0, 0 };
+    snip_desc d = description();
+    d.every = 1;
+    d.alloc.alloc_fn = metered_alloc;
+    d.alloc.free_fn = metered_free;
+    d.alloc.user = &m;
+    snip *s = session_open(&d);
+    for (int l = 0; l < LAYERS; l++) {
+        char name[16];
+        snprintf(name, sizeof name, "%d.x.y", l);
+        snip_add_linear(s, name, 8, 8, 0);
+    }
+    size_t added = m.live;
+    float x[64] = { 1 }, y[64], dw[64], v[64] = { 1 };
+    snip_bind_adamw(s, 0, v, v);
+    for (int step = 1; step <= 3; step++) {
+        snip_adamw o = optimizer(step);
+        do {
+            snip_linear_forward(s, 0, y, x, x, NULL, 8);
+            snip_linear_backward(s, 0, NULL, dw, NULL, x, x, x, 8);
+        } while (snip_next_pass(s, 1));
+        CHECK(snip_end_step(s, &o) == SNIP_OK);
+    }
+    test_about("%g bytes a layer, %g KiB for one that is called", (double)added / LAYERS,
+               (double)(m.live - added) / 1024);
+    CHECK(added / LAYERS < 2048 && m.live - added < 512 * 1024);
+    CHECK(snip_plans(s) == 2);
+    session_close(s);
+}
+
 int main(int argc, char **argv) {
     test_start(argc, argv);
     RUN(measuring_steps_pass_three_times_and_leave_ordinary_gradients);
@@ -281,5 +315,6 @@ int main(int argc, char **argv) {
     RUN(evaluation_between_passes_does_not_show);
     RUN(ranks_that_exchange_state_plan_alike);
     RUN(a_measured_layer_takes_20_kib_a_sketched_tensor);
+    RUN(a_layer_that_is_not_called_takes_little_memory);
     return test_end();
 }

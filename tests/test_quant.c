@@ -8,10 +8,10 @@
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #if defined(__unix__)
-#  include <sys/mman.h>
+#    include <sys/mman.h>
 #endif
 #ifdef _OPENMP
-#  include <omp.h>
+#    include <omp.h>
 #endif
 
 static int passed, failed, skipped, few = 1;
@@ -762,12 +762,12 @@ static void test_in_place_and_threads(void) {
 // ones: v on a code must stay there in every draw (sees 2^-20), and over all values of the random bits exactly the
 // share p goes up.
 #if defined(__has_feature)
-#  if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
-#    define SLOW_BUILD 1
-#  endif
+#    if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || __has_feature(memory_sanitizer)
+#        define SLOW_BUILD 1
+#    endif
 #endif
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__) || (defined(__GNUC__) && !defined(__OPTIMIZE__))
-#  define SLOW_BUILD 1
+#    define SLOW_BUILD 1
 #endif
 enum { DRAW_COLS = 1024 };
 
@@ -1106,9 +1106,9 @@ static void test_refusals(void) {
     memcpy(v0, v, sizeof v);
     memcpy(&stats0, &stats, sizeof stats);
     fill(x, 64, GAUSS);
-#define REFUSED(call)                     \
-  refused += (call) == SNIP_BAD_ARGUMENT; \
-  i++
+#define REFUSED(call)                       \
+    refused += (call) == SNIP_BAD_ARGUMENT; \
+    i++
     i = 0;
     REFUSED(snip_quantize(NULL, x, 2, 8, 8, c, s, key, NULL, &stats));
     REFUSED(snip_quantize(&good, NULL, 2, 8, 8, c, s, key, NULL, &stats));

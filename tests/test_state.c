@@ -139,6 +139,33 @@ static void states_of_another_version_are_unsupported(void) {
     CHECK(snip_state_load(s, state, size - 8) == SNIP_CORRUPT);
 }
 
+// A state of version 2: no sizes of the records, which end where version 3's additions begin.
+static void states_of_version_2_are_read(void) {
+    enum { HEAD = 8 + 256, SIZES = 16, SESSION = 152, SESSION_3 = SESSION + 32, LAYER = 464, LAYER_3 = LAYER + 8 };
+
+    model n, m;
+    size_t size;
+    snip *s = state_session(&n, STEPS), *old = state_session(&m, 0);
+    const unsigned char *state = saved(s, &size), *from = state + HEAD + SIZES + SESSION_3;
+    const size_t old_size = HEAD + SESSION + 2 * LAYER + CHECKSUM;
+    unsigned char *version2 = (unsigned char *)room(old_size), *to = version2 + HEAD;
+    CHECK(size == HEAD + SIZES + SESSION_3 + 2 * LAYER_3 + CHECKSUM);
+    memcpy(version2, state, HEAD);
+    version2[6] = '2';
+    memcpy(to, state + HEAD + SIZES, SESSION);
+    for (int l = 0; l < 2; l++) memcpy(to + SESSION + l * LAYER, from + l * LAYER_3, LAYER);
+    seal(version2, old_size);
+    CHECK(snip_state_load(old, version2, old_size) == SNIP_OK && snip_step(old) == STEPS);
+    CHECK(snip_plans(old) == snip_plans(s) && !strcmp(snip_reason(old), snip_reason(s)));
+    for (int l = 0; l < 2; l++) {
+        snip_layer_info a = layer_of(s, l), z = layer_of(old, l);
+        CHECK(!memcmp(a.format, z.format, sizeof a.format) && !memcmp(&a.fp4, &z.fp4, sizeof a.fp4));
+    }
+    for (int l = 0; l < 2; l++) snip_bind_adamw(old, l, n.m[l], n.v[l]);
+    for (int step = STEPS + 1; step <= STEPS + 4; step++) CHECK(model_step(&n, old, step) == SNIP_OK);
+    CHECK(snip_state_load(old, version2, old_size - 8) == SNIP_CORRUPT);
+}
+
 static void states_of_another_model_or_seed_are_refused(void) {
     model n;
     size_t size;
@@ -174,6 +201,7 @@ int main(int argc, char **argv) {
     RUN(damaged_states_are_refused_whole);
     RUN(forged_states_are_refused_or_harmless);
     RUN(states_of_another_version_are_unsupported);
+    RUN(states_of_version_2_are_read);
     RUN(states_of_another_model_or_seed_are_refused);
     RUN(a_measuring_step_is_not_saved_in_its_middle);
     return test_end();
