@@ -660,6 +660,16 @@ static void without_groups_nothing_can_be_asked_for(void) {
     CHECK(snip_ilp_shortfall(&p, &shortfall) == 1 && shortfall >= 1 && shortfall <= 1);
 }
 
+// The quick start on top of the header, word for word.
+static void the_quick_start_has_the_answer_it_says(void) {
+    snip_ilp_option q[2] = { { 0.0, 0.0 }, { 0.3, 1.0 } }, k[2] = { { 0.0, 0.0 }, { 0.1, 1.0 } };
+    snip_ilp_group groups[2] = { { q, 2, 0 }, { k, 2, 0 } };
+    snip_ilp_problem problem = { 2, groups, 0, NULL, 1.0 };
+    int choice[2];
+    CHECK(snip_ilp_solve(&problem, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
+    CHECK(choice[0] == 0 && choice[1] == 1);
+}
+
 static void answers_are_the_same_each_time(void) {
     int a[560], b[560];
     for (int i = 0; i < 20; i++) {
@@ -688,6 +698,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--seed"))
             first_seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
     }
+    RUN(the_quick_start_has_the_answer_it_says);
     RUN(bad_arguments_are_refused);
     RUN(bad_parameters_are_refused);
     RUN(the_target_that_fails_is_named);
