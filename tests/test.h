@@ -79,8 +79,9 @@ TEST_UNUSED static int test_check(int ok, const char *condition, const char *fil
     return 0;
 }
 
-// Counts the condition and goes on; its value.
+// Counts the condition and goes on; its value. CHECK_THAT says first, as printf does, what it is about.
 #define CHECK(condition) test_check((condition) != 0, #condition, __FILE__, __LINE__)
+#define CHECK_THAT(condition, ...) (test_about(__VA_ARGS__), CHECK(condition))
 
 TEST_PRINTS(1, 2) static void test_skip(const char *format, ...) {
     va_list arguments;

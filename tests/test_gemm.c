@@ -1,54 +1,17 @@
-/* Tests of snip_gemm. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure.
-
-   test_gemm [seed]     the products of all pairs of formats are taken at sizes drawn from the seed
-   SNIP_TEST_FEW=n      in the environment: one of the larger cases in n, for emulators */
+// snip_gemm against references written here, on every instruction set: exactly where the header promises it, closely
+// elsewhere; sizes around every block and panel, threads, guards around what is written, refused arguments.
+//     test_gemm [seed]     the products of all pairs of formats are taken at sizes drawn from the seed
+#include "test.h"
 #include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#ifdef _OPENMP
-#    include <omp.h>
-#endif
 #define SNIPI_WORTH 0  // threads for however little
 #define SNIP_STATIC    // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 
-static long passed, failed;
-static int few = 1;
-static char what[256];
+static float uniform(void) { return (float)(random_bits() >> 40) * (1.0f / 8388608.0f) - 1.0f; }
 
-static void check(int ok, const char *text, int line) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    if (failed++ < 30) printf("FAILED line %d: %s   [%s]\n", line, text, what);
-}
+static int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
 
-#define CHECK(x) check((x) != 0, #x, __LINE__)
-
-static uint64_t rng_state = 1;
-
-static uint64_t rng(void) {  // splitmix64
-    uint64_t z = rng_state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static float uniform(void) { return (float)(rng() >> 40) * (1.0f / 8388608.0f) - 1.0f; }
-
-static int64_t below(int64_t n) { return (int64_t)(rng() % (uint64_t)n); }
-
-static void set_threads(int n) {
-#ifdef _OPENMP
-    omp_set_num_threads(n);
-#else
-    (void)n;
-#endif
-}
 #ifdef _OPENMP
 enum { THREAD_COUNTS = 4 };
 #else
@@ -344,8 +307,7 @@ static void multiply(const kind *ka, const kind *kb, int64_t m, int64_t n, int64
                     scratch = guarded_new(snip_gemm_scratch(m, n, k), (size_t)below(64));
             float *out = (float *)(void *)c.at;
             int gap = 1;
-            snprintf(what, sizeof what,
-                     "%s * %s, m %lld n %lld k %lld, accumulate %d bias %d ldc +%lld, %s, %d threads", ka->name,
+            test_about("%s * %s, m %lld n %lld k %lld, accumulate %d bias %d ldc +%lld, %s, %d threads", ka->name,
                      kb->name, (long long)m, (long long)n, (long long)k, accumulate, with_bias, (long long)ldc_extra,
                      snip_isa_name((snip_isa)isa), thread_count[t]);
             set_threads(thread_count[t]);
@@ -391,7 +353,7 @@ static void test_all_pairs(void) {
     for (a = 0; a < KINDS; a++)
         for (b = 0; b < KINDS; b++) {
             int64_t m = 1 + below(40), n = 1 + below(40), k = ks[below((int64_t)(sizeof ks / sizeof ks[0]))];
-            if ((a + b) % few == 0)
+            if ((a + b) % test.few == 0)
                 multiply(&kinds[a], &kinds[b], m, n, k, (int)below(2), (int)below(2), below(3) ? below(9) : 0, 2);
         }
 }
@@ -442,9 +404,9 @@ static void test_edges(void) {
     };
     int s, p, all = (int)(sizeof sizes / sizeof sizes[0]);
     for (p = 0; p < (int)(sizeof pairs / sizeof pairs[0]); p++)
-        for (s = few > 1 ? p % all : p % 3; s<all; s += few> 1 ? all : 3)
+        for (s = test.few > 1 ? p % all : p % 3; s<all; s += test.few> 1 ? all : 3)
             multiply(&kinds[pairs[p][0]], &kinds[pairs[p][1]],
-                     few > 1 && sizes[s].m > 96 ? sizes[s].m - 96 : sizes[s].m, sizes[s].n, sizes[s].k, (int)below(2),
+                     test.few > 1 && sizes[s].m > 96 ? sizes[s].m - 96 : sizes[s].m, sizes[s].n, sizes[s].k, (int)below(2),
                      (int)below(2), below(5), s % 2 ? 4 : 2);
 }
 
@@ -484,7 +446,7 @@ static void test_empty(void) {
         float c[2] = { 3, 4 }, bias2[2] = { 1, 2 };
         memset(&o, 0, sizeof o);
         o.recipe = &r;
-        strcpy(what, "k = 0");
+        test_about("k = 0");
         CHECK(snip_gemm(1, 2, 0, &o, &o, c, 2, 1, NULL, NULL, SNIP_ISA_BEST) == SNIP_OK && c[0] == 3 && c[1] == 4);
         CHECK(snip_gemm(1, 2, 0, &o, &o, c, 2, 0, bias2, NULL, SNIP_ISA_BEST) == SNIP_OK && c[0] == 1 && c[1] == 2);
         CHECK(snip_gemm(1, 2, 0, &o, &o, c, 2, 0, NULL, NULL, SNIP_ISA_BEST) == SNIP_OK && c[0] == 0 && c[1] == 0);
@@ -510,7 +472,7 @@ static void test_largest(void) {
     for (isa = 0; isa < SNIP_ISA_COUNT; isa++)
         for (sign = 0; sign < 4 && snip_isa_available((snip_isa)isa); sign++) {
             int ok = 1;
-            snprintf(what, sizeof what, "largest products, %s", snip_isa_name((snip_isa)isa));
+            test_about("largest products, %s", snip_isa_name((snip_isa)isa));
             memset(a, sign & 1 ? 0xFF : 0x77, sizeof a);
             memset(b, sign & 2 ? 0xFF : 0x77, sizeof b);
             CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
@@ -558,7 +520,7 @@ static void test_nonfinite(void) {
             oa.recipe = ob.recipe = &recipes[f];
             oa.codes = f == 0 ? (void *)a : f == 1 ? (void *)a16 : (void *)a8;
             ob.codes = f == 0 ? (void *)b : f == 1 ? (void *)b16 : (void *)b8;
-            snprintf(what, sizeof what, "not finite, %s, %s", snip_format_name(recipes[f].format),
+            test_about("not finite, %s, %s", snip_format_name(recipes[f].format),
                      snip_isa_name((snip_isa)isa));
             CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
             for (i = 0; i < M; i++)
@@ -583,12 +545,12 @@ static void test_tiny(void) {
     memset(&oa, 0, sizeof oa);
     memset(&ob, 0, sizeof ob);
     for (i = 0; i < M * K; i++) {
-        a8[i] = (uint8_t)(rng() % 127 | rng() % 2 << 7);
-        a16[i] = (uint16_t)(rng() % 0x80 | rng() % 2 << 15);
+        a8[i] = (uint8_t)(random_bits() % 127 | random_bits() % 2 << 7);
+        a16[i] = (uint16_t)(random_bits() % 0x80 | random_bits() % 2 << 15);
     }
     for (i = 0; i < N * K; i++) {
-        b8[i] = (uint8_t)(rng() % 127 | rng() % 2 << 7);
-        b16[i] = (uint16_t)((127 + 80) << 7 | rng() % 0x80);
+        b8[i] = (uint8_t)(random_bits() % 127 | random_bits() % 2 << 7);
+        b16[i] = (uint16_t)((127 + 80) << 7 | random_bits() % 0x80);
     }
     for (i = 0; i < M * TILES; i++) sa[i] = ldexpf(1.0f, -120 - (int)below(7));
     for (i = 0; i < N * TILES; i++) sb[i] = ldexpf(1.0f, 60 + (int)below(7));
@@ -604,7 +566,7 @@ static void test_tiny(void) {
             oa.scales = f ? NULL : sa;
             ob.codes = f ? (void *)b16 : (void *)b8;
             ob.scales = f ? NULL : sb;
-            snprintf(what, sizeof what, "tiny %s, %s", f ? "bf16" : "fp8", snip_isa_name((snip_isa)isa));
+            test_about("tiny %s, %s", f ? "bf16" : "fp8", snip_isa_name((snip_isa)isa));
             CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
             for (i = 0; i < M; i++)
                 for (j = 0; j < N; j++) {
@@ -630,7 +592,7 @@ static void refuse(const char *name, snip_status expected, int64_t m, int64_t n,
     static float c[64];
     static double scratch[16384];
     int i, same = 1;
-    snprintf(what, sizeof what, "refused: %s", name);
+    test_about("refused: %s", name);
     for (i = 0; i < 64; i++) c[i] = (float)i;
     CHECK(snip_gemm_scratch(4, 4, 8) <= sizeof scratch);
     CHECK(snip_gemm(m, n, k, a, b, c, ldc, 0, NULL, with_scratch ? scratch : NULL, (snip_isa)isa) == expected);
@@ -723,16 +685,16 @@ static void test_refused(void) {
         refuse("recipe", bad_arg, 4, 4, 8, &o, &q, 4, 1, 0);
         refuse("recipe", bad_arg, 4, 4, 8, &q, &o, 4, 1, 0);
     }
-    strcpy(what, "c NULL");
+    test_about("c NULL");
     {
         static double scratch[16384];
         CHECK(snip_gemm(4, 4, 8, &f, &f, NULL, 4, 0, NULL, scratch, SNIP_ISA_BEST) == SNIP_BAD_ARGUMENT);
         CHECK(snip_gemm(0, 4, 8, &f, &f, NULL, 4, 0, NULL, NULL, SNIP_ISA_BEST) == SNIP_OK);
     }
-    strcpy(what, "scratch size");
+    test_about("scratch size");
     CHECK(snip_gemm_scratch(-1, 1, 1) == 0 && snip_gemm_scratch(1, -1, 1) == 0 && snip_gemm_scratch(1, 1, -1) == 0);
     CHECK(snip_gemm_scratch(1, 1, 1) > 0);
-    strcpy(what, "isa names");
+    test_about("isa names");
     for (isa = 0; isa < SNIP_ISA_COUNT; isa++) CHECK(strcmp(snip_isa_name((snip_isa)isa), "?") != 0);
     CHECK(strcmp(snip_isa_name(SNIP_ISA_COUNT), "?") == 0);
     CHECK(snip_isa_available(SNIP_ISA_BEST) && snip_isa_available(SNIP_ISA_SCALAR) &&
@@ -775,7 +737,7 @@ static void test_emulation(void) {
             void *scratch = exact(snip_gemm_scratch(3, 5, cases[i].k));
             float c[15];
             long bf16 = emulated_products[j ? 3 : 1], s8 = emulated_products[2];
-            snprintf(what, sizeof what, "units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name,
+            test_about("units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name,
                      snip_isa_name(isas[j]));
             CHECK(snip_gemm(3, 5, cases[i].k, &a.operand, &b.operand, c, 5, 0, NULL, scratch, isas[j]) == SNIP_OK);
             CHECK((emulated_products[j ? 3 : 1] > bf16) == (cases[i].units == 1));
@@ -784,7 +746,7 @@ static void test_emulation(void) {
             operand_free(&a);
             operand_free(&b);
         }
-    strcpy(what, "emulation");
+    test_about("emulation");
     CHECK(emulated_faults == 0 && !emulated_tiles.shaped);
     CHECK(emulated_products[0] > 0 || !snip_isa_available(SNIP_ISA_AVX_VNNI));
     printf("emulated: %ld vpdpbusd, %ld vdpbf16ps, %ld tdpbssd, %ld tdpbf16ps\n", emulated_products[0],
@@ -794,8 +756,8 @@ static void test_emulation(void) {
 
 int main(int argc, char **argv) {
     int isa;
-    if (argc > 1) rng_state = strtoull(argv[1], NULL, 10);
-    if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
+    test_start(1, argv);
+    if (argc > 1) random_state = strtoull(argv[1], NULL, 10);
     for (isa = 0; isa < SNIP_ISA_COUNT; isa++)
         if (!snip_isa_available((snip_isa)isa))
             printf("not on this machine or in this build: %s\n", snip_isa_name((snip_isa)isa));
@@ -807,13 +769,12 @@ int main(int argc, char **argv) {
     test_largest();
     test_nonfinite();
     test_tiny();
-    strcpy(what, "coverage");
-    CHECK(few > 1 || (exact_cases > 200 && close_cases > 500));
+    test_about("coverage");
+    CHECK(test.few > 1 || (exact_cases > 200 && close_cases > 500));
     printf("%ld exact products, %ld close ones: relative error at most %.2g (f32, bf16) and %.2g\n", exact_cases,
            close_cases, worst_f32, worst_other);
 #ifdef SNIPI_EMULATED
     test_emulation();
 #endif
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0;
+    return test_end();
 }

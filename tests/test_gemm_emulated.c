@@ -1,5 +1,6 @@
 /* test_gemm with AMX, AVX512-BF16 and AVX-VNNI emulated (emulate_x86.h): their kernels, packing, panels and scales are
    the real ones, compiled for this machine, the products are C functions. Arguments and environment as test_gemm's. */
+#include "test.h"
 #if defined(__x86_64__) && !defined(SNIP_NO_SIMD)
 #    include "emulate_x86.h"
 #endif

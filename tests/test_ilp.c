@@ -1,13 +1,10 @@
-/* Tests of snip_ilp.h. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure.
-
-   test_ilp [--instances N] [--lattices N] [--seed N]     how many random instances are checked by brute force (200000)
-   and by dynamic programming over a lattice (1000) */
+// The solver: answers against brute force and against dynamic programming over a lattice, limits of time and memory,
+// refused arguments. Public names alone.
+//     test_ilp [--instances N] [--lattices N] [--slow FACTOR] [--seed N]
+// instances: random ones, checked by brute force (200000); lattices: by dynamic programming (1000)
+#include "test.h"
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
 // Every allocation of the solver goes through here: counted, measured, and failed on demand.
@@ -38,36 +35,16 @@ static void test_free(void *pointer) {
 #include "../snip_ilp.h"
 #include "../snip_ilp.h"
 
-static long passed, failed;
-static const char *what = "";
-static uint64_t instance_seed;
+// ---- random instances ----
 
-static void check(int ok, const char *text, int line) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    if (failed++ < 20)
-        printf("FAILED line %d: %s   [%s, seed %llu]\n", line, text, what, (unsigned long long)instance_seed);
+static void start(uint64_t seed) {  // an instance that can be drawn again
+    random_state = seed;
+    test_about("seed %llu", (unsigned long long)seed);
 }
 
-#define CHECK(x) check((x) != 0, #x, __LINE__)
+static double uniform(void) { return (double)(random_bits() >> 11) * (1.0 / 9007199254740992.0); }
 
-// ----------------------------------------------------------------------------------------------------------------
-// random instances
-
-static uint64_t rng_state;
-
-static uint64_t rng(void) {  // splitmix64
-    uint64_t z = rng_state += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
-static double uniform(void) { return (double)(rng() >> 11) * (1.0 / 9007199254740992.0); }
-
-static int below(int n) { return (int)(rng() % (uint64_t)n); }
+static int below(int n) { return (int)(random_bits() % (uint64_t)n); }
 
 typedef struct {
     snip_ilp_problem p;
@@ -184,8 +161,7 @@ static instance random_instance(int max_groups, int max_options, int max_stages)
     return x;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- what
-// an answer must be
+// ---- what an answer must be ----
 
 typedef struct {
     long double cost, least, gain;
@@ -320,23 +296,23 @@ static void dump(const snip_ilp_problem *p) {
     }
 }
 
-static void test_brute_force(long instances, uint64_t seed) {
-    long i, optimal = 0;
-    what = "brute force";
-    for (i = 0; i < instances; i++) {
-        instance x;
-        rng_state = instance_seed = seed + (uint64_t)i;
-        x = below(4) ? random_instance(6, 4, 3) : random_instance(9, 3, 4);
+static long n_instances = 200000, n_lattices;
+static uint64_t first_seed = 1;
+
+static void answers_are_those_of_brute_force(void) {
+    long feasible = 0;
+    for (long i = 0; i < n_instances; i++) {
+        start(first_seed + (uint64_t)i);
+        instance x = below(4) ? random_instance(6, 4, 3) : random_instance(9, 3, 4);
         if (getenv("DUMP")) dump(&x.p);
         check_exact(&x.p);
-        optimal += snip_ilp_shortfall(&x.p, NULL) < 0;
+        feasible += snip_ilp_shortfall(&x.p, NULL) < 0;
         instance_free(&x);
     }
-    printf("brute force: %ld instances, %ld feasible\n", instances, optimal);
+    CHECK(feasible > n_instances / 4 && feasible < n_instances);
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// larger, by lattice
+// ---- larger, by lattice ----
 
 // Integer gains: the least cost for each sum of gains of a stage, capped at its need; then the same over the stages for
 // the total.
@@ -405,15 +381,14 @@ static instance lattice_instance(void) {
     return x;
 }
 
-static void test_lattice(int instances) {
+static void answers_are_those_of_dynamic_programming(void) {
     int i, choice[128];
-    what = "lattice";
-    for (i = 0; i < instances; i++) {
+    for (i = 0; i < (int)n_lattices; i++) {
         instance x;
         double best;
         snip_ilp_result r;
         snip_ilp_status status;
-        rng_state = instance_seed = 1000 + (uint64_t)i;
+        start(1000 + (uint64_t)i);
         x = lattice_instance();
         best = lattice_dp(&x.p);
         status = snip_ilp_solve(&x.p, NULL, choice, &r);
@@ -424,8 +399,7 @@ static void test_lattice(int instances) {
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// limits
+// ---- limits ----
 
 // SNIP-like: n groups of k options, stages with targets, a total beyond them, real numbers; subset: cost = gain, which
 // is hard.
@@ -449,14 +423,13 @@ static instance real_instance(int n, int k, int stages, int subset) {
 }
 
 // Fails each allocation in turn: always an answer that holds, nothing leaked.
-static void test_out_of_memory(void) {
+static void failing_allocations_leave_a_valid_answer(void) {
     int kind, choice[128];
-    what = "out of memory";
     for (kind = 0; kind < 4; kind++) {
         instance x;
         snip_ilp_result best, r;
         long n, count;
-        rng_state = instance_seed = 77;
+        start(77);
         x = real_instance(60, 4, kind & 1 ? 3 : 1, 0);
         if (kind & 2) x.p.total_target = 0;
         allocations = fail_at = 0;
@@ -477,84 +450,86 @@ static void test_out_of_memory(void) {
     }
 }
 
-static void test_memory_limit(void) {
-    static int choice[100000];
-    size_t limit;
-    instance x;
+enum { MANY_GROUPS = 100000 };
+
+static int many_choices[MANY_GROUPS];
+
+static void memory_limits_hold_and_leave_a_valid_answer(void) {
+    const size_t enough = (size_t)4 << 20;
     snip_ilp_params params = { 0, 0, 0 };
     snip_ilp_result best, r;
-    what = "memory limit";
-    rng_state = instance_seed = 5;
-    x = real_instance(560, 8, 8, 0);
+    start(5);
+    instance x = real_instance(560, 8, 8, 0);
     peak = 0;
-    CHECK(snip_ilp_solve(&x.p, NULL, choice, &best) == SNIP_ILP_OPTIMAL);
-    CHECK(peak <= (size_t)4 << 20);
-    for (limit = 1; limit < (size_t)4 << 20; limit = limit * 5 / 4 + 1) {
-        snip_ilp_status status;
+    CHECK(snip_ilp_solve(&x.p, NULL, many_choices, &best) == SNIP_ILP_OPTIMAL);
+    CHECK(peak <= enough);
+    for (size_t limit = 1; limit < enough; limit = limit * 5 / 4 + 1) {
         params.max_memory = limit;
         peak = 0;
-        status = snip_ilp_solve(&x.p, &params, choice, &r);
-        CHECK(peak <= limit);
-        CHECK(live == 0);
-        check_answer(&x.p, status, choice, &r);
+        snip_ilp_status status = snip_ilp_solve(&x.p, &params, many_choices, &r);
+        CHECK(peak <= limit && live == 0);
+        check_answer(&x.p, status, many_choices, &r);
         CHECK(r.bound <= best.cost * (1 + 1e-12));
     }
     instance_free(&x);
-    x = real_instance(560, 8, 1, 1);
+}
+
+static void memory_is_bounded_for_hard_and_large_problems(void) {
+    snip_ilp_params params = { 0, 0, 0 };
+    snip_ilp_result r;
+    start(6);
+    instance hard = real_instance(560, 8, 1, 1), large = real_instance(MANY_GROUPS, 8, 1, 0);
     params.max_memory = (size_t)2 << 20;
     peak = 0;
-    check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
+    check_answer(&hard.p, snip_ilp_solve(&hard.p, &params, many_choices, &r), many_choices, &r);
     CHECK(peak <= params.max_memory);
-    instance_free(&x);
-    x = real_instance(100000, 8, 1, 0);
+    params.max_memory = 0;  // 64 MiB
     peak = 0;
-    params.max_memory = 0;
-    check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
+    check_answer(&large.p, snip_ilp_solve(&large.p, &params, many_choices, &r), many_choices, &r);
     CHECK(peak <= (size_t)64 << 20);
-    instance_free(&x);
+    instance_free(&hard);
+    instance_free(&large);
 }
 
 static double slow = 1;  // times slower than a machine of today: emulators
 
-static void test_anytime(void) {
+// Answers of one problem under limits of time and gap; subset: a hard one, whose optimum is not looked for.
+static void check_limits(const snip_ilp_problem *p, int subset) {
     static const double limits[] = { 1e-9, 1e-4, 1e-3, 1e-2 };
-    static int choice[20000], exact[20000];
-    int i, kind, groups[] = { 40, 560, 560, 20000 };
-    what = "anytime";
-    for (kind = 0; kind < 8; kind++) {
-        snip_ilp_params params = { 0, 0, 0 };
-        snip_ilp_result best = { 0, 0, 0, 0, 0 }, r;
-        int n = groups[kind & 3], subset = kind & 4;
-        instance x;
-        rng_state = instance_seed = 9 + (uint64_t)kind;
-        x = real_instance(n, 6, kind & 1 ? 4 : 1, subset);
-        if (!subset) CHECK(snip_ilp_solve(&x.p, NULL, exact, &best) == SNIP_ILP_OPTIMAL);
-        for (i = 0; i < 4; i++) {
-            snip_ilp_status status;
-            clock_t began = clock(), used;
-            params.time_limit = limits[i];
-            status = snip_ilp_solve(&x.p, &params, choice, &r);
-            used = clock() - began;  // the processor's: neighbours do not count
-            check_answer(&x.p, status, choice, &r);
-            CHECK((double)used / CLOCKS_PER_SEC <
-                  limits[i] + slow * (0.01 + 8e-6 * n));  // the linear part is always done
-            if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
-            CHECK(r.cost - r.bound < 0.05 * r.cost);
-        }
-        params.time_limit = 0;
-        params.rel_gap = 0.01;
-        check_answer(&x.p, snip_ilp_solve(&x.p, &params, choice, &r), choice, &r);
-        CHECK(r.cost - r.bound <= 0.01 * r.cost);
-        if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12));
+    snip_ilp_params params = { 0, 0, 0 };
+    snip_ilp_result best = { 0, 0, 0, 0, 0 }, r;
+    if (!subset) CHECK(snip_ilp_solve(p, NULL, many_choices, &best) == SNIP_ILP_OPTIMAL);
+    for (int i = 0; i < 4; i++) {
+        clock_t began = clock();  // the processor's: neighbours do not count
+        params.time_limit = limits[i];
+        snip_ilp_status status = snip_ilp_solve(p, &params, many_choices, &r);
+        double used = (double)(clock() - began) / CLOCKS_PER_SEC;
+        check_answer(p, status, many_choices, &r);
+        CHECK(used < limits[i] + slow * (0.01 + 8e-6 * p->n_groups));  // the linear part is always done
+        if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12) && r.cost >= best.cost * (1 - 1e-12));
+        CHECK(r.cost - r.bound < 0.05 * r.cost);
+    }
+    params.time_limit = 0;
+    params.rel_gap = 0.01;
+    check_answer(p, snip_ilp_solve(p, &params, many_choices, &r), many_choices, &r);
+    CHECK(r.cost - r.bound <= 0.01 * r.cost);
+    if (!subset) CHECK(r.bound <= best.cost * (1 + 1e-12));
+}
+
+static void time_limits_and_gaps_hold(void) {
+    static const int groups[] = { 40, 560, 560, 20000 };
+    for (int kind = 0; kind < 8; kind++) {
+        const snip_ilp_params hurried = { 1e-9, 0, 0 };
+        start(9 + (uint64_t)kind);
+        instance x = real_instance(groups[kind & 3], 6, kind & 1 ? 4 : 1, kind & 4);
+        check_limits(&x.p, kind & 4);
         x.p.total_target *= 2;  // out of reach
-        params.time_limit = 1e-9;
-        CHECK(snip_ilp_solve(&x.p, &params, choice, &r) == SNIP_ILP_INFEASIBLE);
+        CHECK(snip_ilp_solve(&x.p, &hurried, many_choices, NULL) == SNIP_ILP_INFEASIBLE);
         instance_free(&x);
     }
 }
 
-// ----------------------------------------------------------------------------------------------------------------
-// arguments
+// ---- arguments ----
 
 static double double_of_bits(uint64_t bits) {
     double x;
@@ -562,149 +537,178 @@ static double double_of_bits(uint64_t bits) {
     return x;
 }
 
-static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params, int line) {
+static void refuse(const snip_ilp_problem *p, const snip_ilp_params *params) {
     int choice[4] = { -7, -7, -7, -7 };
     snip_ilp_result r = { -7, -7, -7, -7, -7 };
-    check(snip_ilp_solve(p, params, choice, &r) == SNIP_ILP_BAD_ARGUMENT, "BAD_ARGUMENT", line);
-    check(choice[0] == -7 && choice[1] == -7 && r.cost < -6 && r.bound < -6 && r.seconds < -6 && r.nodes == -7,
-          "outputs untouched", line);
-    if (!params) check(snip_ilp_shortfall(p, NULL) == -2, "shortfall refuses", line);
+    CHECK(snip_ilp_solve(p, params, choice, &r) == SNIP_ILP_BAD_ARGUMENT);
+    CHECK(choice[0] == -7 && choice[1] == -7 && r.cost < -6 && r.bound < -6 && r.seconds < -6 && r.nodes == -7);
+    if (!params) CHECK(snip_ilp_shortfall(p, NULL) == -2);
 }
 
-#define REFUSE(assignment)           \
-    do {                             \
-        p = good;                    \
-        memcpy(g, good_g, sizeof g); \
-        memcpy(o, good_o, sizeof o); \
-        target[0] = 1;               \
-        assignment;                  \
-        refuse(&p, NULL, __LINE__);  \
-    } while (0)
+// Two groups of two options, in a stage each.
+typedef struct {
+    snip_ilp_option options[4];
+    snip_ilp_group groups[2];
+    double target[2];
+    snip_ilp_problem p;
+} small_problem;
 
-static void test_arguments(void) {
-    const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u),
-                 minus_inf = double_of_bits(0xfff0000000000000u);
-    snip_ilp_option o[4] = {{0, 0}, {1, 1}, {0, 0}, {2, 3}}, good_o[4];
-    snip_ilp_group g[2], good_g[2];
-    double target[2] = { 1, 1 }, shortfall = -1;
-    snip_ilp_problem p, good;
-    snip_ilp_params params = { 0, 0, 0 };
-    snip_ilp_result r;
-    int choice[2], i;
-    what = "arguments";
-    g[0].options = o, g[0].n_options = 2, g[0].stage = 0;
-    g[1].options = o + 2, g[1].n_options = 2, g[1].stage = 1;
-    p.n_groups = 2, p.groups = g, p.n_stages = 2, p.stage_target = target, p.total_target = 2;
-    good = p;
-    memcpy(good_g, g, sizeof g);
-    memcpy(good_o, o, sizeof o);
-    CHECK(snip_ilp_solve(&p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[0] == 1 && choice[1] == 1);
-    CHECK(r.cost > 2.99 && r.cost < 3.01 && r.gain > 3.99 && r.gain < 4.01);
-    CHECK(snip_ilp_solve(&p, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
-    REFUSE(o[1].cost = nan);
-    REFUSE(o[1].cost = inf);
-    REFUSE(o[1].cost = -1);
-    REFUSE(o[3].gain = nan);
-    REFUSE(o[3].gain = inf);
-    REFUSE(o[3].gain = minus_inf);
-    REFUSE(o[3].gain = -1e-300);
-    REFUSE(g[1].n_options = 0);
-    REFUSE(g[1].n_options = -1);
-    REFUSE(g[1].options = NULL);
-    REFUSE(g[1].stage = 2);
-    REFUSE(g[1].stage = -1);
-    REFUSE(p.n_stages = 1);
-    REFUSE(p.n_stages = 0);
-    REFUSE(p.n_stages = -1);
-    REFUSE(p.n_groups = -1);
-    REFUSE(p.groups = NULL);
-    REFUSE(p.total_target = nan);
-    REFUSE(p.total_target = inf);
-    REFUSE(p.total_target = minus_inf);
-    REFUSE(target[0] = nan);
-    REFUSE(target[0] = inf);
-    refuse(NULL, NULL, __LINE__);
-    p = good, memcpy(g, good_g, sizeof g), memcpy(o, good_o, sizeof o), target[0] = 1;
-    for (i = 0; i < 6; i++) {
-        params.time_limit = params.rel_gap = 0;
-        *(i & 1 ? &params.rel_gap : &params.time_limit) = i < 2 ? nan : i < 4 ? inf : -1;
-        refuse(&p, &params, __LINE__);
+static void small_problem_make(small_problem *s) {
+    const snip_ilp_option options[4] = {
+        {0,  0},
+        { 1, 1},
+        { 0, 0},
+        { 2, 3}
+    };
+    memcpy(s->options, options, sizeof options);
+    for (int i = 0; i < 2; i++) {
+        s->groups[i].options = s->options + 2 * i;
+        s->groups[i].n_options = 2;
+        s->groups[i].stage = i;
+        s->target[i] = 1;
     }
-    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_BAD_ARGUMENT);
+    s->p.n_groups = 2;
+    s->p.groups = s->groups;
+    s->p.n_stages = 2;
+    s->p.stage_target = s->target;
+    s->p.total_target = 2;
+}
 
-    // which target fails, and by how much
-    CHECK(snip_ilp_shortfall(&p, &shortfall) == -1 && shortfall >= 0 && shortfall <= 0);
-    target[1] = 3.5;
-    CHECK(snip_ilp_shortfall(&p, &shortfall) == 1 && fabs(shortfall - 0.5) < 1e-15);
-    CHECK(snip_ilp_solve(&p, NULL, choice, NULL) == SNIP_ILP_INFEASIBLE);
-    target[1] = 3, p.total_target = 4.25;
-    CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && fabs(shortfall - 0.25) < 1e-15);
-    target[1] = -1e300, p.total_target = -5;  // no targets
-    CHECK(snip_ilp_solve(&p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[1] == 0);
+static void bad_arguments_are_refused(void) {
+    const double nan = double_of_bits(0x7ff8000000000000u), inf = double_of_bits(0x7ff0000000000000u);
+    const double minus_inf = double_of_bits(0xfff0000000000000u);
+    small_problem s;
+#define REFUSE(assignment)             \
+    do {                               \
+        small_problem_make(&s);        \
+        assignment;                    \
+        test_about("%s", #assignment); \
+        refuse(&s.p, NULL);            \
+    } while (0)
+    REFUSE(s.options[1].cost = nan);
+    REFUSE(s.options[1].cost = inf);
+    REFUSE(s.options[1].cost = -1);
+    REFUSE(s.options[3].gain = nan);
+    REFUSE(s.options[3].gain = inf);
+    REFUSE(s.options[3].gain = minus_inf);
+    REFUSE(s.options[3].gain = -1e-300);
+    REFUSE(s.groups[1].n_options = 0);
+    REFUSE(s.groups[1].n_options = -1);
+    REFUSE(s.groups[1].options = NULL);
+    REFUSE(s.groups[1].stage = 2);
+    REFUSE(s.groups[1].stage = -1);
+    REFUSE(s.p.n_stages = 1);
+    REFUSE(s.p.n_stages = 0);
+    REFUSE(s.p.n_stages = -1);
+    REFUSE(s.p.n_groups = -1);
+    REFUSE(s.p.groups = NULL);
+    REFUSE(s.p.total_target = nan);
+    REFUSE(s.p.total_target = inf);
+    REFUSE(s.p.total_target = minus_inf);
+    REFUSE(s.target[0] = nan);
+    REFUSE(s.target[0] = inf);
+#undef REFUSE
+    refuse(NULL, NULL);
+}
 
-    // no groups: feasible if nothing is asked for
-    p.n_groups = 0, p.groups = NULL, target[0] = target[1] = 0;
-    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_OPTIMAL && r.cost >= 0 && r.cost <= 0 && r.bound >= 0 &&
-          r.bound <= 0);
+static void bad_parameters_are_refused(void) {
+    const double bad[] = { double_of_bits(0x7ff8000000000000u), double_of_bits(0x7ff0000000000000u), -1 };
+    small_problem s;
+    small_problem_make(&s);
+    for (int i = 0; i < 3; i++) {
+        snip_ilp_params limit = { 0, 0, 0 }, gap = { 0, 0, 0 };
+        limit.time_limit = bad[i];
+        gap.rel_gap = bad[i];
+        refuse(&s.p, &limit);
+        refuse(&s.p, &gap);
+    }
+    CHECK(snip_ilp_solve(&s.p, NULL, NULL, NULL) == SNIP_ILP_BAD_ARGUMENT);
+}
+
+static void the_target_that_fails_is_named(void) {
+    small_problem s;
+    snip_ilp_result r;
+    int choice[2];
+    double shortfall = -1;
+    small_problem_make(&s);
+    CHECK(snip_ilp_solve(&s.p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[0] == 1 && choice[1] == 1);
+    CHECK(r.cost > 2.99 && r.cost < 3.01 && r.gain > 3.99 && r.gain < 4.01);
+    CHECK(snip_ilp_solve(&s.p, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
+    CHECK(snip_ilp_shortfall(&s.p, &shortfall) == -1 && shortfall >= 0 && shortfall <= 0);
+    s.target[1] = 3.5;
+    CHECK(snip_ilp_shortfall(&s.p, &shortfall) == 1 && fabs(shortfall - 0.5) < 1e-15);
+    CHECK(snip_ilp_solve(&s.p, NULL, choice, NULL) == SNIP_ILP_INFEASIBLE);
+    s.target[1] = 3;
+    s.p.total_target = 4.25;
+    CHECK(snip_ilp_shortfall(&s.p, &shortfall) == 2 && fabs(shortfall - 0.25) < 1e-15);
+    s.target[1] = -1e300;
+    s.p.total_target = -5;  // no targets
+    CHECK(snip_ilp_solve(&s.p, NULL, choice, &r) == SNIP_ILP_OPTIMAL && choice[1] == 0);
+}
+
+static void without_groups_nothing_can_be_asked_for(void) {
+    double target = 0, shortfall = -1;
+    snip_ilp_problem p;
+    snip_ilp_result r;
+    memset(&p, 0, sizeof p);
+    p.n_stages = 1;
+    p.stage_target = &target;
+    CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_OPTIMAL);
+    CHECK(r.cost >= 0 && r.cost <= 0 && r.bound >= 0 && r.bound <= 0);
     p.total_target = 1;
     CHECK(snip_ilp_solve(&p, NULL, NULL, &r) == SNIP_ILP_INFEASIBLE);
-    CHECK(snip_ilp_shortfall(&p, &shortfall) == 2 && shortfall >= 1 && shortfall <= 1);
+    CHECK(snip_ilp_shortfall(&p, &shortfall) == 1 && shortfall >= 1 && shortfall <= 1);
 }
 
 // The quick start on top of the header, word for word.
-static void test_quick_start(void) {
-    what = "quick start";
-    snip_ilp_option q[2] = {{ 0.0, 0.0 }, { 0.3, 1.0 }}, k[2] = {{ 0.0, 0.0 }, { 0.1, 1.0 }};
-    snip_ilp_group groups[2] = {
-        {q,  2, 0},
-        { k, 2, 0}
-    };
+static void the_quick_start_has_the_answer_it_says(void) {
+    snip_ilp_option q[2] = { { 0.0, 0.0 }, { 0.3, 1.0 } }, k[2] = { { 0.0, 0.0 }, { 0.1, 1.0 } };
+    snip_ilp_group groups[2] = { { q, 2, 0 }, { k, 2, 0 } };
     snip_ilp_problem problem = { 2, groups, 0, NULL, 1.0 };
     int choice[2];
     CHECK(snip_ilp_solve(&problem, NULL, choice, NULL) == SNIP_ILP_OPTIMAL);
     CHECK(choice[0] == 0 && choice[1] == 1);
 }
 
-static void test_determinism(void) {
-    int a[560], b[560], i;
-    what = "determinism";
-    for (i = 0; i < 20; i++) {
-        instance x;
+static void answers_are_the_same_each_time(void) {
+    int a[560], b[560];
+    for (int i = 0; i < 20; i++) {
         snip_ilp_result r, again;
-        rng_state = instance_seed = 300 + (uint64_t)i;
-        x = real_instance(560, 5, 1 + i % 4, 0);
+        start(300 + (uint64_t)i);
+        instance x = real_instance(560, 5, 1 + i % 4, 0);
         CHECK(snip_ilp_solve(&x.p, NULL, a, &r) == SNIP_ILP_OPTIMAL);
         CHECK(snip_ilp_solve(&x.p, NULL, b, &again) == SNIP_ILP_OPTIMAL);
-        CHECK(memcmp(a, b, sizeof a) == 0);
-        CHECK(r.nodes == again.nodes && memcmp(&r.cost, &again.cost, sizeof r.cost) == 0 &&
-              memcmp(&r.bound, &again.bound, sizeof r.bound) == 0);
+        CHECK(memcmp(a, b, sizeof a) == 0 && r.nodes == again.nodes);
+        CHECK(memcmp(&r.cost, &again.cost, sizeof r.cost) == 0 && memcmp(&r.bound, &again.bound, sizeof r.bound) == 0);
         instance_free(&x);
     }
 }
 
 int main(int argc, char **argv) {
-    const char *few = getenv("SNIP_TEST_FEW");
-    long instances = 200000 / (few && atoi(few) > 1 ? atoi(few) : 1), lattices = instances / 200;
-    uint64_t seed = 1;
-    int i;
-    for (i = 1; i + 1 < argc; i += 2) {
+    test_start(1, argv);
+    n_instances /= test.few;
+    n_lattices = n_instances / 200;
+    for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--instances"))
-            instances = atol(argv[i + 1]);
+            n_instances = atol(argv[i + 1]);
         else if (!strcmp(argv[i], "--lattices"))
-            lattices = atol(argv[i + 1]);
+            n_lattices = atol(argv[i + 1]);
         else if (!strcmp(argv[i], "--slow"))
             slow = atof(argv[i + 1]);
         else if (!strcmp(argv[i], "--seed"))
-            seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
+            first_seed = (uint64_t)strtoull(argv[i + 1], NULL, 10) << 32;
     }
-    test_quick_start();
-    test_arguments();
-    test_out_of_memory();
-    test_memory_limit();
-    test_anytime();
-    test_determinism();
-    test_lattice((int)lattices);
-    test_brute_force(instances, seed);
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0;
+    RUN(the_quick_start_has_the_answer_it_says);
+    RUN(bad_arguments_are_refused);
+    RUN(bad_parameters_are_refused);
+    RUN(the_target_that_fails_is_named);
+    RUN(without_groups_nothing_can_be_asked_for);
+    RUN(failing_allocations_leave_a_valid_answer);
+    RUN(memory_limits_hold_and_leave_a_valid_answer);
+    RUN(memory_is_bounded_for_hard_and_large_problems);
+    RUN(time_limits_and_gaps_hold);
+    RUN(answers_are_the_same_each_time);
+    RUN(answers_are_those_of_dynamic_programming);
+    RUN(answers_are_those_of_brute_force);
+    return test_end();
 }

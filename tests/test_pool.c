@@ -1,6 +1,6 @@
-/* SNIP_PARALLEL_FOR: everything that snip.h shares out goes through a pool of threads of our own, with the same bytes
-   for any number of them. Stand-alone; prints "N passed, N failed" last and exits non-zero on a failure. */
-#define _POSIX_C_SOURCE 200809L
+// SNIP_PARALLEL_FOR: everything that snip.h shares out goes through a pool of threads of our own, with the same bytes
+// for any number of them.
+#include "test.h"
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -62,19 +62,6 @@ static void pool_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 
-static long passed, failed;
-
-static void check(int ok, const char *text, int line) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    failed++;
-    printf("FAILED line %d: %s\n", line, text);
-}
-
-#define CHECK(x) check((x) != 0, #x, __LINE__)
-
 static void *(*volatile allocate)(size_t,
                                   size_t) = calloc;  // sizes that GCC knows make it warn of chunks before the first
 
@@ -99,11 +86,7 @@ static float *floats(int64_t n, uint32_t seed) {
 
 static uint64_t digest;
 
-static void add(const void *data, size_t size) {
-    const unsigned char *p = (const unsigned char *)data;
-    size_t i;
-    for (i = 0; i < size; i++) digest = (digest ^ p[i]) * 0x100000001B3u;
-}
+static void add(const void *data, size_t size) { digest = test_hash(digest, data, size); }
 
 static void quantizers(void) {
     enum { ROWS = 300, COLS = 320 };
@@ -242,7 +225,7 @@ int main(void) {
                 puts("no thread");
                 return 2;
             }
-        digest = SNIPI_HASH_START;
+        digest = TEST_HASH_START;
         quantizers();
         products();
         session();
@@ -258,6 +241,5 @@ int main(void) {
         CHECK(digest == first);
         CHECK(pool.calls[0] + others > 1000 && (others > 0) == (counts[i] > 1));
     }
-    printf("%ld passed, %ld failed\n", passed, failed);
-    return failed != 0;
+    return test_end();
 }

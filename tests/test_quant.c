@@ -3,6 +3,7 @@
 // and statistics. With "--hash" prints a digest of many outputs instead, for test_compilers.sh to compare.
 // SNIP_TEST_FEW=n in the environment: one case in n, for emulators.
 #define _DEFAULT_SOURCE
+#include "test.h"
 #define SNIPI_WORTH 0  // threads for however little
 #define SNIP_STATIC    // what is not called is not compiled
 #define SNIP_IMPLEMENTATION
@@ -10,16 +11,8 @@
 #if defined(__unix__)
 #    include <sys/mman.h>
 #endif
-#ifdef _OPENMP
-#    include <omp.h>
-#endif
 
-static int passed, failed, skipped, few = 1;
-
-static void check(int ok, const char *what) {
-    ok ? passed++ : failed++;
-    if (!ok) printf("FAILED: %s\n", what);
-}
+static void check(int ok, const char *what) { CHECK_THAT(ok, "%s", what); }
 
 static uint32_t bits_of(float x) {
     uint32_t u;
@@ -485,7 +478,7 @@ static void test_everything(int hash_only) {
                 for (t = 0; t < N_TILES; t++)
                     for (d = 0; d < KINDS; d++, n++) {
                         const int *shape = shapes[(n * 5 + t) % N_SHAPES];
-                        int rows = few > 1 && shape[0] * shape[1] > 128 * 128 ? 33 : shape[0], got;
+                        int rows = test.few > 1 && shape[0] * shape[1] > 128 * 128 ? 33 : shape[0], got;
                         snip_recipe r;
                         r.format = (snip_format)f;
                         r.tile_rows = tiles[t][0];
@@ -493,13 +486,13 @@ static void test_everything(int hash_only) {
                         r.scale = (snip_scale)s;
                         r.rounding = (snip_rounding)rounding;
                         if (!hash_only) {
-                            if (((n + t + f) & 1) || n / 2 % few)
+                            if (((n + t + f) & 1) || n / 2 % test.few)
                                 continue;  // half of them, every kind of data with half of the tiles
                             fill(x, (int64_t)rows * LD, d);
                             fill(weight, (int64_t)rows * LD, GAUSS);
                         }
                         if (hash_only) {
-                            if (n % (13 * few)) continue;
+                            if (n % (13 * test.few)) continue;
                             fill_bits(x, (int64_t)rows * LD, d);
                             fill_bits(weight, (int64_t)rows * LD, GAUSS);
                         }
@@ -608,7 +601,7 @@ static void test_both(void) {
     int a, b, k, wrong = 0;
     for (a = 0; a < N; a++)
         for (b = 0; b < N; b++)
-            for (k = 0; k < 3 && (a * N + b) % few == 0; k++) {
+            for (k = 0; k < 3 && (a * N + b) % test.few == 0; k++) {
                 int rows = k ? k == 1 ? 129 : 260 : 31, cols = k == 1 ? 300 : 257;
                 snip_quant_stats both, one;
                 fill(x, (int64_t)rows * LD, k == 2 ? SPECIAL : GAUSS);
@@ -653,7 +646,7 @@ static void test_blocks(void) {
     snip_rng_key key = { 0xABCDEF0123456789u, 11, 13 };
     int f, kind, rounding, w, z, d, isa, pass, wrong = 0, tried = 0, i, number = 0;
     if (snipi_best_isa() == SNIP_ISA_SCALAR) {
-        skipped++;
+        test_skip("no instruction sets to compare");
         return;
     }
     for (f = SNIP_E4M3; f <= SNIP_E3M2; f++)
@@ -663,7 +656,7 @@ static void test_blocks(void) {
                     snip_recipe r;
                     snip_quant_stats st[2][2];
                     int64_t rows, cols;
-                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3 || number++ % few)
+                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3 || number++ % test.few)
                         continue;
                     z = (f + kind + w + 3 * rounding) % 5;
                     d = (f * 7 + kind * 3 + w) % KINDS;
@@ -751,7 +744,7 @@ static void test_in_place_and_threads(void) {
     (void)s1;
     (void)st;
     (void)ok;
-    skipped++;
+    test_skip("threads: no OpenMP");
 #endif
 }
 
@@ -771,7 +764,7 @@ static void test_in_place_and_threads(void) {
 #endif
 enum { DRAW_COLS = 1024 };
 
-#define DRAW_ROWS (few > 1 ? 64 : 1024)
+#define DRAW_ROWS (test.few > 1 ? 64 : 1024)
 #define DRAWS (DRAW_ROWS * DRAW_COLS)
 
 typedef struct {
@@ -823,7 +816,7 @@ static void test_stochastic(void) {
     float *in = (float *)malloc((size_t)DRAWS * sizeof(float));
     uint8_t *out = (uint8_t *)malloc((size_t)DRAWS);
     if (!in || !out) {
-        failed++;
+        check(0, "memory");
         free(in);
         free(out);
         return;
@@ -832,8 +825,8 @@ static void test_stochastic(void) {
         snip_recipe r = { SNIP_E2M1, 0, 0, SNIP_SCALE_NONE, SNIP_ROUND_STOCHASTIC };
         snipi_element e = snipi_element_of(kinds[k].f);
         r.format = kinds[k].f;
-        for (c = 0; c<(int)e.largest; c += few> 1 ? 40 : k == 2 ? 1 : slow ? 13 : k < 2 ? 3 : 1, intervals++) {
-            int calls = few > 1 || (slow && k != 2) ? 1 : CALLS, ups = 0, bits = 23 - e.mantissa,
+        for (c = 0; c<(int)e.largest; c += test.few> 1 ? 40 : k == 2 ? 1 : slow ? 13 : k < 2 ? 3 : 1, intervals++) {
+            int calls = test.few > 1 || (slow && k != 2) ? 1 : CALLS, ups = 0, bits = 23 - e.mantissa,
                 share = (int)((0.04 + 0.92 * uniform()) * (1 << bits)) | 1;
             double lo = decode(r.format, (uint8_t)c), h = decode(r.format, (uint8_t)(c + 1)) - lo,
                    p = ldexp(share, -bits), q = 1 - p;
@@ -850,9 +843,9 @@ static void test_stochastic(void) {
             clumped += !(fabs(z_scatter) < 6.5);
             for (i = 0; i < (k == 2 ? calls : 1); i++) draw(&r, c, (float)lo, 0, (uint32_t)i, in, out, &still);
             moved += still.up != 0 || still.other != 0 || still.err_sq != 0;
-            for (i = 0; i < 1 << bits && (few == 1 || c == 0); i++)
+            for (i = 0; i < 1 << bits && (test.few == 1 || c == 0); i++)
                 ups += (int)snipi_encode_stochastic(bits_of(v), (uint32_t)i << (32 - bits), e.mantissa, e.bias) - c;
-            uneven += ups != share && (few == 1 || c == 0);
+            uneven += ups != share && (test.few == 1 || c == 0);
             if (fabs(z) > worst) worst = fabs(z);
             if (fabs(z_sq) > worst_sq) worst_sq = fabs(z_sq);
             if (fabs(z_scatter) > worst_scatter) worst_scatter = fabs(z_scatter);
@@ -860,7 +853,7 @@ static void test_stochastic(void) {
     }
     free(in);
     free(out);
-    check(biased == 0 && intervals > (few > 1 ? 8 : 30), "stochastic rounding is unbiased");
+    check(biased == 0 && intervals > (test.few > 1 ? 8 : 30), "stochastic rounding is unbiased");
     check(spread == 0, "stochastic rounding has the variance p(1-p)h^2");
     check(clumped == 0, "stochastic rounding draws independently");
     check(moved == 0, "stochastic rounding leaves every code where it is");
@@ -916,7 +909,7 @@ static void test_gauss(void) {
     int64_t i, wrong = 0, bins[40];
     int b;
     if (!noise || !shape || !out) {
-        failed++;
+        check(0, "memory");
         free(noise);
         free(shape);
         free(out);
@@ -1197,7 +1190,7 @@ static void test_huge(void) {
     snip_rng_key key = { 3, 2, 1 };
     int k, ok = 1;
     if (big == MAP_FAILED) {
-        skipped++;
+        test_skip("rows 2^31 elements apart: no such mapping");
         return;
     }
     fill(small, 600, GAUSS);
@@ -1228,7 +1221,7 @@ static void test_huge(void) {
         snip_quant_stats stats;
         float scale = 0;
         if (source == MAP_FAILED || target == MAP_FAILED || !getenv("SNIP_TEST_HUGE"))
-            skipped++;
+            test_skip("a row of more than 2^31 elements: SNIP_TEST_HUGE is not set, or there is no such mapping");
         else {
             source[0] = snip_bf16_from_f32(1.5f);
             source[wide - 1] = snip_bf16_from_f32(-6.0f);
@@ -1251,13 +1244,16 @@ static void test_huge(void) {
         if (target != MAP_FAILED) munmap(target, out);
     }
 #else
-    skipped++;
+    test_skip("rows 2^31 elements apart: 64-bit Unix alone");
 #endif
 }
 
+static void test_every_format(void) { test_everything(0); }
+
 int main(int argc, char **argv) {
-    if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
-    if (argc > 1 && !strcmp(argv[1], "--hash")) {
+    const int hash = argc > 1 && !strcmp(argv[1], "--hash");
+    test_start(hash ? 1 : argc, argv);
+    if (hash) {
         int isa, same = 1;
         test_everything(1);
         for (isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++)
@@ -1265,20 +1261,19 @@ int main(int argc, char **argv) {
         printf("%016llx%s\n", (unsigned long long)digest[SNIP_ISA_SCALAR], same ? "" : " instruction sets differ");
         return !same;
     }
-    test_philox();
-    test_everything(0);
-    test_plain_formats();
-    test_both();
-    test_blocks();
-    test_in_place_and_threads();
-    test_stochastic();
-    test_gauss();
-    test_hadamard();
-    test_nvfp4_order();
-    test_decode_bytes();
-    test_sums();
-    test_refusals();
-    test_huge();
-    printf("%d passed, %d failed, %d skipped\n", passed, failed, skipped);
-    return failed != 0;
+    RUN(test_philox);
+    RUN(test_every_format);
+    RUN(test_plain_formats);
+    RUN(test_both);
+    RUN(test_blocks);
+    RUN(test_in_place_and_threads);
+    RUN(test_stochastic);
+    RUN(test_gauss);
+    RUN(test_hadamard);
+    RUN(test_nvfp4_order);
+    RUN(test_decode_bytes);
+    RUN(test_sums);
+    RUN(test_refusals);
+    RUN(test_huge);
+    return test_end();
 }

@@ -1,26 +1,9 @@
 // test_report.c - the report's files: well-formed, self-contained, escaped, and whole at the extremes.
 //   test_report          runs the tests
 //   test_report DIR      also writes sample reports into DIR, to be looked at
+#include "test.h"
 #include "../snip.h"
 #include "../examples/report.h"
-
-#include <stdarg.h>
-
-static int passed, failed;
-
-static void check(int ok, const char *what, ...) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    va_list a;
-    va_start(a, what);
-    fputs("FAILED: ", stderr);
-    vfprintf(stderr, what, a);
-    fputc('\n', stderr);
-    va_end(a);
-    failed++;
-}
 
 static double from_bits(uint64_t u) {
     double v;
@@ -31,12 +14,7 @@ static double from_bits(uint64_t u) {
 #define NOT_A_NUMBER from_bits(0x7FF8000000000000u)
 #define INFINITE from_bits(0x7FF0000000000000u)
 
-static uint64_t rng_state = 1;
-
-static double uniform(void) {
-    rng_state = rng_state * 6364136223846793005u + 1442695040888963407u;
-    return (double)(rng_state >> 11) / 9007199254740992.0;
-}
+static double uniform(void) { return (double)(random_bits() >> 11) / 9007199254740992.0; }
 
 static double normal(void) { return sqrt(-2 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()); }
 
@@ -71,7 +49,7 @@ static sample sample_make(const char *name, int n, int blocks, double gap, doubl
     }
     double *step = s.data, *loss = step + m, *val = loss + m, *tps = val + m, *fp4 = tps + m, *plans = fp4 + m;
     int planned = share<0, every = n / 4> 0 ? n / 4 : 1;
-    rng_state = seed;
+    random_state = seed;
     for (int i = 0; i < n; i++) {
         double t = (double)i / (n > 1 ? n - 1 : 1), curve = 1.62 + 3.95 * exp(-t * 26) * (1 - t) + 1.55 * exp(-t * 2.6);
         step[i] = i + 1;
@@ -131,7 +109,7 @@ static char *html(const char *title, const report_run *runs, int n, const report
         fputs("no temporary file\n", stderr);
         exit(2);
     }
-    check(report_write_html(f, title, runs, n, facts, n_facts) == 0, "report_write_html of %d runs returns 0", n);
+    CHECK_THAT(report_write_html(f, title, runs, n, facts, n_facts) == 0, "report_write_html of %d runs returns 0", n);
     return slurp(f);
 }
 
@@ -141,7 +119,7 @@ static char *svg(const report_run *run) {
         fputs("no temporary file\n", stderr);
         exit(2);
     }
-    check(report_write_plan_svg(f, run) == 0, "report_write_plan_svg returns 0");
+    CHECK_THAT(report_write_plan_svg(f, run) == 0, "report_write_plan_svg returns 0");
     return slurp(f);
 }
 
@@ -226,16 +204,16 @@ static void sound(const char *text, const char *what)  // what every file must b
                                            "<link", "https:", "javascript:", "onload=" };
     const char *bad = malformed(text);
     int is_svg = !strncmp(text, "<svg", 4);
-    check(!bad, "%s: %s", what, bad ? bad : "");
-    check(valid_utf8(text), "%s: valid UTF-8", what);
+    CHECK_THAT(!bad, "%s: %s", what, bad ? bad : "");
+    CHECK_THAT(valid_utf8(text), "%s: valid UTF-8", what);
     for (size_t i = 0; i < sizeof outside / sizeof *outside; i++)
-        check(!strstr(text, outside[i]), "%s: no %s", what, outside[i]);
-    check(count(text, "http:") == is_svg && count(text, "//") == is_svg, "%s: no address but the xmlns", what);
-    check(!strstr(text, "\"nan") && !strstr(text, "nan%") && !strstr(text, "nan,") && !strstr(text, ",nan") &&
-              !strstr(text, "-nan") && !strstr(text, "inf%") && !strstr(text, "\"inf") && !strstr(text, "inf,") &&
-              !strstr(text, ",inf"),
-          "%s: no NaN or infinity in a coordinate", what);
-    check(strstr(text, "role=\"img\"") || !strstr(text, "<svg"), "%s: pictures have a role", what);
+        CHECK_THAT(!strstr(text, outside[i]), "%s: no %s", what, outside[i]);
+    CHECK_THAT(count(text, "http:") == is_svg && count(text, "//") == is_svg, "%s: no address but the xmlns", what);
+    CHECK_THAT(!strstr(text, "\"nan") && !strstr(text, "nan%") && !strstr(text, "nan,") && !strstr(text, ",nan") &&
+                   !strstr(text, "-nan") && !strstr(text, "inf%") && !strstr(text, "\"inf") && !strstr(text, "inf,") &&
+                   !strstr(text, ",inf"),
+               "%s: no NaN or infinity in a coordinate", what);
+    CHECK_THAT(strstr(text, "role=\"img\"") || !strstr(text, "<svg"), "%s: pictures have a role", what);
 }
 
 static void sound_both(const report_run *runs, int n, const char *what) {
@@ -250,19 +228,19 @@ static void sound_both(const report_run *runs, int n, const char *what) {
 }
 
 // ---- tests ---------------------------------------------------------------------------------------------------------
-static void test_checker(void)  // the checker must be able to fail
+static void malformed_text_is_noticed(void)  // the checker must be able to fail
 {
-    check(!malformed("<a><b x=\"1\"/>t &amp; u</a>"), "checker: accepts");
-    check(malformed("<a><b></a>") != NULL && malformed("<a>") != NULL && malformed("</a>") != NULL,
-          "checker: unbalanced");
-    check(malformed("<a x=1/>") != NULL && malformed("<a x=\"1\" x=\"2\"/>") != NULL &&
-              malformed("<a x=\"<\"/>") != NULL,
-          "checker: attributes");
-    check(malformed("a & b") != NULL && malformed("a > b") != NULL && malformed("\x01") != NULL, "checker: text");
-    check(!valid_utf8("\xC3") && !valid_utf8("\xFF") && valid_utf8("\xC3\xA9"), "checker: UTF-8");
+    CHECK_THAT(!malformed("<a><b x=\"1\"/>t &amp; u</a>"), "checker: accepts");
+    CHECK_THAT(malformed("<a><b></a>") != NULL && malformed("<a>") != NULL && malformed("</a>") != NULL,
+               "checker: unbalanced");
+    CHECK_THAT(malformed("<a x=1/>") != NULL && malformed("<a x=\"1\" x=\"2\"/>") != NULL &&
+                   malformed("<a x=\"<\"/>") != NULL,
+               "checker: attributes");
+    CHECK_THAT(malformed("a & b") != NULL && malformed("a > b") != NULL && malformed("\x01") != NULL, "checker: text");
+    CHECK_THAT(!valid_utf8("\xC3") && !valid_utf8("\xFF") && valid_utf8("\xC3\xA9"), "checker: UTF-8");
 }
 
-static void test_ordinary(void) {
+static void a_report_shows_curves_and_plans(void) {
     sample s = sample_make("snip", 600, 4, 0, 6000, -1, 3), b = sample_make("bf16", 600, 4, 0, 5000, 0, 4);
     report_run runs[2] = { b.run, s.run };
     report_fact facts[1] = {
@@ -270,37 +248,37 @@ static void test_ordinary(void) {
     };
     char *t = html("Run", runs, 2, facts, 1), *p;
     sound(t, "ordinary");
-    check(!strncmp(t, "<!DOCTYPE html>", 15) && strstr(t, "prefers-color-scheme:dark") &&
-              strstr(t, "name=\"viewport\""),
-          "ordinary: HTML, dark mode, phone");
-    check(strstr(t, "Gap to bf16") && strstr(t, "<dt>blocks</dt><dd>4</dd>"), "ordinary: gap and facts");
-    check(count(t, "class=\"ln ") == 8, "ordinary: smoothed curves in four charts");
-    check(count(t, "class=\"sw ") >= 3, "ordinary: plan switches are marked");
-    check(strstr(t, "Loss divergence") && strstr(t, "Update divergence") && count(t, "0.attn.q in FP4:") == 2,
-          "ordinary: both divergences");
-    check(strstr(t, "No layer was measured") != NULL, "ordinary: says that bf16 was not measured");
+    CHECK_THAT(!strncmp(t, "<!DOCTYPE html>", 15) && strstr(t, "prefers-color-scheme:dark") &&
+                   strstr(t, "name=\"viewport\""),
+               "ordinary: HTML, dark mode, phone");
+    CHECK_THAT(strstr(t, "Gap to bf16") && strstr(t, "<dt>blocks</dt><dd>4</dd>"), "ordinary: gap and facts");
+    CHECK_THAT(count(t, "class=\"ln ") == 8, "ordinary: smoothed curves in four charts");
+    CHECK_THAT(count(t, "class=\"sw ") >= 3, "ordinary: plan switches are marked");
+    CHECK_THAT(strstr(t, "Loss divergence") && strstr(t, "Update divergence") && count(t, "0.attn.q in FP4:") == 2,
+               "ordinary: both divergences");
+    CHECK_THAT(strstr(t, "No layer was measured") != NULL, "ordinary: says that bf16 was not measured");
     free(t);
     t = svg(&s.run);
     sound(t, "plan");
-    check(strstr(t, "<title>Precision plan of snip") && strstr(t, "prefers-color-scheme:dark"),
-          "plan: title, dark mode");
-    check(count(t, "<g><title>") == 28 &&
-              count(t, "<rect class=\"f") + count(t, "class=\"f4\"/>") + count(t, "class=\"f8\"/>") >= 84,
-          "plan: 28 cells in three parts");
-    check(strstr(t, ">attn</text>") && strstr(t, ">mlp</text>") && strstr(t, ">gate</text>") &&
-              strstr(t, ">down</text>"),
-          "plan: columns");
+    CHECK_THAT(strstr(t, "<title>Precision plan of snip") && strstr(t, "prefers-color-scheme:dark"),
+               "plan: title, dark mode");
+    CHECK_THAT(count(t, "<g><title>") == 28 &&
+                   count(t, "<rect class=\"f") + count(t, "class=\"f4\"/>") + count(t, "class=\"f8\"/>") >= 84,
+               "plan: 28 cells in three parts");
+    CHECK_THAT(strstr(t, ">attn</text>") && strstr(t, ">mlp</text>") && strstr(t, ">gate</text>") &&
+                   strstr(t, ">down</text>"),
+               "plan: columns");
     for (int i = 0; i < 28; i++)
         for (int g = 0; g < 3; g++) s.layers[i].format[g] = i < 14 ? SNIP_E2M1 : SNIP_E4M3;
     p = svg(&s.run);
-    check(strstr(p, "FP4</tspan> 50.0%") && strstr(p, "FP8</tspan> 50.0%"), "plan: shares are by FLOPs");
+    CHECK_THAT(strstr(p, "FP4</tspan> 50.0%") && strstr(p, "FP8</tspan> 50.0%"), "plan: shares are by FLOPs");
     free(p);
     free(t);
     sample_free(&s);
     sample_free(&b);
 }
 
-static void test_escapes(void) {
+static void names_are_escaped(void) {
     sample s = sample_make("<snip> & \"co\" 'x'", 20, 1, 0, 1, -1, 5);
     report_fact facts[4] = {
         {"a<b",                        "]]>&\x01\x1b[0m"                                                     },
@@ -315,18 +293,18 @@ static void test_escapes(void) {
     char *t = html("</title><script>alert(1)</script>", &s.run, 1, facts, 4), *p = svg(&s.run);
     sound(t, "escapes");
     sound(p, "escapes, plan");
-    check(strstr(t, "&lt;/title&gt;&lt;script&gt;") && strstr(t, "&lt;snip&gt; &amp; &quot;co&quot; &#39;x&#39;") &&
-              strstr(t, "a&lt;b"),
-          "escapes: XML");
-    check(count(t, "\xED\xA0") == 0 && count(t, "\xEF\xBF\xBF") == 0 && strstr(t, "\xF0\x9F\x8C\xBF ok \xC3\xA9") &&
-              strstr(t, "cut \xEF\xBF\xBD"),
-          "escapes: UTF-8");
+    CHECK_THAT(strstr(t, "&lt;/title&gt;&lt;script&gt;") &&
+                   strstr(t, "&lt;snip&gt; &amp; &quot;co&quot; &#39;x&#39;") && strstr(t, "a&lt;b"),
+               "escapes: XML");
+    CHECK_THAT(count(t, "\xED\xA0") == 0 && count(t, "\xEF\xBF\xBF") == 0 &&
+                   strstr(t, "\xF0\x9F\x8C\xBF ok \xC3\xA9") && strstr(t, "cut \xEF\xBF\xBD"),
+               "escapes: UTF-8");
     free(t);
     free(p);
     sample_free(&s);
 }
 
-static void test_lengths(void) {
+static void reports_of_any_length_are_sound(void) {
     static const int steps[] = { 0, 1, 2, 3, 5, 11, 12, 13, 999, 1000, 1001, 40000 },
                      blocks[] = { 0, 1, 2, 16, 17, 33, 65, 200 };
     char what[64];
@@ -336,8 +314,8 @@ static void test_lengths(void) {
         sound_both(&s.run, 1, what);
         s.run.n_layers = 0;
         char *t = html(what, &s.run, 1, NULL, 0);
-        check(strlen(t) < 120000, "%s: curves are decimated (%ld bytes)", what, (long)strlen(t));
-        check(steps[i] == 0 || strstr(t, "class=\"ln "), "%s: a curve", what);
+        CHECK_THAT(strlen(t) < 120000, "%s: curves are decimated (%ld bytes)", what, (long)strlen(t));
+        CHECK_THAT(steps[i] == 0 || strstr(t, "class=\"ln "), "%s: a curve", what);
         free(t);
         sample_free(&s);
     }
@@ -346,7 +324,7 @@ static void test_lengths(void) {
         snprintf(what, sizeof what, "%d blocks", blocks[i]);
         sound_both(&s.run, 1, what);
         char *t = svg(&s.run);
-        check(count(t, "<g><title>") == blocks[i] * 7, "%s: every layer", what);
+        CHECK_THAT(count(t, "<g><title>") == blocks[i] * 7, "%s: every layer", what);
         free(t);
         sample_free(&s);
     }
@@ -371,16 +349,17 @@ static void test_lengths(void) {
     for (int i = 0; i < 8; i++) sample_free(&s[i]);
 }
 
-static void test_numbers(void) {
+static void odd_numbers_make_sound_reports(void) {
     double odd[] = { NOT_A_NUMBER, INFINITE, -INFINITE, -NOT_A_NUMBER, 0,     -0.0,   -3,      1e-320, 1e-30,
                      1e30,         -1e30,    1e76,      1e78,          1e300, -1e300, 1.7e308, 5e-324 };
 
     enum { ODD = sizeof odd / sizeof *odd };
 
     char what[64];
-    check(!report_ok(odd[0]) && !report_ok(odd[1]) && !report_ok(odd[2]) && !report_ok(odd[3]) && !report_ok(1e300),
-          "numbers: refused");
-    check(report_ok(0) && report_ok(-5) && report_ok(1e30) && report_ok(5e-324), "numbers: accepted");
+    CHECK_THAT(!report_ok(odd[0]) && !report_ok(odd[1]) && !report_ok(odd[2]) && !report_ok(odd[3]) &&
+                   !report_ok(1e300),
+               "numbers: refused");
+    CHECK_THAT(report_ok(0) && report_ok(-5) && report_ok(1e30) && report_ok(5e-324), "numbers: accepted");
     for (int k = 0; k < ODD + 2; k++) {  // everywhere; here and there; all kinds mixed
         sample s = sample_make("snip", 300, 4, 0, 5000, -1, 9);
         snprintf(what, sizeof what, k < ODD ? "odd number %d" : "odd numbers mixed", k);
@@ -403,15 +382,15 @@ static void test_numbers(void) {
     report_run runs[2] = { s.run, b.run };
     char *t = html("Diverged", runs, 2, NULL, 0);
     sound(t, "diverged");
-    check(strstr(t, "Values beyond the upper edge are not drawn") != NULL, "diverged: says that the frame ends");
-    check(strstr(t, "fp4</th><td>\xE2\x80\x93</td><td>\xE2\x80\x93</td><td>\xE2\x80\x93</td>") != NULL,
-          "diverged: a NaN at the end is no final loss");
+    CHECK_THAT(strstr(t, "Values beyond the upper edge are not drawn") != NULL, "diverged: says that the frame ends");
+    CHECK_THAT(strstr(t, "fp4</th><td>\xE2\x80\x93</td><td>\xE2\x80\x93</td><td>\xE2\x80\x93</td>") != NULL,
+               "diverged: a NaN at the end is no final loss");
     free(t);
     sample_free(&s);
     sample_free(&b);
 }
 
-static void test_names(void) {
+static void odd_names_make_sound_reports(void) {
     static const char *const odd[] = {
         "",
         ".",
@@ -437,33 +416,35 @@ static void test_names(void) {
     for (int i = 0; i < 8; i++)
         snprintf(s.names[i], sizeof s.names[i], "%d.%s", i / 4, gpt2[i % 4]), s.layers[i].name = s.names[i];
     report_grid g;
-    check(!report_grid_make(&g, &s.run) && g.rows == 2 && g.cols == 4, "names: attn.proj and mlp.proj are two columns");
+    CHECK_THAT(!report_grid_make(&g, &s.run) && g.rows == 2 && g.cols == 4,
+               "names: attn.proj and mlp.proj are two columns");
     free(g.cell);
     s.run.n_layers = 70;
     for (int i = 0; i < 70; i++) snprintf(s.names[i], sizeof s.names[i], "linear%d", i), s.layers[i].name = s.names[i];
-    check(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1, "names: without structure, one row each");
+    CHECK_THAT(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1, "names: without structure, one row each");
     free(g.cell);
     sound_both(&s.run, 1, "flat names");
     for (int i = 0; i < 70; i++) s.layers[i].name = "0.attn.q";
-    check(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1, "names: one name many times, one row each");
+    CHECK_THAT(!report_grid_make(&g, &s.run) && g.rows == 70 && g.cols == 1,
+               "names: one name many times, one row each");
     free(g.cell);
     for (int i = 0; i < 28; i++) s.layers[i].format[0] = (snip_format)(i % 12);
     sound_both(&s.run, 1, "any format");
     sample_free(&s);
 }
 
-static void test_write_error(void) {
+static void write_errors_are_told(void) {
     sample s = sample_make("snip", 20, 1, 0, 1, -1, 12);
     FILE *f = fopen("/dev/full", "w");
     if (!f) {
-        puts("skipped: no /dev/full here, write errors are not tested");
+        test_skip("no /dev/full here, write errors are not tested");
         sample_free(&s);
         return;
     }
-    check(report_write_html(f, "t", &s.run, 1, NULL, 0) != 0, "full disk: html");
+    CHECK_THAT(report_write_html(f, "t", &s.run, 1, NULL, 0) != 0, "full disk: html");
     fclose(f);
     f = fopen("/dev/full", "w");
-    check(f && report_write_plan_svg(f, &s.run) != 0, "full disk: plan");
+    CHECK_THAT(f && report_write_plan_svg(f, &s.run) != 0, "full disk: plan");
     if (f) fclose(f);
     sample_free(&s);
 }
@@ -537,13 +518,13 @@ static void show_all(const char *dir) {
 
 int main(int argc, char **argv) {
     if (argc > 1) show_all(argv[1]);
-    test_checker();
-    test_ordinary();
-    test_escapes();
-    test_lengths();
-    test_numbers();
-    test_names();
-    test_write_error();
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+    test_start(1, argv);
+    RUN(malformed_text_is_noticed);
+    RUN(a_report_shows_curves_and_plans);
+    RUN(names_are_escaped);
+    RUN(reports_of_any_length_are_sound);
+    RUN(odd_numbers_make_sound_reports);
+    RUN(odd_names_make_sound_reports);
+    RUN(write_errors_are_told);
+    return test_end();
 }

@@ -1,24 +1,12 @@
-// test_train.c - the example model against an independent double-precision one: gradients by central
-// differences, gradient accumulation, independence of the number of threads; and the checkpoint format:
-// what is written comes back, and no damaged byte gets through.
-//     cc -O2 -fopenmp tests/test_train.c -o test_train -lm && ./test_train
-#define _POSIX_C_SOURCE 200809L
+// The example model against an independent double-precision one: gradients by central differences, gradient
+// accumulation, independence of the number of threads; and the checkpoint format: what is written comes back, and no
+// damaged byte gets through. Public names of snip.h alone.
 #define _FILE_OFFSET_BITS 64
+#include "test.h"
 #define SNIP_IMPLEMENTATION
 #include "../snip.h"
 #include "../examples/llama.h"
 #include "../examples/trainer.h"
-
-static int passed, failed;
-
-static void check(int ok, const char *what, double figure) {
-    if (ok)
-        passed++;
-    else {
-        failed++;
-        printf("FAILED: %s (%.3g)\n", what, figure);
-    }
-}
 
 // ---- the reference: the same mathematics in double precision, written as plainly as possible ----
 static void ref_norm(double *out, const double *x, const double *w, int d) {
@@ -44,7 +32,7 @@ static void ref_rope(double *x, int heads, int hd, int t) {
         }
 }
 
-static double *grab(int64_t n) {
+static double *grab(int64_t n) {  // the reference runs many times a test: its memory is freed at once
     double *p = (double *)calloc((size_t)n, sizeof *p);
     if (!p) exit(1);
     return p;
@@ -143,63 +131,55 @@ static void stir(llama *g) {
     }
 }
 
-static void test_gradients(int tied) {
-    llama_config c = { 24, 24, 2, 6, 2, 40, 37, tied, 0, 11 };
-    int32_t tok[2 * 37], tgt[2 * 37];
+static void check_gradients(int tied) {
+    enum { TOKENS = 2 * 37 };
+
+    const llama_config c = { 24, 24, 2, 6, 2, 40, 37, tied, 0, 11 };
+    int32_t tok[TOKENS], tgt[TOKENS];
     snip *s = f32_session();
     llama *g = llama_create(&c, 2, s);
-    double sum, worst = 0;
-    char what[128];
-    if (!s || !g) {
-        check(0, "create", 0);
-        return;
-    }
+    double sum, *p;
+    if (!CHECK(s && g)) return;
     snip_set_format(s, -1, SNIP_GEMMS, SNIP_F32);
     stir(g);
-    random_tokens(tok, 74, 24, 1);
-    random_tokens(tgt, 74, 24, 2);
+    random_tokens(tok, TOKENS, 24, 1);
+    random_tokens(tgt, TOKENS, 24, 2);
     llama_zero_grad(g);
-    check(!llama_forward(g, s, tok, tgt, 2, 1.0f / 74, &sum), "forward", 0);
-    check(!llama_backward(g, s, tok, 2), "backward", 0);
-    double *p = grab(g->n_params);
+    CHECK(!llama_forward(g, s, tok, tgt, 2, 1.0f / TOKENS, &sum));
+    CHECK(!llama_backward(g, s, tok, 2));
+    p = grab(g->n_params);
     for (int64_t i = 0; i < g->n_params; i++) p[i] = (double)g->params[i];
     double ref = ref_loss(g, p, tok, tgt, 2);
-    check(fabs(sum / 74 - ref) < 1e-5 * ref, "the loss agrees with double precision", fabs(sum / 74 - ref) / ref);
+    CHECK_THAT(fabs(sum / TOKENS - ref) < 1e-5 * ref, "the loss: %g, in double precision %g", sum / TOKENS, ref);
     for (int i = 0; i < g->n_tensors; i++) {
         const llama_tensor *t = &g->tensors[i];
         int64_t n = t->rows * t->cols, stride = n > 48 ? n / 48 | 1 : 1;
         double err = 0, norm = 0, h = 1e-5;
         for (int64_t j = 0; j < n; j += stride) {
-            double *w = p + t->offset + j, keep = *w, up, down;
+            double *w = p + t->offset + j, keep = *w;
             *w = keep + h;
-            up = ref_loss(g, p, tok, tgt, 2);
+            double up = ref_loss(g, p, tok, tgt, 2);
             *w = keep - h;
-            down = ref_loss(g, p, tok, tgt, 2);
+            double down = ref_loss(g, p, tok, tgt, 2), want = (up - down) / (2 * h);
             *w = keep;
-            double want = (up - down) / (2 * h), e = (double)g->grads[t->offset + j] - want;
-            err += e * e;
+            err += pow((double)g->grads[t->offset + j] - want, 2);
             norm += want * want;
         }
-        double rel = sqrt(err / norm);
-        worst = rel > worst ? rel : worst;
-        snprintf(what, sizeof what, "gradient of %s agrees with central differences", t->name);
-        check(norm > 0 && rel < 1e-4, what, rel);
+        CHECK_THAT(norm > 0 && sqrt(err / norm) < 1e-4, "gradient of %s: off by %.3g", t->name, sqrt(err / norm));
     }
-    printf("gradients (%s): worst relative error of a tensor %.2g\n", tied ? "tied" : "untied", worst);
     free(p);
     llama_destroy(g);
     snip_destroy(s);
 }
 
+static void gradients_are_central_differences(void) { check_gradients(0); }
+
+static void gradients_are_central_differences_with_tied_embeddings(void) { check_gradients(1); }
+
 // The same four sequences as one batch of 4 and as two of 2; with one thread and with three.
 static int64_t gradients_of(llama_config *c, int split, int threads, const int32_t *tok, const int32_t *tgt, float *out,
                             double *loss) {
-#ifdef _OPENMP
-    int before = omp_get_max_threads();
-    omp_set_num_threads(threads);
-#else
-    (void)threads;
-#endif
+    set_threads(threads);
     snip *s = f32_session();
     llama *g = llama_create(c, 4 / split, s);
     if (!s || !g) exit(1);
@@ -210,186 +190,208 @@ static int64_t gradients_of(llama_config *c, int split, int threads, const int32
     for (int i = 0; i < split; i++) {
         double sum;
         int at = i * 4 / split * c->seq;
-        check(!llama_forward(g, s, tok + at, tgt + at, 4 / split, 1.0f / (float)(4 * c->seq), &sum),
-              "forward of a micro-batch", i);
-        check(!llama_backward(g, s, tok + at, 4 / split), "backward of a micro-batch", i);
+        CHECK(!llama_forward(g, s, tok + at, tgt + at, 4 / split, 1.0f / (float)(4 * c->seq), &sum));
+        CHECK(!llama_backward(g, s, tok + at, 4 / split));
         *loss += sum;
     }
     out[0] = (float)llama_grad_norm(g);
-    llama_adamw(g, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0);
+    snip_adamw update = { 1e-3, 0.9, 0.95, 1e-8, 1, 1.0 };
+    llama_update(g, SNIP_ADAMW, &update, 0.1);
     memcpy(out + 1, g->grads, (size_t)g->n_params * sizeof(float));
     memcpy(out + 1 + g->n_params, g->params, (size_t)g->n_params * sizeof(float));
     int64_t n = g->n_params;
     llama_destroy(g);
     snip_destroy(s);
-#ifdef _OPENMP
-    omp_set_num_threads(before);
-#endif
+    set_threads(1);
     return n;
 }
 
-static void test_accumulation_and_threads(void) {
-    llama_config c = { 64, 32, 2, 4, 2, 48, 40, 0, 0, 3 };
+enum { SEQUENCES = 4, SEQUENCE = 40, TOKENS = SEQUENCES * SEQUENCE, ROOM = 1 << 18 };
 
-    enum { N = 4 * 40, ROOM = 1 << 18 };
+static llama_config small_config(void) {
+    llama_config c = { 64, 32, 2, 4, 2, 48, SEQUENCE, 0, 0, 3 };
+    return c;
+}
 
-    static float a[ROOM], b[ROOM], d[ROOM];
-    int32_t tok[N], tgt[N];
-    double la, lb, ld, err = 0, norm = 0;
-    random_tokens(tok, N, 64, 3);
-    random_tokens(tgt, N, 64, 4);
-    int64_t n = gradients_of(&c, 1, 1, tok, tgt, a, &la);
-    gradients_of(&c, 2, 1, tok, tgt, b, &lb);
-    gradients_of(&c, 1, 3, tok, tgt, d, &ld);
+static void accumulated_gradients_are_those_of_the_larger_batch(void) {
+    llama_config c = small_config();
+    static float whole[ROOM], parts[ROOM];
+    int32_t tok[TOKENS], tgt[TOKENS];
+    double loss_whole, loss_parts, err = 0, norm = 0;
+    random_tokens(tok, TOKENS, 64, 3);
+    random_tokens(tgt, TOKENS, 64, 4);
+    int64_t n = gradients_of(&c, 1, 1, tok, tgt, whole, &loss_whole);
+    gradients_of(&c, 2, 1, tok, tgt, parts, &loss_parts);
     for (int64_t i = 0; i < n + 1; i++) {  // the norm, then the gradients
-        err += (double)(a[i] - b[i]) * (double)(a[i] - b[i]);
-        norm += (double)a[i] * (double)a[i];
+        err += pow((double)(whole[i] - parts[i]), 2);
+        norm += (double)whole[i] * (double)whole[i];
     }
-    check(fabs(la - lb) < 1e-6 * la, "accumulated loss equals the larger batch's", fabs(la - lb));
-    check(norm > 0 && sqrt(err / norm) < 1e-6, "accumulated gradients equal the larger batch's to rounding",
-          sqrt(err / norm));
-    check(!memcmp(a, d, sizeof a) && memcmp(&la, &ld, sizeof la) == 0,
-          "gradients and update are the same with 1 and 3 threads, bit for bit", 0);
+    CHECK(fabs(loss_whole - loss_parts) < 1e-6 * loss_whole);
+    CHECK_THAT(norm > 0 && sqrt(err / norm) < 1e-6, "off by %.3g", sqrt(err / norm));
 }
 
-// SGD with momentum and Lion, two updates, against their definitions in double precision.
-static void test_optimizers(void) {
-    for (int kind = SNIP_SGD_MOMENTUM; kind <= SNIP_LION; kind++) {
-        llama_config c = { 64, 32, 1, 2, 2, 48, 8, 0, 0, 3 };
-        snip_desc desc;
-        memset(&desc, 0, sizeof desc);
-        desc.optimizer = (snip_optimizer)kind;
-        snip *s = snip_create(&desc);
-        llama *g = s ? llama_create(&c, 1, s) : NULL;
-        if (!g) {
-            check(0, "a model bound to its momentum", kind);
-            return;
-        }
-        double worst = 0;
-        float *before = (float *)malloc((size_t)g->n_params * sizeof(float));
-        memcpy(before, g->params, (size_t)g->n_params * sizeof(float));
-        for (int64_t i = 0; i < g->n_params; i++) g->grads[i] = (float)((i * 7919) % 101 - 50) * 0.01f;
-        for (int step = 1; step <= 2; step++) {
-            snip_adamw o = { 0.125, 0.75, 0.5, 0, step, 0.5 };
-            llama_update(g, (snip_optimizer)kind, &o, 0.25);
-        }
-        for (int i = 0; i < g->n_tensors; i++) {
-            const llama_tensor *t = &g->tensors[i];
-            for (int64_t j = t->offset; j < t->offset + t->rows * t->cols; j++) {
-                double p = (double)before[j], gr = 0.5 * (double)g->grads[j], m = 0,
-                       keep = t->matrix ? 1 - 0.125 * 0.25 : 1;
-                for (int step = 1; step <= 2; step++) {
-                    double u = 0.75 * m + (kind == SNIP_LION ? 0.25 * gr : gr);
-                    p = p * keep - 0.125 * (kind == SNIP_LION ? (u > 0) - (u < 0) : u);
-                    m = kind == SNIP_LION ? 0.5 * m + 0.5 * gr : u;
-                }
-                double e = fabs((double)g->params[j] - p) + fabs((double)g->m[j] - m);
-                worst = e > worst ? e : worst;
+static void gradients_and_update_are_the_same_bits_with_any_threads(void) {
+    llama_config c = small_config();
+    static float one[ROOM], three[ROOM];
+    int32_t tok[TOKENS], tgt[TOKENS];
+    double loss_one, loss_three;
+    random_tokens(tok, TOKENS, 64, 3);
+    random_tokens(tgt, TOKENS, 64, 4);
+    gradients_of(&c, 1, 1, tok, tgt, one, &loss_one);
+    gradients_of(&c, 1, 3, tok, tgt, three, &loss_three);
+    CHECK(!memcmp(one, three, sizeof one) && !memcmp(&loss_one, &loss_three, sizeof loss_one));
+}
+
+// SGD with momentum or Lion, two updates, against their definitions in double precision.
+static void check_optimizer(snip_optimizer kind) {
+    const llama_config c = { 64, 32, 1, 2, 2, 48, 8, 0, 0, 3 };
+    snip_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.optimizer = kind;
+    snip *s = snip_create(&desc);
+    llama *g = s ? llama_create(&c, 1, s) : NULL;
+    if (!CHECK(g != NULL)) return;
+    double worst = 0;
+    float *before = (float *)room((size_t)g->n_params * sizeof(float));
+    memcpy(before, g->params, (size_t)g->n_params * sizeof(float));
+    for (int64_t i = 0; i < g->n_params; i++) g->grads[i] = (float)((i * 7919) % 101 - 50) * 0.01f;
+    for (int step = 1; step <= 2; step++) {
+        snip_adamw o = { 0.125, 0.75, 0.5, 0, step, 0.5 };
+        llama_update(g, kind, &o, 0.25);
+    }
+    for (int i = 0; i < g->n_tensors; i++) {
+        const llama_tensor *t = &g->tensors[i];
+        for (int64_t j = t->offset; j < t->offset + t->rows * t->cols; j++) {
+            double p = (double)before[j], gradient = 0.5 * (double)g->grads[j], m = 0;
+            double keep = t->matrix ? 1 - 0.125 * 0.25 : 1;
+            for (int step = 1; step <= 2; step++) {
+                double u = 0.75 * m + (kind == SNIP_LION ? 0.25 * gradient : gradient);
+                p = p * keep - 0.125 * (kind == SNIP_LION ? (u > 0) - (u < 0) : u);
+                m = kind == SNIP_LION ? 0.5 * m + 0.5 * gradient : u;
             }
+            worst = fmax(worst, fabs((double)g->params[j] - p) + fabs((double)g->m[j] - m));
         }
-        check(worst < 1e-6, kind == SNIP_LION ? "Lion" : "SGD with momentum", worst);
-        free(before);
-        llama_destroy(g);
-        snip_destroy(s);
     }
+    CHECK_THAT(worst < 1e-6, "off by %.3g", worst);
+    llama_destroy(g);
+    snip_destroy(s);
 }
 
-static void test_exp(void) {
+static void sgd_updates_are_those_of_the_definition(void) { check_optimizer(SNIP_SGD_MOMENTUM); }
+
+static void lion_updates_are_those_of_the_definition(void) { check_optimizer(SNIP_LION); }
+
+// ---- exp ----
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static int is_nan(float x) {  // -Ofast folds isnan() to 0
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits & 0x7FFFFFFFu) > 0x7F800000u;
+}
+
+static void exp_is_right_to_two_ulps(void) {
     double worst = 0;
     for (int i = -860000; i <= 870000; i++) {
         float x = (float)i * 1e-4f;
-        double want = exp((double)x), e = fabs((double)llama_exp(x) - want) / want;
-        worst = e > worst ? e : worst;
+        double want = exp((double)x);
+        worst = fmax(worst, fabs((double)llama_exp(x) - want) / want);
     }
-    check(worst < 3e-7, "llama_exp is exp to 2 ulp", worst);
+    CHECK_THAT(worst < 3e-7, "off by %.3g", worst);
+    CHECK(is_nan(llama_exp(float_of(0x7FC00000u))));
+    CHECK(llama_exp(-1000.0f) < 1e-37f && llama_exp(0.0f) == 1.0f);
+}
 
-    union {
-        uint32_t u;
-        float f;
-    } nan = { 0x7fc00000u }, out;
-
-    out.f = llama_exp(nan.f);
-    check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp keeps NaN", (double)out.f);
-    check(llama_exp(-1000.0f) < 1e-37f && llama_exp(0.0f) == 1.0f, "llama_exp of -1000 and 0",
-          (double)llama_exp(-1000.0f));
-    out.f = llama_exp_softmax(nan.f);
-    check((out.u & 0x7fffffffu) > 0x7f800000u, "llama_exp_softmax keeps NaN", (double)out.f);
-    check(llama_exp_softmax(-39.9f) == llama_exp(-39.9f) && llama_exp_softmax(-0.0f) == 1.0f,
-          "llama_exp_softmax is exp down to -40", (double)llama_exp_softmax(-39.9f));
-    check(llama_exp_softmax(-40.1f) == 0 && llama_exp_softmax(-1e30f) == 0, "llama_exp_softmax is 0 below -40",
-          (double)llama_exp_softmax(-40.1f));
-    nan.u = 0x7f800000u;
-    check(!llama_finite((double)nan.f) && llama_finite(1e308), "llama_finite sees infinity", 0);
+static void exp_of_softmax_is_exp_down_to_minus_40(void) {
+    CHECK(is_nan(llama_exp_softmax(float_of(0x7FC00000u))));
+    CHECK(llama_exp_softmax(-39.9f) == llama_exp(-39.9f) && llama_exp_softmax(-0.0f) == 1.0f);
+    CHECK(llama_exp_softmax(-40.1f) == 0 && llama_exp_softmax(-1e30f) == 0);
+    CHECK(!llama_finite((double)float_of(0x7F800000u)) && llama_finite(1e308));
 }
 
 // ---- the checkpoint format ----
-static void test_safetensors(void) {
-    float w[6] = { 1, 2, 3, -4, 5e-30f, 6 };
-    double h[3] = { 0.1, 2, 3 };
-    unsigned char state[5] = { 9, 8, 7, 0, 255 };
+static const float saved_weight[6] = { 1, 2, 3, -4, 5e-30f, 6 };
+
+// A file of three tensors and two facts.
+static unsigned char *saved_tensors(size_t *size) {
+    static double history[3] = { 0.1, 2, 3 };
+    static unsigned char state[5] = { 9, 8, 7, 0, 255 };
+    static float weight[6];
     tr_tensor t[3] = {
-        {"history.loss",   "F64", 0, 3, h    },
-        { "embed.weight",  "F32", 2, 3, w    },
-        { "session.state", "U8",  0, 5, state}
+        {"history.loss",   "F64", 0, 3, history},
+        { "embed.weight",  "F32", 2, 3, weight },
+        { "session.state", "U8",  0, 5, state  }
     };
     tr_meta meta[2] = {
         {"format", "test"},
         { "step",  "3"   }
     };
-    FILE *f = tmpfile();
-    if (!f) {
-        check(0, "a temporary file", 0);
-        return;
-    }
+    memcpy(weight, saved_weight, sizeof weight);
+    FILE *f = fopen(test_path("tensors"), "wb");
+    if (!CHECK(f != NULL)) exit(2);
     tr_write_tensors(f, t, 3, meta, 2);
-    long size = ftell(f);
-    unsigned char *bytes = (unsigned char *)malloc((size_t)size);
-    tr_tensors s;
-    rewind(f);
-    check(bytes && fread(bytes, 1, (size_t)size, f) == (size_t)size, "read back", 0);
-    fclose(f);
-
-    unsigned char *copy = (unsigned char *)malloc((size_t)size);
-    memcpy(copy, bytes, (size_t)size);
-    const char *why = tr_parse_tensors(&s, copy, (size_t)size);
-    check(!why && s.n == 3 && !strcmp(tr_meta_value(&s, "step"), "3"), "a safetensors file comes back", 0);
-    const void *p = tr_find(&s, "embed.weight", "F32", 2, 3);
-    check(p && !memcmp(p, w, sizeof w), "its tensors too", 0);
-    check(!tr_find(&s, "embed.weight", "F32", 3, 2) && !tr_find(&s, "embed.weight", "U8", 2, 3) &&
-              !tr_find(&s, "x", "F32", 2, 3),
-          "another shape, type or name is not found", 0);
-    tr_free_tensors(&s);
-
-    int through = 0;
-    for (long i = 0; i < size * 8; i++) {  // every single bit
-        copy = (unsigned char *)malloc((size_t)size);
-        memcpy(copy, bytes, (size_t)size);
-        copy[i / 8] ^= (unsigned char)(1 << i % 8);
-        through += !tr_parse_tensors(&s, copy, (size_t)size);
-        tr_free_tensors(&s);
-    }
-    check(through == 0, "no flipped bit gets through", through);
-    for (long i = through = 0; i < size; i++) {  // every length
-        copy = (unsigned char *)malloc(i ? (size_t)i : 1);
-        memcpy(copy, bytes, (size_t)i);
-        through += !tr_parse_tensors(&s, copy, (size_t)i);
-        tr_free_tensors(&s);
-    }
-    check(through == 0, "no cut file gets through", through);
-    copy = (unsigned char *)calloc((size_t)size + 1, 1);
-    memcpy(copy, bytes, (size_t)size);
-    check(tr_parse_tensors(&s, copy, (size_t)size + 1) != NULL, "nor one with a byte too many", 0);
-    tr_free_tensors(&s);
-    free(bytes);
+    CHECK(fclose(f) == 0);
+    return (unsigned char *)test_read(test_path("tensors"), size);
 }
 
-int main(void) {
-    test_exp();
-    test_gradients(0);
-    test_gradients(1);
-    test_accumulation_and_threads();
-    test_optimizers();
-    test_safetensors();
-    printf("%d passed, %d failed\n", passed, failed);
-    return failed != 0;
+// tr_parse_tensors takes over what it is given.
+static const char *parse(tr_tensors *s, const unsigned char *bytes, size_t size) {
+    unsigned char *copy = (unsigned char *)malloc(size ? size : 1);
+    if (!copy) exit(2);
+    memcpy(copy, bytes, size);
+    return tr_parse_tensors(s, copy, size);
+}
+
+static void safetensors_come_back(void) {
+    size_t size;
+    unsigned char *bytes = saved_tensors(&size);
+    tr_tensors s;
+    const char *why = parse(&s, bytes, size);
+    CHECK(!why && s.n == 3 && !strcmp(tr_meta_value(&s, "step"), "3"));
+    const void *p = tr_find(&s, "embed.weight", "F32", 2, 3);
+    CHECK(p && !memcmp(p, saved_weight, sizeof saved_weight));
+    CHECK(!tr_find(&s, "embed.weight", "F32", 3, 2));  // another shape, type or name
+    CHECK(!tr_find(&s, "embed.weight", "U8", 2, 3) && !tr_find(&s, "x", "F32", 2, 3));
+    tr_free_tensors(&s);
+}
+
+static void damaged_safetensors_are_refused(void) {
+    size_t size;
+    unsigned char *bytes = saved_tensors(&size), *longer = (unsigned char *)room(size + 1);
+    long flipped = 0, cut = 0;
+    tr_tensors s;
+    for (size_t i = 0; i < size * 8; i++) {
+        bytes[i / 8] ^= (unsigned char)(1 << i % 8);
+        flipped += !parse(&s, bytes, size);
+        tr_free_tensors(&s);
+        bytes[i / 8] ^= (unsigned char)(1 << i % 8);
+    }
+    for (size_t i = 0; i < size; i++) {
+        cut += !parse(&s, bytes, i);
+        tr_free_tensors(&s);
+    }
+    CHECK(flipped == 0);
+    CHECK(cut == 0);
+    memcpy(longer, bytes, size);
+    CHECK(parse(&s, longer, size + 1) != NULL);
+    tr_free_tensors(&s);
+}
+
+int main(int argc, char **argv) {
+    test_start(argc, argv);
+    RUN(exp_is_right_to_two_ulps);
+    RUN(exp_of_softmax_is_exp_down_to_minus_40);
+    RUN(gradients_are_central_differences);
+    RUN(gradients_are_central_differences_with_tied_embeddings);
+    RUN(accumulated_gradients_are_those_of_the_larger_batch);
+    RUN(gradients_and_update_are_the_same_bits_with_any_threads);
+    RUN(sgd_updates_are_those_of_the_definition);
+    RUN(lion_updates_are_those_of_the_definition);
+    RUN(safetensors_come_back);
+    RUN(damaged_safetensors_are_refused);
+    return test_end();
 }
