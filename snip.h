@@ -650,6 +650,7 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #include <string.h>
 #include <time.h>
 #if defined(__unix__) || defined(__APPLE__)
+#    include <sched.h>
 #    include <sys/stat.h>
 #endif
 #ifndef SNIP_MALLOC
@@ -665,24 +666,102 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #ifndef SNIP_PARALLEL_FOR
 #    define SNIP_PARALLEL_FOR(fn, arg, n) snipi_parallel_for(fn, arg, n)
 
+// GCC's OpenMP does not survive fork(): where the parent has used it before, the child's first parallel loop waits for
+// ever. Such a child calls omp_set_num_threads(1) first, or the program defines SNIP_PARALLEL_FOR.
 static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
-    int64_t i;
 #    ifdef _OPENMP
 #        pragma omp parallel for schedule(dynamic) if (n > 1)
 #    endif
-    for (i = 0; i < n; i++) fn(arg, i);
+    for (int64_t i = 0; i < n; i++) fn(arg, i);
 }
 #endif
 #ifndef SNIPI_WORTH
 #    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
+
+// fn(arg, i) for every i in [0, n), about `elements` elements in all.
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
-    int64_t i;
-    if (elements >= SNIPI_WORTH)
+    if (elements >= SNIPI_WORTH) {
         SNIP_PARALLEL_FOR(fn, arg, n);
-    else
-        for (i = 0; i < n; i++) fn(arg, i);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) fn(arg, i);
 }
+
+// Phases: no call of one begins before all calls of the one before it have returned.
+typedef struct {
+    void (*fn)(void *arg, int64_t i);
+    void *arg;
+    int64_t calls;  // in each turn
+} snipi_phase;
+
+#ifndef SNIPI_ATOMIC  // whether counters can be shared among threads
+#    if defined(__GCC_ATOMIC_POINTER_LOCK_FREE) && __GCC_ATOMIC_POINTER_LOCK_FREE == 2
+#        define SNIPI_ATOMIC 1  // GCC and Clang
+#    else
+#        define SNIPI_ATOMIC 0
+#    endif
+#endif
+#if SNIPI_ATOMIC
+#    if defined(__unix__) || defined(__APPLE__)
+#        define snipi_yield() ((void)sched_yield())
+#    else
+#        define snipi_yield() ((void)0)
+#    endif
+
+enum { SNIPI_SPINS = 2000 };  // looks at a counter, some 2 us, before a waiting thread gives its core to others
+
+typedef struct {
+    const snipi_phase *phases;
+    int64_t turn_calls;    // of all phases in one turn
+    intptr_t begun, done;  // calls, of all turns
+} snipi_schedule;
+
+// Calls are taken in their order, whatever `index` is, so that those which this one waits for are always under way.
+static void snipi_schedule_call(void *arg, int64_t index) {
+    snipi_schedule *schedule = (snipi_schedule *)arg;
+    const snipi_phase *phase = schedule->phases;
+    const int64_t call = __atomic_fetch_add(&schedule->begun, 1, __ATOMIC_RELAXED);
+    const int64_t turn = call / schedule->turn_calls;
+    int64_t before = turn * schedule->turn_calls;  // calls before the phase's first
+    (void)index;
+    for (; call - before >= phase->calls; phase++) before += phase->calls;
+    for (int spins = 0; __atomic_load_n(&schedule->done, __ATOMIC_ACQUIRE) < before; spins++)
+        if (spins >= SNIPI_SPINS) snipi_yield();
+    phase->fn(phase->arg, turn * phase->calls + call - before);
+    __atomic_fetch_add(&schedule->done, 1, __ATOMIC_RELEASE);
+}
+#endif
+
+typedef struct {
+    const snipi_phase *phase;
+    int64_t first;
+} snipi_phase_part;
+
+static void snipi_phase_call(void *arg, int64_t i) {
+    const snipi_phase_part *part = (const snipi_phase_part *)arg;
+    part->phase->fn(part->phase->arg, part->first + i);
+}
+
+// All phases in order, `turns` times: fn(arg, i) for every i in [0, turns * calls). One parallel loop where counters
+// can be shared. The end of a loop waits for every thread of the pool, even for one that came too late to do anything:
+// on a busy machine, for milliseconds.
+static void snipi_share_phases(const snipi_phase *phases, int count, int64_t turns, int64_t elements) {
+#if SNIPI_ATOMIC
+    if (elements >= SNIPI_WORTH) {
+        snipi_schedule schedule = { phases, 0, 0, 0 };
+        for (int p = 0; p < count; p++) schedule.turn_calls += phases[p].calls;
+        SNIP_PARALLEL_FOR(snipi_schedule_call, &schedule, turns * schedule.turn_calls);
+        return;
+    }
+#endif
+    for (int64_t turn = 0; turn < turns; turn++)
+        for (int p = 0; p < count; p++) {
+            snipi_phase_part part = { &phases[p], turn * phases[p].calls };
+            snipi_share(snipi_phase_call, &part, phases[p].calls, elements);
+        }
+}
+
 #if defined(__GNUC__) || defined(__clang__)
 #    define SNIPI_INLINE static inline __attribute__((always_inline))
 #else
@@ -2527,7 +2606,8 @@ static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const 
     if (recipe->scale == SNIP_SCALE_UE4M3)
         memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
-        for (c = 0; c < 256; c++) q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
+        for (c = 0; c < 1 << snip_format_bits(recipe->format); c++)
+            q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
 
 static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
@@ -2626,336 +2706,669 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 }
 
 // >>gemm-impl --------------------------------------------------------------------------------------
-// Both operands are packed into panels of `mr` and `nr` rows, k-block by k-block, and a register-tile
-// kernel runs over pairs of panels. F32 panels hold dequantized floats, [k][width]. Scaled panels hold
-// integers or bfloat16 and one float per row and scale block: [step][width], a step being four bytes of k.
-// S8: twice the E2M1 values, an integer of at most 12. A's are stored plus 12, unsigned, as the byte
-// products of AVX and NEON want; `start` takes the 12s back: start[j] = -12 * (sum of B's row j in the
-// block). BF16: the values of codes, unscaled; no `start`. For AMX, whose products are signed, A's panels
-// are [width][step] without the 12s, and blocks are padded with zeros to whole pieces (snipi_piece).
+// The rows of both operands are packed into panels, one pass along k after the other, and a kernel makes the tile of C
+// of one panel of A and one of B. There are three kinds of panels:
+//
+//   F32    dequantized floats, [k][rows].
+//   S8     of two E2M1 operands: twice their values, integers of at most 12, and a scale for each row and block of k.
+//          A's are stored plus 12: the byte products of AVX and NEON take them unsigned. `start` takes the 12s back:
+//          the sums of a tile begin with start[j] = -12 * (sum of B's row j in the block).
+//   BF16   of operands that bfloat16 holds exactly: their values, those of codes without the scales, which stand
+//          beside as S8's do.
+//
+// S8 and BF16 panels are [step][rows], a step being four bytes of k: a lane of a vector. AMX multiplies signed bytes
+// and reads A by rows. Its panels of A are [rows][step] without the 12s, and its blocks are padded with zeros to whole
+// pieces (snipi_piece).
 enum {
-    SNIPI_KC_F32 = 1024,
-    SNIPI_SUM_F32 = 256,
-    SNIPI_KC_S8 = 2048,
-    SNIPI_KC_BF16 = 1024,
-    SNIPI_BLOCK_BF16 = 256,
-    SNIPI_MAX_MR = 32,
-    SNIPI_MAX_NR = 32,
-    SNIPI_CHUNK_PANELS = 8,
-    SNIPI_MIN_BLOCK = 16,
-    SNIPI_S8_MOST = 1 << 23
+    SNIPI_KC_F32 = 1024,      // k of a pass
+    SNIPI_KC_S8 = 2048,       // k of a pass
+    SNIPI_KC_BF16 = 1024,     // k of a pass
+    SNIPI_SUM_F32 = 256,      // k of one sum of floats: shorter sums are closer ones
+    SNIPI_BLOCK_BF16 = 256,   // k of one sum of floats
+    SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several
+    SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, must stay below 2^31
+    SNIPI_MAX_ROWS = 32,      // rows of a panel, at most
+    SNIPI_CHUNK_PANELS = 8,   // panels of A, and of B, whose tiles are one task
+    SNIPI_PACK_K = 64         // k that is packed at a time, of all rows of a panel
 };
 
-// For each scale block of `block` bytes along k, of which there are kc: c = fmaf(sa * sb, sum, c)
-typedef void (*snipi_scaled_kernel)(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+// The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
+// is NULL. F32 panels: c += a[k][rows]^T * b[k][rows].
+typedef void (*snipi_f32_kernel)(int64_t k, const float *a, const float *b, const float *from, float *c, int64_t ldc);
+
+// Scaled panels of k bytes in blocks of `block` bytes: c[i][j] = fmaf(sa[i] * sb[j], sum[i][j], c[i][j]), block after
+// block, with sa and sb [blocks][rows]. start [blocks][rows of b]: of S8, but for AMX.
+typedef void (*snipi_scaled_kernel)(int64_t k, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
                                     const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc);
 
 typedef struct {
-    int f32_mr, f32_nr, s8_mr, s8_nr, bf16_mr, bf16_nr;
-    // c[mr][nr] += a[kc][mr] * b[kc][nr]; where `from` is not NULL, each row of c starts as from[nr]
-    void (*f32)(int64_t kc, const float *a, const float *b, const float *from, float *c, int64_t ldc);
-    snipi_scaled_kernel s8, bf16;  // bf16 NULL: no such units
-    // Packing: `steps` times two bytes of codes of each row, row_bytes apart, to four bytes a row in
-    // out[steps][width][4].
+    int a, b;
+} snipi_panel_rows;  // of A's panels and of B's
+
+typedef struct {
+    snipi_panel_rows f32_rows, s8_rows, bf16_rows;
+    snipi_f32_kernel f32;
+    snipi_scaled_kernel s8, bf16;  // bf16 may be NULL: no such units
+
+    // Packing of S8. `steps` times two bytes of E2M1 codes of each row, row_bytes apart, to out[steps][panel_rows][4],
+    // plus `offset`.
     void (*spread)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out,
-                   int width);
-    void (*start)(const int8_t *b, int64_t steps, int width, int32_t *start);
-    // With bf16, the bfloat16 of n <= 64 elements: floats rounded, or codes looked up (the first 32 in `table`); and of
-    // the same columns of two rows of floats or BF16, the second of which may be NULL for zeros, the pairs.
+                   int panel_rows);
+    void (*start)(const int8_t *b, int64_t steps, int panel_rows, int32_t *start);
+
+    void (*round_floats)(float *x, int n);  // to bfloat16, in place: packing of F32 to be rounded
+
+    // Packing of BF16, with bf16, n <= 64 elements at a time. round: floats. look_up: the values of codes; `table` has
+    // those of the first 32. pair: elements of two rows, F32 or BF16, side by side; the second may be NULL for zeros.
     void (*round)(const float *x, int n, uint16_t *out);
     void (*look_up)(snip_format, const uint16_t *table, const float *lut, const uint8_t *codes, int n, uint16_t *out);
-    void (*pair)(const void *x, const void *y, int bf16, int n, float *out);
-    // AMX: spread to out[rows][stride]; before and after scaled kernels, in the thread that runs them.
-    void (*rows)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride);
+    void (*pair)(const void *first, const void *second, int bf16, int n, float *out);
+
+    // AMX, else NULL. spread_rows: as spread, to out[rows][stride]. begin and end: before and after scaled kernels, in
+    // the thread that runs them.
+    void (*spread_rows)(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, uint8_t *out, int64_t stride);
     void (*begin)(int64_t piece);
     void (*end)(void);
 } snipi_kernels;
 
-// Bytes of k in an AMX tile: a block in equal pieces of at most 64.
-static int64_t snipi_piece(int64_t block) {
-    return snipi_round_up(snipi_ceil_div(block, snipi_ceil_div(block, 64)), 4);
-}
+// From >>simd.
+static snip_isa snipi_best_isa(void);
+static snipi_kernels snipi_kernels_of(snip_isa isa);
 
-static int64_t snipi_padded(int64_t kc, int64_t block, int64_t piece) {
-    return kc / block * snipi_round_up(block, piece) + snipi_round_up(kc % block, piece);
-}
+// ---- the scalar kernels
+enum { SNIPI_SCALAR_A = 4, SNIPI_SCALAR_B = 16 };  // rows of panels
 
-static void snipi_kernel_f32_scalar(int64_t kc, const float *a, const float *b, const float *from, float *c,
+static void snipi_kernel_f32_scalar(int64_t k, const float *a, const float *b, const float *from, float *c,
                                     int64_t ldc) {
-    float acc[4][16];
-    int64_t k;
-    int i, j;
-    memset(acc, 0, sizeof acc);
-    for (k = 0; k < kc; k++, a += 4, b += 16)
-        for (i = 0; i < 4; i++)
-            for (j = 0; j < 16; j++) acc[i][j] += a[i] * b[j];
-    for (i = 0; i < 4; i++)
-        for (j = 0; j < 16; j++) c[i * ldc + j] = (from ? from[j] : c[i * ldc + j]) + acc[i][j];
+    float sum[SNIPI_SCALAR_A][SNIPI_SCALAR_B];
+    memset(sum, 0, sizeof sum);
+    for (; k > 0; k--, a += SNIPI_SCALAR_A, b += SNIPI_SCALAR_B)
+        for (int i = 0; i < SNIPI_SCALAR_A; i++)
+            for (int j = 0; j < SNIPI_SCALAR_B; j++) sum[i][j] += a[i] * b[j];
+    for (int i = 0; i < SNIPI_SCALAR_A; i++, c += ldc)
+        for (int j = 0; j < SNIPI_SCALAR_B; j++) c[j] = (from ? from[j] : c[j]) + sum[i][j];
 }
 
-static void snipi_kernel_s8_scalar(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+static void snipi_kernel_s8_scalar(int64_t k, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
                                    const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
-    int64_t k;
-    int i, j, t;
-    for (k = 0; k < kc; k += block, sa += 4, sb += 16, start += 16, from = NULL) {
-        int64_t step, steps = (snipi_min(block, kc - k) + 3) / 4;
-        int32_t acc[4][16];
-        for (i = 0; i < 4; i++) memcpy(acc[i], start, sizeof acc[i]);
-        for (step = 0; step < steps; step++, a += 16, b += 64)
-            for (i = 0; i < 4; i++)
-                for (j = 0; j < 16; j++)
-                    for (t = 0; t < 4; t++) acc[i][j] += (int32_t)a[4 * i + t] * b[4 * j + t];
-        for (i = 0; i < 4; i++)
-            for (j = 0; j < 16; j++)
-                c[i * ldc + j] = fmaf(sa[i] * sb[j], (float)acc[i][j], from ? from[j] : c[i * ldc + j]);
+    for (; k > 0; k -= block, from = NULL) {
+        int32_t sum[SNIPI_SCALAR_A][SNIPI_SCALAR_B];
+        for (int i = 0; i < SNIPI_SCALAR_A; i++) memcpy(sum[i], start, sizeof sum[i]);
+        for (int64_t step = 0; step < snipi_min(block, k); step += 4, a += 4 * SNIPI_SCALAR_A, b += 4 * SNIPI_SCALAR_B)
+            for (int i = 0; i < SNIPI_SCALAR_A; i++)
+                for (int j = 0; j < SNIPI_SCALAR_B; j++)
+                    for (int t = 0; t < 4; t++) sum[i][j] += (int32_t)a[4 * i + t] * b[4 * j + t];
+        for (int i = 0; i < SNIPI_SCALAR_A; i++)
+            for (int j = 0; j < SNIPI_SCALAR_B; j++) {
+                float *to = c + i * ldc + j;
+                *to = fmaf(sa[i] * sb[j], (float)sum[i][j], from ? from[j] : *to);
+            }
+        sa += SNIPI_SCALAR_A;
+        sb += SNIPI_SCALAR_B;
+        start += SNIPI_SCALAR_B;
     }
 }
 
-static const int8_t snipi_twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };  // E2M1
+static const int8_t snipi_twice[16] = { 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12 };  // of E2M1 codes
 
 static void snipi_spread_scalar(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset,
-                                uint8_t *out, int width) {
-    int64_t t;
-    int i, j;
-    for (i = 0; i < rows; i++)
-        for (t = 0; t < steps; t++)
-            for (j = 0; j < 4; j++)
-                out[4 * (t * width + i) + j] =
-                    (uint8_t)(snipi_twice[codes[(size_t)i * row_bytes + 2 * (size_t)t + (size_t)j / 2] >> j % 2 * 4 &
-                                          15] +
-                              offset);
+                                uint8_t *out, int panel_rows) {
+    for (int i = 0; i < rows; i++, codes += row_bytes, out += 4)
+        for (int64_t t = 0; t < steps; t++)
+            for (int j = 0; j < 4; j++) {
+                const int code = codes[2 * t + j / 2] >> j % 2 * 4 & 15;
+                out[4 * t * panel_rows + j] = (uint8_t)(snipi_twice[code] + offset);
+            }
 }
 
-static void snipi_start_scalar(const int8_t *b, int64_t steps, int width, int32_t *start) {
-    int64_t t;
-    int i;
-    for (i = 0; i < width; i++) {
+static void snipi_start_scalar(const int8_t *b, int64_t steps, int panel_rows, int32_t *start) {
+    for (int i = 0; i < panel_rows; i++) {
         int32_t sum = 0;
-        for (t = 0; t < steps; t++)
-            sum += b[4 * (t * width + i)] + b[4 * (t * width + i) + 1] + b[4 * (t * width + i) + 2] +
-                   b[4 * (t * width + i) + 3];
+        for (int64_t t = 0; t < steps; t++)
+            for (int j = 0; j < 4; j++) sum += b[4 * (t * panel_rows + i) + j];
         start[i] = -12 * sum;
     }
 }
 
-// Of an instruction set, from >>simd.
-static snip_isa snipi_best_isa(void);
-static snipi_kernels snipi_kernels_of(snip_isa isa);
+static void snipi_round_floats_scalar(float *x, int n) {
+    for (int i = 0; i < n; i++) x[i] = snipi_float(snipi_bf16_round(snipi_bits(x[i])) << 16);
+}
 
-// One operand of a GEMM on its way into panels.
-typedef struct {
-    snipi_reader reader;
+// ---- packing
+typedef struct {  // an operand
     const snip_operand *operand;
+    snipi_reader reader;
     int64_t rows, k, ld;
-    int direct, round_bf16;  // direct: floats or BF16 read where the caller has them
+    int plain, bf16;  // F32 or BF16, read where the caller has it; BF16
 } snipi_side;
 
 static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64_t rows, int64_t k) {
     side->operand = operand;
     side->rows = rows;
     side->k = k;
-    side->direct = snipi_plain(operand->recipe->format);
-    side->round_bf16 = operand->round_bf16;
     side->ld = operand->ld ? operand->ld : operand->transposed ? rows : k;
+    side->plain = snipi_plain(operand->recipe->format);
+    side->bf16 = operand->recipe->format == SNIP_BF16;
     snipi_reader_init(&side->reader, operand->recipe, operand->codes, operand->scales, rows, k);
 }
 
+// Element `at` of an F32 or BF16 operand.
+static const void *snipi_side_at(const snipi_side *side, int64_t at) {
+    return (const char *)side->operand->codes + at * (side->bf16 ? 2 : 4);
+}
+
 // Elements [k0, k0 + n) of a row that lie together, as floats.
-static void snipi_side_row(const snipi_side *side, int64_t row, int64_t k0, int64_t n, float *out) {
-    const void *x = side->operand->codes;
-    if (!side->direct)
+static void snipi_side_row(const snipi_side *side, int64_t row, int64_t k0, int n, float *out) {
+    const int64_t at = row * side->ld + k0;
+    if (!side->plain)
         snipi_reader_row(&side->reader, row, k0, n, out, 1);
-    else if (side->operand->recipe->format == SNIP_BF16)
-        side->reader.vector->widen((const uint16_t *)x + row * side->ld + k0, (int)n, out);
+    else if (side->bf16)
+        side->reader.vector->widen((const uint16_t *)snipi_side_at(side, at), n, out);
     else
-        memcpy(out, (const float *)x + row * side->ld + k0, (size_t)n * sizeof(float));
+        memcpy(out, snipi_side_at(side, at), (size_t)n * sizeof(float));
 }
 
-static void snipi_round_to_bf16(const snipi_vector *vector, float *x, int n) {
-    uint16_t narrow[SNIPI_RUN];
-    int i;
-    for (i = 0; i < n; i += SNIPI_RUN) {
-        int m = (int)snipi_min(SNIPI_RUN, n - i);
-        vector->narrow(x + i, m, narrow);
-        vector->widen(narrow, m, x + i);
-    }
-}
-
-// Rows [row0, row0 + used) of k range [k0, k0 + kc) into panel[kc][width], zeros beyond `used`.
-static void snipi_pack_f32(const snipi_side *side, int64_t row0, int used, int width, int64_t k0, int64_t kc,
-                           float *panel) {
-    const snipi_vector *vector = side->reader.vector;
-    const float *x = (const float *)side->operand->codes;
-    const uint16_t *x16 = (const uint16_t *)side->operand->codes;
-    float part[SNIPI_MAX_NR][64];
-    int bf16 = side->operand->recipe->format == SNIP_BF16, i;
-    int64_t k, n;
-    for (k = 0; k < kc; k += n) {
-        n = snipi_min(64, kc - k);
-        if (side->operand->transposed)
-            for (i = 0; i < n; i++) {
-                int64_t at = row0 + (k0 + k + i) * side->ld, j = 0;
-                float *to = panel + (k + i) * width;
-                if (bf16)
-                    vector->widen(x16 + at, used, to);
-                else {
-                    for (; j + 4 <= used; j += 4) memcpy(to + j, x + at + j, 4 * sizeof(float));
-                    for (; j < used; j++) to[j] = x[at + j];
-                }
-                for (j = used; j < width; j++) to[j] = 0.0f;
-            }
-        else if (side->operand->recipe->format == SNIP_F32 && used == width)
-            vector->transpose(x + row0 * side->ld + k0 + k, side->ld, width, (int)n, panel + k * width, width);
-        else {
-            for (i = 0; i < used; i++) snipi_side_row(side, row0 + i, k0 + k, n, part[i]);
-            memset(part[used], 0, (size_t)(width - used) * sizeof part[0]);
-            vector->transpose(part[0], 64, width, (int)n, panel + k * width, width);
-        }
-        if (side->round_bf16) snipi_round_to_bf16(vector, panel + k * width, (int)n * width);
-    }
-}
-
-// A scaled panel: dword t of row i lies at panel + t * step + i * row.
+// A panel to be filled: rows [row0, row0 + used) of an operand, and zeros up to `rows`.
 typedef struct {
-    int element, width, offset;
-    int64_t step, row;
-} snipi_panel_form;  // element: bytes, 1 is S8, 2 BF16; offset: of S8
+    const snipi_side *side;
+    int64_t row0;
+    int used, rows;
+    int element;                          // bytes: 1 S8, 2 BF16, 0 an F32 panel
+    int offset;                           // of S8
+    int64_t step_distance, row_distance;  // scaled: dword t of row i lies at t * step_distance + i * row_distance
+    int count;                            // whether F32 elements that are not finite are to be counted
+    int64_t nonfinite;                    // so many of them
+} snipi_gemm_panel;
 
-// `length` elements from k0 of E2M1 rows [row0, row0 + used), `steps` dwords of each row, the rest of which is zeros.
-static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
-                          int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
-    const size_t row_bytes = side->reader.row_bytes;
-    const uint8_t *codes = side->reader.codes + (size_t)row0 * row_bytes + k0 / 2;
-    int64_t whole = length / 4, rest = length & 3, t;
-    int i;
-    if (to->step == 4)
-        kernels->rows(codes, row_bytes, used, whole, panel, to->row);
-    else
-        kernels->spread(codes, row_bytes, used, whole, to->offset, panel, to->width);
-    for (t = 0; t < steps; t++)
-        for (i = t < whole ? used : 0; i < to->width; i++) memset(panel + t * to->step + i * to->row, to->offset, 4);
-    for (i = 0; i < used && rest; i++) {
-        const uint8_t *last = codes + (size_t)i * row_bytes + 2 * whole;
-        for (t = 0; t < rest; t++)
-            panel[whole * to->step + i * to->row + t] = (uint8_t)(snipi_twice[last[t >> 1] >> (t & 1) * 4 & 15] +
-                                                                  to->offset);
+// Counts what is not finite, where that is asked for: x[n] has just been read.
+static void snipi_gemm_count(snipi_gemm_panel *panel, const void *x, int n) {
+    if (panel->count) panel->side->reader.vector->amax((const float *)x, n, &panel->nonfinite);
+}
+
+// Elements [k0, k0 + n), n <= SNIPI_PACK_K, of an operand that is stored [k][rows], to out[n][rows].
+static void snipi_pack_f32_columns(const snipi_gemm_panel *panel, int64_t k0, int n, float *out) {
+    const snipi_side *side = panel->side;
+    const int used = panel->used, rows = panel->rows;
+    for (int i = 0; i < n; i++, out += rows) {
+        const void *x = snipi_side_at(side, panel->row0 + (k0 + i) * side->ld);
+        int j = 0;
+        if (side->bf16) {
+            side->reader.vector->widen((const uint16_t *)x, used, out);
+            j = used;
+        }
+        for (; j + 4 <= used; j += 4) memcpy(out + j, (const float *)x + j, 4 * sizeof(float));
+        for (; j < used; j++) out[j] = ((const float *)x)[j];
+        for (; j < rows; j++) out[j] = 0.0f;
     }
 }
 
-// The same of any operand that bfloat16 holds exactly; codes without their scales.
-static void snipi_pack_bf16(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
-                            int64_t row0, int used, int64_t k0, int64_t length, int64_t steps, uint8_t *panel) {
-    enum { PART = 64 };  // elements of k at a time
-
-    const snipi_reader *q = &side->reader;
-    const int bf16 = side->operand->recipe->format == SNIP_BF16, packed = side->operand->recipe->format == SNIP_E2M1,
-              width = to->width;
-    const float *x = (const float *)side->operand->codes;
-    const uint16_t *x16 = (const uint16_t *)side->operand->codes;
-    float pairs[SNIPI_MAX_NR * PART /
-                2];  // of bfloat16, in a row of k each, or where the operand is transposed a pair of k
-    const int by_rows = to->step == 4;
-    uint16_t table[32];
-    int64_t k;
-    int i;
-    if (!side->direct) kernels->round(q->lut, 32, table);
-    for (k = 0; k < 2 * steps; k += PART, panel += PART / 2 * to->step) {
-        int n = (int)snipi_min(PART, 2 * steps - k), there = (int)snipi_max(0, snipi_min(n, length - k));
-        float *out = (float *)(void *)panel;
-        if (used < width || there < n) memset(pairs, 0, sizeof pairs);
-        if (by_rows && (used < width || there < n))
-            for (i = 0; i < width; i++) memset(panel + i * to->row, 0, (size_t)n * 2);
-        if (side->operand->transposed) {
-            const int in_place = !by_rows && used == width;
-            for (i = 0; i < there; i += 2) {
-                const int64_t at = row0 + (k0 + k + i) * side->ld, next = at + side->ld;
-                const void *first = bf16 ? (const void *)(x16 + at) : (const void *)(x + at),
-                           *second = bf16 ? (const void *)(x16 + next) : (const void *)(x + next);
-                kernels->pair(first, i + 1 < there ? second : NULL, bf16, used,
-                              (in_place ? out : pairs) + i / 2 * width);
-            }
-            if (by_rows)
-                q->vector->transpose(pairs, width, n / 2, width, out, to->row / 4);
-            else if (!in_place)
-                memcpy(out, pairs, (size_t)n / 2 * (size_t)width * 4);
-            else if (i < n)
-                memset(out + i / 2 * width, 0, (size_t)(n - i) / 2 * (size_t)width * 4);
-            continue;
-        }
-        for (i = 0; i < used && there; i++) {
-            const int64_t row = row0 + i, at = row * side->ld + k0 + k;
-            uint16_t *line = (uint16_t *)(void *)(by_rows ? panel + i * to->row : (uint8_t *)(pairs + i * (PART / 2)));
-            if (bf16 && there == PART)
-                memcpy(line, x16 + at, PART * 2);
-            else if (bf16)
-                memcpy(line, x16 + at, (size_t)there * 2);
-            else if (side->direct)
-                kernels->round(x + at, there, line);
-            else
-                kernels->look_up(q->recipe->format, table, q->lut,
-                                 q->codes + (size_t)row * q->row_bytes + (packed ? (k0 + k) >> 1 : k0 + k), there,
-                                 line);
-        }
-        if (!by_rows) q->vector->transpose(pairs, PART / 2, width, n / 2, out, width);
+// The same of one that is stored [rows][k].
+static void snipi_pack_f32_rows(const snipi_gemm_panel *panel, int64_t k0, int n, float *out) {
+    const snipi_side *side = panel->side;
+    const snipi_vector *vector = side->reader.vector;
+    float part[SNIPI_MAX_ROWS][SNIPI_PACK_K];
+    if (side->plain && !side->bf16 && panel->used == panel->rows) {
+        const float *x = (const float *)snipi_side_at(side, panel->row0 * side->ld + k0);
+        vector->transpose(x, side->ld, panel->rows, n, out, panel->rows);
+        return;
     }
+    for (int i = 0; i < panel->used; i++) snipi_side_row(side, panel->row0 + i, k0, n, part[i]);
+    memset(part[panel->used], 0, (size_t)(panel->rows - panel->used) * sizeof part[0]);
+    vector->transpose(part[0], SNIPI_PACK_K, panel->rows, n, out, panel->rows);
 }
 
-// k range [k0, k0 + kc) of rows into a scaled panel, with one scale per (block, row).
-static void snipi_pack_scaled(const snipi_kernels *kernels, const snipi_side *side, const snipi_panel_form *to,
-                              int64_t row0, int used, int64_t k0, int64_t kc, int64_t block, int64_t piece,
-                              uint8_t *panel, float *scales, int32_t *start) {
-    const snipi_reader *q = &side->reader;
-    const float unit = to->element == 1 ? 0.5f : 1.0f;  // S8 integers are doubled
-    float scale = 0;
-    int64_t k, next = 0;
-    int i;
-    for (k = 0; k < kc; k += block, scales += to->width) {
-        int64_t length = snipi_min(block, kc - k), steps = snipi_round_up(length * to->element, piece) / 4,
-                tile_col = (k0 + k) / q->tile_cols;
-        if (to->element == 1)
-            snipi_pack_s8(kernels, side, to, row0, used, k0 + k, length, steps, panel);
+// Elements [k0, k0 + length) into an F32 panel.
+static void snipi_pack_f32(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int64_t length,
+                           float *out) {
+    const snip_operand *operand = panel->side->operand;
+    for (int64_t k = 0; k < length; k += SNIPI_PACK_K, out += SNIPI_PACK_K * panel->rows) {
+        const int n = (int)snipi_min(SNIPI_PACK_K, length - k);
+        if (operand->transposed)
+            snipi_pack_f32_columns(panel, k0 + k, n, out);
         else
-            snipi_pack_bf16(kernels, side, to, row0, used, k0 + k, length, steps, panel);
-        for (i = 0; i < used; i++) {
-            if (i == 0 || row0 + i == next) {
-                scale = unit * snipi_reader_scale(q, row0 + i, tile_col);
-                next = q->tile_rows == 1 ? row0 + i + 1 : ((row0 + i) / q->tile_rows + 1) * q->tile_rows;
-            }
-            scales[i] = scale;
-        }
-        memset(scales + used, 0, (size_t)(to->width - used) * sizeof(float));
-        if (start) {
-            kernels->start((const int8_t *)panel, steps, to->width, start);
-            start += to->width;
-        }
-        panel += steps * to->step;
+            snipi_pack_f32_rows(panel, k0 + k, n, out);
+        if (operand->recipe->format == SNIP_F32) snipi_gemm_count(panel, out, n * panel->rows);
+        if (operand->round_bf16) kernels->round_floats(out, n * panel->rows);
     }
 }
 
+// Elements [k0, k0 + length) of E2M1 rows into `steps` steps of an S8 panel.
+static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_gemm_panel *panel, int64_t k0, int64_t length,
+                          int64_t steps, uint8_t *out) {
+    const size_t row_bytes = panel->side->reader.row_bytes;
+    const uint8_t *codes = panel->side->reader.codes + (size_t)panel->row0 * row_bytes + k0 / 2;
+    const int64_t whole = length / 4;
+    if (panel->step_distance == 4)
+        kernels->spread_rows(codes, row_bytes, panel->used, whole, out, panel->row_distance);
+    else
+        kernels->spread(codes, row_bytes, panel->used, whole, panel->offset, out, panel->rows);
+
+    for (int64_t t = panel->used < panel->rows ? 0 : whole; t < steps; t++)  // zeros for what there is not
+        for (int i = t < whole ? panel->used : 0; i < panel->rows; i++)
+            memset(out + t * panel->step_distance + i * panel->row_distance, panel->offset, 4);
+
+    for (int i = 0; i < panel->used; i++, codes += row_bytes)  // the last elements, fewer than a step's
+        for (int64_t t = 4 * whole; t < length; t++) {
+            const int twice = snipi_twice[codes[t >> 1] >> (t & 1) * 4 & 15];
+            uint8_t *to = out + whole * panel->step_distance + i * panel->row_distance + t % 4;
+            *to = (uint8_t)(twice + panel->offset);
+        }
+}
+
+// Elements [k0, k0 + there) of an operand stored [k][rows], and zeros up to n (even, at most SNIPI_PACK_K), into a
+// BF16 panel.
+static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int there, int n,
+                                    uint8_t *out) {
+    float pairs[SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS];  // [n / 2][rows] pairs of bfloat16
+    const snipi_side *side = panel->side;
+    const int by_rows = panel->step_distance == 4, in_place = !by_rows && panel->used == panel->rows;
+    float *to = in_place ? (float *)(void *)out : pairs;
+    int i = 0;
+    if (panel->used < panel->rows || there < n) memset(pairs, 0, sizeof pairs);
+    for (; i < there; i += 2) {
+        const int64_t at = panel->row0 + (k0 + i) * side->ld;
+        const void *first = snipi_side_at(side, at);
+        const void *second = i + 1 < there ? snipi_side_at(side, at + side->ld) : NULL;
+        kernels->pair(first, second, side->bf16, panel->used, to + i / 2 * panel->rows);
+        if (!side->bf16) snipi_gemm_count(panel, first, panel->used);
+        if (!side->bf16 && second) snipi_gemm_count(panel, second, panel->used);
+    }
+    if (by_rows)
+        side->reader.vector->transpose(pairs, panel->rows, n / 2, panel->rows, (float *)(void *)out,
+                                       panel->row_distance / 4);
+    else if (!in_place)
+        memcpy(out, pairs, (size_t)(n / 2 * panel->rows) * sizeof(float));
+    else if (i < n)
+        memset(to + i / 2 * panel->rows, 0, (size_t)((n - i) / 2 * panel->rows) * sizeof(float));
+}
+
+// The same of an operand stored [rows][k]. table: of its first 32 codes, if it has codes.
+static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel *panel, const uint16_t *table,
+                                 int64_t k0, int there, int n, uint8_t *out) {
+    float pairs[SNIPI_MAX_ROWS][SNIPI_PACK_K / 2];  // of bfloat16
+    const snipi_reader *reader = &panel->side->reader;
+    const snip_format format = reader->recipe->format;
+    const int by_rows = panel->step_distance == 4;
+    const int64_t row_distance = by_rows ? panel->row_distance : (int64_t)sizeof pairs[0];
+    uint8_t *line = by_rows ? out : (uint8_t *)pairs;
+    for (int i = 0; i < panel->rows; i++, line += row_distance) {
+        const int64_t row = panel->row0 + i, at = row * panel->side->ld + k0;
+        const int used = i < panel->used ? there : 0;
+        uint16_t *to = (uint16_t *)(void *)line;
+        if (used < n) memset(to, 0, (size_t)n * 2);
+        if (used == 0) continue;
+        if (panel->side->bf16 && used == SNIPI_PACK_K)  // a constant: the compiler's own copy
+            memcpy(to, snipi_side_at(panel->side, at), SNIPI_PACK_K * 2);
+        else if (panel->side->bf16)
+            memcpy(to, snipi_side_at(panel->side, at), (size_t)used * 2);
+        else if (panel->side->plain) {
+            const float *x = (const float *)snipi_side_at(panel->side, at);
+            kernels->round(x, used, to);
+            snipi_gemm_count(panel, x, used);
+        } else {
+            const uint8_t *codes = reader->codes + (size_t)row * reader->row_bytes;
+            kernels->look_up(format, table, reader->lut, codes + (format == SNIP_E2M1 ? k0 >> 1 : k0), used, to);
+        }
+    }
+    if (!by_rows)
+        reader->vector->transpose(pairs[0], SNIPI_PACK_K / 2, panel->rows, n / 2, (float *)(void *)out, panel->rows);
+}
+
+// Elements [k0, k0 + length) into `steps` steps of a BF16 panel.
+static void snipi_pack_bf16(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int64_t length,
+                            int64_t steps, uint8_t *out) {
+    const int values = panel->side->operand->recipe->format == SNIP_E2M1 ? 16 : 32;
+    uint16_t table[32] = { 0 };
+    if (!panel->side->plain) kernels->round(panel->side->reader.lut, values, table);
+    for (int64_t k = 0; k < 2 * steps; k += SNIPI_PACK_K, out += SNIPI_PACK_K / 2 * panel->step_distance) {
+        const int n = (int)snipi_min(SNIPI_PACK_K, 2 * steps - k);
+        const int there = (int)snipi_max(0, snipi_min(n, length - k));
+        if (panel->side->operand->transposed)
+            snipi_pack_bf16_columns(kernels, panel, k0 + k, there, n, out);
+        else
+            snipi_pack_bf16_rows(kernels, panel, table, k0 + k, there, n, out);
+    }
+}
+
+// A panel's scales in the tiles of column tile_col.
+static void snipi_pack_scales(const snipi_gemm_panel *panel, int64_t tile_col, float *scales) {
+    const snipi_reader *reader = &panel->side->reader;
+    const float unit = panel->element == 1 ? 0.5f : 1.0f;  // S8 has doubled values
+    int i = 0;
+    while (i < panel->used) {
+        const int64_t row = panel->row0 + i, tile_rows = reader->tile_rows;
+        const int64_t tile_end = tile_rows == 1 ? row + 1 : (row / tile_rows + 1) * tile_rows;
+        const float scale = unit * snipi_reader_scale(reader, row, tile_col);
+        for (; i < panel->used && panel->row0 + i < tile_end; i++) scales[i] = scale;
+    }
+    for (; i < panel->rows; i++) scales[i] = 0.0f;
+}
+
+// Bytes of k in an AMX tile: a block in equal pieces of at most 64.
+static int64_t snipi_piece(int64_t block) {
+    return snipi_round_up(snipi_ceil_div(block, snipi_ceil_div(block, 64)), 4);
+}
+
+// k bytes in blocks, each of them padded to pieces.
+static int64_t snipi_padded(int64_t k, int64_t block, int64_t piece) {
+    return k / block * snipi_round_up(block, piece) + snipi_round_up(k % block, piece);
+}
+
+// Elements [k0, k0 + length) into a scaled panel. block: in elements, piece: in bytes. scales, start: [blocks][rows];
+// start may be NULL.
+static void snipi_pack_scaled(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int64_t length,
+                              int64_t block, int64_t piece, uint8_t *out, float *scales, int32_t *start) {
+    for (int64_t k = 0; k < length; k += block) {
+        const int64_t part = snipi_min(block, length - k);
+        const int64_t steps = snipi_round_up(part * panel->element, piece) / 4;
+        if (panel->element == 1)
+            snipi_pack_s8(kernels, panel, k0 + k, part, steps, out);
+        else
+            snipi_pack_bf16(kernels, panel, k0 + k, part, steps, out);
+        snipi_pack_scales(panel, (k0 + k) / panel->side->reader.tile_cols, scales);
+        scales += panel->rows;
+        if (start) {
+            kernels->start((const int8_t *)out, steps, panel->rows, start);
+            start += panel->rows;
+        }
+        out += steps * panel->step_distance;
+    }
+}
+
+// ---- which panels
 // Length of the common scale block along k of two operands, 0 if their tiles do not nest.
 static int64_t snipi_scale_block(const snip_operand *a, const snip_operand *b, int64_t k) {
-    int64_t ta = snipi_min(k, snipi_tile(a->recipe->tile_cols, k)),
-            tb = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
-    int64_t small = snipi_min(ta, tb), large = snipi_max(ta, tb);
-    if (k == 0 || (large % small && large < k)) return 0;
-    return small >= k || small % SNIPI_MIN_BLOCK == 0 ? small : 0;
+    const int64_t tile_a = snipi_min(k, snipi_tile(a->recipe->tile_cols, k));
+    const int64_t tile_b = snipi_min(k, snipi_tile(b->recipe->tile_cols, k));
+    const int64_t shorter = snipi_min(tile_a, tile_b), longer = snipi_max(tile_a, tile_b);
+    if (k == 0 || (longer % shorter && longer < k)) return 0;
+    return shorter >= k || shorter % SNIPI_MIN_BLOCK == 0 ? shorter : 0;
 }
 
+// The scale block of a product by S8, 0 if it is none.
 static int64_t snipi_s8_block(const snip_operand *a, const snip_operand *b, int64_t k) {
-    return a->recipe->format == SNIP_E2M1 && b->recipe->format == SNIP_E2M1 && k <= SNIPI_S8_MOST
-               ? snipi_scale_block(a, b, k)
-               : 0;
+    if (a->recipe->format != SNIP_E2M1 || b->recipe->format != SNIP_E2M1 || k > SNIPI_S8_MOST) return 0;
+    return snipi_scale_block(a, b, k);
 }
 
 static int snipi_fits_bf16(const snip_operand *o) { return o->recipe->format != SNIP_F32 || o->round_bf16; }
 
-// block: of the integer path, 0 for floats.
+// The same for BF16 units. Float sums may end anywhere in a tile: a block of more than SNIPI_BLOCK_BF16 is halved, if
+// its halves are still multiples of SNIPI_MIN_BLOCK, or cut where it is all of k.
+static int64_t snipi_bf16_block(const snip_operand *a, const snip_operand *b, int64_t k) {
+    int64_t block = snipi_fits_bf16(a) && snipi_fits_bf16(b) ? snipi_scale_block(a, b, k) : 0;
+    if (block >= k) return snipi_min(block, SNIPI_BLOCK_BF16);
+    while (block > SNIPI_BLOCK_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
+    return block <= SNIPI_BLOCK_BF16 ? block : 0;
+}
+
+// ---- a product
+typedef struct {  // A or B
+    snipi_side side;
+    int rows;  // in a panel
+    int64_t panels;
+    char *memory;  // of a pass, or of all: panels, [panels][blocks][rows] of scales, and as many of `start`
+    int64_t scales_at, start_at, bytes;  // of a pass: where scales and `start` lie, and the whole
+    int kept;                            // all passes have memory, so that the panels can be found again
+    int packed;                          // they are found
+    int late;            // packed by the task that alone uses them, when it needs them: they are then in its cache
+    int64_t *nonfinite;  // [panels] or NULL: how many elements are not finite
+} snipi_gemm_side;
+
+typedef struct {
+    snipi_gemm_side a, b;
+    snipi_kernels kernels;
+    int element;  // bytes in scaled panels: 1 S8, 2 BF16; 0: F32 panels
+    int64_t m, n, k;
+    int64_t block, piece;        // of scaled panels: elements of k; bytes
+    int64_t pass;                // k of a pass
+    int64_t row_bytes, blocks;   // of a row in a panel of such a pass
+    int64_t chunk_a, chunk_b;    // panels of a task
+    int64_t chunks_a, chunks_b;  // so the tasks of a pass
+    float *c;                    // [m][ldc]
+    int64_t ldc;
+    int accumulate;
+    const float *bias;  // [n] or NULL
+} snipi_gemm_job;
+
+typedef struct {
+    int64_t index, k0, length;  // k range [k0, k0 + length)
+    int64_t row_bytes, blocks;  // of a row in a panel
+} snipi_gemm_pass;
+
+static snipi_gemm_pass snipi_gemm_pass_of(const snipi_gemm_job *job, int64_t index) {
+    const int64_t element = job->element;
+    snipi_gemm_pass pass = { index, index * job->pass, 0, job->row_bytes, job->blocks };
+    pass.length = snipi_min(job->pass, job->k - pass.k0);
+    if (pass.length == job->pass) return pass;
+    pass.row_bytes = element ? snipi_padded(pass.length * element, job->block * element, job->piece)
+                             : pass.length * (int64_t)sizeof(float);
+    pass.blocks = element ? snipi_ceil_div(pass.length, job->block) : 0;
+    return pass;
+}
+
+static char *snipi_gemm_memory(const snipi_gemm_side *side, const snipi_gemm_pass *pass) {
+    return side->memory + (side->kept ? pass->index * side->bytes : 0);
+}
+
+static uint8_t *snipi_gemm_panel_at(const snipi_gemm_side *side, const snipi_gemm_pass *pass, int64_t p) {
+    return (uint8_t *)snipi_gemm_memory(side, pass) + p * side->rows * pass->row_bytes;
+}
+
+static float *snipi_gemm_scales_at(const snipi_gemm_side *side, const snipi_gemm_pass *pass, int64_t p) {
+    return (float *)(void *)(snipi_gemm_memory(side, pass) + side->scales_at) + p * side->rows * pass->blocks;
+}
+
+static int32_t *snipi_gemm_start_at(const snipi_gemm_side *side, const snipi_gemm_pass *pass, int64_t p) {
+    return (int32_t *)(void *)(snipi_gemm_memory(side, pass) + side->start_at) + p * side->rows * pass->blocks;
+}
+
+static void snipi_gemm_pack(const snipi_gemm_job *job, const snipi_gemm_side *from, const snipi_gemm_pass *pass,
+                            int64_t p) {
+    const int is_a = from == &job->a, signed_a = job->kernels.begin != NULL;  // AMX
+    uint8_t *out = snipi_gemm_panel_at(from, pass, p);
+    snipi_gemm_panel panel;
+    panel.side = &from->side;
+    panel.row0 = p * from->rows;
+    panel.used = (int)snipi_min(from->rows, from->side.rows - panel.row0);
+    panel.rows = from->rows;
+    panel.element = job->element;
+    panel.offset = is_a && !signed_a ? 12 : 0;
+    panel.step_distance = is_a && signed_a ? 4 : 4 * from->rows;
+    panel.row_distance = is_a && signed_a ? pass->row_bytes : 4;
+    panel.count = from->nonfinite != NULL;
+    panel.nonfinite = 0;
+    if (job->element == 0)
+        snipi_pack_f32(&job->kernels, &panel, pass->k0, pass->length, (float *)(void *)out);
+    else
+        snipi_pack_scaled(&job->kernels, &panel, pass->k0, pass->length, job->block, job->piece, out,
+                          snipi_gemm_scales_at(from, pass, p),
+                          is_a || signed_a || job->element == 2 ? NULL : snipi_gemm_start_at(from, pass, p));
+    if (from->nonfinite) from->nonfinite[p] += panel.nonfinite;
+}
+
+// The product of panels ip and jp, onto `from` or, where that is NULL, onto c.
+static void snipi_gemm_multiply(const snipi_gemm_job *job, const snipi_gemm_pass *pass, int64_t ip, int64_t jp,
+                                const float *from, float *c, int64_t ldc) {
+    const int64_t element = job->element;
+    const uint8_t *a = snipi_gemm_panel_at(&job->a, pass, ip), *b = snipi_gemm_panel_at(&job->b, pass, jp);
+    if (element) {
+        const snipi_scaled_kernel kernel = element == 1 ? job->kernels.s8 : job->kernels.bf16;
+        kernel(pass->length * element, job->block * element, a, (const int8_t *)b,
+               snipi_gemm_scales_at(&job->a, pass, ip), snipi_gemm_scales_at(&job->b, pass, jp),
+               snipi_gemm_start_at(&job->b, pass, jp), from, c, ldc);
+        return;
+    }
+    for (int64_t k = 0; k < pass->length; k += SNIPI_SUM_F32, from = NULL)
+        job->kernels.f32(snipi_min(SNIPI_SUM_F32, pass->length - k), (const float *)(const void *)a + k * job->a.rows,
+                         (const float *)(const void *)b + k * job->b.rows, from, c, ldc);
+}
+
+// The tile of C of panels ip and jp. One that C's edge cuts is made aside.
+static void snipi_gemm_tile(const snipi_gemm_job *job, const snipi_gemm_pass *pass, int64_t ip, int64_t jp) {
+    static const float zeros[SNIPI_MAX_ROWS] = { 0 };
+    const int rows = (int)snipi_min(job->a.rows, job->m - ip * job->a.rows);
+    const int cols = (int)snipi_min(job->b.rows, job->n - jp * job->b.rows), width = job->b.rows;
+    const float *bias = job->bias ? job->bias + jp * width : NULL;
+    const float *from = pass->index || job->accumulate ? NULL : bias ? bias : zeros;
+    float *c = job->c + ip * job->a.rows * job->ldc + jp * width;
+    if (rows == job->a.rows && cols == width)
+        snipi_gemm_multiply(job, pass, ip, jp, from, c, job->ldc);
+    else {
+        float aside[SNIPI_MAX_ROWS * SNIPI_MAX_ROWS];
+        const size_t line = (size_t)cols * sizeof(float);
+        memset(aside, 0, sizeof aside);
+        for (int i = 0; i < rows; i++) memcpy(aside + i * width, from ? from : c + i * job->ldc, line);
+        snipi_gemm_multiply(job, pass, ip, jp, NULL, aside, width);
+        for (int i = 0; i < rows; i++) memcpy(c + i * job->ldc, aside + i * width, line);
+    }
+    if (job->accumulate && bias && pass->k0 + pass->length == job->k)
+        for (int i = 0; i < rows; i++, c += job->ldc)
+            for (int j = 0; j < cols; j++) c[j] += bias[j];
+}
+
+// Panels that are packed before the tasks that use them.
+static int64_t snipi_gemm_early(const snipi_gemm_side *side) { return side->late || side->packed ? 0 : side->panels; }
+
+static void snipi_gemm_pack_call(void *arg, int64_t i) {
+    const snipi_gemm_job *job = (const snipi_gemm_job *)arg;
+    const int64_t early_a = snipi_gemm_early(&job->a), early = early_a + snipi_gemm_early(&job->b), p = i % early;
+    const snipi_gemm_pass pass = snipi_gemm_pass_of(job, i / early);
+    if (p < early_a)
+        snipi_gemm_pack(job, &job->a, &pass, p);
+    else
+        snipi_gemm_pack(job, &job->b, &pass, p - early_a);
+}
+
+// The tiles of a chunk of A's panels with a chunk of B's.
+static void snipi_gemm_tiles_call(void *arg, int64_t i) {
+    const snipi_gemm_job *job = (const snipi_gemm_job *)arg;
+    const int64_t tasks = job->chunks_a * job->chunks_b, task = i % tasks;
+    const int64_t ip0 = task % job->chunks_a * job->chunk_a, ip1 = snipi_min(job->a.panels, ip0 + job->chunk_a);
+    const int64_t jp0 = task / job->chunks_a * job->chunk_b, jp1 = snipi_min(job->b.panels, jp0 + job->chunk_b);
+    const snipi_gemm_pass pass = snipi_gemm_pass_of(job, i / tasks);
+    if (job->element && job->kernels.begin) job->kernels.begin(job->piece);
+    for (int64_t jp = jp0; jp < jp1; jp++) {
+        if (job->b.late) snipi_gemm_pack(job, &job->b, &pass, jp);
+        for (int64_t ip = ip0; ip < ip1; ip++) snipi_gemm_tile(job, &pass, ip, jp);
+    }
+    if (job->element && job->kernels.end) job->kernels.end();
+}
+
+// Row i of C where k is 0.
+static void snipi_gemm_empty_call(void *arg, int64_t i) {
+    const snipi_gemm_job *job = (const snipi_gemm_job *)arg;
+    float *c = job->c + i * job->ldc;
+    for (int64_t j = 0; j < job->n; j++) {
+        const float bias = job->bias ? job->bias[j] : 0.0f;
+        if (!job->accumulate)
+            c[j] = bias;
+        else if (job->bias)
+            c[j] += bias;
+    }
+}
+
+static void snipi_gemm_side_begin(const snipi_gemm_job *job, snipi_gemm_side *side, int rows_of_panel, int64_t rows) {
+    side->rows = rows_of_panel;
+    side->panels = snipi_ceil_div(rows, side->rows);
+    const int64_t padded = side->panels * side->rows;
+    const int64_t scale_bytes = snipi_round_up(padded * job->blocks * (int64_t)sizeof(float), 64);
+    side->scales_at = snipi_round_up(padded * job->row_bytes, 64);
+    side->start_at = side->scales_at + scale_bytes;
+    side->bytes = side->start_at + scale_bytes;
+}
+
+// All but the operands and where panels lie.
+static void snipi_gemm_begin(snipi_gemm_job *job, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                             const snip_operand *b, snip_isa isa) {
+    const int64_t s8_block = snipi_s8_block(a, b, k);
+    snipi_panel_rows rows;
+    memset(job, 0, sizeof *job);
+    job->kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
+    const int64_t bf16_block = job->kernels.bf16 ? snipi_bf16_block(a, b, k) : 0;
+    job->m = m;
+    job->n = n;
+    job->k = k;
+    job->block = s8_block ? s8_block : bf16_block;
+    job->element = s8_block ? 1 : bf16_block ? 2 : 0;
+    job->pass = s8_block ? SNIPI_KC_S8 : bf16_block ? SNIPI_KC_BF16 : SNIPI_KC_F32;
+    rows = s8_block ? job->kernels.s8_rows : bf16_block ? job->kernels.bf16_rows : job->kernels.f32_rows;
+    if (job->element) {
+        job->piece = job->kernels.begin ? snipi_piece(job->block * job->element) : 4;
+        job->pass = job->block >= job->pass ? job->block : job->pass / job->block * job->block;
+    }
+    job->pass = snipi_min(job->pass, k);
+    job->row_bytes = job->element ? snipi_padded(job->pass * job->element, job->block * job->element, job->piece)
+                                  : job->pass * (int64_t)sizeof(float);
+    job->blocks = job->element ? snipi_ceil_div(job->pass, job->block) : 0;
+    snipi_gemm_side_begin(job, &job->a, rows.a, m);
+    snipi_gemm_side_begin(job, &job->b, rows.b, n);
+    job->chunk_a = job->chunk_b = SNIPI_CHUNK_PANELS;
+    job->chunks_a = snipi_ceil_div(job->a.panels, job->chunk_a);
+    job->chunks_b = snipi_ceil_div(job->b.panels, job->chunk_b);
+}
+
+// Bytes of all of B's panels, as snipi_gemm_with keeps them.
+static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                              snip_isa isa) {
+    snipi_gemm_job job;
+    snipi_gemm_begin(&job, m, n, k, a, b, isa);
+    return k ? (size_t)(snipi_ceil_div(k, job.pass) * job.b.bytes) + 64 : 1;
+}
+
+static char *snipi_gemm_align(char *at) { return at + (64 - (uintptr_t)at % 64) % 64; }
+
+// snip_gemm, its arguments checked. held: NULL, or snipi_gemm_held bytes for B's panels, which are packed if `pack` and
+// else found there: b's codes and scales are then not read. nonfinite: NULL, or to be filled with how many elements of
+// A and of B are not finite, of those which are F32 and packed.
+static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   float *c, int64_t ldc, int accumulate, const float *bias, void *scratch,
+                                   snip_isa isa, void *held, int pack, int64_t nonfinite[2]) {
+    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;  // F32 products are some 32 times as fast as packing
+    snipi_gemm_job job;
+    snipi_gemm_begin(&job, m, n, k, a, b, isa);
+    job.c = c;
+    job.ldc = ldc;
+    job.accumulate = accumulate;
+    job.bias = bias;
+    if (nonfinite) nonfinite[0] = nonfinite[1] = 0;
+    if (k == 0) {
+        snipi_share(snipi_gemm_empty_call, &job, m, m * n);
+        return SNIP_OK;
+    }
+
+    job.b.packed = held && !pack;
+    job.b.kept = held != NULL;
+    job.b.late = job.chunks_a == 1 && !job.b.packed;
+    job.a.memory = snipi_gemm_align((char *)scratch);
+    job.b.memory = held ? snipi_gemm_align((char *)held) : job.a.memory + job.a.bytes;
+    snipi_side_init(&job.a.side, a, m, k);
+    if (!job.b.packed) snipi_side_init(&job.b.side, b, n, k);
+    if (nonfinite) {
+        job.a.nonfinite = (int64_t *)(void *)(job.a.memory + job.a.bytes + (held ? 0 : job.b.bytes));
+        job.b.nonfinite = job.a.nonfinite + job.a.panels;
+        memset(job.a.nonfinite, 0, (size_t)(job.a.panels + job.b.panels) * sizeof(int64_t));
+    }
+
+    const snipi_phase pack_panels = { snipi_gemm_pack_call, &job, snipi_gemm_early(&job.a) + snipi_gemm_early(&job.b) };
+    const snipi_phase make_tiles = { snipi_gemm_tiles_call, &job, job.chunks_a * job.chunks_b };
+    const snipi_phase phases[2] = { pack_panels, make_tiles };
+    snipi_share_phases(phases, 2, snipi_ceil_div(k, job.pass), work);
+    for (int64_t p = 0; p < job.a.panels && nonfinite; p++) nonfinite[0] += job.a.nonfinite[p];
+    for (int64_t p = 0; p < job.b.panels && nonfinite; p++) nonfinite[1] += job.b.nonfinite[p];
+    return SNIP_OK;
+}
+
+// Bytes of both operands' panels, of what stands beside them, and of the counts of what is not finite. block: of S8, 0
+// for other panels.
 static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
-    size_t rows = (size_t)(m + n + SNIPI_MAX_MR + SNIPI_MAX_NR),
-           blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
-    size_t per_row = (size_t)snipi_max(snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float),
-                                       snipi_padded(block, snipi_max(1, block), snipi_piece(snipi_max(1, block))));
-    return rows * (per_row + blocks * (sizeof(float) + sizeof(int32_t))) + 8 * 64;
+    const size_t rows = (size_t)(m + n + 2 * SNIPI_MAX_ROWS);
+    const size_t blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
+    const int64_t s8_block = snipi_max(1, block);
+    const int64_t s8_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));
+    const int64_t f32_bytes = snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float);
+    const size_t row_bytes = (size_t)snipi_max(f32_bytes, s8_bytes) + blocks * (sizeof(float) + sizeof(int32_t));
+    return rows * row_bytes + (rows / SNIPI_SCALAR_A + 2) * sizeof(int64_t) + 8 * 64;
 }
 
 SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
@@ -2965,213 +3378,13 @@ SNIP_API size_t snip_gemm_scratch(int64_t m, int64_t n, int64_t k) {
 }
 
 static int snipi_operand_ok(const snip_operand *o, int64_t rows, int64_t k) {
-    int64_t ld, least;
     if (!o || !o->recipe || !snipi_recipe_ok(o->recipe) || (o->round_bf16 && o->recipe->format != SNIP_F32)) return 0;
     if (!snipi_plain(o->recipe->format)) {
         if (o->ld || o->transposed || !snipi_shape_ok(rows, k, k)) return 0;
         return rows == 0 || k == 0 || (o->codes && (o->scales || o->recipe->scale == SNIP_SCALE_NONE));
     }
-    least = o->transposed ? rows : k;
-    ld = o->ld ? o->ld : least;
+    const int64_t least = o->transposed ? rows : k, ld = o->ld ? o->ld : least;
     return snipi_shape_ok(o->transposed ? k : rows, least, ld) && (rows == 0 || k == 0 || o->codes);
-}
-
-typedef struct {
-    snipi_side a, b;
-    snipi_kernels kernels;
-    int element, mr, nr;  // element: bytes in scaled panels, 1 is S8, 2 BF16; 0: F32 panels
-    int64_t m, n, k, ldc;
-    int64_t block, piece;                     // of scaled panels: elements; bytes
-    int64_t mp, np, chunks_m;                 // panels; chunks of panels of A
-    int64_t step, k0, kc, row_bytes, blocks;  // of k at a time; the step under way, and of each row of a panel in it
-    int late_b;  // B's panels are packed by the chunk that alone uses them, while they are in its cache
-    float *c;
-    char *panel_a, *panel_b;
-    float *scales_a, *scales_b;
-    int32_t *start;
-    const float *bias;  // of C's start, or NULL
-    int accumulate;
-} snipi_gemm_job;
-
-// Bytes of a row, or of a column, in a panel.
-static int64_t snipi_gemm_row_bytes(const snipi_gemm_job *g, int64_t kc) {
-    return g->element ? snipi_padded(kc * g->element, g->block * g->element, g->piece) : kc * (int64_t)sizeof(float);
-}
-
-// Panel `index` of one step: those of A, then those of B.
-static void snipi_gemm_pack(void *arg, int64_t index) {
-    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
-    const int is_b = index >= g->mp, width = is_b ? g->nr : g->mr, tiles = g->kernels.begin != NULL;
-    const snipi_side *side = is_b ? &g->b : &g->a;
-    int64_t p = is_b ? index - g->mp : index, k0 = g->k0, kc = g->kc, row_bytes = g->row_bytes;
-    int used = (int)snipi_min(width, side->rows - p * width);
-    char *panel = (is_b ? g->panel_b : g->panel_a) + p * width * row_bytes;
-    if (g->element) {
-        int64_t at = p * width * g->blocks;
-        snipi_panel_form to = { g->element, width, is_b || tiles ? 0 : 12, 4 * width, 4 };
-        if (tiles && !is_b) {
-            to.step = 4;
-            to.row = row_bytes;
-        }
-        snipi_pack_scaled(&g->kernels, side, &to, p * width, used, k0, kc, g->block, g->piece, (uint8_t *)panel,
-                          (is_b ? g->scales_b : g->scales_a) + at,
-                          is_b && g->element == 1 && !tiles ? g->start + at : NULL);
-    } else
-        snipi_pack_f32(side, p * width, used, width, k0, kc, (float *)(void *)panel);
-}
-
-// The register tile of panels (ip, jp); a tile over the edge goes through a full one aside. C starts at k0 = 0.
-static void snipi_gemm_tile(const snipi_gemm_job *g, int64_t ip, int64_t jp) {
-    static const float zeros[SNIPI_MAX_NR] = { 0 };
-    int mr = g->mr, nr = g->nr, i;
-    int rows = (int)snipi_min(mr, g->m - ip * mr), cols = (int)snipi_min(nr, g->n - jp * nr);
-    float aside[SNIPI_MAX_MR * SNIPI_MAX_NR], *c = g->c + ip * mr * g->ldc + jp * nr;
-    int whole = rows == mr && cols == nr;
-    float *target = whole ? c : aside;
-    const float *from = g->k0 || g->accumulate ? NULL : g->bias ? g->bias + jp * nr : zeros;
-    int64_t ld = whole ? g->ldc : nr, kc = g->kc, row_bytes = g->row_bytes, k;
-    const char *a = g->panel_a + ip * mr * row_bytes, *b = g->panel_b + jp * nr * row_bytes;
-    if (!whole) {
-        memset(aside, 0, sizeof aside);
-        for (i = 0; i < rows; i++) memcpy(aside + i * nr, from ? from : c + i * g->ldc, (size_t)cols * sizeof(float));
-        from = NULL;
-    }
-    if (g->element) {
-        const int64_t blocks = g->blocks;
-        (g->element == 1 ? g->kernels.s8 : g->kernels.bf16)(kc * g->element, g->block * g->element, (const uint8_t *)a,
-                                                            (const int8_t *)b, g->scales_a + ip * mr * blocks,
-                                                            g->scales_b + jp * nr * blocks, g->start + jp * nr * blocks,
-                                                            from, target, ld);
-    } else
-        for (k = 0; k < kc; k += SNIPI_SUM_F32, from = NULL)  // shorter sums are closer ones
-            g->kernels.f32(snipi_min(SNIPI_SUM_F32, kc - k), (const float *)(const void *)a + k * mr,
-                           (const float *)(const void *)b + k * nr, from, target, ld);
-    if (!whole)
-        for (i = 0; i < rows; i++) memcpy(c + i * g->ldc, aside + i * nr, (size_t)cols * sizeof(float));
-}
-
-// A chunk of panels of A with a chunk of panels of B.
-static void snipi_gemm_chunk(void *arg, int64_t t) {
-    snipi_gemm_job *g = (snipi_gemm_job *)arg;
-    int64_t i0 = t % g->chunks_m * SNIPI_CHUNK_PANELS, j0 = t / g->chunks_m * SNIPI_CHUNK_PANELS, ip, jp;
-    if (g->element && g->kernels.begin) g->kernels.begin(g->piece);
-    for (jp = j0; jp < snipi_min(g->np, j0 + SNIPI_CHUNK_PANELS); jp++) {
-        if (g->late_b) snipi_gemm_pack(g, g->mp + jp);
-        for (ip = i0; ip < snipi_min(g->mp, i0 + SNIPI_CHUNK_PANELS); ip++) snipi_gemm_tile(g, ip, jp);
-    }
-    if (g->element && g->kernels.end) g->kernels.end();
-}
-
-static void snipi_gemm_bias(void *arg, int64_t i) {
-    const snipi_gemm_job *g = (const snipi_gemm_job *)arg;
-    float *c = g->c + i * g->ldc;
-    int64_t j;
-    if (g->accumulate)
-        for (j = 0; j < g->n; j++) c[j] += g->bias[j];
-    else if (g->bias)
-        memcpy(c, g->bias, (size_t)g->n * sizeof(float));
-    else
-        memset(c, 0, (size_t)g->n * sizeof(float));
-}
-
-// Which panels, and the common scale block along k.
-static void snipi_gemm_choose(snipi_gemm_job *g, const snip_operand *a, const snip_operand *b) {
-    int64_t block = snipi_scale_block(a, b, g->k);
-    g->mr = g->kernels.f32_mr;
-    g->nr = g->kernels.f32_nr;
-    if (snipi_s8_block(a, b, g->k)) {
-        g->element = 1;
-        g->mr = g->kernels.s8_mr;
-        g->nr = g->kernels.s8_nr;
-    } else if (block && g->kernels.bf16 && snipi_fits_bf16(a) && snipi_fits_bf16(b)) {
-        if (block >= g->k) block = snipi_min(block, SNIPI_BLOCK_BF16);  // float sums may end anywhere in a tile
-        while (block > SNIPI_BLOCK_BF16 && block % (2 * SNIPI_MIN_BLOCK) == 0) block /= 2;
-        if (block > SNIPI_BLOCK_BF16) return;
-        g->element = 2;
-        g->mr = g->kernels.bf16_mr;
-        g->nr = g->kernels.bf16_nr;
-    }
-    g->mp = snipi_ceil_div(g->m, g->mr);
-    g->np = snipi_ceil_div(g->n, g->nr);
-    g->chunks_m = snipi_ceil_div(g->mp, SNIPI_CHUNK_PANELS);
-    g->step = g->element == 1 ? SNIPI_KC_S8 : g->element == 2 ? SNIPI_KC_BF16 : SNIPI_KC_F32;
-    if (g->element) {
-        g->block = block;
-        g->piece = g->kernels.begin ? snipi_piece(block * g->element) : 4;
-        g->step = block >= g->step ? block : g->step / block * block;
-    }
-    g->step = snipi_min(g->step, g->k);
-}
-
-static int64_t snipi_gemm_scale_bytes(const snipi_gemm_job *g, int64_t rows) {
-    return g->element ? snipi_round_up(rows * snipi_ceil_div(g->step, g->block) * (int64_t)sizeof(float), 64) : 0;
-}
-
-// Panels of B, their scales and `start`, of one step.
-static int64_t snipi_gemm_b_bytes(const snipi_gemm_job *g) {
-    const int64_t rows = g->np * g->nr;
-    return snipi_round_up(rows * snipi_gemm_row_bytes(g, g->step), 64) + 2 * snipi_gemm_scale_bytes(g, rows);
-}
-
-static void snipi_gemm_place_b(snipi_gemm_job *g, char *at) {
-    const int64_t rows = g->np * g->nr;
-    g->panel_b = at;
-    at += snipi_round_up(rows * snipi_gemm_row_bytes(g, g->step), 64);
-    g->scales_b = (float *)(void *)at;
-    g->start = (int32_t *)(void *)(at + snipi_gemm_scale_bytes(g, rows));
-}
-
-static void snipi_gemm_begin(snipi_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a,
-                             const snip_operand *b, snip_isa isa) {
-    memset(g, 0, sizeof *g);
-    g->kernels = snipi_kernels_of(isa == SNIP_ISA_BEST ? snipi_best_isa() : isa);
-    g->m = m;
-    g->n = n;
-    g->k = k;
-    snipi_gemm_choose(g, a, b);
-}
-
-// Bytes of all of B's panels, as snipi_gemm_with holds them.
-static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                              snip_isa isa) {
-    snipi_gemm_job g;
-    snipi_gemm_begin(&g, m, n, k, a, b, isa);
-    return k ? (size_t)(snipi_ceil_div(k, g.step) * snipi_gemm_b_bytes(&g)) + 64 : 1;
-}
-
-// held: NULL, or memory for B's panels, which are packed here if `pack` and else found there; b's codes and scales are
-// then not read.
-static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                   float *c, int64_t ldc, int accumulate, const float *bias, void *scratch,
-                                   snip_isa isa, void *held, int pack) {
-    snipi_gemm_job g;
-    uintptr_t at = ((uintptr_t)scratch + 63) / 64 * 64, at_b = ((uintptr_t)held + 63) / 64 * 64;
-    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;
-    snipi_gemm_begin(&g, m, n, k, a, b, isa);
-    g.c = c;
-    g.ldc = ldc;
-    g.bias = bias;
-    g.accumulate = accumulate;
-    if (k > 0) {
-        snipi_side_init(&g.a, a, m, k);
-        if (!held || pack) snipi_side_init(&g.b, b, n, k);
-        g.late_b = g.chunks_m == 1 && (!held || pack);
-        g.panel_a = (char *)at;
-        at += (uintptr_t)snipi_round_up(g.mp * g.mr * snipi_gemm_row_bytes(&g, g.step), 64);
-        g.scales_a = (float *)at;
-        at += (uintptr_t)snipi_gemm_scale_bytes(&g, g.mp * g.mr);
-    } else if (!accumulate)
-        snipi_share(snipi_gemm_bias, &g, m, work);
-    for (; g.k0 < k; g.k0 += g.step) {
-        g.kc = snipi_min(g.step, k - g.k0);
-        g.row_bytes = snipi_gemm_row_bytes(&g, g.kc);
-        g.blocks = g.element ? snipi_ceil_div(g.kc, g.block) : 0;
-        snipi_gemm_place_b(&g, held ? (char *)at_b + g.k0 / g.step * snipi_gemm_b_bytes(&g) : (char *)at);
-        snipi_share(snipi_gemm_pack, &g, g.mp + (g.late_b || (held && !pack) ? 0 : g.np), work);
-        snipi_share(snipi_gemm_chunk, &g, g.chunks_m * snipi_ceil_div(g.np, SNIPI_CHUNK_PANELS), work);
-    }
-    if (accumulate && bias) snipi_share(snipi_gemm_bias, &g, m, work);
-    return SNIP_OK;
 }
 
 SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b, float *c,
@@ -3182,7 +3395,7 @@ SNIP_API snip_status snip_gemm(int64_t m, int64_t n, int64_t k, const snip_opera
     if (!snip_isa_available(isa)) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
     if (!c || (k > 0 && !scratch)) return SNIP_BAD_ARGUMENT;
-    return snipi_gemm_with(m, n, k, a, b, c, ldc, accumulate, bias, scratch, isa, NULL, 0);
+    return snipi_gemm_with(m, n, k, a, b, c, ldc, accumulate, bias, scratch, isa, NULL, 0, NULL);
 }
 
 // >>session-impl -----------------------------------------------------------------------------------
@@ -4334,7 +4547,8 @@ static int64_t snipi_count_nonfinite(const float *x, int64_t n) {
     return (int64_t)snipi_sum_up(&sum, snipi_nonfinite_chunk);
 }
 
-// Quantizes a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are.
+// Quantizes a tensor into the scratch of operand `slot`. F32 and BF16 are read where they are, and their elements that
+// are not finite are counted as they are packed.
 static snip_status snipi_operand(const snipi_call *call, snip_format format, const snipi_tensor *t, int slot,
                                  snip_recipe *recipe, snip_operand *out) {
     snip *s = call->s;
@@ -4346,7 +4560,6 @@ static snip_status snipi_operand(const snipi_call *call, snip_format format, con
         out->codes = t->x;
         out->transposed = t->transposed;
         out->round_bf16 = format == SNIP_BF16;
-        call->l->nonfinite += snipi_count_nonfinite(t->x, t->rows * t->cols);
         return SNIP_OK;
     }
     void *codes = snipi_reserve(s, slot, snip_codes_bound(recipe, rows, cols));
@@ -4395,6 +4608,7 @@ static snip_status snipi_layer_gemm(const snipi_call *call, snip_format format, 
     snipi_cached *shared = snipi_shared_weight(call, format, b);
     const int pack = !shared || !shared->held;
     const int64_t nonfinite = l->nonfinite, saturated = l->saturated;
+    int64_t packed[2];  // elements of a and b that are not finite
     if (status) return status;
     if (pack)
         status = snipi_operand(call, format, b, SNIPI_SLOT_B, &recipe_b, &operand_b);
@@ -4412,13 +4626,18 @@ static snip_status snipi_layer_gemm(const snipi_call *call, snip_format format, 
     if (shared && pack) {
         if (!snipi_reserve_panels(s, shared, snipi_gemm_held(m, n, k, &operand_a, &operand_b, s->desc.isa)))
             return SNIP_OUT_OF_MEMORY;
-        shared->nonfinite = l->nonfinite - nonfinite;
+    }
+    status = snipi_gemm_with(m, n, k, &operand_a, &operand_b, c, n, accumulate, bias, scratch, s->desc.isa,
+                             shared ? shared->panels : NULL, pack, packed);
+    if (status) return status;
+    l->nonfinite += packed[0] + packed[1];
+    if (shared && pack) {
+        shared->nonfinite = l->nonfinite - packed[0] - nonfinite;
         shared->saturated = l->saturated - saturated;
         shared->held = b->x;
         shared->format = format;
     }
-    return snipi_gemm_with(m, n, k, &operand_a, &operand_b, c, n, accumulate, bias, scratch, s->desc.isa,
-                           shared ? shared->panels : NULL, pack);
+    return SNIP_OK;
 }
 
 static snip_status snipi_host_fwd(const snipi_call *call, snip_format format, float *y, const float *x, const float *w,
@@ -6657,107 +6876,92 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
 #    define SNIPI_TARGET_AMX \
         __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-int8,amx-bf16,fma")))
 
-// Register tiles. Accumulators are variables of their own, since compilers keep arrays of vectors in memory: p0, q0,
-// p1, q1,
-// ... hold the two vectors of each row.
-#    define SNIPI_ROWS_4(X) X(0) X(1) X(2) X(3)
-#    define SNIPI_ROWS_6(X) SNIPI_ROWS_4(X) X(4) X(5)
-#    define SNIPI_ROWS_12(X) SNIPI_ROWS_6(X) X(6) X(7) X(8) X(9) X(10) X(11)
+// ---- GEMM kernels
+// Rows of panels. Loops over them are unrolled, so that sums stay in registers.
+enum {
+    SNIPI_AVX2_A = 6,     // of 16 registers 12 hold sums, two B's elements, one A's and one a product
+    SNIPI_AVX2_B = 16,    // two vectors
+    SNIPI_AVX512_A = 12,  // of 32 registers 24 hold sums
+    SNIPI_AVX512_B = 32,  // two vectors
+    SNIPI_AMX_A = 32,     // two tiles
+    SNIPI_AMX_B = 32      // two tiles
+};
 
-SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }
+// Steps of k that panels are fetched ahead. They lie in the second cache, from where hardware's prefetching is late.
+enum { SNIPI_AHEAD_PANEL = 24 };
 
-// The tile of C, on its way while sums are made.
-#    define SNIPI_FETCH_C(rows, cols)                                          \
-        for (k = 0; k < rows; k++) {                                           \
-            _mm_prefetch((const char *)(c + k * ldc), _MM_HINT_T0);            \
-            _mm_prefetch((const char *)(c + k * ldc + cols - 1), _MM_HINT_T0); \
+SNIPI_INLINE void snipi_fetch_panels(const void *a, int a_bytes, const void *b, int b_bytes) {
+    _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * a_bytes, _MM_HINT_T0);
+    _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * b_bytes, _MM_HINT_T0);
+    if (b_bytes > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * b_bytes + 64, _MM_HINT_T0);
+}
+
+// A tile of C, which is on its way while its sums are made.
+SNIPI_INLINE void snipi_fetch_c(const float *c, int64_t ldc, int rows, int cols) {
+    for (int i = 0; i < rows; i++, c += ldc) {
+        _mm_prefetch((const char *)c, _MM_HINT_T0);
+        _mm_prefetch((const char *)(c + cols - 1), _MM_HINT_T0);
+    }
+}
+
+SNIPI_TARGET_AVX2 static void snipi_kernel_f32_avx2(int64_t k, const float *a, const float *b, const float *from,
+                                                    float *c, int64_t ldc) {
+    __m256 sum[SNIPI_AVX2_A][2];
+    snipi_fetch_c(c, ldc, SNIPI_AVX2_A, SNIPI_AVX2_B);
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_AVX2_A; i++) sum[i][0] = sum[i][1] = _mm256_setzero_ps();
+    for (; k > 0; k--, a += SNIPI_AVX2_A, b += SNIPI_AVX2_B) {
+        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+        snipi_fetch_panels(a, 4 * SNIPI_AVX2_A, b, 4 * SNIPI_AVX2_B);
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) {
+            const __m256 ai = _mm256_broadcast_ss(a + i);
+            sum[i][0] = _mm256_fmadd_ps(ai, b0, sum[i][0]);
+            sum[i][1] = _mm256_fmadd_ps(ai, b1, sum[i][1]);
         }
+    }
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_AVX2_A; i++, c += ldc) {
+        const float *old = from ? from : c;
+        _mm256_storeu_ps(c, _mm256_add_ps(_mm256_loadu_ps(old), sum[i][0]));
+        _mm256_storeu_ps(c + 8, _mm256_add_ps(_mm256_loadu_ps(old + 8), sum[i][1]));
+    }
+}
 
-// Panels come from the second cache, which the hardware's prefetching leaves too late.
-enum { SNIPI_AHEAD_PANEL = 24 };  // steps of k
-
-#    define SNIPI_FETCH_PANELS(a_bytes, b_bytes)                                    \
-        _mm_prefetch((const char *)a + SNIPI_AHEAD_PANEL * (a_bytes), _MM_HINT_T0); \
-        _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes), _MM_HINT_T0); \
-        if ((b_bytes) > 64) _mm_prefetch((const char *)b + SNIPI_AHEAD_PANEL * (b_bytes) + 64, _MM_HINT_T0);
-// acc[i][j] += a[i] * b[j]
-#    define SNIPI_KERNEL_F32(name, attribute, vec, lanes, rows, each, pre)                                  \
-        attribute static void name(int64_t kc, const float *a, const float *b, const float *from, float *c, \
-                                   int64_t ldc) {                                                           \
-            vec each(SNIPI_F32_DECLARE) b0, b1, ai;                                                         \
-            int64_t k;                                                                                      \
-            each(SNIPI_F32_ZERO_##lanes)                                                                    \
-                SNIPI_FETCH_C(rows, 2 * lanes) for (k = 0; k < kc; k++, a += rows, b += 2 * lanes) {        \
-                SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                     \
-                b0 = pre##loadu_ps(b);                                                                      \
-                b1 = pre##loadu_ps(b + lanes);                                                              \
-                each(SNIPI_F32_STEP_##lanes)                                                                \
-            }                                                                                               \
-            b0 = pre##setzero_ps();                                                                         \
-            b1 = b0;                                                                                        \
-            if (from) {                                                                                     \
-                b0 = pre##loadu_ps(from);                                                                   \
-                b1 = pre##loadu_ps(from + lanes);                                                           \
-            }                                                                                               \
-            each(SNIPI_F32_STORE_##lanes)                                                                   \
+SNIPI_TARGET_AVX512 static void snipi_kernel_f32_avx512(int64_t k, const float *a, const float *b, const float *from,
+                                                        float *c, int64_t ldc) {
+    __m512 sum[SNIPI_AVX512_A][2];
+    snipi_fetch_c(c, ldc, SNIPI_AVX512_A, SNIPI_AVX512_B);
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_AVX512_A; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (; k > 0; k--, a += SNIPI_AVX512_A, b += SNIPI_AVX512_B) {
+        const __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + 16);
+        snipi_fetch_panels(a, 4 * SNIPI_AVX512_A, b, 4 * SNIPI_AVX512_B);
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++) {
+            const __m512 ai = _mm512_set1_ps(a[i]);
+            sum[i][0] = _mm512_fmadd_ps(ai, b0, sum[i][0]);
+            sum[i][1] = _mm512_fmadd_ps(ai, b1, sum[i][1]);
         }
-#    define SNIPI_F32_DECLARE(i) p##i, q##i,
-#    define SNIPI_F32_ZERO_8(i) p##i = q##i = _mm256_setzero_ps();
-#    define SNIPI_F32_STEP_8(i)               \
-        ai = _mm256_broadcast_ss(a + i);      \
-        p##i = _mm256_fmadd_ps(ai, b0, p##i); \
-        q##i = _mm256_fmadd_ps(ai, b1, q##i);
-#    define SNIPI_F32_STORE_8(i)                                                                      \
-        _mm256_storeu_ps(c + i * ldc, _mm256_add_ps(from ? b0 : _mm256_loadu_ps(c + i * ldc), p##i)); \
-        _mm256_storeu_ps(c + i * ldc + 8, _mm256_add_ps(from ? b1 : _mm256_loadu_ps(c + i * ldc + 8), q##i));
-#    define SNIPI_F32_ZERO_16(i) p##i = q##i = _mm512_setzero_ps();
-#    define SNIPI_F32_STEP_16(i)              \
-        ai = _mm512_set1_ps(a[i]);            \
-        p##i = _mm512_fmadd_ps(ai, b0, p##i); \
-        q##i = _mm512_fmadd_ps(ai, b1, q##i);
-#    define SNIPI_F32_STORE_16(i)                                                                     \
-        _mm512_storeu_ps(c + i * ldc, _mm512_add_ps(from ? b0 : _mm512_loadu_ps(c + i * ldc), p##i)); \
-        _mm512_storeu_ps(c + i * ldc + 16, _mm512_add_ps(from ? b1 : _mm512_loadu_ps(c + i * ldc + 16), q##i));
-SNIPI_KERNEL_F32(snipi_kernel_f32_avx2, SNIPI_TARGET_AVX2, __m256, 8, 6, SNIPI_ROWS_6, _mm256_)
-SNIPI_KERNEL_F32(snipi_kernel_f32_avx512, SNIPI_TARGET_AVX512, __m512, 16, 12, SNIPI_ROWS_12, _mm512_)
+    }
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_AVX512_A; i++, c += ldc) {
+        const float *old = from ? from : c;
+        _mm512_storeu_ps(c, _mm512_add_ps(_mm512_loadu_ps(old), sum[i][0]));
+        _mm512_storeu_ps(c + 16, _mm512_add_ps(_mm512_loadu_ps(old + 16), sum[i][1]));
+    }
+}
 
-// acc[i][j] += a[4i + t] * b[4j + t], t = 0..3, then c = fmaf(sa[i] * sb[j], acc[i][j], c). Without VNNI the byte
-// products are added as pairs in 16 bits, at most 2 * 24 * 12 = 576 a step, for SNIPI_S8_STEPS steps, and then widened.
-enum { SNIPI_S8_STEPS = 32 };
+// Scaled kernels: at each step of a block sum[i][j] += a[4i + t] * b[4j + t], t from 0 to 3, and at its end
+// c = fmaf(sa[i] * sb[j], sum[i][j], c). The tile stands in a buffer until its last block: C is far, and its rows may
+// share a set of the nearest cache.
+typedef enum {
+    SNIPI_BY_PAIRS,  // byte products are added as pairs in 16 bits, at most 2 * 24 * 12 a step, and then in 32
+    SNIPI_BY_VNNI,   // in 32 bits at once
+    SNIPI_BY_BF16    // a[2i + t] * b[2j + t], t from 1 to 0, of bfloat16 in float
+} snipi_product;
 
-#    define SNIPI_KERNEL_S8(name, attribute, vec, lanes, rows, each, declare, begin, widths, si)                      \
-        attribute static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,     \
-                                   const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
-            const vec ones = widths##set1_epi16(1);                                                                   \
-            float tile[rows * 2 * lanes],                                                                             \
-                *to = tile; /* c is far, and its rows may share a set of the nearest cache */                         \
-            const float *old = from ? from : c;                                                                       \
-            int64_t k, old_ld = from ? 0 : ldc, to_ld = 2 * lanes;                                                    \
-            (void)ones;                                                                                               \
-            SNIPI_FETCH_C(rows, 2 * lanes)                                                                            \
-            for (k = 0; k < kc;                                                                                       \
-                 k += block, sa += rows, sb += 2 * lanes, start += 2 * lanes, old = tile, old_ld = 2 * lanes) {       \
-                int64_t step = 0, steps = (snipi_min(block, kc - k) + 3) / 4;                                         \
-                vec each(declare) b0, b1, ai;                                                                         \
-                each(begin##_START) while (step < steps) {                                                            \
-                    const int64_t stop = begin##_STOP(step, steps);                                                   \
-                    each(begin##_CLEAR) for (; step < stop; step++, a += 4 * rows, b += 8 * lanes) {                  \
-                        SNIPI_FETCH_PANELS(4 * rows, 8 * lanes)                                                       \
-                        b0 = widths##loadu_##si((const vec *)(const void *)b);                                        \
-                        b1 = widths##loadu_##si((const vec *)(const void *)(b + 4 * lanes));                          \
-                        each(begin##_STEP)                                                                            \
-                    }                                                                                                 \
-                    each(begin##_WIDEN)                                                                               \
-                }                                                                                                     \
-                if (k + block >= kc) {                                                                                \
-                    to = c;                                                                                           \
-                    to_ld = ldc;                                                                                      \
-                }                                                                                                     \
-                each(begin##_STORE)                                                                                   \
-            }                                                                                                         \
-        }
-#    define SNIPI_S8_DECLARE(i) p##i, q##i,
-#    define SNIPI_S8_DECLARE_PAIRS(i) p##i, q##i, u##i, v##i,
+enum { SNIPI_PAIR_STEPS = 32 };  // in 16 bits: 32 * 576 < 2^15
 
 SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     int32_t x;
@@ -6765,18 +6969,121 @@ SNIPI_INLINE int32_t snipi_four(const uint8_t *p) {
     return x;
 }
 
-#    define SNIPI_S8_STORE_8(i)                                                                                   \
-        {                                                                                                         \
-            __m256 s = _mm256_broadcast_ss(sa + i);                                                               \
-            float *ti = to + i * to_ld;                                                                           \
-            const float *oi = old + i * old_ld;                                                                   \
-            _mm256_storeu_ps(ti, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb)), _mm256_cvtepi32_ps(p##i), \
-                                                 _mm256_loadu_ps(oi)));                                           \
-            _mm256_storeu_ps(ti + 8, _mm256_fmadd_ps(_mm256_mul_ps(s, _mm256_loadu_ps(sb + 8)),                   \
-                                                     _mm256_cvtepi32_ps(q##i), _mm256_loadu_ps(oi + 8)));         \
+// Instructions that compilers do not know or use badly. Of byte products they make all of a step before they add them,
+// and lack registers for the sums; they copy the sums of vpdpbusd about. The others' are what tests/emulate_x86.h
+// replaces.
+#    define SNIPI_ADD_PAIRS(sum, x, y, pairs, constraint)                              \
+        __asm__("vpmaddubsw {%3, %2, %1|%1, %2, %3}\n\tvpaddw {%1, %0, %0|%0, %0, %1}" \
+                : "+" constraint(sum), "=&" constraint(pairs)                          \
+                : constraint(x), constraint(y))
+#    define SNIPI_DPBUSD(sum, x, y) __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(x), "v"(y))
+#    if defined(SNIPI_X86_LATE) && !defined(SNIPI_EMULATED)
+#        define SNIPI_DPBUSD256(sum, x, y) \
+            __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(sum) : "x"(x), "x"(y))
+#        define SNIPI_DPBF16(sum, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(sum) : "v"(x), "v"(y))
+#    endif
+
+// The sums of a block, 16 by 16 bits.
+SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_sum_pairs_avx2(int64_t steps, const uint8_t *a, const int8_t *b,
+                                                         __m256i sum[SNIPI_AVX2_A][2]) {
+    while (steps > 0) {
+        const int64_t stop = snipi_max(0, steps - SNIPI_PAIR_STEPS);
+        __m256i part[SNIPI_AVX2_A][2], pairs;
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) part[i][0] = part[i][1] = _mm256_setzero_si256();
+        for (; steps > stop; steps--, a += 4 * SNIPI_AVX2_A, b += 4 * SNIPI_AVX2_B) {
+            const __m256i b0 = _mm256_loadu_si256((const __m256i *)(const void *)b);
+            const __m256i b1 = _mm256_loadu_si256((const __m256i *)(const void *)(b + 32));
+            snipi_fetch_panels(a, 4 * SNIPI_AVX2_A, b, 4 * SNIPI_AVX2_B);
+            SNIPI_UNROLL
+            for (int i = 0; i < SNIPI_AVX2_A; i++) {
+                const __m256i ai = _mm256_set1_epi32(snipi_four(a + 4 * i));
+                SNIPI_ADD_PAIRS(part[i][0], ai, b0, pairs, "x");
+                SNIPI_ADD_PAIRS(part[i][1], ai, b1, pairs, "x");
+            }
         }
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) {
+            sum[i][0] = _mm256_add_epi32(sum[i][0], _mm256_madd_epi16(part[i][0], _mm256_set1_epi16(1)));
+            sum[i][1] = _mm256_add_epi32(sum[i][1], _mm256_madd_epi16(part[i][1], _mm256_set1_epi16(1)));
+        }
+    }
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_sum_pairs_avx512(int64_t steps, const uint8_t *a, const int8_t *b,
+                                                             __m512i sum[SNIPI_AVX512_A][2]) {
+    while (steps > 0) {
+        const int64_t stop = snipi_max(0, steps - SNIPI_PAIR_STEPS);
+        __m512i part[SNIPI_AVX512_A][2], pairs;
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++) part[i][0] = part[i][1] = _mm512_setzero_si512();
+        for (; steps > stop; steps--, a += 4 * SNIPI_AVX512_A, b += 4 * SNIPI_AVX512_B) {
+            const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+            snipi_fetch_panels(a, 4 * SNIPI_AVX512_A, b, 4 * SNIPI_AVX512_B);
+            SNIPI_UNROLL
+            for (int i = 0; i < SNIPI_AVX512_A; i++) {
+                const __m512i ai = _mm512_set1_epi32(snipi_four(a + 4 * i));
+                SNIPI_ADD_PAIRS(part[i][0], ai, b0, pairs, "v");
+                SNIPI_ADD_PAIRS(part[i][1], ai, b1, pairs, "v");
+            }
+        }
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++) {
+            sum[i][0] = _mm512_add_epi32(sum[i][0], _mm512_madd_epi16(part[i][0], _mm512_set1_epi16(1)));
+            sum[i][1] = _mm512_add_epi32(sum[i][1], _mm512_madd_epi16(part[i][1], _mm512_set1_epi16(1)));
+        }
+    }
+}
+
+// The sums of a block by an instruction that adds all products of a step.
+#    ifdef SNIPI_X86_LATE
+SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_sum_steps_avx2(int64_t steps, const uint8_t *a, const int8_t *b,
+                                                         __m256i sum[SNIPI_AVX2_A][2]) {
+    for (; steps > 0; steps--, a += 4 * SNIPI_AVX2_A, b += 4 * SNIPI_AVX2_B) {
+        const __m256i b0 = _mm256_loadu_si256((const __m256i *)(const void *)b);
+        const __m256i b1 = _mm256_loadu_si256((const __m256i *)(const void *)(b + 32));
+        snipi_fetch_panels(a, 4 * SNIPI_AVX2_A, b, 4 * SNIPI_AVX2_B);
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) {
+            const __m256i ai = _mm256_set1_epi32(snipi_four(a + 4 * i));
+            SNIPI_DPBUSD256(sum[i][0], ai, b0);
+            SNIPI_DPBUSD256(sum[i][1], ai, b1);
+        }
+    }
+}
+#    endif
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_sum_steps_avx512(snipi_product product, int64_t steps, const uint8_t *a,
+                                                             const int8_t *b, __m512i sum[SNIPI_AVX512_A][2]) {
+    for (; steps > 0; steps--, a += 4 * SNIPI_AVX512_A, b += 4 * SNIPI_AVX512_B) {
+        const __m512i b0 = _mm512_loadu_si512(b), b1 = _mm512_loadu_si512(b + 64);
+        snipi_fetch_panels(a, 4 * SNIPI_AVX512_A, b, 4 * SNIPI_AVX512_B);
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++) {
+            const __m512i ai = _mm512_set1_epi32(snipi_four(a + 4 * i));
+            if (product == SNIPI_BY_VNNI) {
+                SNIPI_DPBUSD(sum[i][0], ai, b0);
+                SNIPI_DPBUSD(sum[i][1], ai, b1);
+            }
+#    ifdef SNIPI_X86_LATE
+            if (product == SNIPI_BY_BF16) {
+                SNIPI_DPBF16(sum[i][0], ai, b0);
+                SNIPI_DPBF16(sum[i][1], ai, b1);
+            }
+#    endif
+        }
+    }
+}
 
 // A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], old[j])
+SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_scale_avx2(float sa, const float *sb, const __m256i sum[2], const float *old,
+                                                     float *c) {
+    const __m256 s = _mm256_set1_ps(sa), s0 = _mm256_mul_ps(s, _mm256_loadu_ps(sb)),
+                 s1 = _mm256_mul_ps(s, _mm256_loadu_ps(sb + 8));
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(s0, _mm256_cvtepi32_ps(sum[0]), _mm256_loadu_ps(old)));
+    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(s1, _mm256_cvtepi32_ps(sum[1]), _mm256_loadu_ps(old + 8)));
+}
+
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, __m512 sb1, __m512 sum0, __m512 sum1,
                                                          const float *old, float *c) {
     const __m512 s = _mm512_set1_ps(sa);
@@ -6784,69 +7091,96 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scale_avx512(float sa, __m512 sb0, _
     _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(_mm512_mul_ps(s, sb1), sum1, _mm512_loadu_ps(old + 16)));
 }
 
-#    define SNIPI_STORE_16(i, value)                                                                       \
-        snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16), value(p##i), value(q##i), \
-                           old + i * old_ld, to + i * to_ld);
-#    define SNIPI_S8_START_8(i)                                          \
-        p##i = _mm256_loadu_si256((const __m256i *)(const void *)start); \
-        q##i = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
-#    define SNIPI_S8_START_16(i)          \
-        p##i = _mm512_loadu_si512(start); \
-        q##i = _mm512_loadu_si512(start + 16);
-#    define SNIPI_S8_FLOAT(v) _mm512_maskz_cvtepi32_ps(0xFFFF, v)
-#    define SNIPI_S8_STORE_16(i) SNIPI_STORE_16(i, SNIPI_S8_FLOAT)
-// A byte product added at once: compilers make all products of a step first, and then lack registers for the sums.
-#    define SNIPI_MADDUBS(acc, x, y, kind, scratch, lost)                                      \
-        __asm__("vpmaddubsw {%2, %1, %%" scratch "|" scratch ", %1, %2}\n\tvpaddw {%%" scratch \
-                ", %0, %0|%0, %0, " scratch "}"                                                \
-                : "+" kind(acc)                                                                \
-                : kind(x), kind(y)                                                             \
-                : lost);
-#    define SNIPI_MADD256_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#    define SNIPI_MADD256_START SNIPI_S8_START_8
-#    define SNIPI_MADD256_STORE SNIPI_S8_STORE_8
-#    define SNIPI_MADD256_CLEAR(i) u##i = v##i = _mm256_setzero_si256();
-#    define SNIPI_MADD256_STEP(i)                      \
-        ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_MADDUBS(u##i, ai, b0, "x", "ymm15", "xmm15") SNIPI_MADDUBS(v##i, ai, b1, "x", "ymm15", "xmm15")
-#    define SNIPI_MADD256_WIDEN(i)                                    \
-        p##i = _mm256_add_epi32(p##i, _mm256_madd_epi16(u##i, ones)); \
-        q##i = _mm256_add_epi32(q##i, _mm256_madd_epi16(v##i, ones));
-#    define SNIPI_MADD512_STOP(step, steps) snipi_min(steps, step + SNIPI_S8_STEPS)
-#    define SNIPI_MADD512_START SNIPI_S8_START_16
-#    define SNIPI_MADD512_STORE SNIPI_S8_STORE_16
-#    define SNIPI_MADD512_CLEAR(i) u##i = v##i = _mm512_setzero_si512();
-#    define SNIPI_MADD512_STEP(i)                      \
-        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_MADDUBS(u##i, ai, b0, "v", "zmm31", "xmm31") SNIPI_MADDUBS(v##i, ai, b1, "v", "zmm31", "xmm31")
-#    define SNIPI_MADD512_WIDEN(i)                                    \
-        p##i = _mm512_add_epi32(p##i, _mm512_madd_epi16(u##i, ones)); \
-        q##i = _mm512_add_epi32(q##i, _mm512_madd_epi16(v##i, ones));
-#    define SNIPI_VNNI_STOP(step, steps) (steps)
-#    define SNIPI_VNNI_START SNIPI_S8_START_16
-#    define SNIPI_VNNI_STORE SNIPI_S8_STORE_16
-#    define SNIPI_VNNI_CLEAR(i)
-#    define SNIPI_DPBUSD(acc, x, y)                \
-        __asm__("vpdpbusd {%2, %1, %0|%0, %1, %2}" \
-                : "+v"(acc)                        \
-                : "v"(x), "v"(y))  // GCC copies the intrinsic's accumulator about
-#    define SNIPI_VNNI_STEP(i)                         \
-        ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-        SNIPI_DPBUSD(p##i, ai, b0);                    \
-        SNIPI_DPBUSD(q##i, ai, b1);
-#    define SNIPI_VNNI_WIDEN(i)
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE_PAIRS,
-                SNIPI_MADD256, _mm256_, si256)
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE_PAIRS,
-                SNIPI_MADD512, _mm512_, si512)
-SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE, SNIPI_VNNI,
-                _mm512_, si512)
+// Sums as floats: of S8 they are integers, of BF16 the bits of floats. (_mm512_cvtepi32_ps warns in GCC 12.)
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_sums_avx512(snipi_product product, __m512i sum) {
+    return product == SNIPI_BY_BF16 ? _mm512_castsi512_ps(sum) : _mm512_maskz_cvtepi32_ps(0xFFFF, sum);
+}
+
+SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_scaled_avx2(snipi_product product, int64_t k, int64_t block, const uint8_t *a,
+                                                      const int8_t *b, const float *sa, const float *sb,
+                                                      const int32_t *start, const float *from, float *c, int64_t ldc) {
+    float tile[SNIPI_AVX2_A * SNIPI_AVX2_B];
+    const float *old = from ? from : c;
+    int64_t old_ld = from ? 0 : ldc;
+    snipi_fetch_c(c, ldc, SNIPI_AVX2_A, SNIPI_AVX2_B);
+    for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX2_B) {
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX2_B : ldc;
+        float *to = k > block ? tile : c;
+        __m256i sum[SNIPI_AVX2_A][2];
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) {
+            sum[i][0] = _mm256_loadu_si256((const __m256i *)(const void *)start);
+            sum[i][1] = _mm256_loadu_si256((const __m256i *)(const void *)(start + 8));
+        }
+        if (product == SNIPI_BY_PAIRS) snipi_sum_pairs_avx2(steps, a, b, sum);
 #    ifdef SNIPI_X86_LATE
-// Each instruction behind a macro of its own, which tests/emulate_x86.h replaces.
+        if (product == SNIPI_BY_VNNI) snipi_sum_steps_avx2(steps, a, b, sum);
+#    endif
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX2_A; i++) snipi_scale_avx2(sa[i], sb, sum[i], old + i * old_ld, to + i * to_ld);
+        a += 4 * SNIPI_AVX2_A * steps;
+        b += 4 * SNIPI_AVX2_B * steps;
+        sa += SNIPI_AVX2_A;
+        sb += SNIPI_AVX2_B;
+        start += SNIPI_AVX2_B;
+    }
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scaled_avx512(snipi_product product, int64_t k, int64_t block,
+                                                          const uint8_t *a, const int8_t *b, const float *sa,
+                                                          const float *sb, const int32_t *start, const float *from,
+                                                          float *c, int64_t ldc) {
+    float tile[SNIPI_AVX512_A * SNIPI_AVX512_B];
+    const float *old = from ? from : c;
+    int64_t old_ld = from ? 0 : ldc;
+    snipi_fetch_c(c, ldc, SNIPI_AVX512_A, SNIPI_AVX512_B);
+    for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX512_B) {
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX512_B : ldc;
+        float *to = k > block ? tile : c;
+        __m512i sum[SNIPI_AVX512_A][2];
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++) {
+            sum[i][0] = product == SNIPI_BY_BF16 ? _mm512_setzero_si512() : _mm512_loadu_si512(start);
+            sum[i][1] = product == SNIPI_BY_BF16 ? _mm512_setzero_si512() : _mm512_loadu_si512(start + 16);
+        }
+        if (product == SNIPI_BY_PAIRS)
+            snipi_sum_pairs_avx512(steps, a, b, sum);
+        else
+            snipi_sum_steps_avx512(product, steps, a, b, sum);
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_AVX512_A; i++)
+            snipi_scale_avx512(sa[i], _mm512_loadu_ps(sb), _mm512_loadu_ps(sb + 16),
+                               snipi_sums_avx512(product, sum[i][0]), snipi_sums_avx512(product, sum[i][1]),
+                               old + i * old_ld, to + i * to_ld);
+        a += 4 * SNIPI_AVX512_A * steps;
+        b += 4 * SNIPI_AVX512_B * steps;
+        sa += SNIPI_AVX512_A;
+        sb += SNIPI_AVX512_B;
+        start += SNIPI_AVX512_B;
+    }
+}
+
+#    define SNIPI_SCALED_KERNEL(name, target, scaled, product)                                                     \
+        target static void name(int64_t k, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,      \
+                                const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) { \
+            scaled(product, k, block, a, b, sa, sb, start, from, c, ldc);                                          \
+        }
+SNIPI_SCALED_KERNEL(snipi_kernel_s8_avx2, SNIPI_TARGET_AVX2, snipi_scaled_avx2, SNIPI_BY_PAIRS)
+SNIPI_SCALED_KERNEL(snipi_kernel_s8_avx512, SNIPI_TARGET_AVX512, snipi_scaled_avx512, SNIPI_BY_PAIRS)
+SNIPI_SCALED_KERNEL(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, snipi_scaled_avx512, SNIPI_BY_VNNI)
+
+#    ifdef SNIPI_X86_LATE
+SNIPI_SCALED_KERNEL(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, snipi_scaled_avx2, SNIPI_BY_VNNI)
+SNIPI_SCALED_KERNEL(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, snipi_scaled_avx512, SNIPI_BY_BF16)
+
+// AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
+// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's
+// figures, in an S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of
+// sums and 64 of C, 128; loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on
+// at once because the rows of one block are scaled between the products of the next: at best nine tenths of the unit's
+// rate (BF16: all of it), and much less where blocks are shorter. Shapes and tiles belong to the thread: begin loads
+// the shapes, and end releases them, so that no tile state is left to be saved at context switches.
 #        ifndef SNIPI_EMULATED
-#            define SNIPI_DPBUSD256(acc, x, y) \
-                __asm__("%{vex%} vpdpbusd {%2, %1, %0|%0, %1, %2}" : "+x"(acc) : "x"(x), "x"(y))
-#            define SNIPI_DPBF16(acc, x, y) __asm__("vdpbf16ps {%2, %1, %0|%0, %1, %2}" : "+v"(acc) : "v"(x), "v"(y))
 #            define SNIPI_TILE_SHAPES(shapes) __asm__ volatile("ldtilecfg %0" : : "m"(*(shapes)))
 #            define SNIPI_TILE_RELEASE() __asm__ volatile("tilerelease" : : : "memory")
 #            define SNIPI_TILE_ZERO(t) __asm__ volatile("tilezero {%%tmm" #            t "|tmm" #            t "}" : :)
@@ -6867,37 +7201,14 @@ SNIPI_KERNEL_S8(snipi_kernel_s8_vnni, SNIPI_TARGET_VNNI, __m512i, 16, 12, SNIPI_
                                  :                                                                                   \
                                  :)
 #        endif
-#        define SNIPI_VNNI256_STOP SNIPI_VNNI_STOP
-#        define SNIPI_VNNI256_START SNIPI_S8_START_8
-#        define SNIPI_VNNI256_CLEAR SNIPI_VNNI_CLEAR
-#        define SNIPI_VNNI256_STEP(i)                      \
-            ai = _mm256_set1_epi32(snipi_four(a + 4 * i)); \
-            SNIPI_DPBUSD256(p##i, ai, b0);                 \
-            SNIPI_DPBUSD256(q##i, ai, b1);
-#        define SNIPI_VNNI256_WIDEN SNIPI_VNNI_WIDEN
-#        define SNIPI_VNNI256_STORE SNIPI_S8_STORE_8
-SNIPI_KERNEL_S8(snipi_kernel_s8_avx_vnni, SNIPI_TARGET_AVX_VNNI, __m256i, 8, 6, SNIPI_ROWS_6, SNIPI_S8_DECLARE,
-                SNIPI_VNNI256, _mm256_, si256)
-// acc[i][j] += a[2i + t] * b[2j + t], t = 1, 0: bfloat16 in, float32 sums
-#        define SNIPI_BF16_STOP SNIPI_VNNI_STOP
-#        define SNIPI_BF16_START(i) p##i = q##i = _mm512_setzero_si512();
-#        define SNIPI_BF16_CLEAR SNIPI_VNNI_CLEAR
-#        define SNIPI_BF16_STEP(i)                         \
-            ai = _mm512_set1_epi32(snipi_four(a + 4 * i)); \
-            SNIPI_DPBF16(p##i, ai, b0);                    \
-            SNIPI_DPBF16(q##i, ai, b1);
-#        define SNIPI_BF16_WIDEN SNIPI_VNNI_WIDEN
-#        define SNIPI_BF16_STORE(i) SNIPI_STORE_16(i, _mm512_castsi512_ps)
-SNIPI_KERNEL_S8(snipi_kernel_bf16_avx512, SNIPI_TARGET_BF16, __m512i, 16, 12, SNIPI_ROWS_12, SNIPI_S8_DECLARE,
-                SNIPI_BF16, _mm512_, si512)
+#        define SNIPI_TILE_PRODUCT(product, t, a, b) \
+            do {                                     \
+                if (product == SNIPI_BY_BF16)        \
+                    SNIPI_TILE_DPBF16(t, a, b);      \
+                else                                 \
+                    SNIPI_TILE_DPBSSD(t, a, b);      \
+            } while (0)
 
-// AMX. Tiles 0 to 3 are 2 x 2 tiles of 16 x 16 sums, 4 and 5 sixteen rows of A by one piece of k, 6 and 7 that piece by
-// sixteen columns of B. Sums leave the tiles through memory and are scaled onto C there. What limits, by Intel's
-// figures, in an S8 block of 128 and 32 x 32 of C: 8 products of 16 cycles, 128; stores of 64 bytes, one a cycle, 64 of
-// sums and 64 of C, 128; loads, two a cycle, 128 rows of tiles, 64 of sums, 64 of C and 32 scales, 144. All three go on
-// at once because the rows of one block are scaled between the products of the next; so at best nine tenths of the
-// unit's rate (BF16: all of it), and much less where blocks are shorter. Shapes and tiles belong to the thread: begin
-// loads the shapes, and end releases them, so that no tile state is left to be saved at context switches.
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -6906,10 +7217,9 @@ typedef struct {
 
 SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
     snipi_tile_shapes shapes;
-    int t;
     memset(&shapes, 0, sizeof shapes);
     shapes.palette = 1;
-    for (t = 0; t < 8; t++) {
+    for (int t = 0; t < 8; t++) {
         shapes.row_bytes[t] = (uint16_t)(t == 4 || t == 5 ? piece : 64);
         shapes.rows[t] = (uint8_t)(t >= 6 ? piece / 4 : 16);
     }
@@ -6918,239 +7228,157 @@ SNIPI_TARGET_AMX static void snipi_tiles_begin(int64_t piece) {
 
 SNIPI_TARGET_AMX static void snipi_tiles_end(void) { SNIPI_TILE_RELEASE(); }
 
-#        define SNIPI_AMX_S8(p) SNIPI_S8_FLOAT(_mm512_load_si512(p))
-#        define SNIPI_AMX_BF16(p) _mm512_load_ps(p)
-#        define SNIPI_AMX_ROWS(value, count)                                                                      \
-            {                                                                                                     \
-                const __m512 sb0 = _mm512_loadu_ps(sb), sb1 = _mm512_loadu_ps(sb + 16);                           \
-                const int64_t stop = snipi_min(row + (count), 32);                                                \
-                for (; row < stop; row++)                                                                         \
-                    snipi_scale_avx512(sa[row], sb0, sb1, value(sums[!turn] + 32 * row),                          \
-                                       value(sums[!turn] + 32 * row + 16), old + row * old_ld, to + row * to_ld); \
-            }
-#        define SNIPI_KERNEL_AMX(name, product, value)                                                            \
-            SNIPI_TARGET_AMX static void name(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b,       \
-                                              const float *sa, const float *sb, const int32_t *start,             \
-                                              const float *from, float *c, int64_t ldc) {                         \
-                __attribute__((aligned(64))) float sums[2][32 * 32]; /* of S8: bits of int32_t */                 \
-                const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(kc, block, piece), line = 128; \
-                float tile[32 * 32], *to = tile;                                                                  \
-                const float *old = from ? from : c;                                                               \
-                int64_t old_ld = from ? 0 : ldc, to_ld = 32, row = 32, k, p;                                      \
-                int turn = 0;                                                                                     \
-                (void)start;                                                                                      \
-                SNIPI_FETCH_C(32, 32)                                                                             \
-                for (k = 0; k < kc; k += block) {                                                                 \
-                    const int64_t pieces = snipi_ceil_div(snipi_min(block, kc - k), piece),                       \
-                                  share = snipi_ceil_div(8, pieces);                                              \
-                    SNIPI_TILE_ZERO(0);                                                                           \
-                    SNIPI_TILE_ZERO(1);                                                                           \
-                    SNIPI_TILE_ZERO(2);                                                                           \
-                    SNIPI_TILE_ZERO(3);                                                                           \
-                    for (p = 0; p < pieces; p++, a += piece,                                                      \
-                        b += 32 * piece) { /* after each product, `share` rows of the block before */             \
-                        SNIPI_TILE_LOAD(4, a, row_bytes);                                                         \
-                        SNIPI_TILE_LOAD(6, b, line);                                                              \
-                        product(0, 4, 6);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        SNIPI_TILE_LOAD(7, b + 64, line);                                                         \
-                        product(1, 4, 7);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);                                        \
-                        product(2, 5, 6);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                        product(3, 5, 7);                                                                         \
-                        SNIPI_AMX_ROWS(value, share)                                                              \
-                    }                                                                                             \
-                    if (k) {                                                                                      \
-                        sa += 32;                                                                                 \
-                        sb += 32;                                                                                 \
-                        old = tile;                                                                               \
-                        old_ld = 32;                                                                              \
-                    }                                                                                             \
-                    SNIPI_TILE_STORE(0, sums[turn], line);                                                        \
-                    SNIPI_TILE_STORE(1, sums[turn] + 16, line);                                                   \
-                    SNIPI_TILE_STORE(2, sums[turn] + 16 * 32, line);                                              \
-                    SNIPI_TILE_STORE(3, sums[turn] + 16 * 32 + 16, line);                                         \
-                    turn = !turn;                                                                                 \
-                    row = 0;                                                                                      \
-                }                                                                                                 \
-                to = c;                                                                                           \
-                to_ld = ldc;                                                                                      \
-                SNIPI_AMX_ROWS(value, 32)                                                                         \
-            }
-SNIPI_KERNEL_AMX(snipi_kernel_s8_amx, SNIPI_TILE_DPBSSD, SNIPI_AMX_S8)
-SNIPI_KERNEL_AMX(snipi_kernel_bf16_amx, SNIPI_TILE_DPBF16, SNIPI_AMX_BF16)
+// Rows of a block's sums that are still to be scaled: [row, SNIPI_AMX_A).
+typedef struct {
+    int64_t row;
+    const float *sums;  // [SNIPI_AMX_A][SNIPI_AMX_B]; of S8, the bits of int32_t
+    const float *sa, *sb, *old;
+    int64_t old_ld;
+    float *to;
+    int64_t to_ld;
+} snipi_amx_rows;
 
-SNIPI_TARGET_AVX2 static void snipi_rows_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
-                                              uint8_t *out, int64_t stride) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice)),
-                  low = _mm256_set1_epi8(15);
-    int64_t t;
-    int r;
-    for (r = 0; r < rows; r++, codes += row_bytes, out += stride) {
-        for (t = 0; t + 8 <= steps;
-             t += 8) {  // 16 bytes in words: the low nibble stays, the high one moves to the next byte
-            __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + 2 * t)));
-            x = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), low);
-            _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
+SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scale_amx(snipi_product product, snipi_amx_rows *rows, int64_t count) {
+    const __m512 sb0 = _mm512_loadu_ps(rows->sb), sb1 = _mm512_loadu_ps(rows->sb + 16);
+    const int64_t stop = snipi_min(rows->row + count, SNIPI_AMX_A);
+    for (; rows->row < stop; rows->row++) {
+        const float *sums = rows->sums + SNIPI_AMX_B * rows->row;
+        snipi_scale_avx512(rows->sa[rows->row], sb0, sb1, snipi_sums_avx512(product, _mm512_load_si512(sums)),
+                           snipi_sums_avx512(product, _mm512_load_si512(sums + 16)),
+                           rows->old + rows->row * rows->old_ld, rows->to + rows->row * rows->to_ld);
+    }
+}
+
+SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scaled_amx(snipi_product product, int64_t k, int64_t block, const uint8_t *a,
+                                                    const int8_t *b, const float *sa, const float *sb,
+                                                    const int32_t *start, const float *from, float *c, int64_t ldc) {
+    __attribute__((aligned(64))) float sums[2][SNIPI_AMX_A * SNIPI_AMX_B];  // of a block and of the one before
+    float tile[SNIPI_AMX_A * SNIPI_AMX_B];
+    const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(k, block, piece), line = 4 * SNIPI_AMX_B;
+    snipi_amx_rows rows = { SNIPI_AMX_A, sums[1], sa, sb, from ? from : c, from ? 0 : ldc, tile, SNIPI_AMX_B };
+    int first = 1, turn = 0;
+    (void)start;
+    snipi_fetch_c(c, ldc, SNIPI_AMX_A, SNIPI_AMX_B);
+    for (; k > 0; k -= block) {
+        const int64_t pieces = snipi_ceil_div(snipi_min(block, k), piece), share = snipi_ceil_div(8, pieces);
+        SNIPI_TILE_ZERO(0);
+        SNIPI_TILE_ZERO(1);
+        SNIPI_TILE_ZERO(2);
+        SNIPI_TILE_ZERO(3);
+        for (int64_t p = 0; p < pieces; p++, a += piece, b += SNIPI_AMX_B * piece) {
+            SNIPI_TILE_LOAD(4, a, row_bytes);
+            SNIPI_TILE_LOAD(6, b, line);
+            SNIPI_TILE_PRODUCT(product, 0, 4, 6);
+            snipi_scale_amx(product, &rows, share);
+            SNIPI_TILE_LOAD(7, b + 64, line);
+            SNIPI_TILE_PRODUCT(product, 1, 4, 7);
+            snipi_scale_amx(product, &rows, share);
+            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);
+            SNIPI_TILE_PRODUCT(product, 2, 5, 6);
+            snipi_scale_amx(product, &rows, share);
+            SNIPI_TILE_PRODUCT(product, 3, 5, 7);
+            snipi_scale_amx(product, &rows, share);
         }
-        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
-    }
-}
-
-// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1)),
-                  magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
-    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
-    return _mm512_mask_or_epi32(_mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd), nan, x,
-                                _mm512_set1_epi32(0x400000));
-}
-
-SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
-    for (; n > 0; x += 16, out += 16, n -= 16) {
-        const __mmask16 live = (__mmask16)snipi_lowest(n);
-        _mm256_mask_storeu_epi16(
-            out, live,
-            _mm512_cvtepi32_epi16(_mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, x)), 16)));
-    }
-}
-
-// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the
-// table.
-SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut,
-                                                     const uint8_t *codes, int n, uint16_t *out) {
-    const snipi_element e = snipi_element_of(format);
-    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)),
-                  base = _mm512_set1_epi16((short)((127 - e.bias) << 7));
-    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
-    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
-        const __mmask32 live = snipi_lowest(n);
-        __m512i v;
-        if (format ==
-            SNIP_E2M1) {  // bytes of two codes in words; low and high nibble to bytes of their own, those to words
-            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8((__mmask16)snipi_lowest((n + 1) / 2), codes));
-            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
-            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
-        } else {
-            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes)),
-                          m = _mm512_and_si512(c, magnitude);
-            if (_mm512_cmpgt_epi16_mask(m, _mm512_set1_epi16((short)e.largest))) {  // NaN or infinity among them
-                int i;
-                for (i = 0; i < n && i < 32; i++) {
-                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
-                    memcpy(out + i, &one, 2);
-                }
-                continue;
-            }
-            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
-            v = _mm512_mask_permutexvar_epi16(
-                v, _mm512_cmplt_epi16_mask(m, _mm512_set1_epi16((short)(1 << e.mantissa))), m, values);
-            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), _mm512_set1_epi16((short)0x8000)));
+        SNIPI_TILE_STORE(0, sums[turn], line);
+        SNIPI_TILE_STORE(1, sums[turn] + 16, line);
+        SNIPI_TILE_STORE(2, sums[turn] + 16 * SNIPI_AMX_B, line);
+        SNIPI_TILE_STORE(3, sums[turn] + 16 * SNIPI_AMX_B + 16, line);
+        if (!first) {
+            rows.sa += SNIPI_AMX_A;
+            rows.sb += SNIPI_AMX_B;
+            rows.old = tile;
+            rows.old_ld = SNIPI_AMX_B;
         }
-        _mm512_mask_storeu_epi16(out, live, v);
+        rows.sums = sums[turn];
+        rows.row = 0;
+        first = 0;
+        turn = !turn;
     }
+    rows.to = c;
+    rows.to_ld = ldc;
+    snipi_scale_amx(product, &rows, SNIPI_AMX_A);
 }
 
-SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *x, const void *y, int bf16, int n, float *out) {
-    int i;
-    for (i = 0; i < n; i += 16) {
-        const __mmask16 live = (__mmask16)snipi_lowest(n - i), second = (__mmask16)(y ? live : 0);
-        __m512i a, b;  // b's high half over a's
-        if (bf16) {
-            a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)x + i));
-            b = _mm512_slli_epi32(
-                _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, (const uint16_t *)(y ? y : x) + i)), 16);
-        } else {
-            a = _mm512_srli_epi32(snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)x + i)), 16);
-            b = _mm512_and_si512(snipi_rounded512(_mm512_maskz_loadu_epi32(second, (const float *)(y ? y : x) + i)),
-                                 _mm512_set1_epi32((int)0xFFFF0000u));
-        }
-        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(a, b));
-    }
-}
+SNIPI_SCALED_KERNEL(snipi_kernel_s8_amx, SNIPI_TARGET_AMX, snipi_scaled_amx, SNIPI_BY_VNNI)
+SNIPI_SCALED_KERNEL(snipi_kernel_bf16_amx, SNIPI_TARGET_AMX, snipi_scaled_amx, SNIPI_BY_BF16)
 #    endif  // SNIPI_X86_LATE
+
+// ---- packing for GEMMs
+SNIPI_INLINE uint32_t snipi_lowest(int n) { return n >= 32 ? 0xFFFFFFFFu : (1u << n) - 1u; }  // bits
+
 SNIPI_TARGET_AVX2 static void snipi_spread_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
-                                                int offset, uint8_t *out, int width) {
-    const __m128i table = _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice),
-                                       _mm_set1_epi8((char)offset)),
-                  low = _mm_set1_epi8(15);
+                                                int offset, uint8_t *out, int panel_rows) {
+    const __m128i twice = _mm_loadu_si128((const __m128i *)(const void *)snipi_twice);
+    const __m128i table = _mm_add_epi8(twice, _mm_set1_epi8((char)offset)), low = _mm_set1_epi8(15);
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    int64_t t;
-    int i, r;
-    for (r = 0; r < rows; r += 8) {
+    for (int r = 0; r < rows; r += 8, codes += 8 * row_bytes, out += 32) {
         const int used = rows - r < 8 ? rows - r : 8;
         const __m256i live = _mm256_cmpgt_epi32(_mm256_set1_epi32(used), lane);
-        for (t = 0; t + 8 <= steps; t += 8) {  // 8 rows x 32 codes, as 8 x 8 dwords
+        int64_t t = 0;
+        for (; t + 8 <= steps; t += 8) {  // 8 rows x 32 codes, as 8 x 8 dwords
             __m256i a[8], b[8];
-            for (i = 0; i < 8; i++) {
-                __m128i x = i < used
-                                ? _mm_loadu_si128((const __m128i *)(const void *)(codes + (size_t)(r + i) * row_bytes +
-                                                                                  2 * (size_t)t))
-                                : low;
-                __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low)),
-                        odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));
+            for (int i = 0; i < 8; i++) {
+                const uint8_t *from = codes + (size_t)i * row_bytes + 2 * t;
+                const __m128i x = i < used ? _mm_loadu_si128((const __m128i *)(const void *)from) : low;
+                const __m128i even = _mm_shuffle_epi8(table, _mm_and_si128(x, low));
+                const __m128i odd = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(x, 4), low));
                 a[i] = _mm256_insertf128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)),
                                                _mm_unpackhi_epi8(even, odd), 1);
             }
             SNIPI_UNROLL
-            for (i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i++) {
                 b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
                 b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
             }
             SNIPI_UNROLL
-            for (i = 0; i < 2; i++) {
+            for (int i = 0; i < 2; i++) {
                 a[4 * i] = _mm256_unpacklo_epi64(b[4 * i], b[4 * i + 2]);
                 a[4 * i + 1] = _mm256_unpackhi_epi64(b[4 * i], b[4 * i + 2]);
                 a[4 * i + 2] = _mm256_unpacklo_epi64(b[4 * i + 1], b[4 * i + 3]);
                 a[4 * i + 3] = _mm256_unpackhi_epi64(b[4 * i + 1], b[4 * i + 3]);
             }
-            for (i = 0; i < 8; i++) {
-                int *to = (int *)(void *)(out + 4 * ((t + i) * width + r));
-                __m256i v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x20);
-                if (i >= 4) v = _mm256_permute2x128_si256(a[i & 3], a[4 + (i & 3)], 0x31);
+            for (int i = 0; i < 8; i++) {
+                int *to = (int *)(void *)(out + 4 * (t + i) * panel_rows);
+                const __m256i x = a[i & 3], y = a[4 + (i & 3)];
+                const __m256i v = i < 4 ? _mm256_permute2x128_si256(x, y, 0x20) : _mm256_permute2x128_si256(x, y, 0x31);
                 if (used == 8)
                     _mm256_storeu_si256((__m256i *)(void *)to, v);
                 else
                     _mm256_maskstore_epi32(to, live, v);
             }
         }
-        snipi_spread_scalar(codes + (size_t)r * row_bytes + 2 * (size_t)t, row_bytes, used, steps - t, offset,
-                            out + 4 * (t * width + r), width);
+        snipi_spread_scalar(codes + 2 * t, row_bytes, used, steps - t, offset, out + 4 * t * panel_rows, panel_rows);
     }
 }
 
 #    define SNIPI_CODES_16(row) \
         (live >> (row)&1 ? _mm_maskz_loadu_epi8(there, from + (size_t)(row)*row_bytes) : _mm_setzero_si128())
 
-// Dwords of codes are transposed, eight steps of 16 rows, and then spread: half the bytes of each, its nibbles to bytes
+// Eight steps of 16 rows: dwords of codes are transposed and then spread, half the bytes of each, its nibbles to bytes
 // of their own.
 SNIPI_TARGET_AVX512 static void snipi_spread_avx512(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
-                                                    int offset, uint8_t *out, int width) {
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_add_epi8(_mm_loadu_si128((const __m128i *)(const void *)snipi_twice), _mm_set1_epi8((char)offset)));
+                                                    int offset, uint8_t *out, int panel_rows) {
+    const __m128i twice = _mm_loadu_si128((const __m128i *)(const void *)snipi_twice);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_add_epi8(twice, _mm_set1_epi8((char)offset)));
     const __m512i low = _mm512_set1_epi8(15), odd = _mm512_set1_epi16((short)0xFF00);
     const __m512i bytes[2] = {
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13)),
         _mm512_broadcast_i32x4(_mm_setr_epi8(2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15))
     };
-    int64_t t;
-    int i, r;
-    for (r = 0; r < rows; r += 16) {
+    for (int r = 0; r < rows; r += 16, codes += 16 * row_bytes, out += 64) {
         const __mmask16 live = (__mmask16)snipi_lowest(rows - r < 16 ? rows - r : 16);
-        for (t = 0; t < steps; t += 8) {
+        for (int64_t t = 0; t < steps; t += 8) {
             const int some = (int)snipi_min(8, steps - t);
             const __mmask16 there = (__mmask16)snipi_lowest(2 * some);
-            const uint8_t *from = codes + (size_t)r * row_bytes + 2 * (size_t)t;
+            const uint8_t *from = codes + 2 * t;
             __m512i a[4], b[4];
             SNIPI_UNROLL
-            for (i = 0; i < 4; i++) {  // rows i, i + 4, i + 8, i + 12 side by side
-                const __m256i near = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i)),
-                                                             SNIPI_CODES_16(i + 4), 1);
-                const __m256i far = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i + 8)),
-                                                            SNIPI_CODES_16(i + 12), 1);
-                a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(near), far, 1);
+            for (int i = 0; i < 4; i++) {  // rows i, i + 4, i + 8, i + 12 side by side
+                const __m256i front = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i)),
+                                                              SNIPI_CODES_16(i + 4), 1);
+                const __m256i back = _mm256_inserti128_si256(_mm256_castsi128_si256(SNIPI_CODES_16(i + 8)),
+                                                             SNIPI_CODES_16(i + 12), 1);
+                a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(front), back, 1);
             }
             b[0] = _mm512_unpacklo_epi32(a[0], a[1]);
             b[1] = _mm512_unpacklo_epi32(a[2], a[3]);
@@ -7161,33 +7389,132 @@ SNIPI_TARGET_AVX512 static void snipi_spread_avx512(const uint8_t *codes, size_t
             a[2] = _mm512_unpacklo_epi64(b[2], b[3]);
             a[3] = _mm512_unpackhi_epi64(b[2], b[3]);
             SNIPI_UNROLL
-            for (i = 0; i < 8; i++) {
+            for (int i = 0; i < 8; i++) {
                 const __m512i x = _mm512_shuffle_epi8(a[i / 2], bytes[i % 2]);
-                const __m512i nibbles = _mm512_and_si512(
-                    _mm512_ternarylogic_epi32(odd, _mm512_srli_epi16(x, 4), x, 0xCA), low);  // odd ? x >> 4 : x
+                const __m512i shifted = _mm512_srli_epi16(x, 4);
+                const __m512i nibbles = _mm512_ternarylogic_epi32(odd, shifted, x, 0xCA);  // odd ? shifted : x
                 if (i < some)
-                    _mm512_mask_storeu_epi32(out + 4 * ((t + i) * width + r), live,
-                                             _mm512_shuffle_epi8(table, nibbles));
+                    _mm512_mask_storeu_epi32(out + 4 * (t + i) * panel_rows, live,
+                                             _mm512_shuffle_epi8(table, _mm512_and_si512(nibbles, low)));
             }
         }
     }
 }
 
-SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int width, int32_t *start) {
-    const __m256i ones = _mm256_set1_epi8(1), twelve = _mm256_set1_epi16(-12);
-    int64_t t;
-    int i;
-    for (i = 0; i < width; i += 8) {
+SNIPI_TARGET_AVX2 static void snipi_start_avx2(const int8_t *b, int64_t steps, int panel_rows, int32_t *start) {
+    const __m256i ones = _mm256_set1_epi8(1), factor = _mm256_set1_epi16(-12);
+    for (int i = 0; i < panel_rows; i += 8) {
         __m256i sum = _mm256_setzero_si256();
-        for (t = 0; t < steps; t++)
-            sum = _mm256_add_epi32(
-                sum, _mm256_madd_epi16(
-                         _mm256_maddubs_epi16(
-                             ones, _mm256_loadu_si256((const __m256i *)(const void *)(b + 4 * (t * width + i)))),
-                         twelve));
+        for (int64_t t = 0; t < steps; t++) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)(const void *)(b + 4 * (t * panel_rows + i)));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(ones, x), factor));
+        }
         _mm256_storeu_si256((__m256i *)(void *)(start + i), sum);
     }
 }
+
+SNIPI_TARGET_AVX2 static void snipi_round_floats_avx2(float *x, int n) {
+    const __m256i half = _mm256_set1_epi32(0x7FFF), one = _mm256_set1_epi32(1), quiet = _mm256_set1_epi32(0x400000);
+    const __m256i sign = _mm256_set1_epi32((int)0x80000000u), infinity = _mm256_set1_epi32(0x7F800000);
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {  // as snipi_bf16_round
+        __m256i *at = (__m256i *)(void *)(x + i);
+        const __m256i v = _mm256_loadu_si256(at), odd = _mm256_and_si256(_mm256_srli_epi32(v, 16), one);
+        const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(v, half), odd);
+        const __m256i nan = _mm256_cmpgt_epi32(_mm256_andnot_si256(sign, v), infinity);
+        const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(v, quiet), nan);
+        _mm256_storeu_si256(at, _mm256_and_si256(kept, _mm256_set1_epi32((int)0xFFFF0000u)));
+    }
+    snipi_round_floats_scalar(x + i, n - i);
+}
+
+#    ifdef SNIPI_X86_LATE
+SNIPI_TARGET_AVX2 static void snipi_spread_rows_avx2(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps,
+                                                     uint8_t *out, int64_t stride) {
+    const __m128i twice = _mm_loadu_si128((const __m128i *)(const void *)snipi_twice);
+    const __m256i table = _mm256_broadcastsi128_si256(twice), low = _mm256_set1_epi8(15);
+    for (int r = 0; r < rows; r++, codes += row_bytes, out += stride) {
+        int64_t t = 0;
+        for (; t + 8 <= steps; t += 8) {  // bytes in words: the low nibble stays, the high one moves to the next byte
+            __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(codes + 2 * t)));
+            x = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), low);
+            _mm256_storeu_si256((__m256i *)(void *)(out + 4 * t), _mm256_shuffle_epi8(table, x));
+        }
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, 0, out + 4 * t, 1);
+    }
+}
+
+// x rounded as by snipi_bf16_round, in the high halves; the low ones are noise.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_rounded512(__m512i x) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+    const __m512i magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7FFFFFFF));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7FFF)), odd);
+    const __mmask16 nan = _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x7F800000));
+    return _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
+}
+
+SNIPI_TARGET_AVX512 static void snipi_round_avx512(const float *x, int n, uint16_t *out) {
+    for (; n > 0; x += 16, out += 16, n -= 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n);
+        const __m512i rounded = snipi_rounded512(_mm512_maskz_loadu_epi32(live, x));
+        _mm256_mask_storeu_epi16(out, live, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+}
+
+// A code's fields are moved into a bfloat16's, as snipi_decode_avx2 does it; subnormals and all of E2M1 come from the
+// table.
+SNIPI_TARGET_AVX512 static void snipi_look_up_avx512(snip_format format, const uint16_t *table, const float *lut,
+                                                     const uint8_t *codes, int n, uint16_t *out) {
+    const snipi_element e = snipi_element_of(format);
+    const __m512i values = _mm512_loadu_si512(table), magnitude = _mm512_set1_epi16((short)((1 << e.sign) - 1)),
+                  base = _mm512_set1_epi16((short)((127 - e.bias) << 7)), sign = _mm512_set1_epi16((short)0x8000),
+                  largest = _mm512_set1_epi16((short)e.largest), normal = _mm512_set1_epi16((short)(1 << e.mantissa));
+    const __m128i shift = _mm_cvtsi32_si128(7 - e.mantissa), sign_shift = _mm_cvtsi32_si128(15 - e.sign);
+    for (; n > 0; codes += format == SNIP_E2M1 ? 16 : 32, out += 32, n -= 32) {
+        const __mmask32 live = snipi_lowest(n);
+        __m512i v;
+        if (format == SNIP_E2M1) {  // two codes a byte: bytes to words, nibbles to bytes, and those to words
+            const __mmask16 bytes = (__mmask16)snipi_lowest((n + 1) / 2);
+            __m256i c = _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(bytes, codes));
+            c = _mm256_and_si256(_mm256_or_si256(c, _mm256_slli_epi16(c, 4)), _mm256_set1_epi8(15));
+            v = _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(c), values);
+        } else {
+            const __m512i c = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(live, codes));
+            const __m512i m = _mm512_and_si512(c, magnitude);
+            if (_mm512_cmpgt_epi16_mask(m, largest)) {  // NaN or infinity among them
+                for (int i = 0; i < n && i < 32; i++) {
+                    const uint16_t one = (uint16_t)snipi_bf16_round(snipi_bits(lut[codes[i]]));
+                    memcpy(out + i, &one, 2);
+                }
+                continue;
+            }
+            v = _mm512_add_epi16(_mm512_sll_epi16(m, shift), base);
+            v = _mm512_mask_permutexvar_epi16(v, _mm512_cmplt_epi16_mask(m, normal), m, values);
+            v = _mm512_or_si512(v, _mm512_and_si512(_mm512_sll_epi16(c, sign_shift), sign));
+        }
+        _mm512_mask_storeu_epi16(out, live, v);
+    }
+}
+
+SNIPI_TARGET_AVX512 static void snipi_pair_avx512(const void *first, const void *second, int bf16, int n, float *out) {
+    const void *other = second ? second : first;
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 live = (__mmask16)snipi_lowest(n - i), also = (__mmask16)(second ? live : 0);
+        __m512i low, high;  // halves of the pairs
+        if (bf16) {
+            low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, (const uint16_t *)first + i));
+            high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(also, (const uint16_t *)other + i));
+            high = _mm512_slli_epi32(high, 16);
+        } else {
+            low = snipi_rounded512(_mm512_maskz_loadu_epi32(live, (const float *)first + i));
+            high = snipi_rounded512(_mm512_maskz_loadu_epi32(also, (const float *)other + i));
+            low = _mm512_srli_epi32(low, 16);
+            high = _mm512_and_si512(high, _mm512_set1_epi32((int)0xFFFF0000u));
+        }
+        _mm512_mask_storeu_epi32(out + i, live, _mm512_or_si512(low, high));
+    }
+}
+#    endif  // SNIPI_X86_LATE
 
 // Quantizing runs. With e = max(exponent of |y|, that of the smallest normal number) and k = |y| in units of
 // 2^(e - mantissa), rounded, the code is k + (e - smallest) * 2^mantissa. To nearest: |y| + power, where power is
@@ -8288,87 +8615,99 @@ SNIPI_TARGET_AVX512 static void snipi_flip_avx512(const uint32_t signs[4], float
 #        define SNIPI_TARGET_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
 #    endif
 
-#    define SNIPI_NEON_ROW(r)                                      \
-        acc[i + r][0] = vfmaq_laneq_f32(acc[i + r][0], b0, ai, r); \
-        acc[i + r][1] = vfmaq_laneq_f32(acc[i + r][1], b1, ai, r);
+// ---- GEMM kernels
+// Rows of panels: with two sums a row, what 32 registers hold beside the operands; and where byte products are added as
+// pairs in 16 bits, in four more registers a row.
+enum { SNIPI_NEON_A = 12, SNIPI_NEON_B = 8, SNIPI_NEON_PAIRS_A = 4 };
 
-static void snipi_kernel_f32_neon(int64_t kc, const float *a, const float *b, const float *from, float *c,
-                                  int64_t ldc) {
-    float32x4_t acc[12][2];
-    int64_t k;
-    int i;
+#    define SNIPI_NEON_ROW(r)                                      \
+        sum[i + r][0] = vfmaq_laneq_f32(sum[i + r][0], b0, ai, r); \
+        sum[i + r][1] = vfmaq_laneq_f32(sum[i + r][1], b1, ai, r);
+
+static void snipi_kernel_f32_neon(int64_t k, const float *a, const float *b, const float *from, float *c, int64_t ldc) {
+    float32x4_t sum[SNIPI_NEON_A][2];
     SNIPI_UNROLL
-    for (i = 0; i < 12; i++) acc[i][0] = acc[i][1] = vdupq_n_f32(0.0f);
-    for (k = 0; k < kc; k++, a += 12, b += 8) {
-        float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
+    for (int i = 0; i < SNIPI_NEON_A; i++) sum[i][0] = sum[i][1] = vdupq_n_f32(0.0f);
+    for (; k > 0; k--, a += SNIPI_NEON_A, b += SNIPI_NEON_B) {
+        const float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4);
         SNIPI_UNROLL
-        for (i = 0; i < 12; i += 4) {  // acc[i][j] += a[i] * b[j]; of scalars GCC makes too many registers
-            float32x4_t ai = vld1q_f32(a + i);
+        for (int i = 0; i < SNIPI_NEON_A; i += 4) {  // from a vector of A's: of scalars GCC makes too many registers
+            const float32x4_t ai = vld1q_f32(a + i);
             SNIPI_NEON_ROW(0) SNIPI_NEON_ROW(1) SNIPI_NEON_ROW(2) SNIPI_NEON_ROW(3)
         }
     }
     SNIPI_UNROLL
-    for (i = 0; i < 12; i++) {
-        float *ci = c + i * ldc;
-        const float *old = from ? from : ci;
-        vst1q_f32(ci, vaddq_f32(vld1q_f32(old), acc[i][0]));
-        vst1q_f32(ci + 4, vaddq_f32(vld1q_f32(old + 4), acc[i][1]));
+    for (int i = 0; i < SNIPI_NEON_A; i++, c += ldc) {
+        const float *old = from ? from : c;
+        vst1q_f32(c, vaddq_f32(vld1q_f32(old), sum[i][0]));
+        vst1q_f32(c + 4, vaddq_f32(vld1q_f32(old + 4), sum[i][1]));
     }
 }
 
-// c[j] = fmaf(sa * sb[j], acc[j], from ? from[j] : c[j]), 8 columns
-SNIPI_INLINE void snipi_scale_neon(float sa, const float *sb, int32x4_t acc0, int32x4_t acc1, const float *from,
+// A row of a tile: c[j] = fmaf(sa * sb[j], sum[j], from ? from[j] : c[j])
+SNIPI_INLINE void snipi_scale_neon(float sa, const float *sb, int32x4_t sum0, int32x4_t sum1, const float *from,
                                    float *c) {
     const float *old = from ? from : c;
-    vst1q_f32(c, vfmaq_f32(vld1q_f32(old), vmulq_n_f32(vld1q_f32(sb), sa), vcvtq_f32_s32(acc0)));
-    vst1q_f32(c + 4, vfmaq_f32(vld1q_f32(old + 4), vmulq_n_f32(vld1q_f32(sb + 4), sa), vcvtq_f32_s32(acc1)));
+    vst1q_f32(c, vfmaq_f32(vld1q_f32(old), vmulq_n_f32(vld1q_f32(sb), sa), vcvtq_f32_s32(sum0)));
+    vst1q_f32(c + 4, vfmaq_f32(vld1q_f32(old + 4), vmulq_n_f32(vld1q_f32(sb + 4), sa), vcvtq_f32_s32(sum1)));
 }
 
-static void snipi_kernel_s8_neon(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
-                                 const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
-    int64_t k;
-    int i, j;
-    for (k = 0; k < kc; k += block, sa += 4, sb += 8, start += 8, from = NULL) {
-        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
-        int32x4_t acc[4][2];
+enum { SNIPI_NEON_STEPS = 113 };  // of byte products in 16 bits: 113 * 24 * 12 < 2^15
+
+// sum[i][j] += a[4i + t] * b[4j + t] over at most SNIPI_NEON_STEPS steps
+SNIPI_INLINE void snipi_sum_pairs_neon(int64_t steps, const uint8_t *a, const int8_t *b,
+                                       int32x4_t sum[SNIPI_NEON_PAIRS_A][2]) {
+    int16x8_t part[SNIPI_NEON_PAIRS_A][4];
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_NEON_PAIRS_A; i++) part[i][0] = part[i][1] = part[i][2] = part[i][3] = vdupq_n_s16(0);
+    for (; steps > 0; steps--, a += 4 * SNIPI_NEON_PAIRS_A, b += 4 * SNIPI_NEON_B) {
+        const int8x16_t b0 = vld1q_s8(b), b1 = vld1q_s8(b + 16);
         SNIPI_UNROLL
-        for (i = 0; i < 4; i++) {
-            acc[i][0] = vld1q_s32(start);
-            acc[i][1] = vld1q_s32(start + 4);
+        for (int i = 0; i < SNIPI_NEON_PAIRS_A; i++) {  // part[i][j / 2][4 (j % 2) + t] += a[4i + t] * b[4j + t]
+            int32_t four;
+            memcpy(&four, a + 4 * i, 4);
+            const int8x16_t ai = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            part[i][0] = vmlal_s8(part[i][0], vget_low_s8(ai), vget_low_s8(b0));
+            part[i][1] = vmlal_high_s8(part[i][1], ai, b0);
+            part[i][2] = vmlal_s8(part[i][2], vget_low_s8(ai), vget_low_s8(b1));
+            part[i][3] = vmlal_high_s8(part[i][3], ai, b1);
         }
-        while (steps > 0) {
-            int64_t some = snipi_min(steps, 113);  // 113 * 24 * 12 < 2^15
-            int16x8_t part[4][4];
-            SNIPI_UNROLL
-            for (i = 0; i < 4; i++) part[i][0] = part[i][1] = part[i][2] = part[i][3] = vdupq_n_s16(0);
-            for (steps -= some; some > 0; some--, a += 16, b += 32) {
-                int8x16_t b0 = vld1q_s8(b), b1 = vld1q_s8(b + 16);
-                SNIPI_UNROLL
-                for (i = 0; i < 4; i++) {  // part[i][j / 2][4 (j % 2) + t] += a[4i + t] * b[4j + t]
-                    int32_t four;
-                    int8x16_t ai;
-                    memcpy(&four, a + 4 * i, 4);
-                    ai = vreinterpretq_s8_s32(vdupq_n_s32(four));
-                    part[i][0] = vmlal_s8(part[i][0], vget_low_s8(ai), vget_low_s8(b0));
-                    part[i][1] = vmlal_high_s8(part[i][1], ai, b0);
-                    part[i][2] = vmlal_s8(part[i][2], vget_low_s8(ai), vget_low_s8(b1));
-                    part[i][3] = vmlal_high_s8(part[i][3], ai, b1);
-                }
-            }
-            SNIPI_UNROLL
-            for (i = 0; i < 4; i++) SNIPI_UNROLL
-            for (j = 0; j < 2; j++)
-                acc[i][j] = vaddq_s32(acc[i][j],
-                                      vpaddq_s32(vpaddlq_s16(part[i][2 * j]), vpaddlq_s16(part[i][2 * j + 1])));
-        }
-        SNIPI_UNROLL
-        for (i = 0; i < 4; i++) snipi_scale_neon(sa[i], sb, acc[i][0], acc[i][1], from, c + i * ldc);
+    }
+    SNIPI_UNROLL
+    for (int i = 0; i < SNIPI_NEON_PAIRS_A; i++) {
+        sum[i][0] = vaddq_s32(sum[i][0], vpaddq_s32(vpaddlq_s16(part[i][0]), vpaddlq_s16(part[i][1])));
+        sum[i][1] = vaddq_s32(sum[i][1], vpaddq_s32(vpaddlq_s16(part[i][2]), vpaddlq_s16(part[i][3])));
     }
 }
 
-// sum[i][j] = start[j] + a[i] * b[j] over `steps` times 4 elements. The instruction by name, because clang before 16
-// has the intrinsic under -march alone, and no other intrinsic, because GCC inlines none from an -march this target
-// does not contain.
+static void snipi_kernel_s8_neon(int64_t k, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+                                 const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
+    for (; k > 0; k -= block, from = NULL) {
+        int64_t steps = (snipi_min(block, k) + 3) / 4;
+        int32x4_t sum[SNIPI_NEON_PAIRS_A][2];
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_NEON_PAIRS_A; i++) {
+            sum[i][0] = vld1q_s32(start);
+            sum[i][1] = vld1q_s32(start + 4);
+        }
+        while (steps > 0) {
+            const int64_t some = snipi_min(steps, SNIPI_NEON_STEPS);
+            snipi_sum_pairs_neon(some, a, b, sum);
+            a += 4 * SNIPI_NEON_PAIRS_A * some;
+            b += 4 * SNIPI_NEON_B * some;
+            steps -= some;
+        }
+        SNIPI_UNROLL
+        for (int i = 0; i < SNIPI_NEON_PAIRS_A; i++)
+            snipi_scale_neon(sa[i], sb, sum[i][0], sum[i][1], from, c + i * ldc);
+        sa += SNIPI_NEON_PAIRS_A;
+        sb += SNIPI_NEON_B;
+        start += SNIPI_NEON_B;
+    }
+}
+
+// The instruction by name, because clang before 16 has the intrinsic under -march alone, and no other intrinsic,
+// because GCC inlines none from an -march this target does not contain.
 typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias));
 #    define SNIPI_DOT(v, y, lane)                                                          \
         {                                                                                  \
@@ -8378,71 +8717,86 @@ typedef int8_t snipi_vec16 __attribute__((vector_size(16), aligned(1), may_alias
         }
 #    define SNIPI_DOT_ROW(r) SNIPI_DOT(acc[i + r][0], b0, r) SNIPI_DOT(acc[i + r][1], b1, r)
 
+// sum[i][j] = start[j] + a[4i + t] * b[4j + t] over `steps` steps
 SNIPI_TARGET_DOT static void snipi_dot_neon(int64_t steps, const uint8_t *a, const int8_t *b, const int32_t *start,
                                             int32_t *sum) {
-    snipi_vec16 acc[12][2], b0 = *(const snipi_vec16 *)(const void *)start,
-                            b1 = *(const snipi_vec16 *)(const void *)(start + 4);
-    int i;
+    snipi_vec16 acc[SNIPI_NEON_A][2], b0 = *(const snipi_vec16 *)(const void *)start,
+                                      b1 = *(const snipi_vec16 *)(const void *)(start + 4);
     SNIPI_UNROLL
-    for (i = 0; i < 12; i++) {
+    for (int i = 0; i < SNIPI_NEON_A; i++) {
         acc[i][0] = b0;
         acc[i][1] = b1;
     }
-    for (; steps > 0; steps--, a += 48, b += 32) {
+    for (; steps > 0; steps--, a += 4 * SNIPI_NEON_A, b += 4 * SNIPI_NEON_B) {
         b0 = *(const snipi_vec16 *)(const void *)b;
         b1 = *(const snipi_vec16 *)(const void *)(b + 16);
         SNIPI_UNROLL
-        for (i = 0; i < 12; i += 4) {  // acc[i][j] += a[4i + t] * b[4j + t], t = 0..3
-            snipi_vec16 ai = *(const snipi_vec16 *)(const void *)(a + 4 * i);
+        for (int i = 0; i < SNIPI_NEON_A; i += 4) {
+            const snipi_vec16 ai = *(const snipi_vec16 *)(const void *)(a + 4 * i);
             SNIPI_DOT_ROW(0) SNIPI_DOT_ROW(1) SNIPI_DOT_ROW(2) SNIPI_DOT_ROW(3)
         }
     }
     SNIPI_UNROLL
-    for (i = 0; i < 12; i++) {
-        *(snipi_vec16 *)(void *)(sum + 8 * i) = acc[i][0];
-        *(snipi_vec16 *)(void *)(sum + 8 * i + 4) = acc[i][1];
+    for (int i = 0; i < SNIPI_NEON_A; i++) {
+        *(snipi_vec16 *)(void *)(sum + SNIPI_NEON_B * i) = acc[i][0];
+        *(snipi_vec16 *)(void *)(sum + SNIPI_NEON_B * i + 4) = acc[i][1];
     }
 }
 
-static void snipi_kernel_s8_neon_dot(int64_t kc, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
+static void snipi_kernel_s8_neon_dot(int64_t k, int64_t block, const uint8_t *a, const int8_t *b, const float *sa,
                                      const float *sb, const int32_t *start, const float *from, float *c, int64_t ldc) {
-    int64_t k;
-    int i;
-    for (k = 0; k < kc; k += block, sa += 12, sb += 8, start += 8, from = NULL) {
-        int64_t steps = (snipi_min(block, kc - k) + 3) / 4;
-        int32_t sum[12 * 8];
+    for (; k > 0; k -= block, from = NULL) {
+        const int64_t steps = (snipi_min(block, k) + 3) / 4;
+        int32_t sum[SNIPI_NEON_A * SNIPI_NEON_B];
         snipi_dot_neon(steps, a, b, start, sum);
-        a += 48 * steps;
-        b += 32 * steps;
-        for (i = 0; i < 12; i++)
-            snipi_scale_neon(sa[i], sb, vld1q_s32(sum + 8 * i), vld1q_s32(sum + 8 * i + 4), from, c + i * ldc);
+        for (int i = 0; i < SNIPI_NEON_A; i++) {
+            const int32_t *row = sum + SNIPI_NEON_B * i;
+            snipi_scale_neon(sa[i], sb, vld1q_s32(row), vld1q_s32(row + 4), from, c + i * ldc);
+        }
+        a += 4 * SNIPI_NEON_A * steps;
+        b += 4 * SNIPI_NEON_B * steps;
+        sa += SNIPI_NEON_A;
+        sb += SNIPI_NEON_B;
+        start += SNIPI_NEON_B;
     }
 }
 
+// ---- packing for GEMMs
 static void snipi_spread_neon(const uint8_t *codes, size_t row_bytes, int rows, int64_t steps, int offset, uint8_t *out,
-                              int width) {
+                              int panel_rows) {
     const uint8x16_t table = vaddq_u8(vreinterpretq_u8_s8(vld1q_s8(snipi_twice)), vdupq_n_u8((uint8_t)offset));
-    int64_t t;
-    int i, j;
-    for (i = 0; i < rows; i++, codes += row_bytes, out += 4) {
-        for (t = 0; t + 4 <= steps; t += 4) {  // out[t][i][j] = snipi_twice[nibble 4t + j] + offset
-            uint8x8_t bytes = vld1_u8(codes + 2 * t), low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
+    for (int i = 0; i < rows; i++, codes += row_bytes, out += 4) {
+        int64_t t = 0;
+        for (; t + 4 <= steps; t += 4) {
+            const uint8x8_t bytes = vld1_u8(codes + 2 * t), low = vand_u8(bytes, vdup_n_u8(15));
+            const uint8x8_t high = vshr_n_u8(bytes, 4);
             uint8_t four[16];
             vst1q_u8(four, vqtbl1q_u8(table, vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high))));
-            for (j = 0; j < 4; j++) memcpy(out + 4 * (t + j) * width, four + 4 * j, 4);
+            for (int j = 0; j < 4; j++) memcpy(out + 4 * (t + j) * panel_rows, four + 4 * j, 4);
         }
-        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, offset, out + 4 * t * width, width);
+        snipi_spread_scalar(codes + 2 * t, row_bytes, 1, steps - t, offset, out + 4 * t * panel_rows, panel_rows);
     }
 }
 
-static void snipi_start_neon(const int8_t *b, int64_t steps, int width, int32_t *start) {
-    int64_t t;
-    int i;
-    for (i = 0; i < width; i += 4) {  // start[j] = -12 * (sum of b's row j), 4 rows
+static void snipi_start_neon(const int8_t *b, int64_t steps, int panel_rows, int32_t *start) {
+    for (int i = 0; i < panel_rows; i += 4) {
         int32x4_t sum = vdupq_n_s32(0);
-        for (t = 0; t < steps; t++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(b + 4 * (t * width + i))));
+        for (int64_t t = 0; t < steps; t++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(b + 4 * (t * panel_rows + i))));
         vst1q_s32(start + i, vmulq_n_s32(sum, -12));
     }
+}
+
+static void snipi_round_floats_neon(float *x, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {  // as snipi_bf16_round
+        const uint32x4_t v = vreinterpretq_u32_f32(vld1q_f32(x + i));
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(v, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vaddq_u32(vaddq_u32(v, vdupq_n_u32(0x7FFF)), odd);
+        const uint32x4_t nan = vcgtq_u32(vandq_u32(v, vdupq_n_u32(0x7FFFFFFF)), vdupq_n_u32(0x7F800000));
+        const uint32x4_t kept = vbslq_u32(nan, vorrq_u32(v, vdupq_n_u32(0x400000)), rounded);
+        vst1q_f32(x + i, vreinterpretq_f32_u32(vandq_u32(kept, vdupq_n_u32(0xFFFF0000u))));
+    }
+    snipi_round_floats_scalar(x + i, n - i);
 }
 
 static uint32_t snipi_amax_neon(const float *x, int n, int64_t *nonfinite) {
@@ -8904,70 +9258,76 @@ static void snipi_group_signs(snip_rng_key key, uint64_t first, uint32_t words[4
 }
 
 static snipi_kernels snipi_kernels_of(snip_isa isa) {
-    snipi_kernels k = { 4,
-                        16,
-                        4,
-                        16,
-                        0,
-                        0,
-                        snipi_kernel_f32_scalar,
-                        snipi_kernel_s8_scalar,
-                        NULL,
-                        snipi_spread_scalar,
-                        snipi_start_scalar,
-                        NULL,
-                        NULL,
-                        NULL,
-                        NULL,
-                        NULL,
-                        NULL };
+    const snipi_panel_rows scalar_rows = { SNIPI_SCALAR_A, SNIPI_SCALAR_B };
+    snipi_kernels kernels;
+    memset(&kernels, 0, sizeof kernels);
+    kernels.f32_rows = scalar_rows;
+    kernels.f32 = snipi_kernel_f32_scalar;
+    kernels.s8_rows = scalar_rows;
+    kernels.s8 = snipi_kernel_s8_scalar;
+    kernels.spread = snipi_spread_scalar;
+    kernels.start = snipi_start_scalar;
+    kernels.round_floats = snipi_round_floats_scalar;
 #ifdef SNIPI_X86
-    if (isa != SNIP_ISA_SCALAR) {
-        k.spread = snipi_spread_avx2;
-        k.start = snipi_start_avx2;
-    }
     if (isa == SNIP_ISA_AVX2 || isa == SNIP_ISA_AVX_VNNI) {
-        k.f32_mr = k.s8_mr = 6;
-        k.f32 = snipi_kernel_f32_avx2;
-        k.s8 = snipi_kernel_s8_avx2;
-    } else if (isa != SNIP_ISA_SCALAR) {
-        k.f32_mr = k.s8_mr = k.bf16_mr = 12;
-        k.f32_nr = k.s8_nr = k.bf16_nr = 32;
-        k.f32 = snipi_kernel_f32_avx512;
-        k.spread = snipi_spread_avx512;
-        k.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
+        const snipi_panel_rows rows = { SNIPI_AVX2_A, SNIPI_AVX2_B };
+        kernels.f32_rows = rows;
+        kernels.f32 = snipi_kernel_f32_avx2;
+        kernels.s8_rows = rows;
+        kernels.s8 = snipi_kernel_s8_avx2;
+        kernels.spread = snipi_spread_avx2;
+        kernels.start = snipi_start_avx2;
+        kernels.round_floats = snipi_round_floats_avx2;
+    }
+    if (isa >= SNIP_ISA_AVX512) {
+        const snipi_panel_rows rows = { SNIPI_AVX512_A, SNIPI_AVX512_B };
+        kernels.f32_rows = rows;
+        kernels.f32 = snipi_kernel_f32_avx512;
+        kernels.s8_rows = rows;
+        kernels.s8 = isa == SNIP_ISA_AVX512 ? snipi_kernel_s8_avx512 : snipi_kernel_s8_vnni;
+        kernels.spread = snipi_spread_avx512;
+        kernels.start = snipi_start_avx2;
+        kernels.round_floats = snipi_round_floats_avx2;
     }
 #    ifdef SNIPI_X86_LATE
-    if (isa == SNIP_ISA_AVX_VNNI) k.s8 = snipi_kernel_s8_avx_vnni;
-    if (isa == SNIP_ISA_AVX512_BF16) k.bf16 = snipi_kernel_bf16_avx512;
+    if (isa == SNIP_ISA_AVX_VNNI) kernels.s8 = snipi_kernel_s8_avx_vnni;
     if (isa >= SNIP_ISA_AVX512_BF16) {
-        k.round = snipi_round_avx512;
-        k.look_up = snipi_look_up_avx512;
-        k.pair = snipi_pair_avx512;
+        kernels.bf16_rows = kernels.f32_rows;
+        kernels.bf16 = snipi_kernel_bf16_avx512;
+        kernels.round = snipi_round_avx512;
+        kernels.look_up = snipi_look_up_avx512;
+        kernels.pair = snipi_pair_avx512;
     }
     if (isa == SNIP_ISA_AMX) {
-        k.s8_mr = k.bf16_mr = 32;
-        k.s8 = snipi_kernel_s8_amx;
-        k.bf16 = snipi_kernel_bf16_amx;
-        k.rows = snipi_rows_avx2;
-        k.begin = snipi_tiles_begin;
-        k.end = snipi_tiles_end;
+        const snipi_panel_rows rows = { SNIPI_AMX_A, SNIPI_AMX_B };
+        kernels.s8_rows = rows;
+        kernels.s8 = snipi_kernel_s8_amx;
+        kernels.bf16_rows = rows;
+        kernels.bf16 = snipi_kernel_bf16_amx;
+        kernels.spread_rows = snipi_spread_rows_avx2;
+        kernels.begin = snipi_tiles_begin;
+        kernels.end = snipi_tiles_end;
     }
 #    endif
 #elif defined(SNIPI_NEON)
     if (isa == SNIP_ISA_NEON || isa == SNIP_ISA_NEON_DOT) {
-        k.f32_mr = 12;
-        k.f32_nr = k.s8_nr = 8;
-        k.f32 = snipi_kernel_f32_neon;
-        k.spread = snipi_spread_neon;
-        k.start = snipi_start_neon;
-        k.s8_mr = isa == SNIP_ISA_NEON_DOT ? 12 : 4;
-        k.s8 = isa == SNIP_ISA_NEON_DOT ? snipi_kernel_s8_neon_dot : snipi_kernel_s8_neon;
+        const snipi_panel_rows rows = { SNIPI_NEON_A, SNIPI_NEON_B };
+        kernels.f32_rows = rows;
+        kernels.f32 = snipi_kernel_f32_neon;
+        kernels.s8_rows = rows;
+        kernels.s8 = snipi_kernel_s8_neon_dot;
+        kernels.spread = snipi_spread_neon;
+        kernels.start = snipi_start_neon;
+        kernels.round_floats = snipi_round_floats_neon;
+    }
+    if (isa == SNIP_ISA_NEON) {
+        kernels.s8_rows.a = SNIPI_NEON_PAIRS_A;
+        kernels.s8 = snipi_kernel_s8_neon;
     }
 #else
     (void)isa;
 #endif
-    return k;
+    return kernels;
 }
 
 #endif  // SNIP_IMPLEMENTATION
