@@ -3918,10 +3918,10 @@ static snip_status snipi_refuse_for(const snipi_call *call, const char *why) {
     return snipi_keep(call->s, snipi_fail_layer(call->s, SNIP_BAD_ARGUMENT, call->l, why));
 }
 
-// A call is over: its status, or SNIP_NONFINITE where it has met NaN or infinity.
+// A call is over: its status, or SNIP_NONFINITE where it has met NaN or infinity. A refusal has said why.
 static snip_status snipi_finish_call(const snipi_call *call, int64_t nonfinite_before, snip_status status) {
     if (!status && call->l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
-    if (!status) return SNIP_OK;
+    if (!status || status == SNIP_BAD_ARGUMENT) return status;
     snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
     return call->s->mode == SNIP_TRAIN ? snipi_keep(call->s, status) : status;
 }

@@ -3081,9 +3081,12 @@ static snip_status snipi_cuda_record(snipi_call *call) {
     call->sums = c->sums + snipi_cuda_index(call);
     call->sketch = c->sketch + snipi_cuda_index(call) * SNIPI_SKETCHES;
     if (!begins) return SNIP_OK;
-    const snip_status status = snipi_cuda_status(cudaMemsetAsync(call->sums, 0, sizeof *call->sums, stream));
-    return status ? status
-                  : snipi_cuda_status(cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream));
+    // Where the loss probe did not call the layer, |W| is not known and W does not move.
+    cudaError_t error = cudaMemsetAsync(&snipi_cuda_kept_of(call)->probe_step, 0, sizeof(double), stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(call->sums, 0, sizeof *call->sums, stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
+    return snipi_cuda_status(error);
 }
 
 static snip_status snipi_cuda_sum_sq(const snipi_call *call, const float *x, int64_t n, double *total) {
