@@ -869,7 +869,7 @@ SNIPI_HD SNIPI_INLINE float snipi_float(uint32_t u) {
 // -Ofast folds isnan() to 0, so finiteness is read off the bits.
 SNIPI_HD SNIPI_INLINE int snipi_nonfinite(float x) { return (snipi_bits(x) & 0x7F800000u) == 0x7F800000u; }
 
-static int snipi_nonfinite_f64(double x) {
+SNIPI_HD static int snipi_nonfinite_f64(double x) {
     uint64_t u;
     memcpy(&u, &x, 8);
     return (u & 0x7FF0000000000000u) == 0x7FF0000000000000u;
@@ -3494,8 +3494,8 @@ typedef struct {
 // A layer's record and sketches, made at its first call of a measuring step.
 typedef struct {
     snipi_sums sums;
-    float sketch[SNIPI_SKETCHES][SNIPI_SKETCH];
-    int64_t step;  // that the sums are of
+    int64_t step;                   // that the sums are of
+    float (*sketch)[SNIPI_SKETCH];  // [SNIPI_SKETCHES]: behind this, or NULL where a device keeps them
 } snipi_measurement;
 
 // Terms of a cost that are averaged over measurements, each with its variance.
@@ -3514,6 +3514,7 @@ typedef struct {
     double seconds[SNIPI_STATES][SNIP_GEMMS];
     double level[2], reference[2];  // log2 of the rms of X and dY: running mean, and as it was at the last measurement
     int64_t ran;                    // bit g: GEMM g ran in the last pass; 0: not known
+    double input_size;              // rms of X as last seen in a step of several micro-batches; 0: that had one
 } snipi_kept_layer;
 
 // What a state file keeps of the session.
@@ -3560,6 +3561,7 @@ typedef struct {
     // Of this step.
     int64_t nonfinite, saturated;
     double seen_sq[2], seen[2];  // squares and number of the elements of X and dY that were looked at
+    int64_t seen_calls;          // forward calls among those
 
     // Of this pass.
     int64_t calls_forward, calls_backward;
@@ -3570,7 +3572,6 @@ typedef struct {
 
     // Of the passes before.
     int64_t calls_before;  // forward calls of the last one
-    double size_before;    // rms of X in the last step, as seen
     int64_t rows_of[4];    // by snip_pass, of this measuring step
     int frozen;            // wgrad did not run in the loss probe
 
@@ -4130,12 +4131,11 @@ static snip_status snipi_refuse_for(const snipi_call *call, const char *why) {
     return snipi_keep(call->s, snipi_fail_layer(call->s, SNIP_BAD_ARGUMENT, call->l, why));
 }
 
-// A call is over: its status, or SNIP_NONFINITE where it has met NaN or infinity.
+// A call is over: its status, or SNIP_NONFINITE where it has met NaN or infinity. A refusal has said why.
 static snip_status snipi_finish_call(const snipi_call *call, int64_t nonfinite_before, snip_status status) {
     if (!status && call->l->nonfinite != nonfinite_before) status = SNIP_NONFINITE;
-    if (!status) return SNIP_OK;
-    if (status != SNIP_BAD_ARGUMENT)  // whose refusal has said why
-        snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
+    if (!status || status == SNIP_BAD_ARGUMENT) return status;
+    snipi_fail_layer(call->s, status, call->l, snip_status_text(status));
     return call->s->mode == SNIP_TRAIN ? snipi_keep(call->s, status) : status;
 }
 
@@ -4709,13 +4709,14 @@ static snip_status snipi_host_count_nonfinite(const snipi_call *call, const floa
 // ---- a sample of a tensor
 
 // Run r of a sample of n elements: [*begin, end). Runs are spread by the golden ratio, so that they meet all channels.
-static int64_t snipi_observed_run(uint32_t r, int64_t n, int64_t *begin) {
+SNIPI_HD static int64_t snipi_observed_run(uint32_t r, int64_t n, int64_t *begin) {
     *begin = (int64_t)((double)(r * 0x9E3779B9u) / 4294967296.0 * (double)n);
     return snipi_min(*begin + SNIPI_OBSERVED_LENGTH, n);
 }
 
 static snip_status snipi_host_observe(const snipi_call *call, int which, const float *x, int64_t n) {
     snipi_layer *l = call->l;
+    l->seen_calls += which == 0;
     for (uint32_t r = 0; r < SNIPI_OBSERVED_RUNS; r++) {
         int64_t i;
         const int64_t end = snipi_observed_run(r, n, &i);
@@ -4746,19 +4747,31 @@ static uint64_t snipi_host_content(const snipi_call *call, const float *x, int64
 
 // ---- records, norms and noise
 
-static snip_status snipi_host_record(snipi_call *call) {
+// The layer's measurement, with so many bytes of sketches behind it; *begins: this is its first call of the measuring
+// step. NULL: out of memory.
+static snipi_measurement *snipi_measurement_of(const snipi_call *call, size_t sketches, int *begins) {
     snipi_layer *l = call->l;
     if (!l->measurement) {
-        l->measurement = (snipi_measurement *)snipi_alloc(call->s, sizeof *l->measurement);
-        if (!l->measurement) return SNIP_OUT_OF_MEMORY;
+        l->measurement = (snipi_measurement *)snipi_alloc(call->s, sizeof *l->measurement + sketches);
+        if (!l->measurement) return NULL;
         l->measurement->step = -1;
+        if (sketches) l->measurement->sketch = (float(*)[SNIPI_SKETCH])(void *)(l->measurement + 1);
     }
-    if (l->measurement->step != call->s->kept.step) {
-        memset(l->measurement, 0, sizeof *l->measurement);
-        l->measurement->step = call->s->kept.step;
-    }
-    call->sums = &l->measurement->sums;
-    call->sketch = l->measurement->sketch;
+    *begins = l->measurement->step != call->s->kept.step;
+    l->measurement->step = call->s->kept.step;
+    return l->measurement;
+}
+
+static snip_status snipi_host_record(snipi_call *call) {
+    const size_t sketches = SNIPI_SKETCHES * sizeof *call->sketch;
+    int begins;
+    snipi_measurement *m = snipi_measurement_of(call, sketches, &begins);
+    if (!m) return SNIP_OUT_OF_MEMORY;
+    call->sums = &m->sums;
+    call->sketch = m->sketch;
+    if (!begins) return SNIP_OK;
+    memset(call->sums, 0, sizeof *call->sums);
+    memset(call->sketch, 0, sketches);
     return SNIP_OK;
 }
 
@@ -4794,8 +4807,12 @@ static double snipi_sum_sq(const float *x, int64_t n) {
 
 // Micro-batches of a step share one sigma, whatever their order: it is of the rms of all of X in the step before. Where
 // that was a single micro-batch, this one's own is the better known.
-static double snipi_input_size(const snipi_layer *l, double own) {
-    return l->calls_before > 1 && l->size_before > 0 ? l->size_before : own;
+SNIPI_HD static double snipi_input_size(double before, double own) { return before > 0 ? before : own; }
+
+// The rms of X that a step leaves for the next one's sigma; `before` where it was not looked at.
+SNIPI_HD static double snipi_next_input_size(double before, double seen_sq, double seen, int64_t calls) {
+    if (!(seen > 0)) return before;
+    return calls > 1 && !snipi_nonfinite_f64(seen_sq) ? sqrt(seen_sq / seen) : 0;
 }
 
 static snip_status snipi_host_size_noise(const snipi_call *call, const float *inp, const float *weight) {
@@ -4804,7 +4821,7 @@ static snip_status snipi_host_size_noise(const snipi_call *call, const float *in
     snipi_sums *sums = call->sums;
     sums->weight_sq = snipi_sum_sq(weight, in_w);
     sums->sigma_w = SNIPI_NOISE * sqrt(sums->weight_sq / (double)in_w);
-    sums->sigma_x = SNIPI_NOISE * snipi_input_size(l, sqrt(snipi_sum_sq(inp, in_x) / (double)in_x));
+    sums->sigma_x = SNIPI_NOISE * snipi_input_size(l->kept.input_size, sqrt(snipi_sum_sq(inp, in_x) / (double)in_x));
     return SNIP_OK;
 }
 
@@ -6084,9 +6101,9 @@ enum { SNIPI_TIMES = 5 };  // measured, after one that warms up; the least count
 
 static snip_status snipi_time_gemm(const snipi_call *call, int g, snip_format format, const float *x, const float *w,
                                    const float *dy, float *out) {
-    if (g == SNIP_FWD) return snipi_host_fwd(call, format, out, x, w, NULL);
-    if (g == SNIP_DGRAD) return snipi_host_dgrad(call, format, out, 0, dy, w);
-    return snipi_host_wgrad(call, format, out, 0, dy, call->l->n, x);
+    if (g == SNIP_FWD) return call->run->fwd(call, format, out, x, w, NULL);
+    if (g == SNIP_DGRAD) return call->run->dgrad(call, format, out, 0, dy, w);
+    return call->run->wgrad(call, format, out, 0, dy, call->l->n, x);
 }
 
 static snip_status snipi_time_layer(const snipi_call *call) {
@@ -6271,13 +6288,19 @@ static int snipi_measures_now(const snip *s) {
     return s->kept.step % s->desc.every == 0 || (s->kept.due && s->kept.step >= s->kept.measured + snipi_wait(s));
 }
 
+// What was looked at of a layer in the step leaves its mark.
+static void snipi_end_watch(snipi_layer *l) {
+    l->kept.input_size = snipi_next_input_size(l->kept.input_size, l->seen_sq[0], l->seen[0], l->seen_calls);
+    l->seen_sq[0] = l->seen_sq[1] = l->seen[0] = l->seen[1] = 0;
+    l->seen_calls = 0;
+}
+
 static void snipi_begin_step(snip *s, int measure) {
     s->told = 0;
     for (int i = 0; i < s->n_layers; i++) {
         snipi_layer *l = &s->layers[i];
-        l->size_before = l->seen[0] > 0 ? sqrt(l->seen_sq[0] / l->seen[0]) : l->size_before;
+        snipi_end_watch(l);
         l->nonfinite = l->saturated = 0;
-        l->seen_sq[0] = l->seen_sq[1] = l->seen[0] = l->seen[1] = 0;
         if (measure) memset(l->rows_of, 0, sizeof l->rows_of);
     }
     s->pending = SNIP_OK;
@@ -6306,9 +6329,11 @@ static snip_status snipi_decide(snip *s, double grad_scale) {
     return snipi_solve(s);
 }
 
-// What no plan could do without, said at the end of the first step.
-static snip_status snipi_check_first_step(snip *s) {
+// What no plan could do without, said at the end of the first step that ends well.
+static snip_status snipi_check_first_step(snip *s, const snip_adamw *adamw) {
     int called = 0;
+    if (s->checked || !adamw || s->desc.every < 0) return SNIP_OK;
+    s->checked = 1;
     for (int i = 0; i < s->n_layers; i++) {
         const snipi_layer *l = &s->layers[i];
         called |= l->kept.ran != 0;
@@ -6318,27 +6343,32 @@ static snip_status snipi_check_first_step(snip *s) {
     return called ? snipi_check_feasible(s) : SNIP_OK;
 }
 
-// *adamw becomes NULL where its constants are out of range.
-static void snipi_check_end_step(snip *s, const snip_adamw **adamw) {
-    if (*adamw && !snipi_adamw_ok(*adamw)) {
-        *adamw = NULL;
-        snipi_keep(s, snipi_bad(s, "snip_end_step", "the optimizer's constants are out of range"));
-    } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
-        snipi_keep(s, snipi_bad(s, "snip_end_step",
-                                "snip_next_pass has not been told the loss of the measuring step's last pass"));
+// The message becomes that of the step's first error.
+static void snipi_show_pending(snip *s) {
     if (!s->pending_message[0]) return;
-    memcpy(s->message, s->pending_message, sizeof s->message);  // of the error that snip_end_step returns
+    memcpy(s->message, s->pending_message, sizeof s->message);
     s->failed_layer = s->pending_layer;
 }
 
-static snip_status snipi_still_probing(snip *s) {
-    return snipi_bad(s, "snip_end_step", "in a probe pass: run the batch again while snip_next_pass returns 1");
+// *adamw becomes NULL where its constants are out of range. function: the one that ends the step.
+static void snipi_check_end_step(snip *s, const char *function, const snip_adamw **adamw) {
+    if (*adamw && !snipi_adamw_ok(*adamw)) {
+        *adamw = NULL;
+        snipi_keep(s, snipi_bad(s, function, "the optimizer's constants are out of range"));
+    } else if (*adamw && s->pass == SNIP_PASS_CLEAN && !s->told)
+        snipi_keep(
+            s, snipi_bad(s, function, "snip_next_pass has not been told the loss of the measuring step's last pass"));
+    snipi_show_pending(s);
+}
+
+static snip_status snipi_still_probing(snip *s, const char *function) {
+    return snipi_bad(s, function, "in a probe pass: run the batch again while snip_next_pass returns 1");
 }
 
 SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
     if (!s) return SNIP_BAD_ARGUMENT;
-    if (snipi_in_probe(s)) return snipi_still_probing(s);
-    snipi_check_end_step(s, &adamw);
+    if (snipi_in_probe(s)) return snipi_still_probing(s, "snip_end_step");
+    snipi_check_end_step(s, "snip_end_step", &adamw);
     snip_status status = s->pending;
     if (adamw) s->kept.adamw = *adamw;
     s->kept.step++;
@@ -6353,10 +6383,7 @@ SNIP_API snip_status snip_end_step(snip *s, const snip_adamw *adamw) {
             status = snipi_decide(s, adamw->grad_scale > 0 ? adamw->grad_scale : 1);
         }
     }
-    if (!status && !s->checked && adamw && s->desc.every > 0) {
-        status = snipi_check_first_step(s);
-        s->checked = 1;
-    }
+    if (!status) status = snipi_check_first_step(s, adamw);
     snipi_begin_step(s, snipi_measures_now(s));
     return status;
 }
@@ -6788,7 +6815,7 @@ static int snipi_kept_layer_ok(const snipi_kept_layer *k) {
         memcpy(&value, (const unsigned char *)k + i, sizeof value);
         if (snipi_nonfinite_f64(value)) return 0;
     }
-    return k->ran >= 0 && k->ran < 1 << SNIP_GEMMS;
+    return k->ran >= 0 && k->ran < 1 << SNIP_GEMMS && !snipi_nonfinite_f64(k->input_size);
 }
 
 // The layout of a state whose hash is right; NULL, or what is wrong.

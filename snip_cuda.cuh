@@ -118,10 +118,9 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_
 #endif
 
 // >>cuda-session -----------------------------------------------------------------------------------
-// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a struct snip on the
-// host (snip_bind_adamw: device pointers). What a step measures is gathered in device memory, copied to the host behind
-// the step's own work, and read `lag` steps later, so that the device has work while the host solves (the paper's
-// Figure 6):
+// snip.h's session for tensors in device memory. Plan, averages, solver and files are those of a snip on the host. What
+// a step measures is gathered in device memory, copied to the host behind the step's own work, and read `lag` steps
+// later, so that the device has work while the host solves (the paper's Figure 6):
 //     cudaMalloc(&memory, snip_cuda_memory(s, rows));
 //     snip_cuda *c = snip_cuda_create(s, rows, 2, memory, stream);
 //     for (step = 1; ; step++) {
@@ -133,43 +132,83 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_
 //         optimizer_step();
 //         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
 //     }
-// In a CUDA graph: capture a pass and the optimizer when snip_current_pass() is SNIP_PASS_ORDINARY, replay them in
-// ordinary steps, and capture anew when snip_reason() has changed. Measuring steps, snip_cuda_next_pass and _end_step
-// run outside. Random numbers move on, because kernels read the step from device memory. All calls on one stream. For
-// desc.measure, SNIP_BF16 runs on tensor cores. Recipes: those that snip_cuda_gemm takes; no SNIP_CUSTOM.
+// All calls go to one stream. m and v of snip_bind_adamw are device pointers. desc.optimizer is not SNIP_CUSTOM, and
+// the recipes are those that snip_cuda_gemm takes. desc.measure: SNIP_BF16 runs on tensor cores.
+// What snip.h does with tensors on the host is not for this session: snip_linear_*, snip_next_pass, snip_end_step,
+// snip_measure_gains, snip_update_sq, snip_layer_sensitivity.
+//
+// ERRORS
+//   Refused arguments are told of at once, as in snip.h, and kept for snip_step_status. NaN and infinity are counted on
+//   the device, in what is quantized, in biases and in the products of high precision. snip_cuda_end_step tells of them
+//   `lag` steps later: what must not reach m and v, the optimizer's kernel has to look at itself.
+//
+// CUDA GRAPHS
+//   Capture a pass and the optimizer when snip_current_pass is SNIP_PASS_ORDINARY, replay them in ordinary steps, and
+//   capture anew when snip_reason has changed. Measuring steps, snip_cuda_next_pass and snip_cuda_end_step run outside.
+//   Random numbers move on, because kernels read the step's number from device memory.
 typedef struct snip_cuda snip_cuda;
-// Device memory for calls of at most `rows` rows, in bytes; 0: a bad argument. It has room for every weight's codes, as
-// it lies and transposed (2 bytes an element): each is quantized once a step, at its first use, for fwd, dgrad and all
-// micro-batches.
+
+// 1: the current device runs a session: it has tensor cores of compute capability 8.0 or later, and this file was
+// compiled for them.
+SNIP_API int snip_cuda_supported(void);
+
+// Bytes of device memory that snip_cuda_create wants for calls of at most `rows` rows; 0: a bad argument.
+// Every weight has room for its codes, as it lies and transposed (2 bytes an element): each is quantized once a step,
+// at its first use, for fwd, dgrad and all micro-batches. Sessions that measure keep 80 KiB of sketches a layer.
 SNIP_API size_t snip_cuda_memory(const snip *, int64_t rows);
-// After the last snip_add_linear and snip_state_load. memory: 16-byte aligned, stays the caller's; lag: 0 .. every - 1.
-// NULL: snip_message says why.
+
+// After the last snip_add_linear and after snip_state_load. Queues work on the stream; destroy it before the snip.
+// rows: the most that a call may have.
+// lag: steps from a measurement to its plan, 0 to desc.every - 1.
+// memory: snip_cuda_memory bytes of the device's, 16-byte aligned. It stays the caller's, and in use until
+// snip_cuda_destroy.
+// NULL: refused, unsupported or out of memory; snip_message says why.
 SNIP_API snip_cuda *snip_cuda_create(snip *, int64_t rows, int lag, void *memory, cudaStream_t);
-SNIP_API void snip_cuda_destroy(snip_cuda *);  // before snip_destroy; waits for the device
-// As snip_linear_forward and _backward, all pointers to device memory, contiguous.
+
+// Waits for the device. NULL is ignored.
+SNIP_API void snip_cuda_destroy(snip_cuda *);
+
+// As snip_linear_forward, with all pointers to device memory.
 SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *, int layer, float *out, const float *inp, const float *weight,
                                               const float *bias, int64_t rows, cudaStream_t);
+
+// As snip_linear_backward, with all pointers to device memory. A micro-batch is known by the address of its input: of
+// several forward calls whose inputs were at other places, the first that waits is taken.
 SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *, int layer, float *dinp, float *dweight, float *dbias,
                                                const float *dout, const float *inp, const float *weight, int64_t rows,
                                                cudaStream_t);
-// loss: device memory, read on every step for the watch over spikes; NULL: no watch, and an error on measuring steps.
+
+// As snip_linear_recompute: a forward call of this pass run again before its backward call, with the same bits in out.
+// It counts as no call, adds to no sum and counts no NaN. The micro-batch is known as in snip_cuda_linear_backward.
+SNIP_API snip_status snip_cuda_linear_recompute(snip_cuda *, int layer, float *out, const float *inp,
+                                                const float *weight, const float *bias, int64_t rows, cudaStream_t);
+
+// After all forward and backward calls of a pass, on every step. Returns what snip_next_pass returns.
+// loss: the batch's mean loss, a float in device memory, read on the stream. NULL: this step's is not watched for
+// spikes; an error in a measuring step's last pass.
 SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
-// Waits until the device is done with the step `lag` steps back; if that measured, solves and switches the plan. What
-// it returns is about that step, except for refused arguments. Counts NaN, infinity and saturated elements in what was
-// quantized, and NaN and infinity in products in high precision; snip_layer has that step's counts. grad_scale: device
-// memory, instead of adamw's; or NULL.
+
+// Once per step, after the optimizer, as snip_end_step. Waits until the device is done with the step `lag` steps back;
+// if that measured, solves and switches the plan.
+// grad_scale: device memory, instead of adamw's; or NULL.
+// Returns the first error of this step that the host knows of, or else of the step `lag` back, whose counts snip_layer
+// then has.
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
-// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device. rows: at most
-// snip_cuda_create's.
-SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
-// Reads all steps ended so far: before snip_state_save, and at the end of the training.
+
+// Reads all steps ended so far, and waits for them: before snip_state_save, and at the end of the training. Returns the
+// first error among them.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
+
+// snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device.
+// rows: 1 to snip_cuda_create's.
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *, int64_t rows, cudaStream_t);
 #ifdef SNIP_CUBLASLT
+
 // From now on the session's FP8 products go to snip_cuda_gemm_cublaslt; with a NULL handle no longer. What cuBLASLt
-// lacks is then SNIP_UNSUPPORTED, nothing is replaced in silence. scratch: as there, snip_cuda_cublaslt_memory bytes at
-// least; stays the caller's.
-SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *);
+// lacks is then SNIP_UNSUPPORTED: nothing is replaced in silence.
+// scratch: as there, snip_cuda_cublaslt_memory bytes at least; stays the caller's.
 SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *, cublasLtHandle_t, void *scratch, size_t scratch_bytes);
+SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *);
 #endif
 
 #ifdef __cplusplus
@@ -2492,88 +2531,98 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int
 #endif
 
 // >>cuda-session-impl ------------------------------------------------------------------------------
-// The formulas are >>session-impl's, call for call; only sums are taken in another order.
-enum { SNIPI_CUDA_ROW_SUMS = 5 };
+// The operations of snip.h's >>passes on the device. A layer's sums and sketches are the CPU's own records, in device
+// memory: sketches have the CPU's bits, sums are taken in another order, which does not depend on the GPU. Costs, plan
+// and policy are snip.h's, on the host, where a step's results come `lag` steps later.
 
-typedef struct {  // a layer's measurement
-    double weight_sq, input_sq, sigma_x, sigma_w, probe_scale, sensitivity_sq, moment_sq,
-        update_sq;  // input_sq: of the loss probe's first micro-batch
-    double noisy_x, noisy_w, clean_x, clean_w, sketched_sq[SNIPI_SKETCHES], wgrad_err[SNIPI_CANDIDATES];
-    snip_quant_stats x[SNIPI_CANDIDATES], w[SNIPI_CANDIDATES], dy[SNIPI_CANDIDATES];  // added up over micro-batches
-    snip_quant_stats self_w[SNIPI_CANDIDATES];
-    double rows[SNIPI_CANDIDATES][SNIPI_CUDA_ROW_SUMS],
-        scaling[SNIPI_BLOCKS];  // rows: dx_sq, along_x, both_x, scale_x, self_x
-} snipi_cuda_record;
-
+// Of the step under way, in device memory.
 typedef struct {
     double tau;
     float loss, grad_scale;
     uint32_t step;
 } snipi_cuda_globals;
 
-typedef struct {  // of a layer in every step, as in snipi_layer
-    double seen_sq[2], seen[2];
-    unsigned long long counts[2],
-        held[2][2];  // NaN and infinity, saturated; held: of the weight that micro-batches share, and its transpose
+enum { SNIPI_CUDA_NONFINITE, SNIPI_CUDA_SATURATED, SNIPI_CUDA_COUNTS };
+
+// What is seen and counted of a layer in a step. Device memory; the next step begins with zeros.
+typedef struct {
+    double seen_sq[2], seen[2];  // as in snipi_layer
+    int64_t seen_calls;
+    unsigned long long counts[SNIPI_CUDA_COUNTS];
+    unsigned long long held[2][SNIPI_CUDA_COUNTS];  // of the held weight, as it lies and transposed
+    unsigned long long state;                       // m and v that are not finite
 } snipi_cuda_watched;
 
-// A layer's weight as quantized, as it lies and transposed: for a step's ordinary pass, within or without a CUDA graph.
+// What the device keeps of a layer from step to step.
+typedef struct {
+    double input_size;  // as in snipi_kept_layer
+    double probe_step;  // tau / |W|
+} snipi_cuda_kept;
+
+// What a weight's held codes were made of and when: in which step, and in which CUDA graph (0: in none).
+typedef struct {
+    const float *weight;
+    snip_format format;
+    int64_t step;
+    unsigned long long capture;
+} snipi_cuda_origin;
+
+// A layer's weight as quantized for a step's ordinary pass, as it lies and transposed.
 typedef struct {
     void *codes[2], *scales[2];
-    const float *of[2];
-    snip_format format[2];
-    int64_t step[2];
-    unsigned long long capture[2];
+    snipi_cuda_origin of[2];
 } snipi_cuda_held;
 
-typedef struct {  // a step on its way to the host
+// A step on its way to the host. globals and watched: pinned memory.
+typedef struct {
     cudaEvent_t done;
-    snipi_cuda_globals *globals;  // pinned
-    snipi_cuda_watched *watched;  // pinned, [layers]
-    int ordinary, told, measured, device_scale;
-    snip_adamw adamw;
+    snipi_cuda_globals *globals;
+    snipi_cuda_watched *watched;  // [layers]
+    int sent;                     // 0: the device failed, and there is nothing to read
+    int ordinary, has_loss, measured;
+    int device_scale;   // 1: globals has the gradients' scale
+    double grad_scale;  // else it is this
 } snipi_cuda_ended;
 
+// Scratch in device memory: snip.h's slots, and more.
 enum {
-    SNIPI_CUDA_RECORD,
-    SNIPI_CUDA_GLOBALS,
-    SNIPI_CUDA_WATCHED,
-    SNIPI_CUDA_SKETCHES,
-    SNIPI_CUDA_A,
-    SNIPI_CUDA_A_SCALES,
-    SNIPI_CUDA_TURNED,
+    SNIPI_CUDA_TURNED = SNIPI_SLOTS,  // a transposed operand of wgrad
     SNIPI_CUDA_TURNED_SCALES,
-    SNIPI_CUDA_B,
-    SNIPI_CUDA_B_SCALES,
-    SNIPI_CUDA_SUMS,
-    SNIPI_CUDA_STATS,
-    SNIPI_CUDA_X,
-    SNIPI_CUDA_W,
-    SNIPI_CUDA_OWN,
-    SNIPI_CUDA_SAMPLE,
-    SNIPI_CUDA_SAMPLE_OUT,
-    SNIPI_CUDA_PROJECT,
-    SNIPI_CUDA_PROJECTED,
-    SNIPI_CUDA_MIXED,
-    SNIPI_CUDA_SKETCH,
+    SNIPI_CUDA_QUANTIZE,  // snip_cuda_quantize's
+    SNIPI_CUDA_STATS,     // a snip_quant_stats
+    SNIPI_CUDA_PARTS,     // parts of a sum
+    SNIPI_CUDA_ROWS,      // sums of rows: [SNIPI_ROW_SUMS][rows]
     SNIPI_CUDA_SLOTS
 };
 
+// As a micro-batch: GEMMs are timed, and the weight is quantized in each of them.
+enum { SNIPI_ALONE = -1 };
+
 struct snip_cuda {
     snip *s;
-    int64_t rows, step, read;  // step: the one under way; read: steps whose results have been read
-    int64_t measuring;         // the last measuring step, until it has been read; then -1
+    int64_t rows;
     int lag;
-    snip_cuda_codes codes;                    // of E2M1 operands: S8_BYTES where wgmma or tcgen05 takes them
-    void *slot[SNIPI_CUDA_SLOTS];             // device memory
-    snipi_cuda_record *record, *host_record;  // [layers]; host_record: pinned
+    snip_cuda_codes codes;  // of E2M1 operands: S8_BYTES where wgmma or tcgen05 takes them
+    int64_t step, read;     // the step under way; steps that have been read
+    int64_t measuring;      // the last measuring step, until it has been read; then -1
+    int has_loss;           // snip_cuda_next_pass was given this step's loss
+    int uncounted;          // 1: NaN and saturated elements of the call under way have been counted, or are made up
+
+    // Device memory.
+    snipi_sums *sums;               // [layers]
+    float (*sketch)[SNIPI_SKETCH];  // [layers * SNIPI_SKETCHES]
     snipi_cuda_globals *globals;
-    snipi_cuda_watched *watched;     // [layers], of the step under way
-    float *sketch;                   // [layers][SNIPI_SKETCHES][SNIPI_SKETCH]
+    snipi_cuda_watched *watched;  // [layers]
+    snipi_cuda_kept *kept;        // [layers]
+    size_t records;               // bytes of all these
+    void *slot[SNIPI_CUDA_SLOTS];
+    size_t slot_size[SNIPI_CUDA_SLOTS];
+
+    // Host memory.
+    snipi_cuda_held *held;           // [layers]
     snipi_cuda_ended *ended;         // [lag + 1]
     const snipi_cuda_watched *last;  // of the last step read
-    snipi_cuda_held *held;           // [layers]
-    int64_t *seen;                   // [layers][3]: elements of X, of dY and micro-batches of the last measuring step
+    snipi_sums *measured;            // pinned, [layers]: sums of the last measuring step
     void *pinned;
 #ifdef SNIP_CUBLASLT
     cublasLtHandle_t lt;  // or NULL
@@ -2582,73 +2631,120 @@ struct snip_cuda {
 #endif
 };
 
-// Bytes of a tensor's codes or scales in the wider candidate.
-static size_t snipi_cuda_widest(const snip *s, snipi_kind kind, int64_t rows, int64_t cols, int scales) {
-    size_t most = scales ? 0 : (size_t)(rows * snipi_cuda_s8_row(cols));
-    for (int f = 0; f < SNIPI_CANDIDATES && scales; f++) {
-        const snip_recipe r = snipi_recipe_of(s, snipi_candidates[f], kind);
+static snip_cuda *snipi_cuda_of(const snipi_call *call) { return (snip_cuda *)call->device; }
+
+static cudaStream_t snipi_cuda_stream(const snipi_call *call) { return (cudaStream_t)call->stream; }
+
+static snip_status snipi_cuda_status(cudaError_t error) { return error == cudaSuccess ? SNIP_OK : SNIP_DEVICE; }
+
+static int snipi_cuda_index(const snipi_call *call) { return snipi_index_of(call->s, call->l); }
+
+static snipi_cuda_watched *snipi_cuda_watched_of(const snipi_call *call) {
+    return snipi_cuda_of(call)->watched + snipi_cuda_index(call);
+}
+
+static snipi_cuda_kept *snipi_cuda_kept_of(const snipi_call *call) {
+    return snipi_cuda_of(call)->kept + snipi_cuda_index(call);
+}
+
+// ---- device memory
+
+typedef struct {
+    char *base;  // NULL: sizes alone are wanted
+    size_t used;
+} snipi_cuda_room;
+
+static void *snipi_cuda_take(snipi_cuda_room *room, size_t size) {
+    void *at = room->base ? room->base + room->used : NULL;
+    room->used += (size + 255) / 256 * 256;
+    return at;
+}
+
+// Bytes of a tensor's codes and scales in the wider candidate.
+static size_t snipi_cuda_code_bytes(int64_t rows, int64_t cols) { return (size_t)(rows * snipi_cuda_s8_row(cols)); }
+
+static size_t snipi_cuda_scale_bytes(const snip *s, snipi_kind kind, int64_t rows, int64_t cols) {
+    size_t most = 0;
+    for (snip_format format : snipi_candidates) {
+        const snip_recipe r = snipi_recipe_of(s, format, kind);
         const size_t size = snip_scales_bound(&r, rows, cols);
         if (size > most) most = size;
     }
     return most;
 }
 
-static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
-    const snip *s = c->s;
-    const int64_t rows = c->rows, floats = (int64_t)sizeof(float);
-    const int measures = s->desc.every > 0;
-    size_t need[SNIPI_CUDA_SLOTS] = {}, used = 0;
-    auto want = [&](int slot, size_t size) {
-        if (size > need[slot]) need[slot] = size;
-    };
-    want(SNIPI_CUDA_RECORD, (size_t)s->n_layers * sizeof(snipi_cuda_record));
-    want(SNIPI_CUDA_GLOBALS, sizeof(snipi_cuda_globals));
-    want(SNIPI_CUDA_WATCHED, (size_t)s->n_layers * sizeof(snipi_cuda_watched));
-    if (measures) want(SNIPI_CUDA_SKETCHES, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float));
-    if (measures) want(SNIPI_CUDA_SUMS, SNIP_CUDA_NOISE_SCRATCH);
-    if (measures) want(SNIPI_CUDA_SKETCH, (size_t)SNIPI_CHUNKS * SNIPI_SKETCH * sizeof(float));
-    for (int l = 0; l < s->n_layers; l++) {
-        const int64_t n = s->layers[l].n, k = s->layers[l].k, samples = snipi_samples(s, &s->layers[l]);
-        for (int scales = 0; scales < 2; scales++) {
-            want(SNIPI_CUDA_A + scales, snipi_cuda_widest(s, SNIPI_ACTIVATION, rows, k, scales));
-            want(SNIPI_CUDA_A + scales, snipi_cuda_widest(s, SNIPI_GRADIENT, rows, n, scales));
-            want(SNIPI_CUDA_TURNED + scales, snipi_cuda_widest(s, SNIPI_GRADIENT, n, rows, scales));
-            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_WEIGHT, n, k, scales));
-            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_WEIGHT, k, n, scales));
-            want(SNIPI_CUDA_B + scales, snipi_cuda_widest(s, SNIPI_ACTIVATION, k, rows, scales));
-        }
-        want(SNIPI_CUDA_STATS, snip_cuda_quantize_scratch(snipi_max(rows, n), snipi_max(n, k)));
-        if (!measures) continue;
-        want(SNIPI_CUDA_X, (size_t)(rows * k * floats));
-        want(SNIPI_CUDA_W, (size_t)(n * k * floats));
-        want(SNIPI_CUDA_OWN, (size_t)(snipi_max(snipi_max(rows, n), SNIPI_PROJECTED) * k * floats));
-        want(SNIPI_CUDA_SAMPLE, (size_t)(rows * snipi_max(samples, SNIPI_PROJECTED) * floats));
-        want(SNIPI_CUDA_SAMPLE_OUT, (size_t)(samples * k * floats));
-        want(SNIPI_CUDA_PROJECT, (size_t)(snipi_max(n, k) * SNIPI_PROJECTED * floats));
-        want(SNIPI_CUDA_PROJECTED, (size_t)(snipi_max(SNIPI_SKETCH, 2 * SNIPI_CUDA_ROW_SUMS * rows) *
-                                            floats));  // also doubles, each row's sums
-        want(SNIPI_CUDA_MIXED, (size_t)(SNIPI_MIXED * snipi_max(n, k) * floats));
-    }
-    for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) {
-        c->slot[i] = base ? base + used : NULL;
-        used += (need[i] + 255) / 256 * 256;
-    }
-    for (int l = 0; l < s->n_layers; l++)
-        for (int t = 0; t < 2; t++) {
-            const int64_t n = t ? s->layers[l].k : s->layers[l].n, k = t ? s->layers[l].n : s->layers[l].k;
-            for (int scales = 0; scales < 2; scales++) {
-                if (base) (scales ? c->held[l].scales : c->held[l].codes)[t] = base + used;
-                used += (snipi_cuda_widest(s, SNIPI_WEIGHT, n, k, scales) + 255) / 256 * 256;
-            }
-        }
-    c->record = (snipi_cuda_record *)c->slot[SNIPI_CUDA_RECORD];
-    c->globals = (snipi_cuda_globals *)c->slot[SNIPI_CUDA_GLOBALS];
-    c->watched = (snipi_cuda_watched *)c->slot[SNIPI_CUDA_WATCHED];
-    c->sketch = (float *)c->slot[SNIPI_CUDA_SKETCHES];
-    return used;
+static void snipi_cuda_want(snip_cuda *c, int slot, size_t size) {
+    if (size > c->slot_size[slot]) c->slot_size[slot] = size;
 }
 
-static float *snipi_cuda_floats(const snip_cuda *c, int slot) { return (float *)c->slot[slot]; }
+static void snipi_cuda_want_floats(snip_cuda *c, int slot, int64_t floats) {
+    snipi_cuda_want(c, slot, (size_t)floats * sizeof(float));
+}
+
+// slot holds the codes, slot + 1 the scales.
+static void snipi_cuda_want_operand(snip_cuda *c, int slot, snipi_kind kind, int64_t rows, int64_t cols) {
+    snipi_cuda_want(c, slot, snipi_cuda_code_bytes(rows, cols));
+    snipi_cuda_want(c, slot + 1, snipi_cuda_scale_bytes(c->s, kind, rows, cols));
+}
+
+// Scratch for a layer's calls.
+static void snipi_cuda_want_layer(snip_cuda *c, const snipi_layer *l) {
+    const int64_t rows = c->rows, n = l->n, k = l->k, samples = snipi_samples(c->s, l), wider = snipi_max(n, k);
+    snipi_cuda_want_operand(c, SNIPI_SLOT_A, SNIPI_ACTIVATION, rows, k);
+    snipi_cuda_want_operand(c, SNIPI_SLOT_A, SNIPI_GRADIENT, rows, n);
+    snipi_cuda_want_operand(c, SNIPI_CUDA_TURNED, SNIPI_GRADIENT, n, rows);
+    snipi_cuda_want_operand(c, SNIPI_SLOT_B, SNIPI_WEIGHT, n, k);
+    snipi_cuda_want_operand(c, SNIPI_SLOT_B, SNIPI_WEIGHT, k, n);
+    snipi_cuda_want_operand(c, SNIPI_SLOT_B, SNIPI_ACTIVATION, k, rows);
+    snipi_cuda_want(c, SNIPI_CUDA_QUANTIZE, snip_cuda_quantize_scratch(snipi_max(rows, n), wider));
+    if (c->s->desc.every < 0) return;
+    snipi_cuda_want_floats(c, SNIPI_SLOT_X, rows * k);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_W, n * k);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_OUT, snipi_max(rows, snipi_max(n, SNIPI_PROJECTED)) * k);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_SAMPLE, rows * snipi_max(samples, SNIPI_PROJECTED));
+    snipi_cuda_want_floats(c, SNIPI_SLOT_SAMPLE_OUT, snipi_max(samples * k, SNIPI_SKETCH));
+    snipi_cuda_want_floats(c, SNIPI_SLOT_PROJECT, wider * SNIPI_PROJECTED);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_MIXED, wider * SNIPI_MIXED);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_SKETCH, SNIPI_CHUNKS * SNIPI_SKETCH);
+    snipi_cuda_want(c, SNIPI_CUDA_STATS, sizeof(snip_quant_stats));
+    snipi_cuda_want(c, SNIPI_CUDA_PARTS, SNIP_CUDA_NOISE_SCRATCH);
+    snipi_cuda_want(c, SNIPI_CUDA_ROWS, (size_t)(SNIPI_ROW_SUMS * rows) * sizeof(double));
+}
+
+// Places all device memory from base on; the bytes taken. base NULL: counts them alone.
+static size_t snipi_cuda_layout(snip_cuda *c, char *base) {
+    const snip *s = c->s;
+    const size_t layers = (size_t)s->n_layers, sketches = s->desc.every > 0 ? layers * SNIPI_SKETCHES : 0;
+    snipi_cuda_room room = { base, 0 };
+    c->sums = (snipi_sums *)snipi_cuda_take(&room, layers * sizeof *c->sums);
+    c->sketch = (float(*)[SNIPI_SKETCH])snipi_cuda_take(&room, sketches * sizeof *c->sketch);
+    c->globals = (snipi_cuda_globals *)snipi_cuda_take(&room, sizeof *c->globals);
+    c->watched = (snipi_cuda_watched *)snipi_cuda_take(&room, layers * sizeof *c->watched);
+    c->kept = (snipi_cuda_kept *)snipi_cuda_take(&room, layers * sizeof *c->kept);
+    c->records = room.used;
+
+    for (int i = 0; i < s->n_layers; i++)
+        for (int transposed = 0; transposed < 2; transposed++) {
+            const snipi_layer *l = &s->layers[i];
+            const int64_t rows = transposed ? l->k : l->n, cols = transposed ? l->n : l->k;
+            void *codes = snipi_cuda_take(&room, snipi_cuda_code_bytes(rows, cols));
+            void *scales = snipi_cuda_take(&room, snipi_cuda_scale_bytes(s, SNIPI_WEIGHT, rows, cols));
+            if (!base) continue;
+            c->held[i].codes[transposed] = codes;
+            c->held[i].scales[transposed] = scales;
+        }
+
+    for (int i = 0; i < s->n_layers; i++) snipi_cuda_want_layer(c, &s->layers[i]);
+    for (int i = 0; i < SNIPI_CUDA_SLOTS; i++) c->slot[i] = snipi_cuda_take(&room, c->slot_size[i]);
+    return room.used;
+}
+
+static float *snipi_cuda_scratch(const snipi_call *call, int slot, int64_t floats) {
+    const snip_cuda *c = snipi_cuda_of(call);
+    return (size_t)floats * sizeof(float) <= c->slot_size[slot] ? (float *)c->slot[slot] : NULL;
+}
+
+// ---- element by element
 
 // f(i) for i < n.
 template <class F> static __global__ void snipi_cuda_each_kernel(const F f, int64_t n) {
@@ -2661,11 +2757,34 @@ template <class F> static snip_status snipi_cuda_each(const F &f, int64_t n, cud
                              SNIPI_THREADS, 0, stream, f, n);
 }
 
-struct snipi_cuda_add {
+// *total (+)= factor * the sum of f(i), i < n.
+template <class F>
+static snip_status snipi_cuda_total(const snipi_call *call, const F &f, int64_t n, double *total, double factor,
+                                    int add) {
+    return snipi_cuda_reduce(f, n, total, factor, add, snipi_cuda_of(call)->slot[SNIPI_CUDA_PARTS],
+                             snipi_cuda_stream(call));
+}
+
+struct snipi_cuda_add_scaled {
     float *to;
     const float *from;
+    float factor;
 
-    __device__ void operator()(int64_t i) const { to[i] += from[i]; }
+    __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; }
+};
+
+struct snipi_cuda_repeat_row {  // row [n]
+    float *to;
+    const float *row;
+    int64_t n;
+
+    __device__ void operator()(int64_t i) const { to[i] = row[i % n]; }
+};
+
+struct snipi_cuda_value {
+    const double *x;
+
+    __device__ double operator()(int64_t i) const { return x[i]; }
 };
 
 struct snipi_cuda_square {
@@ -2674,25 +2793,352 @@ struct snipi_cuda_square {
     __device__ double operator()(int64_t i) const { return (double)x[i] * (double)x[i]; }
 };
 
-struct snipi_cuda_pick {  // samples of n output features, at equal distances
-    float *to;
-    const float *dy;
-    int64_t n, samples;
+static snip_status snipi_cuda_add_to(const snipi_call *call, float *to, const float *x, int64_t n) {
+    return to ? snipi_cuda_each(snipi_cuda_add_scaled{ to, x, 1.0f }, n, snipi_cuda_stream(call)) : SNIP_OK;
+}
 
-    __device__ void operator()(int64_t i) const { to[i] = dy[i / samples * n + i % samples * n / samples]; }
+// ---- one GEMM of a layer in one format
+
+// An operand as it is quantized for a GEMM. slot: of its codes; the next one has its scales.
+typedef struct {
+    int slot, role;
+    snip_recipe recipe;
+    snip_operand operand;  // its recipe is the one above
+} snipi_cuda_coded;
+
+static snipi_cuda_coded snipi_cuda_coded_in(int slot, int role) {
+    snipi_cuda_coded coded = {};
+    coded.slot = slot;
+    coded.role = role;
+    return coded;
+}
+
+static unsigned long long *snipi_cuda_counts(const snipi_call *call) {
+    return snipi_cuda_of(call)->uncounted ? NULL : snipi_cuda_watched_of(call)->counts;
+}
+
+// Quantizes x [rows][cols] as it lies, transposed, or both from one read. F32 and BF16 are read where they are.
+// more: counts of the GEMM's other operand, a held weight, that are added along with x's; or NULL.
+static snip_status snipi_cuda_code(const snipi_call *call, snip_format format, snipi_kind kind, const float *x,
+                                   int64_t rows, int64_t cols, const unsigned long long *more,
+                                   snipi_cuda_coded *straight, snipi_cuda_coded *turned) {
+    snip_cuda *c = snipi_cuda_of(call);
+    snip_quantize_job job = {};
+    snipi_cuda_options options = {};
+    for (snipi_cuda_coded *coded : { straight, turned }) {
+        if (!coded) continue;
+        coded->recipe = snipi_recipe_of(call->s, format, kind);
+        coded->operand = {};
+        coded->operand.recipe = &coded->recipe;
+        coded->operand.codes = snipi_plain(format) ? (const void *)x : c->slot[coded->slot];
+        coded->operand.scales = snipi_plain(format) ? NULL : c->slot[coded->slot + 1];
+        coded->operand.transposed = snipi_plain(format) && coded == turned;
+        coded->operand.round_bf16 = format == SNIP_BF16;
+    }
+    if (snipi_plain(format)) return SNIP_OK;
+
+    job.x = x;
+    job.rows = rows;
+    job.cols = job.ld = cols;
+    job.key = snipi_key(call->s, call->l, call->micro, (straight ? straight : turned)->role);
+    if (straight) {
+        job.recipe = &straight->recipe;
+        job.codes = c->slot[straight->slot];
+        job.scales = c->slot[straight->slot + 1];
+    }
+    if (turned) {
+        job.recipe_t = &turned->recipe;
+        job.codes_t = c->slot[turned->slot];
+        job.scales_t = c->slot[turned->slot + 1];
+        options.tensor_t = snipi_key(call->s, call->l, call->micro, turned->role).tensor;
+    }
+    options.step = &c->globals->step;
+    options.counts = options.counts_t = snipi_cuda_counts(call);
+    options.more = more;
+    return snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_QUANTIZE], options,
+                               snipi_cuda_stream(call));
+}
+
+static int snipi_cuda_same(const snipi_cuda_origin &a, const snipi_cuda_origin &b) {
+    return a.weight == b.weight && a.format == b.format && a.step == b.step && a.capture == b.capture;
+}
+
+// Quantizes the weight for its uses in the step: transposed, or as it lies and, where dgrad has the same format, also
+// transposed from the same read.
+static snip_status snipi_cuda_hold(const snipi_call *call, const snip_recipe *recipe, const snipi_cuda_origin &origin,
+                                   int transposed) {
+    snip_cuda *c = snipi_cuda_of(call);
+    const snipi_layer *l = call->l;
+    snipi_cuda_held *h = &c->held[snipi_cuda_index(call)];
+    const int first = transposed, last = transposed || snipi_format(l, SNIP_DGRAD) == origin.format;
+    unsigned long long(*counts)[SNIPI_CUDA_COUNTS] = snipi_cuda_watched_of(call)->held;
+    snip_quantize_job job = {};
+    snipi_cuda_options options = {};
+    job.x = origin.weight;
+    job.rows = l->n;
+    job.cols = job.ld = l->k;
+    if (first == 0) {
+        job.recipe = recipe;
+        job.codes = h->codes[0];
+        job.scales = h->scales[0];
+    }
+    if (last == 1) {
+        job.recipe_t = recipe;
+        job.codes_t = h->codes[1];
+        job.scales_t = h->scales[1];
+    }
+    options.step = &c->globals->step;
+    options.counts = counts[0];
+    options.counts_t = counts[1];
+    snip_status status = snipi_cuda_status(
+        cudaMemsetAsync(counts[first], 0, (size_t)(last - first + 1) * sizeof *counts, snipi_cuda_stream(call)));
+    if (!status)
+        status = snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_QUANTIZE], options,
+                                     snipi_cuda_stream(call));
+    for (int t = first; t <= last && !status; t++) h->of[t] = origin;
+    return status;
+}
+
+// 1 where the weight's codes serve all micro-batches, and fwd and dgrad: they do not depend on the call.
+static int snipi_cuda_is_held(const snipi_call *call, snip_format format) {
+    return !snipi_plain(format) && call->s->pass == SNIP_PASS_ORDINARY && call->s->mode == SNIP_TRAIN &&
+           call->micro != SNIPI_ALONE &&
+           snipi_recipe_of(call->s, format, SNIPI_WEIGHT).rounding == SNIP_ROUND_NEAREST_EVEN;
+}
+
+// The weight as operand B. *counts: what is to be counted for this use, or NULL where that is done.
+static snip_status snipi_cuda_weight(const snipi_call *call, snip_format format, int transposed, const float *w,
+                                     snipi_cuda_coded *b, const unsigned long long **counts) {
+    snip_cuda *c = snipi_cuda_of(call);
+    const snipi_layer *l = call->l;
+    const snipi_cuda_held *h = &c->held[snipi_cuda_index(call)];
+    *b = snipi_cuda_coded_in(SNIPI_SLOT_B, transposed ? SNIPI_ROLE_W_T : SNIPI_ROLE_W);
+    *counts = NULL;
+    if (!snipi_cuda_is_held(call, format))
+        return snipi_cuda_code(call, format, SNIPI_WEIGHT, w, l->n, l->k, NULL, transposed ? NULL : b,
+                               transposed ? b : NULL);
+
+    snipi_cuda_origin origin = { w, format, c->step, 0 };
+    cudaStreamCaptureStatus capturing;
+    if (cudaStreamGetCaptureInfo(snipi_cuda_stream(call), &capturing, &origin.capture) != cudaSuccess)
+        return SNIP_DEVICE;
+    if (capturing == cudaStreamCaptureStatusNone) origin.capture = 0;
+    b->recipe = snipi_recipe_of(call->s, format, SNIPI_WEIGHT);
+    b->operand.recipe = &b->recipe;
+    b->operand.codes = h->codes[transposed];
+    b->operand.scales = h->scales[transposed];
+    if (!c->uncounted) *counts = snipi_cuda_watched_of(call)->held[transposed];
+    const int first_use = !transposed && call->micro == 0 && !c->uncounted;
+    if (!first_use && snipi_cuda_same(h->of[transposed], origin)) return SNIP_OK;
+    return snipi_cuda_hold(call, &b->recipe, origin, transposed);
+}
+
+static snip_status snipi_cuda_multiply(const snipi_call *call, int64_t m, int64_t n, int64_t k, const snip_operand *a,
+                                       const snip_operand *b, float *y, int accumulate, const float *bias) {
+    const snip_cuda *c = snipi_cuda_of(call);
+    const cudaStream_t stream = snipi_cuda_stream(call);
+#ifdef SNIP_CUBLASLT
+    if (c->lt && snipi_cuda_is_fp8(a->recipe->format)) {
+        const snip_status status = bias ? snipi_cuda_each(snipi_cuda_repeat_row{ y, bias, n }, m * n, stream) : SNIP_OK;
+        return status ? status
+                      : snip_cuda_gemm_cublaslt(c->lt, m, n, k, a, b, y, n, accumulate || bias, c->lt_scratch,
+                                                c->lt_bytes, stream);
+    }
+#endif
+    return snipi_cuda_gemm(m, n, k, a, b, c->codes, y, n, accumulate, bias, snipi_cuda_counts(call), stream);
+}
+
+static snip_status snipi_cuda_fwd(const snipi_call *call, snip_format format, float *y, const float *x, const float *w,
+                                  const float *bias) {
+    const snipi_layer *l = call->l;
+    snipi_cuda_coded a = snipi_cuda_coded_in(SNIPI_SLOT_A, SNIPI_ROLE_X), b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(call, format, 0, w, &b, &more);
+    if (!status) status = snipi_cuda_code(call, format, SNIPI_ACTIVATION, x, call->rows, l->k, more, &a, NULL);
+    return status ? status : snipi_cuda_multiply(call, call->rows, l->n, l->k, &a.operand, &b.operand, y, 0, bias);
+}
+
+// dy_t, if wanted, becomes dY transposed, from the same read of dY.
+static snip_status snipi_cuda_dgrad_with(const snipi_call *call, snip_format format, float *dx, int accumulate,
+                                         const float *dy, const float *w, snipi_cuda_coded *dy_t) {
+    const snipi_layer *l = call->l;
+    snipi_cuda_coded a = snipi_cuda_coded_in(SNIPI_SLOT_A, SNIPI_ROLE_DY), b;
+    const unsigned long long *more;
+    snip_status status = snipi_cuda_weight(call, format, 1, w, &b, &more);
+    if (!status) status = snipi_cuda_code(call, format, SNIPI_GRADIENT, dy, call->rows, l->n, more, &a, dy_t);
+    return status ? status
+                  : snipi_cuda_multiply(call, call->rows, l->k, l->n, &a.operand, &b.operand, dx, accumulate, NULL);
+}
+
+static snip_status snipi_cuda_dgrad(const snipi_call *call, snip_format format, float *dx, int accumulate,
+                                    const float *dy, const float *w) {
+    return snipi_cuda_dgrad_with(call, format, dx, accumulate, dy, w, NULL);
+}
+
+static snip_status snipi_cuda_wgrad_with(const snipi_call *call, snip_format format, float *dw, int accumulate,
+                                         const snip_operand *dy_t, int64_t features, const float *x) {
+    const snipi_layer *l = call->l;
+    snipi_cuda_coded b = snipi_cuda_coded_in(SNIPI_SLOT_B, SNIPI_ROLE_X_T);
+    const snip_status status = snipi_cuda_code(call, format, SNIPI_ACTIVATION, x, call->rows, l->k, NULL, NULL, &b);
+    return status ? status
+                  : snipi_cuda_multiply(call, features, l->k, call->rows, dy_t, &b.operand, dw, accumulate, NULL);
+}
+
+static snip_status snipi_cuda_wgrad(const snipi_call *call, snip_format format, float *dw, int accumulate,
+                                    const float *dy, int64_t features, const float *x) {
+    snipi_cuda_coded dy_t = snipi_cuda_coded_in(SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T);
+    const snip_status status = snipi_cuda_code(call, format, SNIPI_GRADIENT, dy, call->rows, features, NULL, NULL,
+                                               &dy_t);
+    return status ? status : snipi_cuda_wgrad_with(call, format, dw, accumulate, &dy_t.operand, features, x);
+}
+
+// Where both GEMMs have one format, dY is quantized for both from one read.
+static snip_status snipi_cuda_gradients(const snipi_call *call, float *dinp, float *dweight, const float *dout,
+                                        const float *inp, const float *weight) {
+    const snipi_layer *l = call->l;
+    const snip_format format = snipi_format(l, SNIP_DGRAD), format_w = snipi_format(l, SNIP_WGRAD);
+    const int both = dinp && dweight && format == format_w;
+    snipi_cuda_coded dy_t = snipi_cuda_coded_in(SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T);
+    snip_status status = SNIP_OK;
+    if (dinp) status = snipi_cuda_dgrad_with(call, format, dinp, 1, dout, weight, both ? &dy_t : NULL);
+    if (status || !dweight) return status;
+    return both ? snipi_cuda_wgrad_with(call, format_w, dweight, 1, &dy_t.operand, l->n, inp)
+                : snipi_cuda_wgrad(call, format_w, dweight, 1, dout, l->n, inp);
+}
+
+// dbias += the sum of dy's rows, in double as on the CPU; a warp takes every eighth row of 32 columns.
+static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int64_t rows, int64_t n) {
+    __shared__ double sums[SNIPI_THREADS];
+    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+    const int warps = SNIPI_THREADS / SNIPI_WARP;
+    const int64_t col = (int64_t)blockIdx.x * SNIPI_WARP + lane;
+    double sum = 0;
+    for (int64_t r = warp; r < rows && col < n; r += warps) sum += (double)dy[r * n + col];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp || col >= n) return;
+    for (int w = 1; w < warps; w++) sum += sums[w * SNIPI_WARP + lane];
+    dbias[col] = (float)((double)dbias[col] + sum);
+}
+
+static snip_status snipi_cuda_bias_gradient(const snipi_call *call, float *dbias, const float *dout) {
+    return snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(call->l->n, SNIPI_WARP), SNIPI_THREADS, 0,
+                             snipi_cuda_stream(call), dbias, dout, call->rows, call->l->n);
+}
+
+// ---- what is watched in every step
+
+static __global__ void snipi_cuda_nonfinite_kernel(const float *x, int64_t n, unsigned long long *count) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double bad = 0;
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
+        bad += snipi_nonfinite(x[i]);
+    bad = snipi_cuda_block_sum(bad, sums);
+    if (threadIdx.x == 0 && bad > 0) atomicAdd(count, (unsigned long long)bad);
+}
+
+static snip_status snipi_cuda_add_nonfinite(const snipi_call *call, const float *x, int64_t n,
+                                            unsigned long long *count) {
+    return snipi_cuda_launch(snipi_cuda_nonfinite_kernel, snipi_cuda_sum_blocks(n), SNIPI_THREADS, 0,
+                             snipi_cuda_stream(call), x, n, count);
+}
+
+static snip_status snipi_cuda_count_nonfinite(const snipi_call *call, const float *x, int64_t n) {
+    return snipi_cuda_add_nonfinite(call, x, n, &snipi_cuda_watched_of(call)->counts[SNIPI_CUDA_NONFINITE]);
+}
+
+// The host cannot look at x: its address alone tells micro-batches apart.
+static uint64_t snipi_cuda_content(const snipi_call *, const float *, int64_t) { return 0; }
+
+static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
+    __shared__ double sums[SNIPI_OBSERVED_RUNS / SNIPI_WARP];
+    int64_t i;
+    const int64_t end = snipi_observed_run(threadIdx.x, n, &i);
+    double seen = (double)(end - i), square = 0;
+    for (; i < end; i++) square += (double)x[i] * (double)x[i];
+    seen = snipi_cuda_block_sum(seen, sums);
+    square = snipi_cuda_block_sum(square, sums);
+    if (threadIdx.x) return;
+    watched->seen[which] += seen;
+    watched->seen_sq[which] += square;
+    watched->seen_calls += which == 0;
+}
+
+// A frozen plan is not watched.
+static snip_status snipi_cuda_observe(const snipi_call *call, int which, const float *x, int64_t n) {
+    if (call->s->desc.every < 0) return SNIP_OK;
+    return snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED_RUNS, 0, snipi_cuda_stream(call),
+                             snipi_cuda_watched_of(call), which, x, n);
+}
+
+// ---- records, norms and noise
+
+static snip_status snipi_cuda_record(snipi_call *call) {
+    snip_cuda *c = snipi_cuda_of(call);
+    const cudaStream_t stream = snipi_cuda_stream(call);
+    int begins;
+    if (!snipi_measurement_of(call, 0, &begins)) return SNIP_OUT_OF_MEMORY;
+    call->sums = c->sums + snipi_cuda_index(call);
+    call->sketch = c->sketch + snipi_cuda_index(call) * SNIPI_SKETCHES;
+    if (!begins) return SNIP_OK;
+    // Where the loss probe did not call the layer, |W| is not known and W does not move.
+    cudaError_t error = cudaMemsetAsync(&snipi_cuda_kept_of(call)->probe_step, 0, sizeof(double), stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(call->sums, 0, sizeof *call->sums, stream);
+    if (error == cudaSuccess)
+        error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
+    return snipi_cuda_status(error);
+}
+
+static snip_status snipi_cuda_sum_sq(const snipi_call *call, const float *x, int64_t n, double *total) {
+    return snipi_cuda_total(call, snipi_cuda_square{ x }, n, total, 1, 0);
+}
+
+// From |X|^2, which sigma_x holds until then, and |W|^2.
+struct snipi_cuda_size_sigmas {
+    snipi_sums *sums;
+    const snipi_cuda_kept *kept;
+    double noise, elements_x, elements_w;
+
+    __device__ void operator()(int64_t) const {
+        sums->sigma_x = noise * snipi_input_size(kept->input_size, sqrt(sums->sigma_x / elements_x));
+        sums->sigma_w = noise * sqrt(sums->weight_sq / elements_w);
+    }
 };
 
-struct snipi_cuda_sensitivity {  // D; Lion's noise comes from the mean square of m
+static snip_status snipi_cuda_size_noise(const snipi_call *call, const float *inp, const float *weight) {
+    const int64_t in_x = call->rows * call->l->k, in_w = call->l->n * call->l->k;
+    snipi_cuda_size_sigmas sigmas = { call->sums, snipi_cuda_kept_of(call), SNIPI_NOISE, (double)in_x, (double)in_w };
+    snip_status status = snipi_cuda_sum_sq(call, weight, in_w, &call->sums->weight_sq);
+    if (!status) status = snipi_cuda_sum_sq(call, inp, in_x, &call->sums->sigma_x);
+    return status ? status : snipi_cuda_each(sigmas, 1, snipi_cuda_stream(call));
+}
+
+static snip_status snipi_cuda_noisy_input(const snipi_call *call, float *out, const float *x) {
+    return snipi_cuda_add_noise(out, x, call->rows * call->l->k, 0, &call->sums->sigma_x, NULL,
+                                snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_NOISE_X), snipi_cuda_stream(call));
+}
+
+static snip_status snipi_cuda_noise_dot(const snipi_call *call, const float *x, int64_t n, snip_rng_key key, double *to,
+                                        float *add_to) {
+    const snip_status status = snipi_cuda_dot_noise(x, n, key, to, 1, snipi_cuda_of(call)->slot[SNIPI_CUDA_PARTS],
+                                                    snipi_cuda_stream(call));
+    return status ? status : snipi_cuda_add_to(call, add_to, x, n);
+}
+
+// ---- the optimizer's sensitivity
+
+// D. Lion's noise comes from the mean square of m, which the host does not know.
+struct snipi_cuda_sensitivities {
     snipi_sensitivity d;
     const double *moment_sq;
-    double variance, ratio;  // noise^2 / |m|^2; beta1 / (1 - beta1)
+    double density, variance, ratio;  // 2 / sqrt(2 pi); noise^2 / |m|^2; beta1 / (1 - beta1)
     float *to;
 
     __device__ float at(int64_t i) const {
         snipi_sensitivity own = d;
         if (moment_sq) {
-            double noise = sqrt(*moment_sq * variance);
-            own.numerator = noise > 0 ? (float)(0.7978845608028654 / noise) : 0;
+            const double noise = sqrt(*moment_sq * variance);
+            own.numerator = noise > 0 ? (float)(density / noise) : 0;
             own.scale = noise > 0 ? (float)(ratio / noise) : 0;
         }
         return snipi_sensitivity_at(&own, i);
@@ -2701,392 +3147,183 @@ struct snipi_cuda_sensitivity {  // D; Lion's noise comes from the mean square o
     __device__ void operator()(int64_t i) const { to[i] = at(i); }
 };
 
-struct snipi_cuda_update {  // squared update at learning rate 1, as in snipi_update_sq
-    snip_optimizer kind;
-    const float *m, *v;
-    float m_scale, v_scale, eps;
+struct snipi_cuda_sensitivity_square {
+    snipi_cuda_sensitivities d;
 
-    __device__ double operator()(int64_t i) const {
-        float u = kind == SNIP_SGD_MOMENTUM ? m[i] : 1.0f;
-        if (kind == SNIP_ADAMW) u = v[i] > 0 ? m[i] * m_scale / (sqrtf(v[i] * v_scale) + eps) : 0.0f;
-        return (double)u * (double)u;
-    }
+    __device__ double operator()(int64_t i) const { return (double)d.at(i) * (double)d.at(i); }
 };
 
-struct snipi_cuda_wgrad_error {  // of the sampled features
-    const float *result, *exact;
-    snipi_cuda_sensitivity d;
-    int64_t n, k, samples;
-
-    __device__ double operator()(int64_t i) const {
-        int64_t at = i / k * n / samples * k + i % k;
-        float e = (result[i] - exact[at]) * d.at(at);
-        return (double)e * (double)e;
-    }
-};
-
-static __global__ void snipi_cuda_step_kernel(snipi_cuda_globals *globals, uint32_t step) { globals->step = step; }
-
-static __global__ void snipi_cuda_sigma_kernel(snipi_cuda_record *r, double n_x, double n_w) {
-    r->sigma_x = 0.02 * sqrt(r->input_sq / n_x);
-    r->sigma_w = 0.02 * sqrt(r->weight_sq / n_w);
-}
-
-static __global__ void snipi_cuda_tau_kernel(snipi_cuda_record *record, int layers, snipi_cuda_globals *globals) {
-    double sum = 0, tau;
-    for (int l = 0; l < layers; l++)
-        if (record[l].weight_sq > 0) sum += record[l].sensitivity_sq / (record[l].weight_sq * record[l].weight_sq);
-    globals->tau = tau = sum > 0 ? 0.01 / sqrt(sum / layers) : 0;
-    for (int l = 0; l < layers; l++)
-        record[l].probe_scale = record[l].weight_sq > 0 ? tau / sqrt(record[l].weight_sq) : 0;
-}
-
-// dbias += the sum of dy's rows; a warp takes every eighth row of 32 columns.
-static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int64_t rows, int64_t n) {
-    __shared__ float sums[SNIPI_THREADS];
-    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP,
-              warps = SNIPI_THREADS / SNIPI_WARP;
-    const int64_t col = (int64_t)blockIdx.x * SNIPI_WARP + lane;
-    float sum = 0;
-    for (int64_t r = warp; r < rows && col < n; r += warps) sum += dy[r * n + col];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (warp || col >= n) return;
-    for (int w = 1; w < warps; w++) sum += sums[w * SNIPI_WARP + lane];
-    dbias[col] += sum;
-}
-
-enum { SNIPI_OBSERVED = 64 };  // runs of 16 elements, as in snipi_observe
-
-static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
-    __shared__ double sums[SNIPI_OBSERVED / SNIPI_WARP];
-    int64_t i = (int64_t)((double)(threadIdx.x * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
-    double seen = (double)(end - i), square = 0;
-    for (; i < end; i++) square += (double)x[i] * (double)x[i];
-    seen = snipi_cuda_block_sum(seen, sums);
-    square = snipi_cuda_block_sum(square, sums);
-    if (threadIdx.x == 0) {
-        watched->seen[which] += seen;
-        watched->seen_sq[which] += square;
-    }
-}
-
-static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n,
-                                      cudaStream_t stream) {
-    return c->s->desc.every > 0 ? snipi_cuda_launch(snipi_cuda_observe_kernel, 1, SNIPI_OBSERVED, 0, stream,
-                                                    c->watched + (l - c->s->layers), which, x, n)
-                                : SNIP_OK;
-}
-
-// A count-sketch with snipi_sketch_add's bits: a thread for each bucket of each part adds its element of one chunk
-// after another. For 32 chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and
-// the signs of the 32 from there on.
-static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor,
-                                                snip_rng_key key, int64_t first, int64_t chunks, int parts) {
-    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across,
-              bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
-    const int64_t end = first + chunks * (part + 1) / parts;
-    float sum = 0;
-    for (int64_t c0 = first + chunks * part / parts; c0 < end; c0 += SNIPI_WARP) {
-        const uint64_t chunk = (uint64_t)(c0 + lane);
-        uint32_t words[4], begin, signs, at;
-        snipi_philox(key, chunk | (uint64_t)1 << 63, words);
-        begin = ((uint32_t)(bucket - lane) - words[0]) % SNIPI_SKETCH;
-        signs = 0;
-        for (uint32_t w = 0; w < 2; w++) {  // of the two words that hold them
-            at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
-            snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
-            at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
-            signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
-        }
-        for (int j = 0; j < SNIPI_WARP && c0 + j < end; j++) {
-            int64_t i = (c0 + j) * SNIPI_SKETCH +
-                        (__shfl_sync(SNIPI_ALL_LANES, begin, j) + (uint32_t)lane) % SNIPI_SKETCH - offset;
-            uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
-            if (i >= 0 && i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
-        }
-    }
-    own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
-}
-
-static __global__ void snipi_cuda_sketch_sum_kernel(float *sketch, const float *own, int parts) {
-    const int j = (int)(blockIdx.x * SNIPI_THREADS + threadIdx.x);
-    float sum = sketch[j];
-    for (int p = 0; p < parts; p++) sum += own[p * SNIPI_SKETCH + j];
-    sketch[j] = sum;
-}
-
-static __global__ void snipi_cuda_sketched_kernel(snipi_cuda_record *record,
-                                                  const float *sketch) {  // a block for each sketch
-    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
-    double sum = 0;
-    sketch += (int64_t)blockIdx.x * SNIPI_SKETCH;
-    for (int j = (int)threadIdx.x; j < SNIPI_SKETCH; j += SNIPI_THREADS) sum += (double)sketch[j] * (double)sketch[j];
-    sum = snipi_cuda_block_sum(sum, sums);
-    if (threadIdx.x == 0) record[blockIdx.x / SNIPI_SKETCHES].sketched_sq[blockIdx.x % SNIPI_SKETCHES] = sum;
-}
-
-static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t n,
-                                         int64_t offset, cudaStream_t stream) {
-    const int64_t first = offset / SNIPI_SKETCH, chunks = snipi_ceil_div(offset + n, SNIPI_SKETCH) - first;
-    const int parts = (int)snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16));
-    float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH),
-          *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
-    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS),
-                                           SNIPI_THREADS, 0, stream, own, x, n, offset,
-                                           c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f,
-                                           snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
-    return status ? status
-                  : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0,
-                                      stream, sketch, (const float *)own, parts);
-}
-
-// ---- one GEMM of a layer
-static unsigned long long *snipi_cuda_counts(const snip_cuda *c, const snipi_layer *l, int count) {
-    return count ? c->watched[l - c->s->layers].counts : NULL;
-}
-
-typedef struct {
-    int slot, role;
-    snip_operand operand;
-} snipi_cuda_wanted;
-
-// Quantizes x as it lies, transposed, or both from one read. F32 and BF16 are read where they are. count: NaN, infinity
-// and saturated elements; with those of the other operand, a held weight, where there are some: `more`.
-static snip_status snipi_cuda_operands(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format,
-                                       snipi_kind kind, const float *x, int64_t rows, int64_t cols, int count,
-                                       const unsigned long long *more, snip_recipe *recipe, snipi_cuda_wanted *straight,
-                                       snipi_cuda_wanted *turned, cudaStream_t stream) {
-    snip_quantize_job job = {};
-    snipi_cuda_options options = {
-        0, &c->globals->step, snipi_cuda_counts(c, l, count), snipi_cuda_counts(c, l, count), more, 0
-    };
-    *recipe = snipi_recipe_of(c->s, format, kind);
-    job.x = x;
-    job.rows = rows;
-    job.cols = job.ld = cols;
-    for (snipi_cuda_wanted *w : { straight, turned }) {
-        if (!w) continue;
-        w->operand = {};
-        w->operand.recipe = recipe;
-        w->operand.codes = snipi_plain(format) ? (const void *)x : c->slot[w->slot];
-        w->operand.scales = snipi_plain(format) ? NULL : c->slot[w->slot + 1];
-        w->operand.transposed = snipi_plain(format) && w == turned;
-        w->operand.round_bf16 = format == SNIP_BF16;
-    }
-    if (snipi_plain(format)) return SNIP_OK;
-    if (straight) {
-        job.recipe = recipe;
-        job.codes = c->slot[straight->slot];
-        job.scales = c->slot[straight->slot + 1];
-    }
-    if (turned) {
-        job.recipe_t = recipe;
-        job.codes_t = c->slot[turned->slot];
-        job.scales_t = c->slot[turned->slot + 1];
-    }
-    job.key = snipi_key(c->s, l, micro, straight ? straight->role : 0);
-    if (turned) options.tensor_t = snipi_key(c->s, l, micro, turned->role).tensor;
-    return snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
-}
-
-enum { SNIPI_ALONE = -1 };  // as a micro-batch: its weight is not held
-
-// The weight as B. In an ordinary pass it is quantized once for all micro-batches, and for fwd and dgrad from one read
-// where both have the same format; *counts: what to count for each use, or NULL where that is done.
-static snip_status snipi_cuda_weight(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format,
-                                     int transposed, const float *w, snip_recipe *recipe, snip_operand *b,
-                                     const unsigned long long **counts, cudaStream_t stream) {
-    snipi_cuda_held *h = &c->held[l - c->s->layers];
-    cudaStreamCaptureStatus capturing;
-    unsigned long long capture = 0;
-    *counts = NULL;
-    *recipe = snipi_recipe_of(c->s, format, SNIPI_WEIGHT);
-    if (snipi_plain(format) || c->s->pass != SNIP_PASS_ORDINARY || c->s->mode != SNIP_TRAIN || micro == SNIPI_ALONE ||
-        recipe->rounding != SNIP_ROUND_NEAREST_EVEN) {
-        snipi_cuda_wanted wanted = { SNIPI_CUDA_B, transposed ? SNIPI_ROLE_W_T : SNIPI_ROLE_W, {} };
-        snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_WEIGHT, w, l->n, l->k, 1, NULL, recipe,
-                                                 transposed ? NULL : &wanted, transposed ? &wanted : NULL, stream);
-        *b = wanted.operand;
-        return status;
-    }
-    if (cudaStreamGetCaptureInfo(stream, &capturing, &capture) != cudaSuccess) return SNIP_DEVICE;
-    if (capturing == cudaStreamCaptureStatusNone) capture = 0;
-    *b = {};
-    b->recipe = recipe;
-    b->codes = h->codes[transposed];
-    b->scales = h->scales[transposed];
-    *counts = c->watched[l - c->s->layers].held[transposed];
-    if ((!transposed && micro == 0) || h->of[transposed] != w || h->format[transposed] != format ||
-        h->step[transposed] != c->step || h->capture[transposed] != capture) {
-        const int both = !transposed && l->format[SNIP_DGRAD] == format;
-        unsigned long long(*held)[2] = c->watched[l - c->s->layers].held;
-        snip_quantize_job job = {};
-        snipi_cuda_options options = { 0, &c->globals->step, held[0], held[1], NULL, 0 };
-        job.x = w;
-        job.rows = l->n;
-        job.cols = job.ld = l->k;
-        if (!transposed) {
-            job.recipe = recipe;
-            job.codes = h->codes[0];
-            job.scales = h->scales[0];
-        }
-        if (transposed || both) {
-            job.recipe_t = recipe;
-            job.codes_t = h->codes[1];
-            job.scales_t = h->scales[1];
-        }
-        if (cudaMemsetAsync(held[transposed], 0, (both ? 2 : 1) * sizeof *held, stream) != cudaSuccess)
-            return SNIP_DEVICE;
-        snip_status status = snipi_cuda_quantize(&job, c->codes, NULL, NULL, c->slot[SNIPI_CUDA_STATS], options,
-                                                 stream);
-        if (status) return status;
-        for (int t = transposed; t <= (transposed || both); t++) {
-            h->of[t] = w;
-            h->format[t] = format;
-            h->step[t] = c->step;
-            h->capture[t] = capture;
-        }
-    }
-    return SNIP_OK;
-}
-
-struct snipi_cuda_rows {
-    float *to;
-    const float *row;
-    int64_t n;
-
-    __device__ void operator()(int64_t i) const { to[i] = row[i % n]; }
-};
-
-static snip_status snipi_cuda_product(const snip_cuda *c, int64_t m, int64_t n, int64_t k, const snip_operand *a,
-                                      const snip_operand *b, float *y, int accumulate, const float *bias,
-                                      unsigned long long *nonfinite, cudaStream_t stream) {
-#ifdef SNIP_CUBLASLT
-    if (c->lt && snipi_cuda_is_fp8(a->recipe->format)) {
-        const snipi_cuda_rows rows = { y, bias, n };
-        const snip_status status = bias ? snipi_cuda_each(rows, m * n, stream) : SNIP_OK;
-        return status ? status
-                      : snip_cuda_gemm_cublaslt(c->lt, m, n, k, a, b, y, n, accumulate || bias, c->lt_scratch,
-                                                c->lt_bytes, stream);
-    }
-#endif
-    return snipi_cuda_gemm(m, n, k, a, b, c->codes, y, n, accumulate, bias, nonfinite, stream);
-}
-
-static snip_status snipi_cuda_fwd(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *out,
-                                  const float *x, const float *w, const float *bias, int64_t rows,
-                                  cudaStream_t stream) {
-    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_X, {} };
-    snip_recipe recipe, recipe_w;
-    snip_operand b;
-    const unsigned long long *more;
-    snip_status status = snipi_cuda_weight(c, l, micro, format, 0, w, &recipe_w, &b, &more, stream);
-    if (!status)
-        status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, 1, more, &recipe, &a, NULL,
-                                     stream);
-    return status ? status
-                  : snipi_cuda_product(c, rows, l->n, l->k, &a.operand, &b, out, 0, bias, snipi_cuda_counts(c, l, 1),
-                                       stream);
-}
-
-// dY, as it lies and, if wanted, transposed; dX (+)= dY W.
-static snip_status snipi_cuda_dgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dx,
-                                    int accumulate, const float *dy, const float *w, int64_t rows, snip_recipe *recipe,
-                                    snipi_cuda_wanted *dy_t, cudaStream_t stream) {
-    snipi_cuda_wanted a = { SNIPI_CUDA_A, SNIPI_ROLE_DY, {} };
-    snip_recipe recipe_w;
-    snip_operand b;
-    const unsigned long long *more;
-    snip_status status = snipi_cuda_weight(c, l, micro, format, 1, w, &recipe_w, &b, &more, stream);
-    if (!status)
-        status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, dy, rows, l->n, 1, more, recipe, &a, dy_t,
-                                     stream);
-    return status ? status
-                  : snipi_cuda_product(c, rows, l->k, l->n, &a.operand, &b, dx, accumulate, NULL,
-                                       snipi_cuda_counts(c, l, 1), stream);
-}
-
-static snip_status snipi_cuda_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, snip_format format, float *dw,
-                                    int accumulate, int64_t features, const snip_operand &dy, const float *x,
-                                    int64_t rows, int count, cudaStream_t stream) {
-    snipi_cuda_wanted b = { SNIPI_CUDA_B, SNIPI_ROLE_X_T, {} };
-    snip_recipe recipe;
-    snip_status status = snipi_cuda_operands(c, l, micro, format, SNIPI_ACTIVATION, x, rows, l->k, count, NULL, &recipe,
-                                             NULL, &b, stream);
-    return status ? status
-                  : snipi_cuda_product(c, features, l->k, rows, &dy, &b.operand, dw, accumulate, NULL,
-                                       snipi_cuda_counts(c, l, count), stream);
-}
-
-// ---- measuring
-static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_layer *l) {
-    return c->record + (l - c->s->layers);
-}
-
-template <class F>
-static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add,
-                                    cudaStream_t stream) {
-    return snipi_cuda_reduce(f, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
-}
-
-static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total,
-                                         cudaStream_t stream) {
-    snipi_cuda_square f = { x };
-    return snipi_cuda_total(c, f, n, total, 1, 0, stream);
-}
-
-static snipi_cuda_sensitivity snipi_cuda_sensitivity_of(const snip_cuda *c, const snipi_layer *l, float *to) {
-    const snip_adamw *o = &c->s->adamw;
-    snipi_cuda_sensitivity d = {};
+static snipi_cuda_sensitivities snipi_cuda_sensitivities_of(const snipi_call *call, float *to) {
+    const snip_adamw *o = &call->s->kept.adamw;
+    const snipi_layer *l = call->l;
+    snipi_cuda_sensitivities d = {};
     d.to = to;
-    if (c->s->desc.optimizer != SNIP_LION) {
-        d.d = snipi_sensitivity_of(c->s, l, NULL);
+    if (call->s->desc.optimizer != SNIP_LION) {
+        d.d = snipi_sensitivity_of(call->s, l, NULL);
         return d;
     }
     d.d.kind = SNIP_LION;
     d.d.state = l->m;
-    d.moment_sq = &snipi_cuda_record_of(c, l)->moment_sq;
+    d.moment_sq = &call->sums->moment_sq;
+    d.density = SNIPI_DENSITY;
     d.variance = (1 + o->beta2) / (1 - o->beta2) / (double)(l->n * l->k);
     d.ratio = o->beta1 / (1 - o->beta1);
     return d;
 }
 
-static snip_status snipi_cuda_probe_weight(const snip_cuda *c, const snipi_layer *l, const float *w,
-                                           cudaStream_t stream) {
-    float *noisy = snipi_cuda_floats(c, SNIPI_CUDA_W);
-    snip_status status;
-    if (c->s->pass == SNIP_PASS_LOSS_PROBE)
-        return snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->sigma_w, NULL,
-                                    snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W), stream);
-    status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, l, noisy), l->n * l->k, stream);
+// m and v that are not finite discard the measurement when it is read.
+static snip_status snipi_cuda_sensitivity(const snipi_call *call) {
+    const snipi_layer *l = call->l;
+    const int64_t n = l->n * l->k;
+    snip_status status = SNIP_OK;
+    for (const float *state : { l->m, l->v })
+        if (state && !status) status = snipi_cuda_add_nonfinite(call, state, n, &snipi_cuda_watched_of(call)->state);
+    if (call->s->desc.optimizer == SNIP_LION && !status)
+        status = snipi_cuda_sum_sq(call, l->m, n, &call->sums->moment_sq);
+    if (status) return status;
+    const snipi_cuda_sensitivity_square square = { snipi_cuda_sensitivities_of(call, NULL) };
+    return snipi_cuda_total(call, square, n, &call->sums->sensitivity_sq, 1, 0);
+}
+
+static __global__ void snipi_cuda_step_size_kernel(snipi_cuda_globals *globals, snipi_cuda_kept *kept,
+                                                   const snipi_sums *sums, int layers, double step) {
+    __shared__ double parts[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < layers; i += SNIPI_THREADS)
+        if (sums[i].weight_sq > 0) sum += sums[i].sensitivity_sq / (sums[i].weight_sq * sums[i].weight_sq);
+    sum = snipi_cuda_block_sum(sum, parts);
+    if (threadIdx.x == 0) globals->tau = sum > 0 ? step / sqrt(sum / layers) : 0;
+    __syncthreads();
+    const double tau = globals->tau;
+    for (int i = (int)threadIdx.x; i < layers; i += SNIPI_THREADS)
+        kept[i].probe_step = sums[i].weight_sq > 0 ? tau / sqrt(sums[i].weight_sq) : 0;
+}
+
+static snip_status snipi_cuda_step_size(const snipi_call *call) {
+    const snip_cuda *c = snipi_cuda_of(call);
+    const snip_status status = snipi_cuda_launch(snipi_cuda_step_size_kernel, 1, SNIPI_THREADS, 0,
+                                                 snipi_cuda_stream(call), c->globals, c->kept,
+                                                 (const snipi_sums *)c->sums, c->s->n_layers, SNIPI_STEP);
+    return status ? snipi_fail(c->s, status, "snip_cuda_next_pass", snip_status_text(status)) : SNIP_OK;
+}
+
+static snip_status snipi_cuda_noisy_weight(const snipi_call *call, float *out, const float *w) {
+    const snip *s = call->s;
+    const snipi_layer *l = call->l;
+    const cudaStream_t stream = snipi_cuda_stream(call);
+    const int64_t n = l->n * l->k;
+    if (s->pass == SNIP_PASS_LOSS_PROBE)
+        return snipi_cuda_add_noise(out, w, n, 0, &call->sums->sigma_w, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_W),
+                                    stream);
+    const snip_status status = l->frozen ? snipi_cuda_status(cudaMemsetAsync(out, 0, (size_t)n * sizeof(float), stream))
+                                         : snipi_cuda_each(snipi_cuda_sensitivities_of(call, out), n, stream);
     return status ? status
-                  : snipi_cuda_add_noise(noisy, w, l->n * l->k, 0, &snipi_cuda_record_of(c, l)->probe_scale, noisy,
-                                         snipi_key(c->s, l, 0, SNIPI_ROLE_PROBE), stream);
+                  : snipi_cuda_add_noise(out, w, n, 0, &snipi_cuda_kept_of(call)->probe_step, out,
+                                         snipi_key(s, l, 0, SNIPI_ROLE_PROBE), stream);
 }
 
-static snip_status snipi_cuda_probe_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, const float *x,
-                                          int64_t n, cudaStream_t stream) {
-    return snipi_cuda_add_noise(snipi_cuda_floats(c, SNIPI_CUDA_X), x, n, 0, &snipi_cuda_record_of(c, l)->sigma_x, NULL,
-                                snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X), stream);
+// |u|^2 of the optimizer's last update, at learning rate 1.
+struct snipi_cuda_update_square {
+    snip_optimizer kind;
+    const float *m, *v;
+    float m_scale, v_scale, eps;
+
+    __device__ double operator()(int64_t i) const {
+        const float u = kind == SNIP_ADAMW          ? snipi_adam_at(m[i] * m_scale, v[i], v_scale, eps)
+                        : kind == SNIP_SGD_MOMENTUM ? m[i]
+                                                    : 1.0f;
+        return (double)u * (double)u;
+    }
+};
+
+static snip_status snipi_cuda_update_sq(const snipi_call *call) {
+    const snip_adamw *o = &call->s->kept.adamw;
+    const snipi_layer *l = call->l;
+    const snipi_cuda_update_square square = { call->s->desc.optimizer,
+                                              l->m,
+                                              l->v,
+                                              (float)(1 / (1 - pow(o->beta1, (double)o->step))),
+                                              (float)(1 / (1 - pow(o->beta2, (double)o->step))),
+                                              (float)o->eps };
+    return snipi_cuda_total(call, square, l->n * l->k, &call->sums->update_sq, 1, 0);
 }
 
-static snip_status snipi_cuda_f32(int64_t m, int64_t n, int64_t k, const float *a, int a_transposed, const float *b,
-                                  int b_transposed, float *cc, cudaStream_t stream) {
-    snip_recipe recipe = SNIP_RECIPE_F32;
-    snip_operand oa = {}, ob = {};
-    oa.recipe = ob.recipe = &recipe;
-    oa.codes = a;
-    oa.transposed = a_transposed;
-    ob.codes = b;
-    ob.transposed = b_transposed;
-    return snip_cuda_gemm(m, n, k, &oa, &ob, cc, n, 0, NULL, stream);
+// ---- sketches and mixing, with the CPU's bits
+
+// As snipi_sketch_part: a thread for each bucket of each part adds its element of one chunk after another. For 32
+// chunks at a time a lane finds where its chunk's element for the warp's first bucket lies, and the signs of the 32
+// from there on.
+static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, float factor, snip_rng_key key,
+                                                int64_t chunks, int64_t parts) {
+    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across;
+    const int bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
+    const int64_t end = chunks * (part + 1) / parts;
+    float sum = 0;
+    for (int64_t c0 = chunks * part / parts; c0 < end; c0 += SNIPI_WARP) {
+        const uint64_t chunk = (uint64_t)(c0 + lane);
+        uint32_t words[4], signs = 0;
+        snipi_philox(key, chunk | (uint64_t)1 << 63, words);
+        const uint32_t begin = ((uint32_t)(bucket - lane) - words[0]) % SNIPI_SKETCH;
+        for (uint32_t w = 0; w < 2; w++) {  // of the two words that hold them
+            uint32_t at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
+            snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
+            at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
+            signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
+        }
+        for (int j = 0; j < SNIPI_WARP && c0 + j < end; j++) {
+            const uint32_t from = __shfl_sync(SNIPI_ALL_LANES, begin, j);
+            const uint32_t sign = __shfl_sync(SNIPI_ALL_LANES, signs, j) >> lane << 31;
+            const int64_t i = (c0 + j) * SNIPI_SKETCH + (from + (uint32_t)lane) % SNIPI_SKETCH;
+            if (i < n) sum += snipi_float(snipi_bits(factor * x[i]) ^ sign);
+        }
+    }
+    own[(int64_t)part * SNIPI_SKETCH + bucket] = sum;
 }
 
-struct snipi_cuda_mix {  // snipi_mix_rows, element by element
+struct snipi_cuda_add_parts {  // own [parts][SNIPI_SKETCH]
+    float *sketch;
+    const float *own;
+    int64_t parts;
+
+    __device__ void operator()(int64_t i) const {
+        float sum = sketch[i];
+        for (int64_t p = 0; p < parts; p++) sum += own[p * SNIPI_SKETCH + i];
+        sketch[i] = sum;
+    }
+};
+
+static snip_status snipi_cuda_sketch_add(const snipi_call *call, int which, const float *x, int64_t n, float factor) {
+    const int64_t chunks = snipi_ceil_div(n, SNIPI_SKETCH), parts = snipi_sketch_parts(chunks);
+    const cudaStream_t stream = snipi_cuda_stream(call);
+    float *own = snipi_cuda_scratch(call, SNIPI_SLOT_SKETCH, parts * SNIPI_SKETCH);
+    if (!own) return SNIP_OUT_OF_MEMORY;
+    const snip_status status = snipi_cuda_launch(
+        snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n, factor,
+        snipi_key(call->s, call->l, 0, SNIPI_ROLE_SKETCH + which), chunks, parts);
+    return status ? status
+                  : snipi_cuda_each(snipi_cuda_add_parts{ call->sketch[which], own, parts }, SNIPI_SKETCH, stream);
+}
+
+static snip_status snipi_cuda_sketch_sum(const snipi_call *call, int which, const float *x, float factor) {
+    return snipi_cuda_each(snipi_cuda_add_scaled{ call->sketch[which], x, factor }, SNIPI_SKETCH,
+                           snipi_cuda_stream(call));
+}
+
+// |sketch|^2 of all layers' sketches; a block for each.
+static __global__ void snipi_cuda_sketched_kernel(snipi_sums *sums, const float (*sketch)[SNIPI_SKETCH]) {
+    __shared__ double parts[SNIPI_THREADS / SNIPI_WARP];
+    const float *x = sketch[blockIdx.x];
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < SNIPI_SKETCH; i += SNIPI_THREADS) sum += (double)x[i] * (double)x[i];
+    sum = snipi_cuda_block_sum(sum, parts);
+    if (threadIdx.x == 0) sums[blockIdx.x / SNIPI_SKETCHES].sketched_sq[blockIdx.x % SNIPI_SKETCHES] = sum;
+}
+
+// An element of snipi_mix_part.
+struct snipi_cuda_mixed_rows {
     snip_rng_key key;
     const float *x;
-    int64_t rows, cols, offset;
+    int64_t rows, cols, before;
     uint32_t targets;
     float *mixed;
 
@@ -3094,20 +3331,26 @@ struct snipi_cuda_mix {  // snipi_mix_rows, element by element
         const uint32_t to = (uint32_t)(i / cols);
         uint32_t signs[4], hash[4];
         float sum = 0;
-        for (int64_t chunk = offset / targets; chunk * targets < offset + rows; chunk++) {
+        for (int64_t chunk = before / targets; chunk * targets < before + rows; chunk++) {
             snipi_mix_hash(key, chunk, signs, hash);
             const uint32_t at = (to - hash[0]) % targets;  // 2^32 is a multiple of it
-            const int64_t row = chunk * targets + at - offset;
-            const uint32_t word = at < 64   ? (at < 32 ? signs[0] : signs[1])
-                                  : at < 96 ? signs[2]
-                                            : signs[3];  // an index would put them in local memory
+            const int64_t row = chunk * targets + at - before;
+            // An index would put the words in local memory.
+            const uint32_t word = at < 32 ? signs[0] : at < 64 ? signs[1] : at < 96 ? signs[2] : signs[3];
             if (row >= 0 && row < rows) sum += (word >> at % 32 & 1u ? 1.0f : -1.0f) * x[row * cols + i % cols];
         }
         mixed[i] = sum;
     }
 };
 
-struct snipi_cuda_mix_columns {  // snipi_mix_columns, element by element
+static snip_status snipi_cuda_mix_rows(const snipi_call *call, snip_rng_key key, const float *x, int64_t rows,
+                                       int64_t cols, int64_t before, int targets, float *mixed) {
+    const snipi_cuda_mixed_rows mix = { key, x, rows, cols, before, (uint32_t)targets, mixed };
+    return snipi_cuda_each(mix, targets * cols, snipi_cuda_stream(call));
+}
+
+// An element of snipi_mix_columns_part.
+struct snipi_cuda_mixed_columns {
     snip_rng_key key;
     const float *x;
     int64_t cols;
@@ -3135,528 +3378,538 @@ struct snipi_cuda_mix_columns {  // snipi_mix_columns, element by element
     }
 };
 
-struct snipi_cuda_add_scaled {
-    float *to;
-    const float *from;
-    float factor;
-
-    __device__ void operator()(int64_t i) const { to[i] += factor * from[i]; }
-};
-
-static snip_status snipi_cuda_sketch_tensor(snip_cuda *c, const snipi_layer *l, int which, const float *x, int64_t rows,
-                                            const float *weight, int64_t offset, cudaStream_t stream) {
-    const int by_x = which == SNIPI_SKETCH_X, behind = by_x ? SNIPI_SKETCH_XW : SNIPI_SKETCH_DYW;
-    const int64_t in = by_x ? l->k : l->n;
-    float *seen = snipi_cuda_floats(c, SNIPI_CUDA_PROJECT), *result = snipi_cuda_floats(c, SNIPI_CUDA_PROJECTED);
-    float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED),
-          *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + behind) * SNIPI_SKETCH;
-    const snip_rng_key project = snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT);
-    snipi_cuda_mix mix = { snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + behind), x, rows, in, offset, SNIPI_MIXED, mixed };
-    snip_status status = snipi_cuda_each(mix, SNIPI_MIXED * in, stream);
-    if (!status) status = snipi_cuda_sketch_add(c, l, which, mixed, SNIPI_MIXED * in, 0, stream);
-    if (!status)
-        status = by_x ? snipi_cuda_each(snipi_cuda_mix{ project, weight, l->n, l->k, 0, SNIPI_PROJECTED, seen },
-                                        SNIPI_PROJECTED * in, stream)
-                      : snipi_cuda_each(snipi_cuda_mix_columns{ project, weight, l->k, seen }, SNIPI_PROJECTED * in,
-                                        stream);
-    if (!status) status = snipi_cuda_f32(SNIPI_MIXED, SNIPI_PROJECTED, in, mixed, 0, seen, !by_x, result, stream);
-    return status
-               ? status
-               : snipi_cuda_each(snipi_cuda_add_scaled{ sketch, result, c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f },
-                                 SNIPI_SKETCH, stream);
+static snip_status snipi_cuda_mix_columns(const snipi_call *call, snip_rng_key key, const float *x, int64_t rows,
+                                          int64_t cols, float *mixed) {
+    return snipi_cuda_each(snipi_cuda_mixed_columns{ key, x, cols, mixed }, rows * SNIPI_PROJECTED,
+                           snipi_cuda_stream(call));
 }
 
-// Adds a candidate's rounding errors of x to *stats. codes and scales may be NULL.
-static snip_status snipi_cuda_errors(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f, snipi_kind kind,
-                                     int role, const float *x, int64_t rows, int64_t cols, const float *weight,
-                                     void *codes, void *scales, snip_quant_stats *stats, cudaStream_t stream) {
-    snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], kind);
-    snip_quantize_job job = {};
-    snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 1 };
-    job.x = x;
-    job.rows = rows;
-    job.cols = job.ld = cols;
-    job.recipe = &recipe;
-    job.weight = weight;
-    job.codes = codes;
-    job.scales = scales;
-    job.key = snipi_key(c->s, l, micro, role);
-    return snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_STATS], options, stream);
+static snip_status snipi_cuda_product(const snipi_call *call, int64_t m, int64_t n, int64_t k, const float *a,
+                                      const float *b, int turned, float *c) {
+    const snip_recipe recipe = SNIP_RECIPE_F32;
+    snip_operand operand_a = {}, operand_b = {};
+    operand_a.recipe = operand_b.recipe = &recipe;
+    operand_a.codes = a;
+    operand_b.codes = b;
+    operand_b.transposed = !turned;
+    return snip_cuda_gemm(m, n, k, &operand_a, &operand_b, c, n, 0, NULL, snipi_cuda_stream(call));
 }
 
-struct snipi_cuda_row_sums {
-    const double *x;
-
-    __device__ double operator()(int64_t i) const { return x[SNIPI_CUDA_ROW_SUMS * i]; }
-};
-
-static __global__ void snipi_cuda_rows_kernel(double *rows, const float *x, const float *rounded, const float *dx,
-                                              int64_t k) {  // a block for each row
-    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
-    const int64_t at = (int64_t)blockIdx.x * k;
-    double along = 0, d_sq = 0, scale = 0, self = 0;
-    for (int64_t i = at + threadIdx.x; i < at + k; i += SNIPI_THREADS) {
-        const double e = (double)(rounded[i] - x[i]), d = (double)dx[i];
-        along += d * e;
-        d_sq += d * d;
-        scale += d * (double)x[i];
-        self += e * (double)x[i];
-    }
-    along = snipi_cuda_block_sum(along, sums);
-    d_sq = snipi_cuda_block_sum(d_sq, sums);
-    scale = snipi_cuda_block_sum(scale, sums);
-    self = snipi_cuda_block_sum(self, sums);
-    if (threadIdx.x) return;
-    rows += SNIPI_CUDA_ROW_SUMS * (int64_t)blockIdx.x;
-    rows[0] = d_sq;
-    rows[1] = along * along;
-    rows[2] = along * scale;
-    rows[3] = scale * scale;
-    rows[4] = self;
-}
+// ---- rounding errors
 
 // As snipi_scaling_bucket: a block for each bucket.
 static __global__ void snipi_cuda_scaling_kernel(double *buckets, const float *x, const float *dx, int64_t rows,
-                                                 int64_t k, int64_t offset, double factor) {
-    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+                                                 int64_t k, int64_t before, double factor) {
+    __shared__ double parts[SNIPI_THREADS / SNIPI_WARP];
+    const int64_t first = before / SNIPI_BLOCK_ROWS, end = before + rows;
+    int64_t block = first + ((int64_t)blockIdx.x + SNIPI_BLOCKS - first % SNIPI_BLOCKS) % SNIPI_BLOCKS;
     double sum = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        if ((offset + r) / SNIPI_BLOCK_ROWS % SNIPI_BLOCKS != (int64_t)blockIdx.x) continue;
-        for (int64_t i = threadIdx.x; i < k; i += SNIPI_THREADS) sum += (double)dx[r * k + i] * (double)x[r * k + i];
+    for (; block * SNIPI_BLOCK_ROWS < end; block += SNIPI_BLOCKS) {
+        const int64_t from = snipi_max(block * SNIPI_BLOCK_ROWS, before) - before;
+        const int64_t to = snipi_min((block + 1) * SNIPI_BLOCK_ROWS, end) - before;
+        for (int64_t i = from * k + threadIdx.x; i < to * k; i += SNIPI_THREADS) sum += (double)dx[i] * (double)x[i];
     }
-    sum = snipi_cuda_block_sum(sum, sums);
+    sum = snipi_cuda_block_sum(sum, parts);
     if (threadIdx.x == 0) buckets[blockIdx.x] += factor * sum;
 }
 
-// X's rounding errors beside dX, as in snipi_measure_input.
-static snip_status snipi_cuda_measure_input(const snip_cuda *c, const snipi_layer *l, int64_t micro, int f,
-                                            const float *x, int64_t rows, const float *dx, cudaStream_t stream) {
-    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
-    snip_recipe recipe = snipi_recipe_of(c->s, snipi_candidates[f], SNIPI_ACTIVATION);
-    float *rounded = snipi_cuda_floats(c, SNIPI_CUDA_X);
-    double *sums = (double *)c->slot[SNIPI_CUDA_PROJECTED];
-    void *codes = c->slot[SNIPI_CUDA_A], *scales = c->slot[SNIPI_CUDA_A_SCALES];
-    snip_status status = snipi_cuda_errors(c, l, micro, f, SNIPI_ACTIVATION, SNIPI_ROLE_X, x, rows, l->k, dx, codes,
-                                           scales, &r->x[f], stream);
-    if (!status) status = snip_cuda_dequantize(&recipe, codes, scales, rows, l->k, rounded, SNIP_F32, l->k, stream);
+static snip_status snipi_cuda_scaling(const snipi_call *call, const float *x, const float *dx, double factor,
+                                      float *add_to) {
+    const snip_status status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0,
+                                                 snipi_cuda_stream(call), &call->sums->scaling[0], x, dx, call->rows,
+                                                 call->l->k, call->before, factor);
+    return status ? status : snipi_cuda_add_to(call, add_to, dx, call->rows * call->l->k);
+}
+
+// What quantizing has measured, added to a layer's sums; each of them may be NULL.
+struct snipi_cuda_add_stats {
+    double *err_sq, *dot, *sum_sq;
+    int once;  // sum_sq is known where it is not 0
+    const snip_quant_stats *stats;
+
+    __device__ void operator()(int64_t) const {
+        if (err_sq) *err_sq += stats->err_sq;
+        if (dot) *dot += stats->dot;
+        if (sum_sq && !(once && *sum_sq > 0)) *sum_sq += stats->sum_sq;
+    }
+};
+
+// Rounds x [rows][cols] as candidate f does. beside: what the errors are multiplied by for stats.dot, or NULL. rounded:
+// what x becomes, or NULL.
+static snip_status snipi_cuda_round(const snipi_call *call, int f, snipi_kind kind, snip_rng_key key, const float *x,
+                                    int64_t rows, int64_t cols, const float *beside, float *rounded,
+                                    snipi_cuda_add_stats add) {
+    const snip_cuda *c = snipi_cuda_of(call);
+    const cudaStream_t stream = snipi_cuda_stream(call);
+    const snip_recipe recipe = snipi_recipe_of(call->s, snipi_candidates[f], kind);
+    snip_quant_stats *stats = (snip_quant_stats *)c->slot[SNIPI_CUDA_STATS];
+    snip_quantize_job job = {};
+    job.x = x;
+    job.rows = rows;
+    job.cols = job.ld = job.ld_out = cols;
+    job.recipe = &recipe;
+    job.weight = beside;
+    job.out = rounded;
+    job.key = key;
+    add.stats = stats;
+    const snip_status status = snip_cuda_quantize(&job, SNIP_CUDA_PACKED, stats, NULL, c->slot[SNIPI_CUDA_QUANTIZE],
+                                                  stream);
+    return status ? status : snipi_cuda_each(add, 1, stream);
+}
+
+// As snipi_input_errors_chunk: a block for each row, whose sums go to sums [SNIPI_ROW_SUMS][rows].
+static __global__ void snipi_cuda_rows_kernel(double *sums, const float *x, const float *rounded, const float *dx,
+                                              int64_t k) {
+    __shared__ double parts[SNIPI_THREADS / SNIPI_WARP];
+    const int64_t row = blockIdx.x, rows = gridDim.x;
+    double dot = 0, dx_sq = 0, scale = 0;  // <dX_r, e_r>, |dX_r|^2, <dX_r, X_r>
+    for (int64_t i = row * k + threadIdx.x; i < (row + 1) * k; i += SNIPI_THREADS) {
+        const double d = (double)dx[i];
+        dot += d * (double)(rounded[i] - x[i]);
+        dx_sq += d * d;
+        scale += d * (double)x[i];
+    }
+    dot = snipi_cuda_block_sum(dot, parts);
+    dx_sq = snipi_cuda_block_sum(dx_sq, parts);
+    scale = snipi_cuda_block_sum(scale, parts);
+    if (threadIdx.x) return;
+    sums[SNIPI_DOT * rows + row] = dot;
+    sums[SNIPI_DX_SQ * rows + row] = dx_sq;
+    sums[SNIPI_ALONG * rows + row] = dot * dot;
+    sums[SNIPI_BOTH * rows + row] = dot * scale;
+    sums[SNIPI_SCALE * rows + row] = scale * scale;
+}
+
+static snip_status snipi_cuda_input_errors(const snipi_call *call, int f, const float *x, const float *dx) {
+    const int64_t rows = call->rows, k = call->l->k;
+    snipi_candidate_sums *to = &call->sums->candidate[f];
+    double *total[SNIPI_ROW_SUMS] = { &to->dot_x, &to->dx_sq, &to->along_x, &to->both_x, &to->scale_x };
+    double *sums = (double *)snipi_cuda_of(call)->slot[SNIPI_CUDA_ROWS];
+    float *rounded = snipi_cuda_scratch(call, SNIPI_SLOT_X, rows * k);
+    if (!rounded) return SNIP_OUT_OF_MEMORY;
+    snip_status status = snipi_cuda_round(
+        call, f, SNIPI_ACTIVATION, snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_X), x, rows, k, x, rounded,
+        { &to->err_x, &to->self_x, f ? NULL : &call->sums->input_sq, 0, NULL });
     if (!status)
-        status = snipi_cuda_launch(snipi_cuda_rows_kernel, rows, SNIPI_THREADS, 0, stream, sums, x,
-                                   (const float *)rounded, dx, l->k);
-    for (int i = 0; i < SNIPI_CUDA_ROW_SUMS && !status; i++)
-        status = snipi_cuda_total(c, snipi_cuda_row_sums{ sums + i }, rows, &r->rows[f][i], 1, 1, stream);
+        status = snipi_cuda_launch(snipi_cuda_rows_kernel, rows, SNIPI_THREADS, 0, snipi_cuda_stream(call), sums, x,
+                                   (const float *)rounded, dx, k);
+    for (int i = 0; i < SNIPI_ROW_SUMS && !status; i++)
+        status = snipi_cuda_total(call, snipi_cuda_value{ sums + i * rows }, rows, total[i], 1, 1);
     return status;
 }
 
-static snip_status snipi_cuda_measure_wgrad(snip_cuda *c, const snipi_layer *l, int64_t micro, const float *dy,
-                                            const float *x, int64_t rows, const float *exact, cudaStream_t stream) {
-    const int64_t samples = snipi_samples(c->s, l);
-    float *picked = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE), *result = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE_OUT);
-    snipi_cuda_pick pick = { picked, dy, l->n, samples };
-    snipi_cuda_wgrad_error error = { result, exact, snipi_cuda_sensitivity_of(c, l, NULL), l->n, l->k, samples };
-    snip_status status = snipi_cuda_each(pick, rows * samples, stream);
+static snip_status snipi_cuda_gradient_errors(const snipi_call *call, int f, const float *dy) {
+    return snipi_cuda_round(call, f, SNIPI_GRADIENT, snipi_key(call->s, call->l, call->micro, SNIPI_ROLE_DY), dy,
+                            call->rows, call->l->n, NULL, NULL,
+                            { &call->sums->candidate[f].err_dy, NULL, f ? NULL : &call->sums->gradient_sq, 0, NULL });
+}
+
+// first: W is met for the first time in this pass. A layer that the loss probe did not call has no |W|^2 yet.
+static snip_status snipi_cuda_weight_errors(const snipi_call *call, int f, const float *w, const float *dw, int first) {
+    const snipi_layer *l = call->l;
+    const snip_rng_key key = snipi_key(call->s, l, 0, SNIPI_ROLE_W);
+    snipi_candidate_sums *to = &call->sums->candidate[f];
+    snipi_cuda_add_stats add = { first ? &to->err_w : NULL, &to->dot_w, first ? &call->sums->weight_sq : NULL, 1,
+                                 NULL };
+    const snip_status status = snipi_cuda_round(call, f, SNIPI_WEIGHT, key, w, l->n, l->k, dw, NULL, add);
+    if (status || !first || !snipi_probes_updates(call->s)) return status;
+    return snipi_cuda_round(call, f, SNIPI_WEIGHT, key, w, l->n, l->k, w, NULL, { NULL, &to->self_w, NULL, 0, NULL });
+}
+
+// samples of n output features, at equal distances.
+struct snipi_cuda_pick {
+    float *to;
+    const float *dy;
+    int64_t n, samples;
+
+    __device__ void operator()(int64_t i) const { to[i] = dy[i / samples * n + i % samples * n / samples]; }
+};
+
+struct snipi_cuda_feature_errors {  // of the sampled features
+    const float *result, *exact;
+    snipi_cuda_sensitivities d;
+    int64_t n, k, samples;
+
+    __device__ double operator()(int64_t i) const {
+        const int64_t at = i / k * n / samples * k + i % k;
+        const float e = (result[i] - exact[at]) * d.at(at);
+        return (double)e * (double)e;
+    }
+};
+
+static snip_status snipi_cuda_wgrad_errors(const snipi_call *call, const float *dy, const float *x, const float *dw) {
+    snip_cuda *c = snipi_cuda_of(call);
+    const snipi_layer *l = call->l;
+    const int64_t samples = snipi_samples(call->s, l);
+    float *picked = snipi_cuda_scratch(call, SNIPI_SLOT_SAMPLE, call->rows * samples);
+    float *result = snipi_cuda_scratch(call, SNIPI_SLOT_SAMPLE_OUT, samples * l->k);
+    if (!picked || !result) return SNIP_OUT_OF_MEMORY;
+    const snipi_cuda_feature_errors errors = {
+        result, dw, snipi_cuda_sensitivities_of(call, NULL), l->n, l->k, samples
+    };
+    c->uncounted = 1;  // counted by the layer's own GEMMs
+    snip_status status = snipi_cuda_each(snipi_cuda_pick{ picked, dy, l->n, samples }, call->rows * samples,
+                                         snipi_cuda_stream(call));
     for (int f = 0; f < SNIPI_CANDIDATES && !status; f++) {
-        snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-        snip_recipe recipe;
-        status = snipi_cuda_operands(c, l, micro, snipi_candidates[f], SNIPI_GRADIENT, picked, rows, samples, 0, NULL,
-                                     &recipe, NULL, &a, stream);
+        status = snipi_cuda_wgrad(call, snipi_candidates[f], result, 0, picked, samples, x);
         if (!status)
-            status = snipi_cuda_wgrad(c, l, micro, snipi_candidates[f], result, 0, samples, a.operand, x, rows, 0,
-                                      stream);
-        if (!status)
-            status = snipi_cuda_total(c, error, samples * l->k, &snipi_cuda_record_of(c, l)->wgrad_err[f],
-                                      (double)l->n / (double)samples, 1, stream);
+            status = snipi_cuda_total(call, errors, samples * l->k, &call->sums->candidate[f].wgrad_err,
+                                      (double)l->n / (double)samples, 1);
     }
+    c->uncounted = 0;
     return status;
 }
 
-static snip_status snipi_cuda_measure_forward(snip_cuda *c, snipi_layer *l, int64_t micro, float *out, const float *inp,
-                                              const float *weight, const float *bias, int64_t rows,
-                                              cudaStream_t stream) {
-    const snip_pass pass = c->s->pass;
-    const int64_t nx = rows * l->k, nw = l->n * l->k;
-    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
-    snip_status status = SNIP_OK;
-    if (pass == SNIP_PASS_LOSS_PROBE && micro == 0) {
-        status = snipi_cuda_square_sum(c, weight, nw, &r->weight_sq, stream);
-        if (!status) status = snipi_cuda_square_sum(c, inp, nx, &r->input_sq, stream);
-        if (!status) status = snipi_cuda_launch(snipi_cuda_sigma_kernel, 1, 1, 0, stream, r, (double)nx, (double)nw);
-    }
-    if (pass == SNIP_PASS_LOSS_PROBE && !status) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
-    if (pass != SNIP_PASS_CLEAN && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
-    if (pass != SNIP_PASS_LOSS_PROBE && snipi_probes_updates(c->s) && !status) {
-        status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_X, inp, rows, weight, l->elements_x / l->k, stream);
-    }
-    l->elements_x += nx;
-    if (status) return status;
-    return snipi_cuda_fwd(c, l, micro, c->s->desc.measure, out,
-                          pass == SNIP_PASS_LOSS_PROBE ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
-                          pass == SNIP_PASS_CLEAN ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W), bias, rows, stream);
+static const snipi_operations *snipi_cuda_operations() {
+    static const snipi_operations device = {
+        snipi_cuda_fwd,           snipi_cuda_dgrad,           snipi_cuda_wgrad,         snipi_cuda_gradients,
+        snipi_cuda_bias_gradient, snipi_cuda_count_nonfinite, snipi_cuda_content,       snipi_cuda_observe,
+        snipi_cuda_record,        snipi_cuda_scratch,         snipi_cuda_size_noise,    snipi_cuda_noisy_input,
+        snipi_cuda_noisy_weight,  snipi_cuda_noise_dot,       snipi_cuda_mix_rows,      snipi_cuda_mix_columns,
+        snipi_cuda_sketch_add,    snipi_cuda_sketch_sum,      snipi_cuda_product,       snipi_cuda_scaling,
+        snipi_cuda_input_errors,  snipi_cuda_gradient_errors, snipi_cuda_weight_errors, snipi_cuda_wgrad_errors,
+        snipi_cuda_sensitivity,   snipi_cuda_step_size,
+    };
+    return &device;
 }
 
-static snip_status snipi_cuda_measure_backward(snip_cuda *c, snipi_layer *l, int64_t micro, float *dinp, float *dweight,
-                                               const float *dout, const float *inp, const float *weight, int64_t rows,
-                                               cudaStream_t stream) {
-    const int clean = c->s->pass == SNIP_PASS_CLEAN, loss_probe = c->s->pass == SNIP_PASS_LOSS_PROBE,
-              sketched = !loss_probe && snipi_probes_updates(c->s);
-    const int64_t nx = rows * l->k, nw = l->n * l->k;
-    const snip_format format = c->s->desc.measure;
-    const float *x = loss_probe ? snipi_cuda_floats(c, SNIPI_CUDA_X) : inp,
-                *w = clean ? weight : snipi_cuda_floats(c, SNIPI_CUDA_W);
-    float *own = snipi_cuda_floats(c, SNIPI_CUDA_OWN);
-    snipi_cuda_record *r = snipi_cuda_record_of(c, l);
-    snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-    const snip_rng_key project = snipi_key(c->s, l, 0, SNIPI_ROLE_PROJECT);
-    snip_recipe recipe;
-    snip_status status = SNIP_OK;
-    if (loss_probe) status = snipi_cuda_probe_input(c, l, micro, inp, nx, stream);
-    if (!clean && !status) status = snipi_cuda_probe_weight(c, l, weight, stream);
-    if (sketched && !status) {
-        status = snipi_cuda_sketch_tensor(c, l, SNIPI_SKETCH_DY, dout, rows, weight, l->elements_y / l->n, stream);
-    }
+// ---- calls of a layer
 
-    if (!status)
-        status = snipi_cuda_dgrad(c, l, micro, format, own, 0, dout, w, rows, &recipe,
-                                  clean || loss_probe ? &dy_t : NULL, stream);
-    if (sketched && !status)
-        status = snipi_cuda_launch(snipi_cuda_scaling_kernel, SNIPI_BLOCKS, SNIPI_THREADS, 0, stream, &r->scaling[0],
-                                   inp, (const float *)own, rows, l->k, l->elements_y / l->n, clean ? -1.0 : 1.0);
-    l->elements_y += rows * l->n;
-    if (dinp && !status) status = snipi_cuda_each(snipi_cuda_add{ dinp, own }, nx, stream);
-    if ((clean || loss_probe) && !status)
-        status = snipi_cuda_dot_noise(own, nx, snipi_key(c->s, l, micro, SNIPI_ROLE_NOISE_X),
-                                      clean ? &r->clean_x : &r->noisy_x, 1, c->slot[SNIPI_CUDA_SUMS], stream);
-    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++) {
-        status = snipi_cuda_measure_input(c, l, micro, f, inp, rows, own, stream);
-        if (sketched && !status)
-            status = snipi_cuda_errors(c, l, micro, f, SNIPI_GRADIENT, SNIPI_ROLE_DY, dout, rows, l->n, NULL, NULL,
-                                       NULL, &r->dy[f], stream);
-    }
+static const char snipi_cuda_step_changed[] = "the session's step was changed after snip_cuda_create";
 
-    if (!clean && !loss_probe) {  // of dY's columns mixed, and no more
-        float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_SAMPLE);
-        if (!status)
-            status = snipi_cuda_each(snipi_cuda_mix_columns{ project, dout, l->n, mixed }, rows * SNIPI_PROJECTED,
-                                     stream);
-        if (!status)
-            status = snipi_cuda_operands(c, l, micro, format, SNIPI_GRADIENT, mixed, rows, SNIPI_PROJECTED, 0, NULL,
-                                         &recipe, NULL, &dy_t, stream);
-        if (!status)
-            status = snipi_cuda_wgrad(c, l, micro, format, own, 0, SNIPI_PROJECTED, dy_t.operand, x, rows, 1, stream);
-        return status ? status : snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, own, SNIPI_PROJECTED * l->k, 0, stream);
-    }
-    if (!status) status = snipi_cuda_wgrad(c, l, micro, format, own, 0, l->n, dy_t.operand, x, rows, 1, stream);
-    if (dweight && !status) status = snipi_cuda_each(snipi_cuda_add{ dweight, own }, nw, stream);
-    if (sketched && !status) {
-        float *mixed = snipi_cuda_floats(c, SNIPI_CUDA_MIXED);
-        status = snipi_cuda_each(snipi_cuda_mix{ project, own, l->n, l->k, 0, SNIPI_PROJECTED, mixed },
-                                 SNIPI_PROJECTED * l->k, stream);
-        if (!status) status = snipi_cuda_sketch_add(c, l, SNIPI_SKETCH_DW, mixed, SNIPI_PROJECTED * l->k, 0, stream);
-    }
-    if (!status)
-        status = snipi_cuda_dot_noise(own, nw, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_W),
-                                      clean ? &r->clean_w : &r->noisy_w, 1, c->slot[SNIPI_CUDA_SUMS], stream);
-    for (int f = 0; clean && f < SNIPI_CANDIDATES && !status; f++)
-        for (int self = 0; self <= (micro == 0 && sketched) && !status; self++)
-            status = snipi_cuda_errors(c, l, 0, f, SNIPI_WEIGHT, SNIPI_ROLE_W, weight, l->n, l->k, self ? weight : own,
-                                       NULL, NULL, self ? &r->self_w[f] : &r->w[f], stream);
-    if (clean && snipi_probes_updates(c->s) && !status)
-        status = snipi_cuda_measure_wgrad(c, l, micro, dout, inp, rows, own, stream);
-    return status;
-}
-
-static int snipi_cuda_call_ok(const snip_cuda *c, const snipi_layer *l, const void *a, const void *b, const void *x,
-                              int64_t rows) {
-    return snipi_linear_args(l, a, b, x, rows) && rows <= c->rows && c->step == c->s->step;
+// Begins a call; refused as in snip.h, and where the session is not the one that the device knows.
+static snip_status snipi_cuda_begin_call(snipi_call *call, snip_cuda *c, const char *function, int layer, const void *x,
+                                         const void *y, const void *z, int64_t rows, cudaStream_t stream) {
+    snip *s = c ? c->s : NULL;
+    if (!s || !snipi_begin_call(call, s, layer, x, y, z, rows, snipi_cuda_operations(), c, stream))
+        return snipi_refuse_call(s, function, layer);
+    if (rows <= c->rows && c->step == s->kept.step) return SNIP_OK;
+    snipi_fail_layer(s, SNIP_BAD_ARGUMENT, call->l,
+                     rows > c->rows ? "more rows than snip_cuda_create was told of" : snipi_cuda_step_changed);
+    return s->mode == SNIP_TRAIN ? snipi_keep(s, SNIP_BAD_ARGUMENT) : SNIP_BAD_ARGUMENT;
 }
 
 SNIP_API snip_status snip_cuda_linear_forward(snip_cuda *c, int layer, float *out, const float *inp,
                                               const float *weight, const float *bias, int64_t rows,
                                               cudaStream_t stream) {
-    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
-    snip_status status;
-    if (!c || !snipi_cuda_call_ok(c, l, out, inp, weight, rows))
-        return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
-    if (rows == 0) return SNIP_OK;
-    if (c->s->mode != SNIP_TRAIN)
-        status = snipi_cuda_fwd(c, l, 0, c->s->mode == SNIP_EVAL ? l->format[SNIP_FWD] : c->s->desc.high, out, inp,
-                                weight, bias, rows, stream);
-    else {
-        int64_t micro = l->calls_forward++;
-        if (c->s->pass == SNIP_PASS_ORDINARY) {
-            status = snipi_cuda_observe(c, l, 0, inp, rows * l->k, stream);
-            if (!status)
-                status = snipi_cuda_fwd(c, l, micro, l->format[SNIP_FWD], out, inp, weight, bias, rows, stream);
-        } else
-            status = snipi_cuda_measure_forward(c, l, micro, out, inp, weight, bias, rows, stream);
-    }
-    return snipi_finish_call(c->s, l, l->nonfinite, status);
+    snipi_call call;
+    const snip_status refused = snipi_cuda_begin_call(&call, c, "snip_cuda_linear_forward", layer, out, inp, weight,
+                                                      rows, stream);
+    if (refused || rows == 0) return refused;
+    return snipi_finish_call(&call, call.l->nonfinite, snipi_forward(&call, out, inp, weight, bias));
 }
 
 SNIP_API snip_status snip_cuda_linear_backward(snip_cuda *c, int layer, float *dinp, float *dweight, float *dbias,
                                                const float *dout, const float *inp, const float *weight, int64_t rows,
                                                cudaStream_t stream) {
-    snipi_layer *l = c ? snipi_layer_at(c->s, layer) : NULL;
-    snip_status status = SNIP_OK;
-    int64_t micro;
-    if (!c || !snipi_cuda_call_ok(c, l, dout, inp, weight, rows))
-        return snipi_finish_call(c ? c->s : NULL, NULL, 0, SNIP_BAD_ARGUMENT);
-    if (c->s->mode != SNIP_TRAIN)
-        return snipi_hold(c->s, SNIP_BAD_ARGUMENT, l->name, "a backward call outside SNIP_TRAIN");
-    if (rows == 0) return SNIP_OK;
-    micro = l->calls_backward++;
-    if (c->s->pass == SNIP_PASS_ORDINARY) {
-        const snip_format format = l->format[SNIP_DGRAD], format_w = l->format[SNIP_WGRAD];
-        const int both = dinp && dweight && format == format_w;
-        snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-        snip_recipe recipe, recipe_w;
-        status = snipi_cuda_observe(c, l, 1, dout, rows * l->n, stream);
-        if (dinp && !status)
-            status = snipi_cuda_dgrad(c, l, micro, format, dinp, 1, dout, weight, rows, &recipe, both ? &dy_t : NULL,
-                                      stream);
-        if (dweight && !both && !status)
-            status = snipi_cuda_operands(c, l, micro, format_w, SNIPI_GRADIENT, dout, rows, l->n, 1, NULL, &recipe_w,
-                                         NULL, &dy_t, stream);
-        if (dweight && !status)
-            status = snipi_cuda_wgrad(c, l, micro, format_w, dweight, 1, l->n, dy_t.operand, inp, rows, 1, stream);
-    } else
-        status = snipi_cuda_measure_backward(c, l, micro, dinp, dweight, dout, inp, weight, rows, stream);
-    if (dbias && !status)
-        status = snipi_cuda_launch(snipi_cuda_bias_kernel, snipi_ceil_div(l->n, SNIPI_WARP), SNIPI_THREADS, 0, stream,
-                                   dbias, dout, rows, l->n);
-    return snipi_finish_call(c->s, l, l->nonfinite, status);
+    snipi_call call;
+    const snip_status refused = snipi_cuda_begin_call(&call, c, "snip_cuda_linear_backward", layer, dout, inp, weight,
+                                                      rows, stream);
+    if (refused || rows == 0) return refused;
+    return snipi_finish_call(&call, call.l->nonfinite, snipi_backward(&call, dinp, dweight, dbias, dout, inp, weight));
+}
+
+SNIP_API snip_status snip_cuda_linear_recompute(snip_cuda *c, int layer, float *out, const float *inp,
+                                                const float *weight, const float *bias, int64_t rows,
+                                                cudaStream_t stream) {
+    snipi_call call;
+    const snip_status refused = snipi_cuda_begin_call(&call, c, "snip_cuda_linear_recompute", layer, out, inp, weight,
+                                                      rows, stream);
+    if (refused || rows == 0) return refused;
+    c->uncounted = 1;  // counted by the forward call
+    const snip_status status = snipi_recompute(&call, out, inp, weight, bias);
+    c->uncounted = 0;
+    return snipi_finish_call(&call, call.l->nonfinite, status);
 }
 
 // ---- passes and steps
-static snip_status snipi_cuda_prepare_update_probe(snip_cuda *c, cudaStream_t stream) {
-    snip *s = c->s;
-    snip_status status = snipi_all_bound(s);
-    for (int l = 0; l < s->n_layers && !status; l++) {
-        const snipi_layer *layer = &s->layers[l];
-        const int64_t n = layer->n * layer->k;
-        float *d = snipi_cuda_floats(c, SNIPI_CUDA_W);
-        if (s->desc.optimizer == SNIP_LION)
-            status = snipi_cuda_square_sum(c, layer->m, n, &c->record[l].moment_sq, stream);
-        if (!status) status = snipi_cuda_each(snipi_cuda_sensitivity_of(c, layer, d), n, stream);
-        if (!status) status = snipi_cuda_square_sum(c, d, n, &c->record[l].sensitivity_sq, stream);
-    }
-    return status ? status
-                  : snipi_cuda_launch(snipi_cuda_tau_kernel, 1, 1, 0, stream, c->record, s->n_layers, c->globals);
-}
 
 SNIP_API int snip_cuda_next_pass(snip_cuda *c, const float *loss, cudaStream_t stream) {
-    snip *s = c ? c->s : NULL;
-    snip_status status = SNIP_OK;
+    snipi_call call;
     if (!c) return 0;
-    snipi_check_calls(s);
-    if (s->pass == SNIP_PASS_CLEAN || s->pass == SNIP_PASS_ORDINARY) {
-        if (!loss)
-            status = s->pass == SNIP_PASS_CLEAN ? SNIP_BAD_ARGUMENT : SNIP_OK;
-        else if (cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) !=
-                 cudaSuccess)
-            status = SNIP_DEVICE;
-        else
-            s->told = 1;
-        if (status) snipi_finish_call(s, NULL, 0, status);
+    snip *s = c->s;
+    if (s->told) {
+        snipi_keep(
+            s, snipi_bad(s, "snip_cuda_next_pass", "called after the step's last pass: snip_cuda_end_step is missing"));
         return 0;
     }
-    if (s->pass == SNIP_PASS_LOSS_PROBE && snipi_probes_updates(s)) {
-        status = snipi_cuda_prepare_update_probe(c, stream);
-        if (status && !s->pending) s->pending = status;
-        snipi_begin_pass(s, status ? SNIP_PASS_ORDINARY : SNIP_PASS_UPDATE_PROBE);
-    } else
-        snipi_begin_pass(s, SNIP_PASS_CLEAN);
-    return 1;
-}
-
-// On the stream: the step's results to the host, and the next step's number.
-static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const float *grad_scale, cudaStream_t stream) {
-    const snip *s = c->s;
-    const snip_adamw *o = &s->adamw;
-    const size_t watched = (size_t)s->n_layers * sizeof *c->watched, records = (size_t)s->n_layers * sizeof *c->record;
-    snip_status status = SNIP_OK;
-    if (e->measured && snipi_probes_updates(s)) {
-        for (int l = 0; l < s->n_layers && !status; l++) {
-            const snipi_layer *layer = &s->layers[l];
-            snipi_cuda_update u = { s->desc.optimizer,
-                                    layer->m,
-                                    layer->v,
-                                    (float)(1 / (1 - pow(o->beta1, (double)o->step))),
-                                    (float)(1 / (1 - pow(o->beta2, (double)o->step))),
-                                    (float)o->eps };
-            status = snipi_cuda_total(c, u, layer->n * layer->k, &c->record[l].update_sq, 1, 0, stream);
-        }
-        if (!status)
-            status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS,
-                                       0, stream, c->record, (const float *)c->sketch);
+    snipi_end_pass(s);
+    if (snipi_in_probe(s)) {
+        snipi_begin_call(&call, s, 0, NULL, NULL, NULL, 0, snipi_cuda_operations(), c, stream);
+        snipi_advance(&call);
+        return 1;
     }
-    if (status) return status;
-    if (grad_scale && cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice,
-                                      stream) != cudaSuccess)
-        return SNIP_DEVICE;
-    if (e->measured &&
-        cudaMemcpyAsync(c->host_record, c->record, records, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
-        return SNIP_DEVICE;
-    if (cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream) != cudaSuccess)
-        return SNIP_DEVICE;
-    if (s->n_layers &&
-        (cudaMemcpyAsync(e->watched, c->watched, watched, cudaMemcpyDeviceToHost, stream) != cudaSuccess ||
-         cudaMemsetAsync(c->watched, 0, watched, stream) != cudaSuccess))
-        return SNIP_DEVICE;
-    status = snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)(c->step + 1));
-    return status ? status : cudaEventRecord(e->done, stream) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+    s->told = 1;
+    c->has_loss = loss != NULL;
+    if (!loss && s->pass == SNIP_PASS_CLEAN)
+        snipi_keep(s, snipi_bad(s, "snip_cuda_next_pass", "a measuring step needs its loss"));
+    if (loss && cudaMemcpyAsync(&c->globals->loss, loss, sizeof *loss, cudaMemcpyDeviceToDevice, stream) != cudaSuccess)
+        snipi_keep(s, snipi_fail(s, SNIP_DEVICE, "snip_cuda_next_pass", snip_status_text(SNIP_DEVICE)));
+    return 0;
 }
 
-// What the device measured, into the layers; then the plan.
-static snip_status snipi_cuda_decide(snip_cuda *c, const snipi_cuda_ended *e) {
+// The records are complete once the optimizer has run; then they go to the host.
+static snip_status snipi_cuda_send_records(snip_cuda *c, cudaStream_t stream) {
     snip *s = c->s;
-    double update_sq = 0, grad_scale = e->device_scale           ? (double)e->globals->grad_scale
-                                       : e->adamw.grad_scale > 0 ? e->adamw.grad_scale
-                                                                 : 1;
-    s->tau = e->globals->tau;
-    for (int i = 0; i < s->n_layers; i++) {
-        const snipi_cuda_record *r = &c->host_record[i];
-        snipi_layer *l = &s->layers[i];
-        l->weight_sq = r->weight_sq;
-        l->sensitivity_sq = r->sensitivity_sq;
-        l->sigma_x = r->sigma_x;
-        l->sigma_w = r->sigma_w;
-        l->noisy_x = r->noisy_x;
-        l->noisy_w = r->noisy_w;
-        l->clean_x = r->clean_x;
-        l->clean_w = r->clean_w;
-        l->input_sq = r->x[0].sum_sq;
-        l->gradient_sq = r->dy[0].sum_sq;
-        l->elements_x = c->seen[3 * i];
-        l->elements_y = c->seen[3 * i + 1];
-        memcpy(l->sketched_sq, r->sketched_sq, sizeof l->sketched_sq);
-        memcpy(l->scaling, r->scaling, sizeof l->scaling);
-        for (int f = 0; f < SNIPI_CANDIDATES; f++) {
-            snipi_measured *q = &l->measured[f];
-            q->dot_x = r->x[f].dot;
-            q->err_w = snipi_ratio(r->w[f].err_sq, (double)c->seen[3 * i + 2]);
-            q->dot_w = r->w[f].dot;
-            q->err_dy = r->dy[f].err_sq;
-            q->dx_sq = r->rows[f][0];
-            q->along_x = r->rows[f][1];
-            q->both_x = r->rows[f][2];
-            q->scale_x = r->rows[f][3];
-            q->self_x = r->rows[f][4];
-            q->self_w = r->self_w[f].dot;
-            q->wgrad_err = r->wgrad_err[f];
-        }
-        if (r->weight_sq > 0) update_sq += r->update_sq / r->weight_sq;
+    snipi_call call;
+    snip_status status = SNIP_OK;
+    for (int i = 0; i < s->n_layers && snipi_probes_updates(s); i++) {
+        const snipi_layer *l = &s->layers[i];
+        snipi_begin_call(&call, s, i, NULL, NULL, NULL, 0, snipi_cuda_operations(), c, stream);
+        call.sums = c->sums + i;
+        if (l->measurement && !l->frozen && snipi_bound(s, l) && !status) status = snipi_cuda_update_sq(&call);
     }
-    return snipi_decide(s, update_sq, grad_scale);
+    if (!status)
+        status = snipi_cuda_launch(snipi_cuda_sketched_kernel, (int64_t)s->n_layers * SNIPI_SKETCHES, SNIPI_THREADS, 0,
+                                   stream, c->sums, (const float(*)[SNIPI_SKETCH])c->sketch);
+    return status ? status
+                  : snipi_cuda_status(cudaMemcpyAsync(c->measured, c->sums, (size_t)s->n_layers * sizeof *c->sums,
+                                                      cudaMemcpyDeviceToHost, stream));
+}
+
+// The step is over: what was seen of X sizes the next measurement's noise, and watching begins anew.
+static __global__ void snipi_cuda_next_step_kernel(snipi_cuda_globals *globals, uint32_t step,
+                                                   snipi_cuda_watched *watched, snipi_cuda_kept *kept, int layers) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) globals->step = step;
+    for (int i = (int)(blockIdx.x * SNIPI_THREADS + threadIdx.x); i < layers; i += (int)gridDim.x * SNIPI_THREADS) {
+        const snipi_cuda_watched w = watched[i];
+        kept[i].input_size = snipi_next_input_size(kept[i].input_size, w.seen_sq[0], w.seen[0], w.seen_calls);
+        watched[i] = snipi_cuda_watched();
+    }
+}
+
+// On the stream: the step's results to the host, and the next step's beginning.
+static snip_status snipi_cuda_send(snip_cuda *c, snipi_cuda_ended *e, const float *grad_scale, cudaStream_t stream) {
+    const int layers = c->s->n_layers;
+    cudaError_t error = cudaSuccess;
+    snip_status status = e->measured ? snipi_cuda_send_records(c, stream) : SNIP_OK;
+    if (status) return status;
+    if (grad_scale)
+        error = cudaMemcpyAsync(&c->globals->grad_scale, grad_scale, sizeof *grad_scale, cudaMemcpyDeviceToDevice,
+                                stream);
+    if (error == cudaSuccess)
+        error = cudaMemcpyAsync(e->globals, c->globals, sizeof *c->globals, cudaMemcpyDeviceToHost, stream);
+    if (error == cudaSuccess && layers)
+        error = cudaMemcpyAsync(e->watched, c->watched, (size_t)layers * sizeof *c->watched, cudaMemcpyDeviceToHost,
+                                stream);
+    if (error != cudaSuccess) return SNIP_DEVICE;
+    status = snipi_cuda_launch(snipi_cuda_next_step_kernel, snipi_max(1, snipi_ceil_div(layers, SNIPI_THREADS)),
+                               SNIPI_THREADS, 0, stream, c->globals, (uint32_t)(c->step + 1), c->watched, c->kept,
+                               layers);
+    return status ? status : snipi_cuda_status(cudaEventRecord(e->done, stream));
+}
+
+// Whether a step that has been read met NaN or infinity, and in which layer.
+static snip_status snipi_cuda_check(const snip *s, const snipi_cuda_ended *e) {
+    for (int i = 0; i < s->n_layers; i++) {
+        const char *why = e->watched[i].state                          ? "the optimizer's state is not finite"
+                          : e->watched[i].counts[SNIPI_CUDA_NONFINITE] ? snip_status_text(SNIP_NONFINITE)
+                                                                       : NULL;
+        if (why) return snipi_fail_layer(s, SNIP_NONFINITE, &s->layers[i], why);
+    }
+    return SNIP_OK;
+}
+
+// What the device measured, into the layers' records; then the plan.
+static snip_status snipi_cuda_decide(const snip_cuda *c, const snipi_cuda_ended *e) {
+    snip *s = c->s;
+    const double grad_scale = e->device_scale ? (double)e->globals->grad_scale : e->grad_scale;
+    s->tau = e->globals->tau;
+    for (int i = 0; i < s->n_layers; i++)
+        if (s->layers[i].measurement) s->layers[i].measurement->sums = c->measured[i];
+    return snipi_decide(s, grad_scale == 0 ? 1 : grad_scale);
 }
 
 // Reads the oldest step that has not been read.
 static snip_status snipi_cuda_read(snip_cuda *c) {
     const snipi_cuda_ended *e = &c->ended[c->read % (c->lag + 1)];
     snip *s = c->s;
-    int spikes;
-    char message[200];
     if (c->measuring == c->read++) c->measuring = -1;
-    if (cudaEventSynchronize(e->done) != cudaSuccess) return snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
+    if (!e->sent) return SNIP_OK;
+    if (cudaEventSynchronize(e->done) != cudaSuccess) {
+        snipi_fail(s, SNIP_DEVICE, "snip_cuda_end_step", snip_status_text(SNIP_DEVICE));
+        if (e->measured) snipi_discard_measurement(s, SNIP_DEVICE);
+        return SNIP_DEVICE;
+    }
     c->last = e->watched;
-    s->loss = (double)e->globals->loss;
-    spikes = e->told && snipi_loss_spikes(s);
-    for (int l = 0; l < s->n_layers; l++) {
-        memcpy(s->layers[l].seen_sq, e->watched[l].seen_sq, sizeof s->layers[l].seen_sq);
-        memcpy(s->layers[l].seen, e->watched[l].seen, sizeof s->layers[l].seen);
+    if (e->has_loss) s->loss = (double)e->globals->loss;
+    const int spikes = e->has_loss && snipi_loss_spikes(s, !e->ordinary);
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_layer *l = &s->layers[i];
+        memcpy(l->seen_sq, e->watched[i].seen_sq, sizeof l->seen_sq);
+        memcpy(l->seen, e->watched[i].seen, sizeof l->seen);
+        l->seen_calls = e->watched[i].seen_calls;
     }
     if (e->ordinary) snipi_watch(s, spikes);
-    for (int l = 0; l < s->n_layers; l++) {
-        if (!e->watched[l].counts[0]) continue;
-        snprintf(message, sizeof message, "layer %.100s: %s", s->layers[l].name, snip_status_text(SNIP_NONFINITE));
-        return snipi_fail(s, SNIP_NONFINITE, message);
-    }
-    return e->measured ? snipi_cuda_decide(c, e) : SNIP_OK;
+    for (int i = 0; i < s->n_layers; i++) snipi_end_watch(&s->layers[i]);
+    const snip_status status = snipi_cuda_check(s, e);
+    if (e->measured && status) snipi_discard_measurement(s, status);
+    return e->measured && !status ? snipi_cuda_decide(c, e) : status;
 }
 
-// For snip_layer: the counts of the last step read.
-static void snipi_cuda_show_counts(const snip_cuda *c) {
-    for (int l = 0; c->last && l < c->s->n_layers; l++) {
-        c->s->layers[l].nonfinite = (int64_t)c->last[l].counts[0];
-        c->s->layers[l].saturated = (int64_t)c->last[l].counts[1];
+// The next step measures if one is due and no other is on its way. snip_layer has the counts of the last step read.
+static void snipi_cuda_begin_step(const snip_cuda *c) {
+    snip *s = c->s;
+    snipi_begin_step(s, snipi_measures_now(s) && c->measuring < 0);
+    for (int i = 0; c->last && i < s->n_layers; i++) {
+        s->layers[i].nonfinite = (int64_t)c->last[i].counts[SNIPI_CUDA_NONFINITE];
+        s->layers[i].saturated = (int64_t)c->last[i].counts[SNIPI_CUDA_SATURATED];
     }
 }
 
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *c, const snip_adamw *adamw, const float *grad_scale,
                                         cudaStream_t stream) {
-    snip_status status, late = SNIP_OK;
-    snip *s;
+    static const char function[] = "snip_cuda_end_step";
     if (!c) return SNIP_BAD_ARGUMENT;
-    s = c->s;
-    if (c->step != s->step)
-        return snipi_fail(s, SNIP_BAD_ARGUMENT,
-                          "snip_cuda_end_step: the session's step was changed after snip_cuda_create");
-    if (snipi_in_probe(s)) return SNIP_BAD_ARGUMENT;
-    snipi_end_step_check(s, &adamw);
+    snip *s = c->s;
+    if (c->step != s->kept.step) return snipi_bad(s, function, snipi_cuda_step_changed);
+    if (snipi_in_probe(s)) return snipi_still_probing(s, function);
+    snipi_check_end_step(s, function, &adamw);
+    if (adamw) s->kept.adamw = *adamw;
+
     snipi_cuda_ended *e = &c->ended[c->step % (c->lag + 1)];
-    status = s->pending;
-    if (adamw) s->adamw = *adamw;
-    e->adamw = s->adamw;
-    e->measured = s->pass == SNIP_PASS_CLEAN && s->n_layers && !status && adamw;
-    if (s->pass == SNIP_PASS_CLEAN && !adamw) s->due = 1;
     e->ordinary = s->pass == SNIP_PASS_ORDINARY;
-    e->told = s->told;
+    e->has_loss = s->told && c->has_loss;
+    e->measured = s->measuring && s->n_layers && adamw && !s->pending;
     e->device_scale = grad_scale != NULL;
-    for (int l = 0; l < s->n_layers && e->measured; l++) {
-        c->seen[3 * l] = s->layers[l].elements_x;
-        c->seen[3 * l + 1] = s->layers[l].elements_y;
-        c->seen[3 * l + 2] = s->layers[l].calls_backward;
+    e->grad_scale = s->kept.adamw.grad_scale;
+    const snip_status sent = snipi_cuda_send(c, e, grad_scale, stream);
+    e->sent = !sent;
+    if (sent) snipi_keep(s, snipi_fail(s, sent, function, snip_status_text(sent)));
+    snip_status status = s->pending;
+
+    c->step = ++s->kept.step;
+    if (s->measuring && s->n_layers) {
+        s->kept.measured = s->kept.step;
+        if (e->measured && e->sent)
+            c->measuring = c->step - 1;
+        else
+            snipi_discard_measurement(s, status);
     }
-    late = snipi_cuda_send(c, e, grad_scale, stream);
-    if (late) e->measured = 0;
-    if (late && !status) status = snipi_fail(s, late, snip_status_text(late));
-    if (s->pass == SNIP_PASS_CLEAN) c->measuring = c->step;
-    c->step = ++s->step;
-    if (s->pass == SNIP_PASS_CLEAN) s->measured = s->step;
-    if (c->read <= c->step - 1 - c->lag) late = snipi_cuda_read(c);
-    snipi_begin_step(s);
-    snipi_cuda_show_counts(c);
-    if (s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0)
-        snipi_begin_pass(s, SNIP_PASS_ORDINARY);  // one measurement at a time
-    if (s->pass == SNIP_PASS_LOSS_PROBE &&
-        (cudaMemsetAsync(c->record, 0, (size_t)s->n_layers * sizeof *c->record, stream) != cudaSuccess ||
-         cudaMemsetAsync(c->sketch, 0, (size_t)s->n_layers * SNIPI_SKETCHES * SNIPI_SKETCH * sizeof(float), stream) !=
-             cudaSuccess) &&
-        !status)
-        status = snipi_fail(s, SNIP_DEVICE, snip_status_text(SNIP_DEVICE));
-    return status ? status : late;
+    const snip_status late = c->read <= c->step - 1 - c->lag ? snipi_cuda_read(c) : SNIP_OK;
+    if (status)
+        snipi_show_pending(s);
+    else
+        status = late ? late : snipi_check_first_step(s, adamw);
+    snipi_cuda_begin_step(c);
+    return status;
 }
 
+// Between two steps the next one begins anew, as it does in a session that loads this one's state.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
-    snip_status status = SNIP_OK, first = SNIP_OK;
+    snip_status first = SNIP_OK;
     if (!c) return SNIP_BAD_ARGUMENT;
     while (c->read < c->step) {
-        status = snipi_cuda_read(c);
+        const snip_status status = snipi_cuda_read(c);
         if (!first) first = status;
     }
-    snipi_cuda_show_counts(c);
+    if (!snipi_within_step(c->s)) snipi_cuda_begin_step(c);
     return first;
 }
+
+// ---- seconds of GEMMs on this GPU
+
+// Seconds of the fastest of several calls, after one to warm up.
+template <class F>
+static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
+    double best = 0;
+    for (int i = 0; i < 1 + SNIPI_TIMES; i++) {
+        float milliseconds = 0;
+        if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
+        const snip_status status = call();
+        if (status) return status;
+        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess ||
+            cudaEventElapsedTime(&milliseconds, begin, end) != cudaSuccess)
+            return SNIP_DEVICE;
+        if (i == 1 || (i > 1 && milliseconds * 1e-3 < best)) best = milliseconds * 1e-3;
+    }
+    *seconds = best > 1e-9 ? best : 1e-9;
+    return SNIP_OK;
+}
+
+// x: room for the operands, made up of noise, and a product.
+static snip_status snipi_cuda_time_layer(const snipi_call *call, float *x, cudaEvent_t begin, cudaEvent_t end) {
+    const snip *s = call->s;
+    snipi_layer *l = call->l;
+    const cudaStream_t stream = snipi_cuda_stream(call);
+    const int64_t rows = call->rows, n = l->n, k = l->k, given = rows * (n + k) + n * k;
+    float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
+    snip_status status = snipi_cuda_status(cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream));
+    if (!status)
+        status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(s, l, 0, SNIPI_ROLE_NOISE_X), stream);
+    for (int g = 0; g < SNIP_GEMMS; g++)
+        for (int state = 0; state < SNIPI_STATES && !status; state++)
+            status = snipi_cuda_time(begin, end, stream, &l->kept.seconds[state][g], [&]() {
+                return snipi_time_gemm(call, g, snipi_format_of(s, state), x, w, dy, out);
+            });
+    return status;
+}
+
+// Layers of one shape are timed once.
+static snip_status snipi_cuda_time_layers(snip_cuda *c, int64_t rows, cudaEvent_t begin, cudaEvent_t end,
+                                          cudaStream_t stream) {
+    snip *s = c->s;
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_call call;
+        float *x;
+        int same = 0;
+        snipi_begin_call(&call, s, i, NULL, NULL, NULL, 0, snipi_cuda_operations(), c, stream);
+        const int64_t n = call.l->n, k = call.l->k;
+        call.rows = rows;
+        call.micro = SNIPI_ALONE;
+        while (s->layers[same].n != n || s->layers[same].k != k) same++;
+        if (same < i) {
+            memcpy(call.l->kept.seconds, s->layers[same].kept.seconds, sizeof call.l->kept.seconds);
+            continue;
+        }
+        const int64_t floats = rows * (n + k) + n * k + snipi_max(rows * snipi_max(n, k), n * k);
+        snip_status status = SNIP_OUT_OF_MEMORY;
+        if (cudaMalloc(&x, (size_t)floats * sizeof(float)) == cudaSuccess) {
+            status = snipi_cuda_time_layer(&call, x, begin, end);
+            cudaFree(x);
+        }
+        if (status) return snipi_fail_at(s, status, i, "snip_cuda_measure_gains", snip_status_text(status));
+    }
+    return SNIP_OK;
+}
+
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
+    static const char function[] = "snip_cuda_measure_gains";
+    cudaEvent_t begin, end;
+    if (!c || rows < 1 || rows > c->rows)
+        return snipi_bad(c ? c->s : NULL, function, "rows is 1 to what snip_cuda_create was told");
+    if (cudaEventCreate(&begin) != cudaSuccess)
+        return snipi_fail(c->s, SNIP_DEVICE, function, snip_status_text(SNIP_DEVICE));
+    if (cudaEventCreate(&end) != cudaSuccess) {
+        cudaEventDestroy(begin);
+        return snipi_fail(c->s, SNIP_DEVICE, function, snip_status_text(SNIP_DEVICE));
+    }
+    c->uncounted = 1;  // operands are made up
+    const snip_status status = snipi_cuda_time_layers(c, rows, begin, end, stream);
+    c->uncounted = 0;
+    c->s->checked = 0;
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    return status;
+}
+
 #ifdef SNIP_CUBLASLT
 SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *c) {
     size_t most = 0;
     for (int i = 0; c && i < c->s->n_layers; i++) {
-        const int64_t n = c->s->layers[i].n, k = c->s->layers[i].k,
-                      sizes[SNIP_GEMMS][3] = {
-                          {c->rows,  n, k      },
-                          { c->rows, k, n      },
-                          { n,       k, c->rows}
-        };
-        for (const int64_t *z : sizes) {
-            const size_t size = snip_cuda_cublaslt_scratch(z[0], z[1], z[2]);
+        const int64_t rows = c->rows, n = c->s->layers[i].n, k = c->s->layers[i].k;
+        for (const size_t size : { snip_cuda_cublaslt_scratch(rows, n, k), snip_cuda_cublaslt_scratch(rows, k, n),
+                                   snip_cuda_cublaslt_scratch(n, k, rows) })
             if (size > most) most = size;
-        }
     }
     return most;
 }
 
 SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, void *scratch, size_t scratch_bytes) {
-    if (!c || (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c))))
-        return SNIP_BAD_ARGUMENT;
+    if (!c) return SNIP_BAD_ARGUMENT;
+    if (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c)))
+        return snipi_bad(c->s, "snip_cuda_use_cublaslt",
+                         "scratch is 256-byte aligned and has snip_cuda_cublaslt_memory bytes");
     c->lt = lt;
     c->lt_scratch = scratch;
     c->lt_bytes = scratch_bytes;
@@ -3664,89 +3917,24 @@ SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, v
 }
 #endif
 
-// Seconds of the fastest of several calls, after one to warm up.
-template <class F>
-static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
-    enum { TIMES = 5 };
+// ---- creation
 
-    snip_status status = SNIP_OK;
-    for (int i = 0; i < 1 + TIMES && !status; i++) {
-        float ms = 0;
-        if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
-        status = call();
-        if (status) return status;
-        if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess ||
-            cudaEventElapsedTime(&ms, begin, end) != cudaSuccess)
-            return SNIP_DEVICE;
-        if (i == 1 || (i > 1 && ms * 1e-3 < *seconds)) *seconds = ms * 1e-3;
-    }
-    if (*seconds < 1e-9) *seconds = 1e-9;
-    return status;
-}
-
-static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin,
-                                         cudaEvent_t end, cudaStream_t stream) {
-    const int64_t n = l->n, k = l->k, given = rows * (n + k) + n * k;
-    float *dy = x + rows * k, *w = dy + rows * n, *out = w + n * k;
-    snip_status status = cudaMemsetAsync(x, 0, (size_t)given * sizeof(float), stream) == cudaSuccess ? SNIP_OK
-                                                                                                     : SNIP_DEVICE;
-    if (!status)
-        status = snipi_cuda_add_noise(x, x, given, 1.0f, NULL, NULL, snipi_key(c->s, l, 0, SNIPI_ROLE_NOISE_X), stream);
-    for (int g = 0; g < SNIP_GEMMS; g++)
-        for (int f = 0; f < 1 + SNIPI_CANDIDATES && !status; f++) {
-            const snip_format format = f ? snipi_candidates[f - 1] : c->s->desc.high;
-            status = snipi_cuda_time(begin, end, stream, &l->seconds[f][g], [&]() -> snip_status {
-                snipi_cuda_wanted a = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-                snip_recipe recipe;
-                if (g == SNIP_FWD) return snipi_cuda_fwd(c, l, SNIPI_ALONE, format, out, x, w, NULL, rows, stream);
-                if (g == SNIP_DGRAD)
-                    return snipi_cuda_dgrad(c, l, SNIPI_ALONE, format, out, 0, dy, w, rows, &recipe, NULL, stream);
-                snip_status made = snipi_cuda_operands(c, l, 0, format, SNIPI_GRADIENT, dy, rows, n, 1, NULL, &recipe,
-                                                       NULL, &a, stream);
-                return made ? made : snipi_cuda_wgrad(c, l, 0, format, out, 0, n, a.operand, x, rows, 1, stream);
-            });
-        }
-    return status;
-}
-
-SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
-    cudaEvent_t begin, end;
-    snip_status status = SNIP_OK;
-    if (!c || rows < 1 || rows > c->rows) return SNIP_BAD_ARGUMENT;
-    snip *s = c->s;
-    if (cudaEventCreate(&begin) != cudaSuccess) return SNIP_DEVICE;
-    if (cudaEventCreate(&end) != cudaSuccess) {
-        cudaEventDestroy(begin);
-        return SNIP_DEVICE;
-    }
-    for (int i = 0, same; i < s->n_layers && !status; i++) {
-        snipi_layer *l = &s->layers[i];
-        float *x;
-        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {
-        }
-        if (same < i) {
-            memcpy(l->seconds, s->layers[same].seconds, sizeof l->seconds);
-            continue;
-        }
-        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k +
-                                    snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) *
-                               sizeof(float)) != cudaSuccess)
-            status = SNIP_OUT_OF_MEMORY;
-        else {
-            status = snipi_cuda_time_layer(c, l, rows, x, begin, end, stream);
-            cudaFree(x);
-        }
-    }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
-    return status;
+SNIP_API int snip_cuda_supported(void) {
+    return snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>);
 }
 
 static int snipi_cuda_multiplies(const snip_recipe &a, const snip_recipe &b) {
-    int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1,
-        fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
+    const int fp4 = a.format == SNIP_E2M1 && b.format == SNIP_E2M1;
+    const int fp8 = snipi_cuda_is_fp8(a.format) && snipi_cuda_is_fp8(b.format);
     return (fp4 || fp8) && a.tile_cols == SNIPI_BLOCK && b.tile_cols == SNIPI_BLOCK && snipi_cuda_recipe_ok(&a) &&
            snipi_cuda_recipe_ok(&b);
+}
+
+// Whether all three GEMMs of a candidate have kernels.
+static int snipi_cuda_has_kernels(const snip *s, snip_format format) {
+    const snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT);
+    const snip_recipe dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
+    return snipi_cuda_multiplies(x, w) && snipi_cuda_multiplies(dy, w) && snipi_cuda_multiplies(dy, x);
 }
 
 SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
@@ -3755,6 +3943,32 @@ SNIP_API size_t snip_cuda_memory(const snip *s, int64_t rows) {
     c.s = const_cast<snip *>(s);
     c.rows = rows;
     return snipi_cuda_layout(&c, NULL);
+}
+
+static snip_status snipi_cuda_check_create(const snip *s, int64_t rows, int lag, const void *memory) {
+    static const char function[] = "snip_cuda_create";
+    if (!s) return SNIP_BAD_ARGUMENT;
+    if (rows < 1 || rows > INT32_MAX) return snipi_bad(s, function, "rows is 1 to 2^31 - 1");
+    if (!memory || (uintptr_t)memory % 16) return snipi_bad(s, function, "memory is 16-byte aligned device memory");
+    if (lag < 0 || (s->desc.every > 0 && lag >= s->desc.every))
+        return snipi_bad(s, function, "lag is a number of steps, 0 to desc.every - 1");
+    if (s->desc.optimizer == SNIP_CUSTOM)
+        return snipi_bad(s, function, "desc.optimizer is SNIP_CUSTOM, which runs on the host alone");
+    if (!snip_cuda_supported())
+        return snipi_fail(s, SNIP_UNSUPPORTED, function,
+                          "not compiled for this GPU, or it lacks tensor cores of compute capability 8.0 or later");
+    for (snip_format format : snipi_candidates)
+        if (!snipi_cuda_has_kernels(s, format))
+            return snipi_fail(s, SNIP_UNSUPPORTED, function, "there are no GEMM kernels for the session's recipes");
+    return SNIP_OK;
+}
+
+// Records on the host are of one machine's calls: a session that changes machines measures anew.
+static void snipi_cuda_drop_measurements(snip *s) {
+    for (int i = 0; i < s->n_layers; i++) {
+        snipi_free(s, s->layers[i].measurement);
+        s->layers[i].measurement = NULL;
+    }
 }
 
 SNIP_API void snip_cuda_destroy(snip_cuda *c) {
@@ -3766,65 +3980,62 @@ SNIP_API void snip_cuda_destroy(snip_cuda *c) {
             cudaEventDestroy(c->ended[i].done);
         }
     if (c->pinned) cudaFreeHost(c->pinned);
+    snipi_cuda_drop_measurements(s);
     snipi_free(s, c->ended);
     snipi_free(s, c->held);
-    snipi_free(s, c->seen);
     snipi_free(s, c);
 }
 
+// Host memory, and where device memory lies.
+static snip_status snipi_cuda_prepare(snip_cuda *c, void *memory) {
+    const snip *s = c->s;
+    const size_t layers = (size_t)s->n_layers, slots = (size_t)c->lag + 1, records = layers * sizeof *c->measured;
+    const size_t a_step = sizeof(snipi_cuda_globals) + layers * sizeof(snipi_cuda_watched);
+    c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
+    c->held = (snipi_cuda_held *)snipi_alloc(s, layers * sizeof *c->held);
+    if (!c->ended || !c->held) return SNIP_OUT_OF_MEMORY;
+    snipi_cuda_layout(c, (char *)memory);
+    if (cudaMallocHost(&c->pinned, records + slots * a_step) != cudaSuccess) return SNIP_DEVICE;
+    c->measured = (snipi_sums *)c->pinned;
+    for (size_t i = 0; i < slots; i++) {
+        c->ended[i].globals = (snipi_cuda_globals *)(void *)((char *)c->pinned + records + i * a_step);
+        c->ended[i].watched = (snipi_cuda_watched *)(c->ended[i].globals + 1);
+        if (cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) != cudaSuccess) return SNIP_DEVICE;
+    }
+    return SNIP_OK;
+}
+
+// Records of zeros, the number of the first step, and what the state keeps for its noise.
+static snip_status snipi_cuda_upload(snip_cuda *c, void *memory, cudaStream_t stream) {
+    const snip *s = c->s;
+    snipi_cuda_kept *kept = (snipi_cuda_kept *)c->pinned;  // free until a measurement comes
+    for (int i = 0; i < s->n_layers; i++) kept[i] = { s->layers[i].kept.input_size, 0 };
+    if (cudaMemsetAsync(memory, 0, c->records, stream) != cudaSuccess) return SNIP_DEVICE;
+    if (s->n_layers && cudaMemcpyAsync(c->kept, kept, (size_t)s->n_layers * sizeof *kept, cudaMemcpyHostToDevice,
+                                       stream) != cudaSuccess)
+        return SNIP_DEVICE;
+    return snipi_cuda_launch(snipi_cuda_next_step_kernel, snipi_max(1, snipi_ceil_div(s->n_layers, SNIPI_THREADS)),
+                             SNIPI_THREADS, 0, stream, c->globals, (uint32_t)s->kept.step, c->watched, c->kept,
+                             s->n_layers);
+}
+
 SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memory, cudaStream_t stream) {
-    const size_t size = snip_cuda_memory(s, rows);
-    if (!s) return NULL;
-    if (!size || !memory || (uintptr_t)memory % 16 || lag < 0 || s->desc.optimizer == SNIP_CUSTOM ||
-        (s->desc.every > 0 && lag >= s->desc.every)) {
-        snipi_fail(s, SNIP_BAD_ARGUMENT, "snip_cuda_create: rows, memory, lag or the optimizer is out of range");
-        return NULL;
-    }
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) {
-        snipi_fail(
-            s, SNIP_UNSUPPORTED,
-            "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
-        return NULL;
-    }
-    for (snip_format format : snipi_candidates) {
-        snip_recipe x = snipi_recipe_of(s, format, SNIPI_ACTIVATION), w = snipi_recipe_of(s, format, SNIPI_WEIGHT),
-                    dy = snipi_recipe_of(s, format, SNIPI_GRADIENT);
-        if (snipi_cuda_multiplies(x, w) && snipi_cuda_multiplies(dy, w) && snipi_cuda_multiplies(dy, x)) continue;
-        snipi_fail(s, SNIP_UNSUPPORTED, "snip_cuda_create: there are no GEMM kernels for the session's recipes");
-        return NULL;
-    }
-    const size_t records = (size_t)s->n_layers * sizeof(snipi_cuda_record),
-                 a_step = sizeof(snipi_cuda_globals) + (size_t)s->n_layers * sizeof(snipi_cuda_watched),
-                 slots = (size_t)lag + 1;
+    if (snipi_cuda_check_create(s, rows, lag, memory)) return NULL;
     snip_cuda *c = (snip_cuda *)snipi_alloc(s, sizeof *c);
-    int ok = c != NULL;
-    if (ok) {
+    snip_status status = SNIP_OUT_OF_MEMORY;
+    if (c) {
         c->s = s;
         c->rows = rows;
         c->lag = lag;
         c->codes = snipi_tma_kernel<SNIP_E2M1, SNIP_E2M1>() ? SNIP_CUDA_S8_BYTES : SNIP_CUDA_PACKED;
-        c->step = c->read = s->step;
+        c->step = c->read = s->kept.step;
         c->measuring = -1;
-        c->ended = (snipi_cuda_ended *)snipi_alloc(s, slots * sizeof *c->ended);
-        c->held = (snipi_cuda_held *)snipi_alloc(s, (size_t)s->n_layers * sizeof *c->held);
-        c->seen = (int64_t *)snipi_alloc(s, (size_t)s->n_layers * 3 * sizeof *c->seen);
-        if (c->held) snipi_cuda_layout(c, (char *)memory);
-        ok = c->ended && c->held && c->seen && cudaMallocHost(&c->pinned, records + slots * a_step) == cudaSuccess;
+        snipi_cuda_drop_measurements(s);
+        status = snipi_cuda_prepare(c, memory);
     }
-    if (ok) {
-        c->host_record = (snipi_cuda_record *)c->pinned;
-        for (size_t i = 0; i < slots && ok; i++) {
-            c->ended[i].globals = (snipi_cuda_globals *)(void *)((char *)c->pinned + records + i * a_step);
-            c->ended[i].watched = (snipi_cuda_watched *)(c->ended[i].globals + 1);
-            ok = cudaEventCreateWithFlags(&c->ended[i].done, cudaEventDisableTiming) == cudaSuccess;
-        }
-        ok = ok &&
-             cudaMemsetAsync(memory, 0, (size_t)((char *)c->slot[SNIPI_CUDA_A] - (char *)memory), stream) ==
-                 cudaSuccess &&
-             snipi_cuda_launch(snipi_cuda_step_kernel, 1, 1, 0, stream, c->globals, (uint32_t)s->step) == SNIP_OK;
-    }
-    if (ok) return c;
-    snipi_fail(s, c ? SNIP_DEVICE : SNIP_OUT_OF_MEMORY, "snip_cuda_create: the CUDA runtime or the allocator failed");
+    if (!status) status = snipi_cuda_upload(c, memory, stream);
+    if (!status) return c;
+    snipi_fail(s, status, "snip_cuda_create", snip_status_text(status));
     snip_cuda_destroy(c);
     return NULL;
 }

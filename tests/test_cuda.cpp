@@ -1087,13 +1087,13 @@ static const int64_t dims[LAYERS][2] = {
 };  // out, in
 
 struct layer_data {
-    buffer x, w, bias, dy, m, v, out, dx, dw, db;
+    buffer x, w, bias, dy, m, v, out, again, dx, dw, db;
     int64_t n, k;
 
     layer_data(int64_t n_, int64_t k_)
         : x((size_t)(MICROS * ROWS * k_) * 4), w((size_t)(n_ * k_) * 4), bias((size_t)n_ * 4),
-          dy((size_t)(MICROS * ROWS * n_) * 4), m(w.size), v(w.size), out(dy.size), dx(x.size), dw(w.size),
-          db(bias.size), n(n_), k(k_) {
+          dy((size_t)(MICROS * ROWS * n_) * 4), m(w.size), v(w.size), out(dy.size), again(dy.size), dx(x.size),
+          dw(w.size), db(bias.size), n(n_), k(k_) {
         fill(x, MICROS * ROWS * k, SNIP_F32, GAUSS);
         fill(w, n * k, SNIP_F32, GAUSS);
         fill(bias, n, SNIP_F32, GAUSS);
@@ -1108,7 +1108,7 @@ struct layer_data {
     }
 
     void clear() {
-        for (const buffer *b : { &out, &dx, &dw, &db }) memset(b->at, 0, b->size);
+        for (const buffer *b : { &out, &again, &dx, &dw, &db }) memset(b->at, 0, b->size);
     }
 };
 
@@ -1126,6 +1126,10 @@ struct model {  // what lies above a layer answers the update probe: shift
         for (layer_data *p : l) delete p;
     }
 
+    void clear() {
+        for (layer_data *p : l) p->clear();
+    }
+
     void shift(float by) {
         for (layer_data *p : l) {
             for (int64_t i = 0; i < (int64_t)(p->x.size / 4); i++) p->x.floats()[i] += by * (float)(i % 7 - 3);
@@ -1134,16 +1138,30 @@ struct model {  // what lies above a layer answers the update probe: shift
     }
 };
 
-static snip *session_of(model *t, snip_desc desc) {
+// How a training calls its layers.
+struct manner {
+    const char *name;
+    int micros;
+    bool reversed;    // all forward calls, then the backward calls from the last micro-batch to the first
+    bool recomputes;  // every forward call twice
+    bool frozen;      // layer 1 has no weight gradient and no optimizer state
+    bool expert;      // layer 0 meets other rows from pass to pass, or none
+    bool small;       // the first micro-batch is tiny
+};
+
+static const manner plainly = { "", 1, false, false, false, false, false };
+
+static snip *session_of(const snip_desc &desc, const model &t, const manner &how) {
     snip *s = snip_create(&desc);
     char name[16];
     for (int i = 0; i < LAYERS; i++) {
         snprintf(name, sizeof name, "%d.lin", i);
         snip_add_linear(s, name, dims[i][0], dims[i][1], 0);
+        if (how.frozen && i == 1) continue;
         if (desc.optimizer == SNIP_ADAMW)
-            snip_bind_adamw(s, i, t->l[i]->m.floats(), t->l[i]->v.floats());
+            snip_bind_adamw(s, i, t.l[i]->m.floats(), t.l[i]->v.floats());
         else
-            snip_bind_momentum(s, i, t->l[i]->m.floats());
+            snip_bind_momentum(s, i, t.l[i]->m.floats());
     }
     return s;
 }
@@ -1153,27 +1171,106 @@ static snip_adamw adamw_of(int64_t step) {
     return o;
 }
 
-// One pass over all layers; c NULL: on the CPU.
-static void session_pass(model *t, snip *s, snip_cuda *c, int micros, cudaStream_t stream) {
-    for (int i = 0; i < LAYERS; i++)
-        for (int a = 0; a < micros; a++) {
-            layer_data *l = t->l[i];
-            float *x = l->x.floats() + a * ROWS * l->k, *out = l->out.floats() + a * ROWS * l->n,
-                  *dx = i ? l->dx.floats() + a * ROWS * l->k : NULL;
-            if (c)
-                CHECK(snip_cuda_linear_forward(c, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS,
-                                               stream) == SNIP_OK);
-            else
-                CHECK(snip_linear_forward(s, i, out, x, l->w.floats(), i ? l->bias.floats() : NULL, ROWS) == SNIP_OK);
-            float *dy = l->dy.floats() + a * ROWS * l->n;
-            if (c)
-                CHECK(snip_cuda_linear_backward(c, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x,
-                                                l->w.floats(), ROWS, stream) == SNIP_OK);
-            else
-                CHECK(snip_linear_backward(s, i, dx, l->dw.floats(), i ? l->db.floats() : NULL, dy, x, l->w.floats(),
-                                           ROWS) == SNIP_OK);
+// A session on the CPU, or in device memory.
+struct machine {
+    model t;
+    manner how;
+    snip *s;
+    snip_cuda *c = NULL;  // NULL: on the CPU
+    cudaStream_t stream = 0;
+    buffer loss{ 2 * sizeof(float) };
+    buffer memory;
+
+    explicit machine(const snip_desc &desc, const manner &how_ = plainly, int lag = -1)
+        : how(how_), s(session_of(desc, t, how)), memory(lag < 0 ? 16 : snip_cuda_memory(s, ROWS)) {
+        cudaStreamCreate(&stream);
+        if (lag >= 0) c = snip_cuda_create(s, ROWS, lag, memory, stream);
+        CHECK(lag < 0 || c);
+        loss.floats()[1] = 0.5f;
+        for (layer_data *l : t.l)
+            for (int64_t i = 0; how.small && i < ROWS * l->k; i++) l->x.floats()[i] *= 1e-4f;
+    }
+
+    ~machine() {
+        snip_cuda_destroy(c);
+        snip_destroy(s);
+        finish();
+        cudaStreamDestroy(stream);
+    }
+
+    snip_status forward(int i, float *out, const float *x, const float *w, const float *bias, int64_t rows = ROWS) {
+        return c ? snip_cuda_linear_forward(c, i, out, x, w, bias, rows, stream)
+                 : snip_linear_forward(s, i, out, x, w, bias, rows);
+    }
+
+    snip_status recompute(int i, float *out, const float *x, const float *w, const float *bias, int64_t rows = ROWS) {
+        return c ? snip_cuda_linear_recompute(c, i, out, x, w, bias, rows, stream)
+                 : snip_linear_recompute(s, i, out, x, w, bias, rows);
+    }
+
+    snip_status backward(int i, float *dx, float *dw, float *db, const float *dy, const float *x, const float *w,
+                         int64_t rows = ROWS) {
+        return c ? snip_cuda_linear_backward(c, i, dx, dw, db, dy, x, w, rows, stream)
+                 : snip_linear_backward(s, i, dx, dw, db, dy, x, w, rows);
+    }
+
+    int next_pass(double value) {
+        finish();
+        loss.floats()[0] = (float)value;
+        return c ? snip_cuda_next_pass(c, loss.floats(), stream) : snip_next_pass(s, value);
+    }
+
+    // scaled: the gradients' scale lies in device memory; it is adamw_of's.
+    snip_status end_step(const snip_adamw *o, bool scaled = false) {
+        return c ? snip_cuda_end_step(c, o, scaled ? loss.floats() + 1 : NULL, stream) : snip_end_step(s, o);
+    }
+
+    int64_t rows_of(int i) const {
+        if (!how.expert || i) return ROWS;
+        const int64_t measurement = s->kept.step / 2;
+        if (s->pass == SNIP_PASS_ORDINARY || measurement % 3 == 2) return 31;
+        return measurement % 3 == 0 || s->pass == SNIP_PASS_LOSS_PROBE ? 0 : s->pass == SNIP_PASS_CLEAN ? 31 : 25;
+    }
+
+    // The first error of a pass over all layers.
+    snip_status pass() {
+        snip_status first = SNIP_OK;
+        auto keep = [&](snip_status status) {
+            if (!first) first = status;
+        };
+        auto backward_of = [&](int i, int a) {
+            layer_data *l = t.l[i];
+            const float *x = l->x.floats() + a * ROWS * l->k, *dy = l->dy.floats() + a * ROWS * l->n;
+            const float *w = l->w.floats(), *bias = i ? l->bias.floats() : NULL;
+            if (how.recomputes) keep(recompute(i, l->again.floats() + a * ROWS * l->n, x, w, bias, rows_of(i)));
+            keep(backward(i, i ? l->dx.floats() + a * ROWS * l->k : NULL, how.frozen && i ? NULL : l->dw.floats(),
+                          i ? l->db.floats() : NULL, dy, x, w, rows_of(i)));
+        };
+        for (int i = 0; i < LAYERS; i++) {
+            layer_data *l = t.l[i];
+            for (int a = 0; a < how.micros; a++) {
+                keep(forward(i, l->out.floats() + a * ROWS * l->n, l->x.floats() + a * ROWS * l->k, l->w.floats(),
+                             i ? l->bias.floats() : NULL, rows_of(i)));
+                if (!how.reversed) backward_of(i, a);
+            }
+            for (int a = how.micros - 1; how.reversed && a >= 0; a--) backward_of(i, a);
         }
-}
+        return first;
+    }
+
+    // A step on the same tensors, whatever passes it has; the status of its end.
+    snip_status step(double value = 2.5) {
+        const snip_adamw o = adamw_of(s->kept.step + 1);
+        do {
+            t.clear();
+            if (s->pass == SNIP_PASS_UPDATE_PROBE) t.shift(0.125f);
+            pass();
+            finish();
+            if (s->pass == SNIP_PASS_UPDATE_PROBE) t.shift(-0.125f);
+        } while (next_pass(value));
+        return end_step(&o);
+    }
+};
 
 static bool alike(const buffer &a, const buffer &b, double most) {
     double error = 0, norm = 0;
@@ -1191,122 +1288,94 @@ static const double CLOSE = 1e-5;
 #endif
 static bool close_to(double a, double b, double size) { return fabs(a - b) <= CLOSE * fabs(size); }
 
-static void check_estimates(const snip *ours, const snip *theirs) {
+static void check_estimates(const snip *ours, const snip *theirs, const manner &how) {
     for (int i = 0; i < LAYERS; i++) {
         snip_layer_info a, b;
         snip_layer(ours, i, &a);
         snip_layer(theirs, i, &b);
         for (int f = 0; f < 2; f++) {
             const snip_estimate &x = f ? a.fp4 : a.fp8, &y = f ? b.fp4 : b.fp8;
-            for (int g = 0; g < SNIP_GEMMS; g++)
-                CHECK(close_to(x.update[g], y.update[g], y.update[g]) &&
-                      (y.update[g] != 0 || theirs->desc.update_weight < 0));
+            for (int g = 0; g < SNIP_GEMMS; g++) {
+                const bool none = theirs->desc.update_weight < 0 || (how.frozen && i == 1 && g == SNIP_WGRAD) ||
+                                  (how.expert && i == 0);
+                CHECK(close_to(x.update[g], y.update[g], y.update[g]) && (y.update[g] != 0 || none));
+                CHECK(close_to(x.cost[g], y.cost[g], 10 * y.cost[g]) &&
+                      close_to(x.error[g], y.error[g], 10 * y.error[g]));
+            }
             CHECK(close_to(x.loss_first, y.loss_first, y.loss_first) &&
                   close_to(x.loss_second, y.loss_second, 10 * y.loss_second));
         }
-        CHECK(memcmp(a.format, b.format, sizeof a.format) == 0);
+        CHECK(memcmp(a.format, b.format, sizeof a.format) == 0 && memcmp(a.runs, b.runs, sizeof a.runs) == 0);
     }
 }
 
-struct device_session {
-    buffer memory;
-    snip *s;
-    snip_cuda *c;
-
-    device_session(model *t, const snip_desc &desc, int lag, cudaStream_t stream)
-        : memory(snip_cuda_memory(session_memory(t, desc), ROWS)), s(session_of(t, desc)),
-          c(snip_cuda_create(s, ROWS, lag, memory, stream)) {
-        CHECK(c);
+// A pass on both machines: the same results.
+static bool both_pass(machine *ours, machine *cpu, bool exact[LAYERS], double loss) {
+    const bool probe = cpu->s->pass == SNIP_PASS_UPDATE_PROBE;
+    const double most = cpu->s->desc.measure == SNIP_BF16 ? 1e-4 : 3e-6;  // a noisy operand may round to the other side
+    shim_order = (int)(cpu->s->kept.step + cpu->s->pass) % SHIM_ORDERS;
+    CHECK(snip_current_pass(ours->s) == snip_current_pass(cpu->s));
+    for (machine *m : { ours, cpu }) {
+        m->t.clear();
+        if (probe) m->t.shift(0.125f);
+        CHECK(m->pass() == SNIP_OK);
+        finish();
+        if (probe) m->t.shift(-0.125f);
     }
-
-    ~device_session() {
-        snip_cuda_destroy(c);
-        snip_destroy(s);
+    for (int i = 0; i < LAYERS; i++) {
+        const layer_data *a = ours->t.l[i], *b = cpu->t.l[i];
+        CHECK(alike(a->out, b->out, most) && alike(a->dx, b->dx, most) && alike(a->dw, b->dw, most) &&
+              alike(a->db, b->db, most));
+        if (exact[i] && cpu->s->pass == SNIP_PASS_ORDINARY) CHECK(same(a->out, b->out));
+        if (ours->how.recomputes) CHECK(same(a->again, a->out) && same(b->again, b->out));
     }
+    const int again = ours->next_pass(loss);
+    CHECK(cpu->next_pass(loss) == again);
+    return again != 0;
+}
 
-    static snip *session_memory(model *t, const snip_desc &desc) {  // lives as long as the program
-        static snip *s;
-        snip_destroy(s);
-        return s = session_of(t, desc);
-    }
-};
-
-// Both sessions step by step: the same results, estimates, plans.
-static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
-    model ours, theirs;
-    cudaStream_t stream;
-    cudaStreamCreate(&stream);
-    {
-        device_session d(&ours, desc, lag, stream);
-        snip *cpu = session_of(&theirs, desc);
-        buffer loss(2 * sizeof(float));
-        snip_format old[LAYERS][SNIP_GEMMS];
-        loss.floats()[0] = 2.5f;
-        loss.floats()[1] = 0.5f;
-        for (int64_t step = 0; step < steps; step++) {
-            snip_adamw o = adamw_of(step + 1);
-            int again, plans = snip_plans(cpu);
-            snprintf(what, sizeof what, "session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer,
-                     micros, lag, (int)step);
-            for (int i = 0; i < LAYERS; i++) memcpy(old[i], d.s->layers[i].format, sizeof old[i]);
-            do {
-                shim_order = (int)(step + d.s->pass) % SHIM_ORDERS;
-                for (int i = 0; i < LAYERS; i++) {
-                    ours.l[i]->clear();
-                    theirs.l[i]->clear();
-                }
-                CHECK(snip_current_pass(d.s) == snip_current_pass(cpu));
-                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) {
-                    ours.shift(0.125f);
-                    theirs.shift(0.125f);
-                }
-                session_pass(&ours, d.s, d.c, micros, stream);
-                session_pass(&theirs, cpu, NULL, micros, stream);
-                again = snip_cuda_next_pass(d.c, loss.floats(), stream);
-                finish();
-                if (cpu->pass == SNIP_PASS_UPDATE_PROBE) {
-                    ours.shift(-0.125f);
-                    theirs.shift(-0.125f);
-                }
-                CHECK(snip_next_pass(cpu, 2.5) == again);
-                for (int i = 0; i < LAYERS; i++) {
-                    layer_data *a = ours.l[i], *b = theirs.l[i];
-                    const double most = desc.measure == SNIP_BF16
-                                            ? 1e-4
-                                            : 3e-6;  // a noisy operand may round to the other side
-                    CHECK(alike(a->out, b->out, most) && alike(a->dx, b->dx, most) && alike(a->dw, b->dw, most) &&
-                          alike(a->db, b->db, most));
-                    if (!lag && old[i][SNIP_FWD] == SNIP_E2M1 && cpu->pass == SNIP_PASS_ORDINARY)
-                        CHECK(same(a->out, b->out));
-                }
-            } while (again);
-            CHECK(snip_cuda_end_step(d.c, &o, micros > 1 ? loss.floats() + 1 : NULL, stream) == snip_end_step(cpu, &o));
-            if (!lag) {
-                CHECK(snip_plans(d.s) == snip_plans(cpu));
-                for (int i = 0; i < LAYERS; i++)
-                    for (int w = 0; w < 2; w++)
-                        CHECK(close_to(d.s->layers[i].level[w], cpu->layers[i].level[w], 1) &&
-                              (cpu->layers[i].level[w] != 0 || !step));
-                if (snip_plans(cpu) > plans) check_estimates(d.s, cpu);
-            } else if (snip_plans(cpu) > plans)  // theirs takes effect later
-                for (int i = 0; i < LAYERS; i++) {
-                    CHECK(snip_plans(d.s) == plans && memcmp(old[i], d.s->layers[i].format, sizeof old[i]) == 0);
-                    memcpy(cpu->layers[i].format, old[i], sizeof old[i]);
-                }
-            if (lag && step % desc.every == lag && step > desc.every) {
-                CHECK(snip_plans(d.s) == snip_plans(cpu));
-                for (int i = 0; i < LAYERS; i++) memcpy(cpu->layers[i].format, d.s->layers[i].format, sizeof old[i]);
-            }
-            for (int i = 0; i < LAYERS; i++)  // weights move alike
-                for (int64_t j = 0; j < ours.l[i]->n * ours.l[i]->k; j++) {
-                    ours.l[i]->w.floats()[j] = theirs.l[i]->w.floats()[j] -= theirs.l[i]->m.floats()[j];
-                }
+// Both machines step by step: the same results, estimates, plans.
+static void test_session_one(const snip_desc &desc, const manner &how, int lag, int steps, double loss = 2.5) {
+    machine ours(desc, how, lag), cpu(desc, how);
+    snip_format old[LAYERS][SNIP_GEMMS];
+    auto formats = [](const snip *s, int i) { return s->layers[i].kept.format; };
+    for (int64_t step = 0; step < steps; step++) {
+        const snip_adamw o = adamw_of(step + 1);
+        const int plans = snip_plans(cpu.s);
+        bool exact[LAYERS];
+        snprintf(what, sizeof what, "session%s, optimizer %d, %d micro-batches, lag %d, step %d", how.name,
+                 desc.optimizer, how.micros, lag, (int)step);
+        for (int i = 0; i < LAYERS; i++) {
+            for (int g = 0; g < SNIP_GEMMS; g++) old[i][g] = snipi_format(&ours.s->layers[i], g);
+            exact[i] = !lag && old[i][SNIP_FWD] == SNIP_E2M1;
         }
-        CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == (steps - 1) / desc.every &&
-              snip_share(d.s, SNIP_E2M1) >= desc.budget);
-        snip_destroy(cpu);
+        while (both_pass(&ours, &cpu, exact, loss)) continue;
+        CHECK(ours.end_step(&o, how.micros > 1) == cpu.end_step(&o));
+        if (!lag) {
+            CHECK(snip_plans(ours.s) == snip_plans(cpu.s));
+            for (int i = 0; i < LAYERS; i++)
+                for (int w = 0; w < 2; w++)
+                    CHECK(close_to(ours.s->layers[i].kept.level[w], cpu.s->layers[i].kept.level[w], 1));
+            if (snip_plans(cpu.s) > plans) check_estimates(ours.s, cpu.s, how);
+        } else if (snip_plans(cpu.s) > plans)  // theirs takes effect later
+            for (int i = 0; i < LAYERS; i++)
+                for (int g = 0; g < SNIP_GEMMS; g++) {
+                    CHECK(snip_plans(ours.s) == plans && formats(ours.s, i)[g] == old[i][g]);
+                    formats(cpu.s, i)[g] = old[i][g];
+                }
+        if (lag && step % desc.every == lag && step > desc.every) {
+            CHECK(snip_plans(ours.s) == snip_plans(cpu.s));
+            for (int i = 0; i < LAYERS; i++)
+                memcpy(formats(cpu.s, i), formats(ours.s, i), sizeof ours.s->layers[i].kept.format);
+        }
+        for (int i = 0; i < LAYERS; i++)  // weights move alike
+            for (int64_t j = 0; j < dims[i][0] * dims[i][1]; j++) {
+                float *w = cpu.t.l[i]->w.floats();
+                ours.t.l[i]->w.floats()[j] = w[j] -= cpu.t.l[i]->m.floats()[j];
+            }
     }
-    cudaStreamDestroy(stream);
+    CHECK(snip_cuda_finish(ours.c) == SNIP_OK && snip_plans(ours.s) == (steps - 1) / desc.every &&
+          snip_share(ours.s, SNIP_E2M1) >= desc.budget);
 }
 
 static snip_desc session_desc(int every) {
@@ -1317,83 +1386,78 @@ static snip_desc session_desc(int every) {
     return desc;
 }
 
-// A captured step, replayed: the bytes of the same steps without a graph, stochastic rounding included.
+// A captured pass, replayed: the bytes of the same steps without a graph, stochastic rounding included; and what the
+// device sees of X in a replay sizes the next measurement's noise.
 static void test_session_graph() {
-    model ours, theirs;
-    snip_desc desc = session_desc(-1);
-    cudaStream_t stream;
+    const manner how = { " in a graph", MICROS, false, false, false, false, true };
+    const snip_desc desc = session_desc(3);
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    cudaStreamCreate(&stream);
-    {
-        device_session a(&ours, desc, 1, stream), b(&theirs, desc, 0, stream);
-        snip_set_format(a.s, -1, SNIP_GEMMS, SNIP_E2M1);
-        snip_set_format(b.s, -1, SNIP_GEMMS, SNIP_E2M1);
-        for (int i = 0; i < LAYERS; i++) {
-            ours.l[i]->clear();
-            theirs.l[i]->clear();
-        }
-        CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
-        session_pass(&ours, a.s, a.c, 1, stream);
-        CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess &&
-              cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
-        for (int64_t step = 0; step < 3; step++) {
-            snip_adamw o = adamw_of(step + 1);
-            buffer before(ours.l[1]->dw.size);
-            memcpy(before.at, ours.l[1]->dw.at, before.size);
-            snprintf(what, sizeof what, "session in a graph, step %d", (int)step);
-            CHECK(cudaGraphLaunch(exec, stream) == cudaSuccess);
-            CHECK(snip_cuda_next_pass(a.c, NULL, stream) == 0 && snip_cuda_end_step(a.c, &o, NULL, stream) == SNIP_OK);
-            session_pass(&theirs, b.s, b.c, 1, stream);
-            CHECK(snip_cuda_next_pass(b.c, NULL, stream) == 0 && snip_cuda_end_step(b.c, &o, NULL, stream) == SNIP_OK);
-            finish();
-            for (int i = 0; i < LAYERS; i++)
-                CHECK(same(ours.l[i]->out, theirs.l[i]->out) && same(ours.l[i]->dx, theirs.l[i]->dx) &&
-                      same(ours.l[i]->dw, theirs.l[i]->dw));
-            CHECK(!same(before, ours.l[1]->dw));
-        }
-        CHECK(snip_cuda_finish(a.c) == SNIP_OK);
-        cudaGraphExecDestroy(exec);
-        cudaGraphDestroy(graph);
+    machine a(desc, how, 1), b(desc, how, 0);
+    snip_set_format(a.s, -1, SNIP_GEMMS, SNIP_E2M1);
+    snip_set_format(b.s, -1, SNIP_GEMMS, SNIP_E2M1);
+    CHECK(cudaStreamBeginCapture(a.stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+    CHECK(a.pass() == SNIP_OK);
+    CHECK(cudaStreamEndCapture(a.stream, &graph) == cudaSuccess &&
+          cudaGraphInstantiate(&exec, graph, 0) == cudaSuccess);
+    for (int64_t step = 0; step < 3; step++) {
+        snip_adamw o = adamw_of(step + 1);
+        buffer before(a.t.l[1]->dw.size);
+        memcpy(before.at, a.t.l[1]->dw.at, before.size);
+        snprintf(what, sizeof what, "session in a graph, step %d", (int)step);
+        CHECK(cudaGraphLaunch(exec, a.stream) == cudaSuccess);
+        CHECK(snip_cuda_next_pass(a.c, NULL, a.stream) == 0 && a.end_step(&o) == SNIP_OK);
+        CHECK(b.pass() == SNIP_OK && snip_cuda_next_pass(b.c, NULL, b.stream) == 0 && b.end_step(&o) == SNIP_OK);
+        finish();
+        for (int i = 0; i < LAYERS; i++)
+            CHECK(same(a.t.l[i]->out, b.t.l[i]->out) && same(a.t.l[i]->dx, b.t.l[i]->dx) &&
+                  same(a.t.l[i]->dw, b.t.l[i]->dw));
+        CHECK(!same(before, a.t.l[1]->dw));
     }
-    cudaStreamDestroy(stream);
+    CHECK(a.step() == SNIP_OK && b.step() == SNIP_OK && snip_cuda_finish(a.c) == SNIP_OK && snip_plans(a.s) == 1);
+    for (int i = 0; i < LAYERS; i++)
+        CHECK(memcmp(a.s->layers[i].kept.estimate, b.s->layers[i].kept.estimate, sizeof a.s->layers[i].kept.estimate) ==
+              0);
+    cudaGraphExecDestroy(exec);
+    cudaGraphDestroy(graph);
+}
+
+// A call of the session's own.
+static snipi_call call_of(const machine &m, int layer, int64_t micro = 0) {
+    snipi_call call;
+    CHECK(snipi_begin_call(&call, m.s, layer, m.s, m.s, m.s, ROWS, snipi_cuda_operations(), m.c, m.stream));
+    call.micro = micro;
+    return call;
 }
 
 // A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a
-// capture.
+// capture. A recomputed forward finds it, too.
 static void test_session_weights() {
-    model t;
     const snip_format formats[][2] = {
         {SNIP_E4M3,  SNIP_E4M3},
         { SNIP_E4M3, SNIP_E2M1},
         { SNIP_E2M1, SNIP_E2M1},
         { SNIP_BF16, SNIP_E4M3}
     };
-    layer_data *l = t.l[1];
-    const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
-    cudaStream_t stream;
-    cudaStreamCreate(&stream);
     for (const snip_format *format : formats) {
-        device_session d(&t, session_desc(-1), 0, stream);
-        buffer w(l->w.size), out(l->out.size / MICROS), dx(l->dx.size / MICROS);
+        machine d(session_desc(-1), plainly, 0);
+        layer_data *l = d.t.l[1];
+        const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
+        buffer w(l->w.size), saved(l->w.size), out(l->out.size / MICROS), dx(l->dx.size / MICROS);
         cudaGraph_t graph;
         auto forward = [&](int micro) {
-            CHECK(snip_cuda_linear_forward(d.c, 1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL, ROWS,
-                                           stream) == SNIP_OK);
+            CHECK(d.forward(1, l->out.floats() + micro * ny, l->x.floats(), w.floats(), NULL) == SNIP_OK);
         };
         auto backward = [&](int micro) {
-            CHECK(snip_cuda_linear_backward(d.c, 1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(),
-                                            l->x.floats(), w.floats(), ROWS, stream) == SNIP_OK);
+            CHECK(d.backward(1, l->dx.floats() + micro * nx, NULL, NULL, l->dy.floats(), l->x.floats(), w.floats()) ==
+                  SNIP_OK);
         };
         auto expect = [&]() {  // of w, not held
             finish();
             memset(dx.at, 0, dx.size);
-            snip_recipe rdy;
-            snipi_cuda_wanted dy_t = { SNIPI_CUDA_TURNED, SNIPI_ROLE_DY_T, {} };
-            CHECK(snipi_cuda_fwd(d.c, &d.s->layers[1], SNIPI_ALONE, format[0], out.floats(), l->x.floats(), w.floats(),
-                                 NULL, ROWS, stream) == SNIP_OK);
-            CHECK(snipi_cuda_dgrad(d.c, &d.s->layers[1], SNIPI_ALONE, format[1], dx.floats(), 1, l->dy.floats(),
-                                   w.floats(), ROWS, &rdy, &dy_t, stream) == SNIP_OK);
+            const snipi_call call = call_of(d, 1, SNIPI_ALONE);
+            CHECK(snipi_cuda_fwd(&call, format[0], out.floats(), l->x.floats(), w.floats(), NULL) == SNIP_OK);
+            CHECK(snipi_cuda_dgrad(&call, format[1], dx.floats(), 1, l->dy.floats(), w.floats()) == SNIP_OK);
             finish();
         };
         snip_set_format(d.s, 1, SNIP_FWD, format[0]);
@@ -1406,13 +1470,21 @@ static void test_session_weights() {
             fill(w, nw, SNIP_F32, GAUSS);
             l->clear();
             if (step == 3) {  // captured and never run: must not count as quantized
-                CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
+                CHECK(cudaStreamBeginCapture(d.stream, cudaStreamCaptureModeGlobal) == cudaSuccess);
                 forward(0);
                 backward(0);
-                CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+                CHECK(cudaStreamEndCapture(d.stream, &graph) == cudaSuccess && cudaGraphDestroy(graph) == cudaSuccess);
+                snipi_begin_pass(d.s, SNIP_PASS_ORDINARY);
             }
             expect();
             forward(0);
+            finish();
+            memcpy(saved.at, w.at, w.size);
+            if (held[0]) memset(w.at, 0, w.size);
+            CHECK(d.recompute(1, l->again.floats(), l->x.floats(), w.floats(), NULL) == SNIP_OK);
+            finish();
+            CHECK(memcmp(l->again.at, out.at, out.size) == 0);
+            memcpy(w.at, saved.at, w.size);
             backward(0);
             finish();
             CHECK(memcmp(l->out.at, out.at, out.size) == 0);
@@ -1429,18 +1501,16 @@ static void test_session_weights() {
                 CHECK((sum > 0) == held[g]);
             }
             if (held[0]) CHECK(memcmp(l->out.at + out.size, out.at, out.size) == 0);
-            CHECK(snip_cuda_end_step(d.c, &o, NULL, stream) == SNIP_OK);
+            CHECK(d.end_step(&o) == SNIP_OK);
             finish();
         }
     }
-    cudaStreamDestroy(stream);
 }
 
-// Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held.
+// Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held or recomputed.
 static void test_session_counts() {
     for (int format = 0; format < 3; format++)
         for (int micros = 1; micros <= MICROS; micros++) {
-            model ours, theirs;
             snip_desc desc = session_desc(-1);
             desc.fp8.activation = desc.fp8.gradient = { format == 2 ? SNIP_E5M2 : SNIP_E4M3, 1, 128, SNIP_SCALE_UE8M0,
                                                         NEAREST };
@@ -1448,217 +1518,321 @@ static void test_session_counts() {
             desc.fp4.activation = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, NEAREST };
             desc.fp4.gradient = { SNIP_E2M1, 1, 128, SNIP_SCALE_UE8M0, SNIP_ROUND_STOCHASTIC };
             desc.fp4.weight = { SNIP_E2M1, 128, 128, SNIP_SCALE_UE8M0, NEAREST };
-            device_session d(&ours, desc, 0, 0);
-            snip *cpu = session_of(&theirs, desc);
+            const manner how = { "", micros, false, format == 1, false, false, false };
+            machine ours(desc, how, 0), cpu(desc, how);
             for (int64_t step = 1; step <= 3; step++) {
                 snip_adamw o = adamw_of(step);
-                snip_layer_info info;
-                for (snip *s : { d.s, cpu }) {
-                    snip_set_format(s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
-                    snip_set_format(s, 1, SNIP_FWD, SNIP_E2M1);
-                }
                 snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros,
                          (int)step);
                 shim_order = (int)step % SHIM_ORDERS;
-                for (int i = 0; i < LAYERS; i++) {
-                    ours.l[i]->clear();
-                    theirs.l[i]->clear();
-                }
-                if (step == 3)
-                    for (model *t : { &ours, &theirs }) {
-                        t->l[0]->x.floats()[7] = t->l[0]->w.floats()[3] = t->l[1]->dy.floats()[9] = snipi_float(
-                            0x7FC00000u);
-                        t->l[1]->w.floats()[4] = snipi_float(0xFF800000u);
+                for (machine *m : { &ours, &cpu }) {
+                    snip_set_format(m->s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
+                    snip_set_format(m->s, 1, SNIP_FWD, SNIP_E2M1);
+                    m->t.clear();
+                    layer_data *const *l = m->t.l;
+                    if (step == 3) {
+                        l[0]->x.floats()[7] = l[0]->w.floats()[3] = snipi_float(0x7FC00000u);
+                        l[1]->dy.floats()[9] = l[1]->bias.floats()[2] = snipi_float(0x7FC00000u);
+                        l[1]->w.floats()[4] = snipi_float(0xFF800000u);
                     }
-                for (int i = 0; i < LAYERS; i++)
-                    for (int a = 0; a < micros; a++) {
-                        layer_data *l = ours.l[i], *m = theirs.l[i];
-                        snip_cuda_linear_forward(d.c, i, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0);
-                        snip_cuda_linear_backward(d.c, i, l->dx.floats(), l->dw.floats(), NULL, l->dy.floats(),
-                                                  l->x.floats(), l->w.floats(), ROWS, 0);
-                        snip_linear_forward(cpu, i, m->out.floats(), m->x.floats(), m->w.floats(), NULL, ROWS);
-                        snip_linear_backward(cpu, i, m->dx.floats(), m->dw.floats(), NULL, m->dy.floats(),
-                                             m->x.floats(), m->w.floats(), ROWS);
-                    }
-                int64_t counts[LAYERS][2];
-                for (int i = 0; i < LAYERS; i++) {
-                    snip_layer(cpu, i, &info);
-                    counts[i][0] = info.nonfinite;
-                    counts[i][1] = info.saturated;
+                    m->pass();
                 }
-                CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == snip_end_step(cpu, &o));
+                snip_layer_info info[LAYERS], own;
+                for (int i = 0; i < LAYERS; i++) snip_layer(cpu.s, i, &info[i]);
+                CHECK(ours.end_step(&o) == cpu.end_step(&o) && snip_failed_layer(ours.s) == snip_failed_layer(cpu.s));
                 finish();
                 for (int i = 0; i < LAYERS; i++) {
-                    snip_layer(d.s, i, &info);
-                    CHECK(info.nonfinite == counts[i][0] && info.saturated == counts[i][1] && info.saturated > 0 &&
-                          (info.nonfinite > 0) == (step == 3));
+                    snip_layer(ours.s, i, &own);
+                    CHECK(own.nonfinite == info[i].nonfinite && own.saturated == info[i].saturated);
+                    CHECK(own.saturated > 0 && (own.nonfinite > 0) == (step == 3));
                 }
             }
-            snip_destroy(cpu);
         }
 }
 
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
 static void test_session_watch() {
-    model t;
-    snip_desc desc = session_desc(9);
-    device_session d(&t, desc, 2, 0);
-    buffer loss(sizeof(float));
+    machine d(session_desc(9), plainly, 2);
     char passes[64] = "";
     for (int64_t step = 0; step < 47; step++) {
         snip_adamw o = adamw_of(step + 1);
         snprintf(what, sizeof what, "session watches, step %d", (int)step);
         passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
-        loss.floats()[0] = step == 40 || step == 41 ? 100.0f : 2.5f + 0.01f * (float)(step % 3);
+        const double loss = step == 40 || step == 41 ? 100 : 2.5 + 0.01 * (double)(step % 3);
         if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
         do
-            if (d.s->pass != SNIP_PASS_ORDINARY) session_pass(&t, d.s, d.c, 1, 0);
-        while (snip_cuda_next_pass(d.c, loss.floats(), 0));
-        CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+            if (d.s->pass != SNIP_PASS_ORDINARY) d.pass();
+        while (d.next_pass(loss));
+        CHECK(d.end_step(&o) == SNIP_OK);
         finish();
         if (step == 41) CHECK(snip_share(d.s, SNIP_E2M1) == 1);
         if (step == 42) CHECK(snip_share(d.s, SNIP_E2M1) == 0 && strstr(snip_reason(d.s), "the loss spikes: 100"));
     }
     CHECK(!strcmp(passes, ".........m........m........m........m......m..."));
-    CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= desc.budget);
+    CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= d.s->desc.budget);
 }
 
-// NaN and infinity are told of after the lag, whatever the format; refusals at once.
-static void test_session_errors() {
+// NaN and infinity are told of after the lag, whatever the format.
+static void test_session_nonfinite() {
     static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
-    model t;
-    snip_desc desc = session_desc(-1);
-    buffer loss(sizeof(float));
-    loss.floats()[0] = 1;
     for (snip_format format : formats)
-        for (int where = 0; where < 3; where++) {
-            device_session d(&t, desc, 1, 0);
-            snip_adamw o = adamw_of(1), next = adamw_of(2);
-            float *bad = (where == 0 ? t.l[1]->x : where == 1 ? t.l[1]->w : t.l[1]->dy).floats() + 5, was = *bad;
+        for (int where = 0; where < 4; where++) {
+            machine d(session_desc(-1), plainly, 1);
+            layer_data *l = d.t.l[1];
+            const snip_adamw o = adamw_of(1), next = adamw_of(2);
+            float *bad = (where == 0 ? l->x : where == 1 ? l->w : where == 2 ? l->dy : l->bias).floats() + 5;
+            const float was = *bad;
             snprintf(what, sizeof what, "session, NaN in tensor %d, %s", where, snip_format_name(format));
             snip_set_format(d.s, -1, SNIP_GEMMS, format);
             *bad = snipi_float(where == 1 ? 0xFF800000u : 0x7FC00000u);
-            session_pass(&t, d.s, d.c, 1, 0);
-            CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+            CHECK(d.pass() == SNIP_OK && d.end_step(&o) == SNIP_OK);
             finish();
             *bad = was;
-            for (layer_data *l : t.l) l->clear();
-            session_pass(&t, d.s, d.c, 1, 0);
-            CHECK(snip_cuda_end_step(d.c, &next, NULL, 0) == SNIP_NONFINITE && strstr(snip_message(d.s), "1.lin"));
+            d.t.clear();
+            CHECK(d.pass() == SNIP_OK && d.end_step(&next) == SNIP_NONFINITE);
+            CHECK(strstr(snip_message(d.s), "1.lin") && snip_failed_layer(d.s) == 1);
             CHECK(snip_cuda_finish(d.c) == SNIP_OK);
         }
-    device_session d(&t, desc, 0, 0);
-    snip_adamw o = adamw_of(1), wrong = adamw_of(0);
-    layer_data *l = t.l[0];
+}
+
+// What makes a measurement fail is told of by layer and cause, after the lag, and the measurement made anew.
+static void test_session_failures() {
+    enum { STATE_M, STATE_V, LOSS, NO_OPTIMIZER, PROBE, FAILURES };
+
+    for (int failure = 0; failure < FAILURES; failure++)
+        for (int lag = 0; lag < 2; lag++) {
+            if (lag && !wanted()) continue;
+            machine d(session_desc(4), plainly, lag);
+            layer_data *l = d.t.l[1];
+            const bool state = failure == STATE_M || failure == STATE_V;
+            float *bad = (failure == STATE_M ? l->m : failure == STATE_V ? l->v : l->dy).floats() + 7, was = *bad;
+            snip_status status = SNIP_OK;
+            snprintf(what, sizeof what, "session, failure %d, lag %d", failure, lag);
+            for (int step = 0; step < 4; step++) CHECK(d.step() == SNIP_OK && d.s->kept.failures == 0);
+            if (failure != LOSS && failure != NO_OPTIMIZER) *bad = snipi_float(0x7FC00000u);
+            if (failure == NO_OPTIMIZER) {
+                do CHECK(d.pass() == SNIP_OK);
+                while (d.next_pass(2.5));
+                status = d.end_step(NULL);
+                CHECK(status == SNIP_OK && d.s->kept.failures == 1);
+            } else
+                status = d.step(failure == LOSS ? (double)snipi_float(0x7FC00000u) : 2.5);
+            finish();
+            *bad = was;
+            if (lag && failure != NO_OPTIMIZER) {
+                CHECK(status == SNIP_OK && d.s->pass == SNIP_PASS_ORDINARY);
+                status = d.step();
+            }
+            CHECK(status == (failure == NO_OPTIMIZER ? SNIP_OK : SNIP_NONFINITE) && snip_plans(d.s) == 0);
+            CHECK(d.s->kept.failures == 1 && strstr(snip_reason(d.s), "no measurement"));
+            CHECK((strstr(snip_message(d.s), "optimizer's state is not finite") != NULL) == state);
+            if (state || failure == PROBE) CHECK(strstr(snip_message(d.s), "1.lin") && snip_failed_layer(d.s) == 1);
+            if (failure == LOSS) CHECK(strstr(snip_message(d.s), "its loss is not finite"));
+            if (d.s->pass == SNIP_PASS_ORDINARY) CHECK(d.step() == SNIP_OK);
+            CHECK(d.s->pass == SNIP_PASS_LOSS_PROBE && d.step() == SNIP_OK);
+            CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == 1 && d.s->kept.failures == 0);
+        }
+}
+
+// Refused calls are told of at once and kept, by function, layer and cause.
+static void test_session_refusals() {
+    machine d(session_desc(-1), plainly, 0);
+    const snip_adamw o = adamw_of(1), wrong = adamw_of(0);
+    layer_data *l = d.t.l[0];
+    float *out = l->out.floats(), *x = l->x.floats(), *w = l->w.floats(), *dy = l->dy.floats();
+    auto says = [&](const char *text) { return strstr(snip_message(d.s), text) != NULL; };
     snprintf(what, sizeof what, "session, refusals");
+    CHECK(snip_cuda_supported());
     CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
-    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) &&
-          !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
-    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0));
-    CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
-    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
-    CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT &&
-          snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);  // the step's first error is told of once
-    CHECK(snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT && strstr(snip_message(d.s), "out of range") &&
-          snip_cuda_end_step(d.c, NULL, NULL, 0) == SNIP_OK);
+    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, 0, 0, d.memory, 0) && says("rows"));
+    CHECK(!snip_cuda_create(d.s, ROWS, -1, d.memory, 0) && says("snip_cuda_create: lag"));
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, NULL, 0) && says("memory"));
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0) && says("memory"));
+    CHECK(snip_cuda_linear_forward(NULL, 0, out, x, w, NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_backward(NULL, 0, NULL, NULL, NULL, dy, x, w, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_recompute(NULL, 0, out, x, w, NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_next_pass(NULL, NULL, 0) == 0 && snip_cuda_finish(NULL) == SNIP_BAD_ARGUMENT);
+    CHECK(d.forward(0, out, x, w, NULL, ROWS + 1) == SNIP_BAD_ARGUMENT && says("0.lin") && says("more rows"));
+    CHECK(snip_failed_layer(d.s) == 0 && snip_step_status(d.s) == SNIP_BAD_ARGUMENT);
+    CHECK(d.forward(LAYERS, out, x, w, NULL) == SNIP_BAD_ARGUMENT && says("snip_cuda_linear_forward, layer 2"));
+    CHECK(d.backward(0, NULL, NULL, NULL, NULL, x, w) == SNIP_BAD_ARGUMENT &&
+          says("snip_cuda_linear_backward, layer 0"));
+    CHECK(d.recompute(0, out, NULL, w, NULL) == SNIP_BAD_ARGUMENT && says("snip_cuda_linear_recompute, layer 0"));
+    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && says("snip_cuda_measure_gains: rows"));
+    CHECK(snip_plan_seconds(d.s) == 0 && snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK);
+    CHECK(snip_plan_seconds(d.s) > 0 && snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("more rows"));  // the step's first error, told of once
+    CHECK(d.end_step(&o) == SNIP_OK);
+    CHECK(d.end_step(&wrong) == SNIP_BAD_ARGUMENT && says("snip_cuda_end_step") && says("out of range"));
+    CHECK(d.end_step(NULL) == SNIP_OK);
+
+    // After the last pass, with and without a loss; a backward call in an evaluation; a forward call that none was.
+    for (int told = 0; told < 2; told++) {
+        if (told)
+            d.next_pass(1);
+        else
+            snip_cuda_next_pass(d.c, NULL, d.stream);
+        CHECK(d.forward(1, out, x, w, NULL) == SNIP_BAD_ARGUMENT && says("1.lin") && says("snip_end_step is missing"));
+        CHECK(d.backward(1, NULL, NULL, NULL, dy, x, w) == SNIP_BAD_ARGUMENT);
+        CHECK(d.recompute(1, out, x, w, NULL) == SNIP_BAD_ARGUMENT);
+        CHECK(d.next_pass(1) == 0 && says("snip_cuda_next_pass") && says("snip_cuda_end_step is missing"));
+        CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("1.lin"));
+    }
+    snip_set_mode(d.s, SNIP_EVAL);
+    CHECK(d.forward(0, out, x, w, NULL) == SNIP_OK && d.forward(0, out, x, NULL, NULL) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_step_status(d.s) == SNIP_OK);
+    CHECK(d.backward(0, NULL, NULL, NULL, dy, x, w) == SNIP_BAD_ARGUMENT && says("outside SNIP_TRAIN"));
+    snip_set_mode(d.s, SNIP_TRAIN);
+    CHECK(d.recompute(0, out, x, w, NULL) == SNIP_BAD_ARGUMENT && says("no waiting forward call"));
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("outside SNIP_TRAIN"));
+
+    snip_desc desc = session_desc(-1);
     desc.fp4.activation = { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, NEAREST };
-    snip *mx = session_of(&t, desc);
+    snip *mx = session_of(desc, d.t, plainly);
     CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
     snip_destroy(mx);
 #ifndef __CUDACC__
     play_gpu(4);
-    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory, 0));
+    CHECK(!snip_cuda_supported() && !snip_cuda_create(d.s, ROWS, 0, d.memory, 0) && says("not compiled for this GPU"));
     play_gpu(0);
 #endif
-    desc = session_desc(2);
-    snip *unbound = snip_create(&desc);
-    snip_add_linear(unbound, "0.a", dims[0][0], dims[0][1], 0);
-    CHECK(!snip_cuda_create(unbound, ROWS, 2, d.memory, 0));
-    buffer memory(snip_cuda_memory(unbound, ROWS));
-    snip_cuda *c = snip_cuda_create(unbound, ROWS, 0, memory, 0);
-    for (int64_t step = 1; step <= 3; step++) {
-        o = adamw_of(step);
-        do {
-            CHECK(snip_cuda_linear_forward(c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
-                  SNIP_OK);
-            CHECK(snip_cuda_linear_backward(c, 0, NULL, l->dw.floats(), NULL, l->out.floats(), l->x.floats(),
-                                            l->w.floats(), ROWS, 0) == SNIP_OK);
-        } while (snip_cuda_next_pass(c, loss.floats(), 0));
-        CHECK(snip_cuda_end_step(c, &o, NULL, 0) == (step == 3 ? SNIP_NOT_BOUND : SNIP_OK));
-    }
-    finish();
-    snip_cuda_destroy(c);
-    snip_destroy(unbound);
 }
 
-// The sketch's bits, at an offset and in several parts.
+// Of a measuring step: a batch that is not run again, no loss, an ending in a probe pass.
+static void test_session_protocol() {
+    machine d(session_desc(2), plainly, 0);
+    const snip_adamw o = adamw_of(1);
+    auto says = [&](const char *text) { return strstr(snip_message(d.s), text) != NULL; };
+    snprintf(what, sizeof what, "session, protocol of a measuring step");
+    CHECK(d.step() == SNIP_OK && d.step() == SNIP_OK && d.s->pass == SNIP_PASS_LOSS_PROBE);
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("snip_cuda_end_step: in a probe pass"));
+    do CHECK(d.pass() == SNIP_OK);
+    while (snip_cuda_next_pass(d.c, NULL, d.stream));
+    CHECK(snip_step_status(d.s) == SNIP_BAD_ARGUMENT && says("needs its loss"));
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && d.s->kept.failures == 1 && d.step() == SNIP_OK);
+    do
+        CHECK(d.pass() == SNIP_OK &&
+              d.forward(1, d.t.l[1]->out.floats(), d.t.l[1]->x.floats(), d.t.l[1]->w.floats(), NULL) == SNIP_OK);
+    while (d.next_pass(1));
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("2 forward and 1 backward calls") && snip_failed_layer(d.s) == 1);
+
+    machine other(session_desc(2), plainly, 0);  // of another step
+    std::vector<char> state(snip_state_size(d.s));
+    CHECK(snip_state_save(d.s, state.data()) == SNIP_OK &&
+          snip_state_load(other.s, state.data(), state.size()) == SNIP_OK);
+    CHECK(other.pass() == SNIP_BAD_ARGUMENT && strstr(snip_message(other.s), "step was changed"));
+    CHECK(other.end_step(&o) == SNIP_BAD_ARGUMENT &&
+          strstr(snip_message(other.s), "snip_cuda_end_step: the session's"));
+}
+
+// What no plan could do without is said at the end of the first step.
+static void test_session_first_step() {
+    for (int lacks = 0; lacks < 4; lacks++) {
+        snip_desc desc = session_desc(3);
+        const manner how = { "", 1, false, false, lacks == 0 || lacks == 3, false, false };
+        desc.speedup = lacks == 1 ? 1.5 : 0;
+        machine d(desc, how, 2);
+        d.how.frozen = lacks == 3;
+        if (lacks == 2) snip_allow(d.s, 0, SNIP_GEMMS, 1, 0), snip_allow(d.s, 1, SNIP_FWD, 1, 0);
+        const snip_status status = d.step();
+        snprintf(what, sizeof what, "session, first step lacks %d", lacks);
+        CHECK(status == (lacks == 0   ? SNIP_NOT_BOUND
+                         : lacks == 1 ? SNIP_BAD_ARGUMENT
+                         : lacks == 2 ? SNIP_INFEASIBLE
+                                      : SNIP_OK));
+        if (lacks == 0) CHECK(strstr(snip_message(d.s), "1.lin") && strstr(snip_message(d.s), "snip_bind_adamw"));
+        const double seconds[3] = { 4, 2, 1 };
+        if (lacks == 1) CHECK(snip_set_seconds(d.s, -1, SNIP_GEMMS, seconds) == SNIP_OK);
+        CHECK(d.step() == SNIP_OK);
+    }
+}
+
+// A state saved before a measuring step: the restored session goes on as this one does.
+static void test_session_resume() {
+    const manner how = { " resumed", MICROS, false, false, false, false, true };
+    for (int lag = -1; lag < 2; lag++) {
+        machine a(session_desc(3), how, lag);
+        snprintf(what, sizeof what, "session, resumed, lag %d", lag);
+        for (int step = 0; step < 3; step++) CHECK(a.step() == SNIP_OK);
+        CHECK(lag < 0 || snip_cuda_finish(a.c) == SNIP_OK);
+        std::vector<char> state(snip_state_size(a.s)), ours(state.size()), theirs(state.size());
+        CHECK(snip_state_save(a.s, state.data()) == SNIP_OK);
+        machine b(session_desc(3), how);
+        CHECK(snip_state_load(b.s, state.data(), state.size()) == SNIP_OK);
+        buffer memory(lag < 0 ? 16 : snip_cuda_memory(b.s, ROWS));
+        if (lag >= 0) b.c = snip_cuda_create(b.s, ROWS, lag, memory, b.stream);
+        CHECK(lag < 0 || b.c);
+        for (machine *m : { &a, &b }) {
+            CHECK(m->step() == SNIP_OK && (lag < 0 || snip_cuda_finish(m->c) == SNIP_OK) && snip_plans(m->s) == 1);
+            CHECK(snip_state_save(m->s, (m == &a ? ours : theirs).data()) == SNIP_OK);
+        }
+        CHECK(ours == theirs);
+        snip_cuda_destroy(b.c);
+        b.c = NULL;
+    }
+}
+
+// dbias of many rows: the CPU's to the last place, which sums in float would miss.
+static void test_session_bias() {
+    const int64_t rows = 100000, n = dims[0][0];
+    machine d(session_desc(-1), plainly, 0);
+    buffer dy((size_t)(rows * n) * 4), ours((size_t)n * 4), theirs((size_t)n * 4);
+    snprintf(what, sizeof what, "bias of %d rows", (int)rows);
+    for (int64_t i = 0; i < rows * n; i++) dy.floats()[i] = 1.0f + 0.001f * uniform();
+    for (int64_t i = 0; i < n; i++) ours.floats()[i] = theirs.floats()[i] = uniform();
+    snipi_call call = call_of(d, 0);
+    call.rows = rows;
+    CHECK(snipi_cuda_bias_gradient(&call, ours.floats(), dy.floats()) == SNIP_OK);
+    CHECK(snipi_host_bias_gradient(&call, theirs.floats(), dy.floats()) == SNIP_OK);
+    finish();
+    CHECK(same(ours, theirs));
+}
+
+// Sketches and mixed rows and columns have the CPU's bits.
 static void test_sketch() {
-    static const int64_t sizes[][2] = {
-        {1,       0    },
-        { 4096,   0    },
-        { 5000,   777  },
-        { 100000, 4095 },
-        { 200000, 12345}
-    };
-    model t;
-    snip_desc desc = session_desc(2);
-    device_session d(&t, desc, 0, 0);
-    snip_layer_info info;
-    snip_layer(d.s, 0, &info);
-    for (const int64_t *size : sizes)
-        for (int pass = 0; pass < 2; pass++) {
-            buffer x((size_t)size[0] * 4), sketch(SNIPI_SKETCH * sizeof(float));
-            snipi_layer *l = &d.s->layers[1];
-            const int which = SNIPI_SKETCH_DY;
-            float *device = d.c->sketch + (SNIPI_SKETCHES + which) * SNIPI_SKETCH;
-            fill(x, size[0], SNIP_F32, GAUSS);
-            d.s->pass = pass ? SNIP_PASS_CLEAN : SNIP_PASS_UPDATE_PROBE;
-            snprintf(what, sizeof what, "sketch of %d at %d", (int)size[0], (int)size[1]);
-            shim_order = (int)size[0] % SHIM_ORDERS;
-            CHECK(snipi_sketch_add(d.s, l, which, x.floats(), size[0], size[1]) == SNIP_OK);
-            CHECK(snipi_cuda_sketch_add(d.c, l, which, x.floats(), size[0], size[1], 0) == SNIP_OK);
+    static const int64_t sizes[] = { 1, 4096, 5000, 100000, 200000 }, before[] = { 0, 777, 12345 };
+    machine d(session_desc(2), plainly, 0);
+    snipi_call call = call_of(d, 1);
+    buffer sketch(SNIPI_SKETCHES * sizeof *call.sketch), expected(sketch.size);
+    memset(sketch.at, 0, sketch.size);
+    memset(expected.at, 0, sketch.size);
+    for (int64_t n : sizes)
+        for (float sign : { 1.0f, -1.0f }) {
+            buffer x((size_t)n * 4);
+            fill(x, n, SNIP_F32, GAUSS);
+            snprintf(what, sizeof what, "sketch of %d", (int)n);
+            shim_order = (int)n % SHIM_ORDERS;
+            call.sketch = (float(*)[SNIPI_SKETCH])(void *)expected.at;
+            CHECK(snipi_host_sketch_add(&call, SNIPI_SKETCH_DY, x.floats(), n, sign) == SNIP_OK);
+            call.sketch = (float(*)[SNIPI_SKETCH])(void *)sketch.at;
+            CHECK(snipi_cuda_sketch_add(&call, SNIPI_SKETCH_DY, x.floats(), n, sign) == SNIP_OK);
             finish();
-            CHECK(memcmp(device, l->sketch + which * SNIPI_SKETCH, SNIPI_SKETCH * sizeof(float)) == 0);
+            CHECK(same(sketch, expected));
         }
-    for (const int64_t *size : { sizes[0], sizes[2], sizes[4] }) {
-        const int64_t cols = 70, rows = size[0] / cols + 1;
-        buffer x((size_t)(rows * cols) * 4), ours((size_t)(SNIPI_MIXED * cols) * 4),
-            theirs((size_t)(SNIPI_MIXED * cols) * 4);
-        fill(x, rows * cols, SNIP_F32, GAUSS);
-        snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)size[1]);
-        snip_rng_key key = { 3, 4, 5 };
+    for (int i = 0; i < 3; i++)
         for (int targets : { (int)SNIPI_MIXED, (int)SNIPI_PROJECTED }) {
-            snipi_mix_rows(key, x.floats(), rows, cols, size[1], targets, theirs.floats());
-            CHECK(snipi_cuda_each(
-                      snipi_cuda_mix{ key, x.floats(), rows, cols, size[1], (uint32_t)targets, ours.floats() },
-                      targets * cols, 0) == SNIP_OK);
+            const int64_t cols = 70, rows = sizes[2 * i] / cols + 1;
+            buffer x((size_t)(rows * cols) * 4), ours((size_t)(targets * cols) * 4), theirs(ours.size);
+            fill(x, rows * cols, SNIP_F32, GAUSS);
+            snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)before[i]);
+            const snip_rng_key key = { 3, 4, 5 };
+            CHECK(snipi_host_mix_rows(&call, key, x.floats(), rows, cols, before[i], targets, theirs.floats()) ==
+                  SNIP_OK);
+            CHECK(snipi_cuda_mix_rows(&call, key, x.floats(), rows, cols, before[i], targets, ours.floats()) ==
+                  SNIP_OK);
             finish();
-            CHECK(memcmp(ours.floats(), theirs.floats(), (size_t)(targets * cols) * sizeof(float)) == 0);
+            CHECK(same(ours, theirs));
         }
-    }
     for (int64_t cols : { 5, 70, 1100, 2500 }) {
-        const int64_t rows = 40;
-        buffer x((size_t)(rows * cols) * 4), ours((size_t)(rows * SNIPI_PROJECTED) * 4),
-            theirs((size_t)(rows * SNIPI_PROJECTED) * 4);
-        fill(x, rows * cols, SNIP_F32, GAUSS);
+        buffer x((size_t)(ROWS * cols) * 4), ours((size_t)(ROWS * SNIPI_PROJECTED) * 4), theirs(ours.size);
+        fill(x, ROWS * cols, SNIP_F32, GAUSS);
         snprintf(what, sizeof what, "%d mixed columns", (int)cols);
-        snip_rng_key key = { 3, 4, 6 };
-        snipi_mix_columns(key, x.floats(), rows, cols, theirs.floats());
-        CHECK(snipi_cuda_each(snipi_cuda_mix_columns{ key, x.floats(), cols, ours.floats() }, rows * SNIPI_PROJECTED,
-                              0) == SNIP_OK);
+        const snip_rng_key key = { 3, 4, 6 };
+        CHECK(snipi_host_mix_columns(&call, key, x.floats(), ROWS, cols, theirs.floats()) == SNIP_OK);
+        CHECK(snipi_cuda_mix_columns(&call, key, x.floats(), ROWS, cols, ours.floats()) == SNIP_OK);
         finish();
-        CHECK(memcmp(ours.floats(), theirs.floats(), ours.size) == 0);
+        CHECK(same(ours, theirs));
     }
-    d.s->pass = SNIP_PASS_ORDINARY;
 }
 
 // The first layer's FP8 products by the cuBLASLt played on the CPU, which has none of the second's sizes.
@@ -1666,20 +1840,18 @@ static void test_sketch() {
 static void test_session_cublaslt() {}
 #else
 static void test_session_cublaslt() {
-    model t;
-    layer_data *l = t.l[0];
+    machine d(session_desc(-1), plainly, 0);
+    layer_data *l = d.t.l[0];
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
-    device_session d(&t, session_desc(-1), 0, 0);
     const size_t room = snip_cuda_cublaslt_memory(d.c);
     buffer scratch(room + 512), own(l->out.size + l->dx.size + l->dw.size);
     char *at = (char *)(((uintptr_t)scratch.at + 255) / 256 * 256);
     auto both = [&](int layer) {
-        layer_data *x = t.l[layer];
-        const snip_status status = snip_cuda_linear_forward(d.c, layer, x->out.floats(), x->x.floats(), x->w.floats(),
-                                                            x->bias.floats(), ROWS, 0);
+        layer_data *x = d.t.l[layer];
+        const snip_status status = d.forward(layer, x->out.floats(), x->x.floats(), x->w.floats(), x->bias.floats());
         return status ? status
-                      : snip_cuda_linear_backward(d.c, layer, x->dx.floats(), x->dw.floats(), NULL, x->dy.floats(),
-                                                  x->x.floats(), x->w.floats(), ROWS, 0);
+                      : d.backward(layer, x->dx.floats(), x->dw.floats(), NULL, x->dy.floats(), x->x.floats(),
+                                   x->w.floats());
     };
     auto compare = [&]() {  // the squared error beside our own products
         double error = 0, norm = 0;
@@ -1692,12 +1864,12 @@ static void test_session_cublaslt() {
         return error / norm;
     };
     snprintf(what, sizeof what, "session by cuBLASLt");
-    for (int layer = 0; layer < LAYERS; layer++)
-        for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, layer, (snip_gemm_kind)g, SNIP_E4M3);
+    snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E4M3);
     CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT &&
           snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, room) == SNIP_BAD_ARGUMENT &&
-          snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT);
+          snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT &&
+          strstr(snip_message(d.s), "snip_cuda_use_cublaslt"));
     CHECK(both(0) == SNIP_OK && both(1) == SNIP_OK);
     memcpy(own.at, l->out.at, l->out.size);
     memcpy(own.at + l->out.size, l->dx.at, l->dx.size);
@@ -1708,34 +1880,46 @@ static void test_session_cublaslt() {
     CHECK(both(1) == SNIP_UNSUPPORTED);
     lt.fails = true;
     CHECK(both(0) == SNIP_DEVICE);
-    for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, g ? SNIP_E2M1 : SNIP_BF16);
+    snip_set_format(d.s, 0, SNIP_GEMMS, SNIP_E2M1);
+    snip_set_format(d.s, 0, SNIP_FWD, SNIP_BF16);
     CHECK(both(0) == SNIP_OK);  // not FP8
-    for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, 0, (snip_gemm_kind)g, SNIP_E4M3);
+    snip_set_format(d.s, 0, SNIP_GEMMS, SNIP_E4M3);
     CHECK(snip_cuda_use_cublaslt(d.c, NULL, NULL, 0) == SNIP_OK);
     l->clear();
     CHECK(both(0) == SNIP_OK && compare() == 0);
 }
 #endif
+
 static void test_session() {
     snip_desc desc = session_desc(2);
     test_sketch();
-    test_session_one(desc, MICROS, 0, 5);
+    test_session_bias();
+    test_session_one(desc, { "", MICROS, false, false, false, false, false }, 0, 5);
+    test_session_one(
+        desc, { ", a small micro-batch first, backward in reverse", MICROS, true, true, false, false, true }, 0, 3);
+    test_session_one(desc, { ", a frozen layer, a loss of 0", 1, false, false, true, false, false }, 0, 3, 0);
+    test_session_one(desc, { ", an expert", 1, false, false, false, true, false }, 0, 9);
     desc.every = 3;
     play_gpu(2);  // E2M1 operands are packed
-    test_session_one(desc, 1, 2, 7);
+    test_session_one(desc, plainly, 2, 7);
     play_gpu(0);
-    if (few == 1) test_session_one(desc, 1, 2, 7);
+    if (few == 1) test_session_one(desc, plainly, 2, 7);
     desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_LION;
-    test_session_one(desc, 1, 0, 4);
+    test_session_one(desc, plainly, 0, 4);
     desc.optimizer = SNIP_SGD_MOMENTUM;
     desc.update_weight = -1;
-    if (few == 1) test_session_one(desc, 1, 1, 5);
+    if (few == 1) test_session_one(desc, plainly, 1, 5);
     test_session_graph();
     test_session_weights();
     test_session_counts();
     test_session_watch();
-    test_session_errors();
+    test_session_nonfinite();
+    test_session_failures();
+    test_session_refusals();
+    test_session_protocol();
+    test_session_first_step();
+    test_session_resume();
     test_session_cublaslt();
 }
 

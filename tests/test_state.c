@@ -141,7 +141,7 @@ static void states_of_another_version_are_unsupported(void) {
 
 // A state of version 2: no sizes of the records, which end where version 3's additions begin.
 static void states_of_version_2_are_read(void) {
-    enum { HEAD = 8 + 256, SIZES = 16, SESSION = 152, SESSION_3 = SESSION + 32, LAYER = 464, LAYER_3 = LAYER + 8 };
+    enum { HEAD = 8 + 256, SIZES = 16, SESSION = 152, SESSION_3 = SESSION + 32, LAYER = 464, LAYER_3 = LAYER + 16 };
 
     model n, m;
     size_t size;
