@@ -403,6 +403,16 @@ SNIP_API size_t      snip_state_size(const snip *);
 SNIP_API snip_status snip_state_save(const snip *, void *state);
 SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 
+// examples-temporary
+SNIP_API const snip_desc *snip_settings(const snip *);
+SNIP_API int         snip_find_layer(const snip *, const char *name);
+SNIP_API int         snip_failed_layer(const snip *);
+SNIP_API snip_status snip_step_status(const snip *);
+SNIP_API const char *snip_desc_error(const snip_desc *);
+SNIP_API double      snip_update_sq(const snip *, const snip_adamw *);
+SNIP_API snip_status snip_layer_sensitivity(snip *, int layer, float *d);
+// examples-temporary ends
+
 #ifdef __cplusplus
 }
 #endif
@@ -5355,6 +5365,39 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     snipi_begin_step(s);
     return SNIP_OK;
 }
+
+// examples-temporary
+SNIP_API const snip_desc *snip_settings(const snip *s) { return s ? &s->desc : NULL; }
+
+SNIP_API int snip_find_layer(const snip *s, const char *name) {
+    for (int l = 0; name && l < snip_layers(s); l++)
+        if (!strcmp(s->layers[l].name, name)) return l;
+    return -1;
+}
+
+SNIP_API int snip_failed_layer(const snip *s) {
+    char name[256] = "";
+    if (s && sscanf(s->message, "layer %255[^: ]", name) != 1) sscanf(s->message, "%255[^: ]", name);
+    return snip_find_layer(s, name);
+}
+
+SNIP_API snip_status snip_step_status(const snip *s) { return s ? s->pending : SNIP_BAD_ARGUMENT; }
+
+SNIP_API const char *snip_desc_error(const snip_desc *d) {
+    snip_status status = snip_desc_check(d);
+    if (!status) return NULL;
+    return d && !snipi_in_range(d->budget, 0, 1) ? "budget is a share, 0 to 1" : snip_status_text(status);
+}
+
+SNIP_API double snip_update_sq(const snip *s, const snip_adamw *o) { return s && o ? snipi_update_sq(s, o) : 0; }
+
+SNIP_API snip_status snip_layer_sensitivity(snip *s, int layer, float *d) {
+    snipi_layer *l = snipi_layer_at(s, layer);
+    if (!l || !d) return snipi_bad(s, "snip_layer_sensitivity");
+    snipi_sensitivities(s, l, d);
+    return SNIP_OK;
+}
+// examples-temporary ends
 
 // ================= END OF THE PORTABLE CODE. Below are instruction sets, behind the tables above.
 // =====================
