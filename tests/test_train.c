@@ -216,7 +216,8 @@ static int64_t gradients_of(llama_config *c, int split, int threads, const int32
         *loss += sum;
     }
     out[0] = (float)llama_grad_norm(g);
-    llama_adamw(g, 1e-3, 0.9, 0.95, 1e-8, 0.1, 1, 1.0);
+    snip_adamw update = { 1e-3, 0.9, 0.95, 1e-8, 1, 1.0 };
+    llama_update(g, SNIP_ADAMW, &update, 0.1);
     memcpy(out + 1, g->grads, (size_t)g->n_params * sizeof(float));
     memcpy(out + 1 + g->n_params, g->params, (size_t)g->n_params * sizeof(float));
     int64_t n = g->n_params;
