@@ -295,6 +295,46 @@ static void test_optimizers(void) {
     }
 }
 
+// A trainer_backend whose session refuses a call that nobody looks at.
+static snip_status forward_with_error(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int sequences,
+                                      float grad_scale, double *loss) {
+    snip_linear_forward(s, 0, NULL, NULL, NULL, NULL, 1);
+    return llama_forward(g, s, tokens, targets, sequences, grad_scale, loss);
+}
+
+// A step that met an error leaves the weights and the optimizer's moments as they are.
+static void test_refused_step(void) {
+    llama_config c = { 64, 32, 1, 2, 2, 48, 8, 0, 0, 3 };
+    trainer_backend on = *tr_cpu();
+    tr_training t = { &on, NULL, f32_session(), NULL, 0, 0, NULL, NULL };
+    tr_step step;
+    t.model = llama_create(&c, 2, t.session);
+    if (!t.model) {
+        check(0, "a model", 0);
+        return;
+    }
+    tr_make_batch(&t, 2, 1);
+    llama *g = t.model;
+    size_t bytes = 3 * (size_t)g->n_params * sizeof(float);  // params, m, v
+    float *before = (float *)tr_alloc(bytes);
+    for (int broken = 1; broken >= 0; broken--) {
+        memcpy(before, g->params, bytes / 3);
+        memcpy(before + g->n_params, g->m, bytes / 3);
+        memcpy(before + 2 * g->n_params, g->v, bytes / 3);
+        on.forward = broken ? forward_with_error : llama_forward;
+        snip_status status = tr_take_step(&t, tr_optimizer_named("adamw"), 1e-2, 1, &step);
+        int same = !memcmp(before, g->params, bytes / 3) && !memcmp(before + g->n_params, g->m, bytes / 3) &&
+                   !memcmp(before + 2 * g->n_params, g->v, bytes / 3);
+        check(status == (broken ? SNIP_BAD_ARGUMENT : SNIP_OK), "the step's status", (double)status);
+        check(same == broken, broken ? "a refused step changes nothing" : "an ordinary one does", broken);
+        if (broken) snip_end_step(t.session, NULL);
+    }
+    free(before);
+    tr_free_batch(&t);
+    llama_destroy(g);
+    snip_destroy(t.session);
+}
+
 static void test_exp(void) {
     double worst = 0;
     for (int i = -860000; i <= 870000; i++) {
@@ -390,6 +430,7 @@ int main(void) {
     test_gradients(1);
     test_accumulation_and_threads();
     test_optimizers();
+    test_refused_step();
     test_safetensors();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
