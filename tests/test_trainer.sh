@@ -143,7 +143,7 @@ check "has all of them" test "$(wc -l < extended/loss.csv)" = 25
 
 # ---- OpenMP's threads wait without spinning where the user has not said otherwise ----
 spin() { # what the runtime, GCC's or LLVM's, says of how long its threads spin
-    env "$@" OMP_DISPLAY_ENV=verbose "$trainer" $base --steps 1 --out policy 2>&1 | sed -n "s/.*\(GOMP_SPINCOUNT\|KMP_BLOCKTIME\) *= *'\([0-9]*\).*/\2/p" | tail -1
+    env "$@" OMP_DISPLAY_ENV=verbose "$trainer" $base --steps 1 --out policy 2>&1 | sed -nE "s/.*(GOMP_SPINCOUNT|KMP_BLOCKTIME) *= *'([0-9]*).*/\2/p" | tail -1
 }
 if [ -n "$(spin OMP_WAIT_POLICY=active)" ]; then
     check "threads do not spin by default" test "$(spin -u OMP_WAIT_POLICY)" = 0
