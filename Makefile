@@ -5,7 +5,7 @@ OPENMP ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /d
 WARN = -Wall -Wextra -Wpedantic -Wshadow -Wconversion
 B = build
 HEADERS = snip.h snip_ilp.h
-TRAINER = examples/llama.h examples/trainer.h examples/report.h
+TRAINER = examples/llama.h examples/report.h examples/train.h examples/trainer.h
 DATA ?= snip.h snip_ilp.h README.md examples/llama.h examples/trainer.h examples/train_llama.c
 OUT ?= out/demo
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -6885,8 +6885,7 @@ SNIP_API snip_status snip_state_load(snip *s, const void *state, size_t size) {
     return SNIP_OK;
 }
 
-// ================= END OF THE PORTABLE CODE. Below are instruction sets, behind the tables above.
-// =====================
+// ================= END OF THE PORTABLE CODE. Below are instruction sets, behind the tables above. ====
 
 // >>simd -------------------------------------------------------------------------------------------
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_ps in C++ (PR 105593)

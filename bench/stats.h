@@ -1,8 +1,35 @@
-// stats.h - rank correlations and Student's t, shared by fidelity.c and quality.c.
+// stats.h - what the benchmarks compute with: seconds, medians, rank correlations and Student's t.
+//
+// Define _POSIX_C_SOURCE 200809L or _DEFAULT_SOURCE before the first include.
 #ifndef STATS_H
 #define STATS_H
+
 #include <math.h>
 #include <stdlib.h>
+#include <time.h>
+
+// One thread: processor time, so that a shared machine disturbs less.
+static inline double stats_seconds(int threads) {
+    struct timespec t;
+    clock_gettime(threads > 1 ? CLOCK_MONOTONIC : CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static inline int stats_by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static inline double stats_median(double *x, int n) {  // sorts x; of an even number the upper one
+    qsort(x, (size_t)n, sizeof *x, stats_by_value);
+    return x[n / 2];
+}
+
+static inline double stats_mean(const double *x, int n) {
+    double mean = 0;
+    for (int i = 0; i < n; i++) mean += x[i] / n;
+    return mean;
+}
 
 // Ranks, ties averaged.
 static inline void stats_ranks(const double *x, int n, double *rank) {
@@ -17,27 +44,23 @@ static inline void stats_ranks(const double *x, int n, double *rank) {
 }
 
 static inline double stats_pearson(const double *x, const double *y, int n) {
-    double mx = 0, my = 0, xy = 0, xx = 0, yy = 0;
+    double mean_x = stats_mean(x, n), mean_y = stats_mean(y, n), xy = 0, xx = 0, yy = 0;
     for (int i = 0; i < n; i++) {
-        mx += x[i] / n;
-        my += y[i] / n;
-    }
-    for (int i = 0; i < n; i++) {
-        xy += (x[i] - mx) * (y[i] - my);
-        xx += (x[i] - mx) * (x[i] - mx);
-        yy += (y[i] - my) * (y[i] - my);
+        xy += (x[i] - mean_x) * (y[i] - mean_y);
+        xx += (x[i] - mean_x) * (x[i] - mean_x);
+        yy += (y[i] - mean_y) * (y[i] - mean_y);
     }
     return xx > 0 && yy > 0 ? xy / sqrt(xx * yy) : 0;
 }
 
 static inline double stats_spearman(const double *x, const double *y, int n) {
-    double *rank = (double *)malloc((size_t)(2 * n + 1) * sizeof *rank), r = 0;
+    double *rank = (double *)malloc((size_t)(2 * n + 1) * sizeof *rank), correlation = 0;
     if (!rank) return 0;
     stats_ranks(x, n, rank);
     stats_ranks(y, n, rank + n);
-    r = stats_pearson(rank, rank + n, n);
+    correlation = stats_pearson(rank, rank + n, n);
     free(rank);
-    return r;
+    return correlation;
 }
 
 static inline double stats_kendall(const double *x, const double *y, int n) {  // tau-a
@@ -55,8 +78,7 @@ static inline double stats_student(int freedom) {
 
 // Half width of the 95% interval of the mean of n differences.
 static inline double stats_half_width(const double *x, int n) {
-    double mean = 0, spread = 0;
-    for (int i = 0; i < n; i++) mean += x[i] / n;
+    double mean = stats_mean(x, n), spread = 0;
     for (int i = 0; i < n; i++) spread += (x[i] - mean) * (x[i] - mean);
     return n > 1 ? stats_student(n - 1) * sqrt(spread / (n - 1) / n) : 0;
 }

@@ -1,10 +1,10 @@
-// llama.h - a small Llama-style model with hand-written forward and backward passes, for the examples,
-// tests and benchmarks of snip.h. Plain C99, float32; include snip.h first.
+// llama.h - a small Llama-style model with hand-written forward and backward passes, for the examples, tests and
+// benchmarks of snip.h. Plain C99, float32. Include snip.h first.
 //
 // WHAT IT IS
-//   Token embedding; blocks of RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; final RMSNorm;
-//   output layer (tied or not); cross-entropy; AdamW, SGD with momentum, Lion. No biases. The seven linear layers of a
-//   block run through snip_linear_forward/backward; embedding, norms, attention and the output layer are float32.
+//   Token embedding; blocks of RMSNorm, grouped-query attention with RoPE, RMSNorm, SwiGLU; final RMSNorm; output layer
+//   (tied or not); cross-entropy; AdamW, SGD with momentum, Lion. There are no biases. The seven linear layers of a
+//   block run through snip_linear_forward and _backward; embedding, norms, attention and the output layer are float32.
 //
 // IN ORDER
 //     llama *g = llama_create(&config, batch, session);        registers and binds every linear layer
@@ -13,11 +13,19 @@
 //         llama_forward (g, session, tokens, targets, sequences, 1 / (float)tokens_in_step, &loss_sum);
 //         llama_backward(g, session, tokens, sequences);
 //     } while (snip_next_pass(session, loss));
-//     llama_adamw(g, ...);  snip_end_step(session, ...);
+//     if (!snip_step_status(session)) llama_update(g, ...);
+//     snip_end_step(session, ...);
 //
 // DETERMINISM
-//   Work is split over outputs only, and every sum has a fixed order: results are the same, bit for bit,
-//   for any number of threads.
+//   Work is split over outputs only, and every sum has a fixed order: results are the same, bit for bit, for any number
+//   of threads.
+//
+// SHAPES
+//   rows: sequences x seq, the tokens of a call. head_dim: dim / heads. kv_dim: head_dim x kv_heads.
+//
+// INDEX (search for the tag)
+//   >>llama-model >>llama-math >>llama-products >>llama-create >>llama-linear >>llama-norm >>llama-attention
+//   >>llama-ffn >>llama-head >>llama-passes >>llama-optimizer
 #ifndef LLAMA_H
 #define LLAMA_H
 
@@ -34,6 +42,7 @@
 #    define LLAMA_OMP(x)
 #endif
 
+// >>llama-model ------------------------------------------------------------------------------------
 typedef struct {
     int vocab, dim, blocks, heads, kv_heads, ffn, seq;
     int tied;       // 1: the output layer uses the embedding's weights
@@ -50,12 +59,23 @@ typedef struct {  // one parameter tensor
     int layer;                   // index in the session, or -1
 } llama_tensor;
 
-typedef struct {  // a block's tensors and what its backward pass needs from the forward pass
+typedef struct {  // a block: where its tensors are, and what its backward pass needs of the forward pass
     int norm1, norm2, lin[LLAMA_LINEARS];
-    float *x, *n1, *rstd1, *q, *k, *v, *att,
-        *lse;                                  // (R, dim) (R, dim) (R) (R, dim) (R, kv) (R, kv) (R, dim) (R, heads)
-    float *x2, *n2, *rstd2, *gate, *up, *act;  // (R, dim) (R, dim) (R) (R, ffn) (R, ffn) (R, ffn)
+    float *x, *n1;     // [rows][dim] input, and normed
+    float *rstd1;      // [rows]
+    float *q;          // [rows][dim]
+    float *k, *v;      // [rows][kv_dim]
+    float *att;        // [rows][dim]
+    float *lse;        // [rows][heads] log-sum-exp of the scores
+    float *x2, *n2;    // [rows][dim] after attention, and normed
+    float *rstd2;      // [rows]
+    float *gate, *up;  // [rows][ffn]
+    float *act;        // [rows][ffn] SwiGLU of the two
 } llama_block;
+
+// snip_linear_backward, or what stands in front of it.
+typedef snip_status (*llama_linear_backward)(snip *, int layer, float *dinp, float *dweight, float *dbias,
+                                             const float *dout, const float *inp, const float *weight, int64_t rows);
 
 typedef struct {
     llama_config config;
@@ -65,16 +85,27 @@ typedef struct {
     llama_tensor *tensors;
     llama_block *block;
     float *params, *grads, *m, *v;
-    char failed[64];  // the layer at which a call met NaN or infinity
+    char failed[64];                        // the layer at which a call met NaN or infinity
+    llama_linear_backward linear_backward;  // snip_linear_backward; a caller may watch the layers by one of its own
+    void *device;                           // the caller's, such as a copy of the model on a GPU
 
     void *memory;
-    size_t gemm_scratch_size;
-    float *x, *n, *rstd, *logits;  // (R, dim) (R, dim) (R) (chunk, vocab)
-    float *dx, *dn, *dq, *dk, *dv, *datt, *dgate, *dup, *dact;
-    float *rope, *scratch;  // (seq, head_dim): cos, then sin; per thread
-    double *row_loss, *partial;
+    float *x, *n;        // [rows][dim] input of the final norm, and normed
+    float *rstd;         // [rows]
+    float *logits;       // [head_chunk][vocab]
+    float *dx, *dn;      // [rows][dim] gradients: of the stream, of what a branch reads or adds
+    float *dq, *datt;    // [rows][dim]
+    float *dk, *dv;      // [rows][kv_dim]
+    float *dgate, *dup;  // [rows][ffn]
+    float *dact;         // [rows][ffn]
+    float *rope;         // [seq][head_dim]: cosines, then sines
+    float *scratch;      // [threads][scratch_stride]
+    double *row_loss;    // [rows]
+    double *partial;     // [n_params / 4096 + 1]
     void *gemm_scratch;
-    int64_t head_chunk, scratch_stride;
+    size_t gemm_scratch_size;
+    int64_t head_chunk;  // rows whose logits are made at a time
+    int64_t scratch_stride;
 } llama;
 
 static inline const char *llama_config_check(const llama_config *c) {  // NULL: fine
@@ -89,7 +120,7 @@ static inline const char *llama_config_check(const llama_config *c) {  // NULL: 
     return NULL;
 }
 
-// >>math -------------------------------------------------------------------------------------------
+// >>llama-math -------------------------------------------------------------------------------------
 static inline int llama_finite(double x) {  // by bits: holds under -Ofast, where isfinite() is folded to 1
     uint64_t u;
     memcpy(&u, &x, sizeof u);
@@ -123,8 +154,8 @@ static inline float llama_exp(float x) {
     return e.f;
 }
 
-// Of softmax, x <= 0: 0 below -40. Nothing to a sum of 1 or more, but its products would be subnormal, a hundred times
-// as slow.
+// Of softmax, whose x is at most 0: 0 below -40, which is nothing beside a sum of 1 or more, but whose products would
+// be subnormal and a hundred times as slow.
 static inline float llama_exp_softmax(float x) {
     union {
         float f;
@@ -177,9 +208,10 @@ static inline float llama_max(const float *a, int64_t n) {
     return best;
 }
 
-// C (m, n) = or += A (m, k) B (k, n), for attention's small matrices inside one thread. A is reached by
-// strides (ra, ca), so it may be a transposed view. A tile of some rows x 2 vectors of C stays in registers
-// while k runs; the vector type is GCC's and clang's, because -O2 alone does not get there from arrays.
+// >>llama-products ---------------------------------------------------------------------------------
+// C[m][n] = or += A[m][k] B[k][n], for attention's small matrices inside one thread. A is reached by strides (ra, ca),
+// so it may be a transposed view. A tile of some rows x 2 vectors of C stays in registers while k runs; the vector type
+// is GCC's and clang's, because -O2 alone does not get there from arrays.
 #define LLAMA_ROWS_4(x) x(0) x(1) x(2) x(3)
 #define LLAMA_ROWS_8(x) LLAMA_ROWS_4(x) x(4) x(5) x(6) x(7)
 #ifdef __AVX512F__
@@ -224,45 +256,58 @@ LLAMA_TILE(8)
 LLAMA_TILE(16)
 #    endif
 #endif
+// The same for m x n elements at most LLAMA_MR x 8, which a tile does not fill.
+static inline void llama_mm_edge(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca,
+                                 const float *b, int64_t ldb, float *c, int64_t ldc, int accumulate) {
+    float acc[LLAMA_MR][32] = { { 0 } };
+    for (int64_t p = 0; p < k; p++)
+        for (int64_t y = 0; y < m; y++)
+            for (int64_t x = 0; x < n; x++) acc[y][x] += a[y * ra + p * ca] * b[p * ldb + x];
+    for (int64_t y = 0; y < m; y++) {
+        float *row = c + y * ldc;
+        for (int64_t x = 0; x < n; x++) row[x] = accumulate ? row[x] + acc[y][x] : acc[y][x];
+    }
+}
+
+typedef void (*llama_tile)(int64_t k, const float *a, int64_t ra, int64_t ca, const float *b, int64_t ldb, float *c,
+                           int64_t ldc, int accumulate);
+
+// The widest tile that fits into n columns, and how many it takes; NULL: none fits, or there are none.
+static inline llama_tile llama_tile_for(int64_t n, int64_t *width) {
+    *width = n < 8 ? n : 8;
+#ifdef __GNUC__
+#    ifdef __AVX512F__
+    if (n >= 32) {
+        *width = 32;
+        return llama_mm_16;
+    }
+#    endif
+#    ifdef __AVX2__
+    if (n >= 16) {
+        *width = 16;
+        return llama_mm_8;
+    }
+#    endif
+    if (n >= 8) return llama_mm_4;
+#endif
+    return NULL;
+}
+
 static inline void llama_mm(int64_t m, int64_t n, int64_t k, const float *a, int64_t ra, int64_t ca, const float *b,
                             int64_t ldb, float *c, int64_t ldc, int accumulate) {
-    for (int64_t j = 0, nj; j < n; j += nj) {
-        void (*tile)(int64_t, const float *, int64_t, int64_t, const float *, int64_t, float *, int64_t, int) = NULL;
-        nj = n - j < 8 ? n - j : 8;
-#ifdef __GNUC__
-        if (n - j >= 8) tile = llama_mm_4;
-#    ifdef __AVX2__
-        if (n - j >= 16) {
-            tile = llama_mm_8;
-            nj = 16;
-        }
-#    endif
-#    ifdef __AVX512F__
-        if (n - j >= 32) {
-            tile = llama_mm_16;
-            nj = 32;
-        }
-#    endif
-#endif
+    for (int64_t j = 0, width; j < n; j += width) {
+        llama_tile tile = llama_tile_for(n - j, &width);
         for (int64_t i = 0; i < m; i += LLAMA_MR) {
-            int64_t mi = m - i < LLAMA_MR ? m - i : LLAMA_MR;
-            if (tile && mi == LLAMA_MR) {
+            int64_t rows = m - i < LLAMA_MR ? m - i : LLAMA_MR;
+            if (tile && rows == LLAMA_MR)
                 tile(k, a + i * ra, ra, ca, b + j, ldb, c + i * ldc + j, ldc, accumulate);
-                continue;
-            }
-            float acc[LLAMA_MR][8 * 4] = { { 0 } };
-            for (int64_t p = 0; p < k; p++)
-                for (int64_t y = 0; y < mi; y++)
-                    for (int64_t x = 0; x < nj; x++) acc[y][x] += a[(i + y) * ra + p * ca] * b[p * ldb + j + x];
-            for (int64_t y = 0; y < mi; y++) {
-                float *row = c + (i + y) * ldc + j;
-                for (int64_t x = 0; x < nj; x++) row[x] = accumulate ? row[x] + acc[y][x] : acc[y][x];
-            }
+            else
+                llama_mm_edge(rows, width, k, a + i * ra, ra, ca, b + j, ldb, c + i * ldc + j, ldc, accumulate);
         }
     }
 }
 
-// >>create -----------------------------------------------------------------------------------------
+// >>llama-create -----------------------------------------------------------------------------------
 static inline int llama_add_tensor(llama *g, const char *name, int64_t rows, int64_t cols, int matrix) {
     llama_tensor *t = &g->tensors[g->n_tensors];
     snprintf(t->name, sizeof t->name, "%s", name);
@@ -282,9 +327,11 @@ static inline float *llama_take(unsigned char *base, size_t *used, int64_t float
     return p;
 }
 
+// Lays the tensors and the scratch memory out from base on, or with base NULL only counts their bytes.
 static inline size_t llama_layout(llama *g, unsigned char *base) {
     const llama_config *c = &g->config;
-    int64_t R = (int64_t)g->batch * c->seq, d = c->dim, f = c->ffn, hd = d / c->heads, kv = hd * c->kv_heads;
+    int64_t rows = (int64_t)g->batch * c->seq, dim = c->dim, ffn = c->ffn, head_dim = dim / c->heads;
+    int64_t kv_dim = head_dim * c->kv_heads;
     size_t used = 0;
 #define LLAMA_TAKE(p, n) (p) = llama_take(base, &used, (n))
     LLAMA_TAKE(g->params, g->n_params);
@@ -293,44 +340,40 @@ static inline size_t llama_layout(llama *g, unsigned char *base) {
     LLAMA_TAKE(g->v, g->n_params);
     for (int i = 0; i < c->blocks; i++) {
         llama_block *b = &g->block[i];
-        LLAMA_TAKE(b->x, R * d);
-        LLAMA_TAKE(b->n1, R * d);
-        LLAMA_TAKE(b->rstd1, R);
-        LLAMA_TAKE(b->q, R * d);
-        LLAMA_TAKE(b->k, R * kv);
-        LLAMA_TAKE(b->v, R * kv);
-        LLAMA_TAKE(b->att, R * d);
-        LLAMA_TAKE(b->lse, R * c->heads);
-        LLAMA_TAKE(b->x2, R * d);
-        LLAMA_TAKE(b->n2, R * d);
-        LLAMA_TAKE(b->rstd2, R);
-        LLAMA_TAKE(b->gate, R * f);
-        LLAMA_TAKE(b->up, R * f);
-        LLAMA_TAKE(b->act, R * f);
+        LLAMA_TAKE(b->x, rows * dim);
+        LLAMA_TAKE(b->n1, rows * dim);
+        LLAMA_TAKE(b->rstd1, rows);
+        LLAMA_TAKE(b->q, rows * dim);
+        LLAMA_TAKE(b->k, rows * kv_dim);
+        LLAMA_TAKE(b->v, rows * kv_dim);
+        LLAMA_TAKE(b->att, rows * dim);
+        LLAMA_TAKE(b->lse, rows * c->heads);
+        LLAMA_TAKE(b->x2, rows * dim);
+        LLAMA_TAKE(b->n2, rows * dim);
+        LLAMA_TAKE(b->rstd2, rows);
+        LLAMA_TAKE(b->gate, rows * ffn);
+        LLAMA_TAKE(b->up, rows * ffn);
+        LLAMA_TAKE(b->act, rows * ffn);
     }
-    LLAMA_TAKE(g->x, R * d);
-    LLAMA_TAKE(g->n, R * d);
-    LLAMA_TAKE(g->rstd, R);
-    LLAMA_TAKE(g->dx, R * d);
-    LLAMA_TAKE(g->dn, R * d);
-    LLAMA_TAKE(g->dq, R * d);
-    LLAMA_TAKE(g->datt, R * d);
-    LLAMA_TAKE(g->dk, R * kv);
-    LLAMA_TAKE(g->dv, R * kv);
-    LLAMA_TAKE(g->dgate, R * f);
-    LLAMA_TAKE(g->dup, R * f);
-    LLAMA_TAKE(g->dact, R * f);
+    LLAMA_TAKE(g->x, rows * dim);
+    LLAMA_TAKE(g->n, rows * dim);
+    LLAMA_TAKE(g->rstd, rows);
+    LLAMA_TAKE(g->dx, rows * dim);
+    LLAMA_TAKE(g->dn, rows * dim);
+    LLAMA_TAKE(g->dq, rows * dim);
+    LLAMA_TAKE(g->datt, rows * dim);
+    LLAMA_TAKE(g->dk, rows * kv_dim);
+    LLAMA_TAKE(g->dv, rows * kv_dim);
+    LLAMA_TAKE(g->dgate, rows * ffn);
+    LLAMA_TAKE(g->dup, rows * ffn);
+    LLAMA_TAKE(g->dact, rows * ffn);
     LLAMA_TAKE(g->logits, g->head_chunk * c->vocab);
-    LLAMA_TAKE(g->rope, c->seq * hd);
+    LLAMA_TAKE(g->rope, c->seq * head_dim);
     LLAMA_TAKE(g->scratch, g->scratch_stride * g->threads);
-    float *p;
-    LLAMA_TAKE(p, 2 * R);
-    g->row_loss = (double *)(void *)p;
-    LLAMA_TAKE(p, 2 * (g->n_params / 4096 + 1));
-    g->partial = (double *)(void *)p;
-    LLAMA_TAKE(p, (int64_t)(g->gemm_scratch_size / 4 + 1));
-    g->gemm_scratch = p;
 #undef LLAMA_TAKE
+    g->row_loss = (double *)(void *)llama_take(base, &used, 2 * rows);
+    g->partial = (double *)(void *)llama_take(base, &used, 2 * (g->n_params / 4096 + 1));
+    g->gemm_scratch = llama_take(base, &used, (int64_t)(g->gemm_scratch_size / 4 + 1));
     return used;
 }
 
@@ -342,184 +385,200 @@ static inline void llama_destroy(llama *g) {
     free(g);
 }
 
-// Weights from N(0, 0.02^2), those that write to the residual stream scaled by 1/sqrt(2 blocks), norms 1.
+// Weights from N(0, 0.02^2), those that write to the residual stream scaled by 1 / sqrt(2 blocks), norms 1.
 static inline void llama_init(llama *g) {
     const double tau = 6.283185307179586;
     for (int i = 0; i < g->n_tensors; i++) {
         const llama_tensor *t = &g->tensors[i];
         float *p = g->params + t->offset;
         int64_t n = t->rows * t->cols;
-        size_t len = strlen(t->name);
-        int residual = strstr(t->name, ".attn.o.") || (len > 12 && strstr(t->name, ".mlp.down."));
-        double std = residual ? 0.02 / sqrt(2.0 * g->config.blocks) : 0.02;
+        int residual = strstr(t->name, ".attn.o.") || strstr(t->name, ".mlp.down.");
+        double deviation = residual ? 0.02 / sqrt(2.0 * g->config.blocks) : 0.02;
         snip_rng_key key = { g->config.seed, 0xffffffffu, (uint32_t)i };
         if (!t->matrix) {
             for (int64_t j = 0; j < n; j++) p[j] = 1.0f;
             continue;
         }
         LLAMA_OMP(parallel for schedule(static))
-        for (int64_t j = 0; j < n; j += 2) {
-            uint32_t r[4];
-            snip_philox(key, (uint64_t)j, r);
-            double radius = std * sqrt(-2.0 * log((r[0] + 0.5) / 4294967296.0)), angle = tau * r[1] / 4294967296.0;
+        for (int64_t j = 0; j < n; j += 2) {  // Box-Muller: two at a time
+            uint32_t random[4];
+            snip_philox(key, (uint64_t)j, random);
+            double radius = deviation * sqrt(-2.0 * log((random[0] + 0.5) / 4294967296.0));
+            double angle = tau * random[1] / 4294967296.0;
             p[j] = (float)(radius * cos(angle));
             if (j + 1 < n) p[j + 1] = (float)(radius * sin(angle));
         }
     }
 }
 
-// Registers the linear layers in session order "0.attn.q", "0.attn.k", ... and binds their moments.
-// NULL: out of memory, or the configuration is refused.
-static inline llama *llama_create(const llama_config *config, int batch, snip *session) {
-    static const char *const kind[LLAMA_LINEARS] = { "attn.q",   "attn.k", "attn.v",  "attn.o",
-                                                     "mlp.gate", "mlp.up", "mlp.down" };
-    if (llama_config_check(config) || batch < 1 || batch > 1 << 20) return NULL;
-    llama *g = (llama *)calloc(1, sizeof *g);
-    if (!g) return NULL;
-    g->config = *config;
-    const llama_config *c = &g->config;
-    int64_t d = c->dim, hd = d / c->heads, kv = hd * c->kv_heads, R = (int64_t)batch * c->seq;
-    const int64_t out[LLAMA_LINEARS] = { d, kv, kv, d, c->ffn, c->ffn, d },
-                  in[LLAMA_LINEARS] = { d, d, d, d, d, d, c->ffn };
-    g->tensors = (llama_tensor *)calloc((size_t)c->blocks * 9 + 3, sizeof *g->tensors);
-    g->block = (llama_block *)calloc((size_t)c->blocks, sizeof *g->block);
-    if (!g->tensors || !g->block) {
-        llama_destroy(g);
-        return NULL;
-    }
+static const char *const llama_kind[LLAMA_LINEARS] = { "attn.q",   "attn.k", "attn.v",  "attn.o",
+                                                       "mlp.gate", "mlp.up", "mlp.down" };
 
+static inline void llama_add_tensors(llama *g) {
+    const llama_config *c = &g->config;
+    int64_t dim = c->dim, kv_dim = dim / c->heads * c->kv_heads;
+    const int64_t out[LLAMA_LINEARS] = { dim, kv_dim, kv_dim, dim, c->ffn, c->ffn, dim };
     char name[40];
-    g->embed = llama_add_tensor(g, "embed.weight", c->vocab, d, 1);
+    g->embed = llama_add_tensor(g, "embed.weight", c->vocab, dim, 1);
     for (int i = 0; i < c->blocks; i++) {
         llama_block *b = &g->block[i];
         for (int j = 0; j < LLAMA_LINEARS; j++) {
-            if (j == LLAMA_Q) {
-                snprintf(name, sizeof name, "blocks.%d.norm1.weight", i);
-                b->norm1 = llama_add_tensor(g, name, 1, d, 0);
+            if (j == LLAMA_Q || j == LLAMA_GATE) {
+                snprintf(name, sizeof name, "blocks.%d.norm%d.weight", i, j == LLAMA_Q ? 1 : 2);
+                *(j == LLAMA_Q ? &b->norm1 : &b->norm2) = llama_add_tensor(g, name, 1, dim, 0);
             }
-            if (j == LLAMA_GATE) {
-                snprintf(name, sizeof name, "blocks.%d.norm2.weight", i);
-                b->norm2 = llama_add_tensor(g, name, 1, d, 0);
-            }
-            snprintf(name, sizeof name, "blocks.%d.%s.weight", i, kind[j]);
-            b->lin[j] = llama_add_tensor(g, name, out[j], in[j], 1);
+            snprintf(name, sizeof name, "blocks.%d.%s.weight", i, llama_kind[j]);
+            b->lin[j] = llama_add_tensor(g, name, out[j], j == LLAMA_DOWN ? c->ffn : dim, 1);
         }
     }
-    g->norm = llama_add_tensor(g, "norm.weight", 1, d, 0);
-    g->output = c->tied ? g->embed : llama_add_tensor(g, "output.weight", c->vocab, d, 1);
+    g->norm = llama_add_tensor(g, "norm.weight", 1, dim, 0);
+    g->output = c->tied ? g->embed : llama_add_tensor(g, "output.weight", c->vocab, dim, 1);
+}
 
-    g->batch = batch;
+// 0: out of memory.
+static inline int llama_allocate(llama *g) {
+    const llama_config *c = &g->config;
+    int64_t rows = (int64_t)g->batch * c->seq, head_dim = c->dim / c->heads;
     g->threads = 1;
 #ifdef _OPENMP
     g->threads = omp_get_max_threads();
 #endif
-    g->head_chunk = (1 << 23) / c->vocab < R ? (1 << 23) / c->vocab : R;  // logits in pieces of at most 32 MB
-    int64_t chunk = g->head_chunk;
-    size_t s[3] = { snip_gemm_scratch(chunk, c->vocab, d), snip_gemm_scratch(chunk, d, c->vocab),
-                    snip_gemm_scratch(c->vocab, d, chunk) };
+    int64_t chunk = (1 << 23) / c->vocab;  // logits in pieces of at most 32 MB
+    g->head_chunk = chunk < rows ? chunk : rows;
+    const size_t scratch[3] = { snip_gemm_scratch(g->head_chunk, c->vocab, c->dim),
+                                snip_gemm_scratch(g->head_chunk, c->dim, c->vocab),
+                                snip_gemm_scratch(c->vocab, c->dim, g->head_chunk) };
     for (int i = 0; i < 3; i++)
-        if (s[i] > g->gemm_scratch_size) g->gemm_scratch_size = s[i];
-    g->scratch_stride = ((4 * hd + 64) * (((int64_t)c->seq + 31) / 32) + 3 * hd) * 32 + 64;
-    size_t size = llama_layout(g, NULL);
-    g->memory = calloc(size + 64, 1);
-    if (!g->memory) {
-        llama_destroy(g);
-        return NULL;
-    }
+        if (scratch[i] > g->gemm_scratch_size) g->gemm_scratch_size = scratch[i];
+    g->scratch_stride = ((4 * head_dim + 64) * (((int64_t)c->seq + 31) / 32) + 3 * head_dim) * 32 + 64;
+    g->memory = calloc(llama_layout(g, NULL) + 64, 1);
+    if (!g->memory) return 0;
     llama_layout(g, (unsigned char *)g->memory + (64 - (uintptr_t)g->memory % 64));
+    return 1;
+}
 
-    for (int64_t t = 0; t < c->seq; t++)
-        for (int64_t i = 0; i < hd / 2; i++) {
-            double angle = (double)t * pow(10000.0, -2.0 * (double)i / (double)hd);
-            g->rope[t * hd + i] = (float)cos(angle);
-            g->rope[t * hd + hd / 2 + i] = (float)sin(angle);
+static inline void llama_fill_rope(llama *g) {
+    int64_t head_dim = g->config.dim / g->config.heads;
+    for (int64_t t = 0; t < g->config.seq; t++)
+        for (int64_t i = 0; i < head_dim / 2; i++) {
+            double angle = (double)t * pow(10000.0, -2.0 * (double)i / (double)head_dim);
+            g->rope[t * head_dim + i] = (float)cos(angle);
+            g->rope[t * head_dim + head_dim / 2 + i] = (float)sin(angle);
         }
-    llama_init(g);
+}
+
+// Registers the linear layers in session order "0.attn.q", "0.attn.k", ... and binds their moments. 0: refused.
+static inline int llama_register(llama *g, snip *session) {
+    const llama_config *c = &g->config;
+    char name[40];
     for (int i = 0; i < c->blocks; i++)
         for (int j = 0; j < LLAMA_LINEARS; j++) {
             llama_tensor *t = &g->tensors[g->block[i].lin[j]];
-            snprintf(name, sizeof name, "%d.%s", i, kind[j]);
-            t->layer = snip_add_linear(session, name, t->rows, t->cols,
-                                       c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0);
+            int stage = c->stages > 1 ? (int)((int64_t)i * c->stages / c->blocks) : 0;
+            snprintf(name, sizeof name, "%d.%s", i, llama_kind[j]);
+            t->layer = snip_add_linear(session, name, t->rows, t->cols, stage);
             if (t->layer < 0 || (snip_bind_adamw(session, t->layer, g->m + t->offset, g->v + t->offset) &&
-                                 snip_bind_momentum(session, t->layer, g->m + t->offset))) {
-                llama_destroy(g);
-                return NULL;
-            }
+                                 snip_bind_momentum(session, t->layer, g->m + t->offset)))
+                return 0;
         }
-    return g;
+    return 1;
 }
 
-// >>layers -----------------------------------------------------------------------------------------
+// NULL: out of memory, or the configuration is refused.
+static inline llama *llama_create(const llama_config *config, int batch, snip *session) {
+    if (llama_config_check(config) || batch < 1 || batch > 1 << 20) return NULL;
+    llama *g = (llama *)calloc(1, sizeof *g);
+    if (!g) return NULL;
+    g->config = *config;
+    g->batch = batch;
+    g->linear_backward = snip_linear_backward;
+    g->tensors = (llama_tensor *)calloc((size_t)config->blocks * 9 + 3, sizeof *g->tensors);
+    g->block = (llama_block *)calloc((size_t)config->blocks, sizeof *g->block);
+    if (g->tensors && g->block) {
+        llama_add_tensors(g);
+        if (llama_allocate(g)) {
+            llama_fill_rope(g);
+            llama_init(g);
+            if (llama_register(g, session)) return g;
+        }
+    }
+    llama_destroy(g);
+    return NULL;
+}
+
+// >>llama-linear -----------------------------------------------------------------------------------
 static inline void llama_fail(llama *g, const llama_tensor *t, const char *where) {
     if (g->failed[0]) return;
     const char *name = strncmp(t->name, "blocks.", 7) ? t->name : t->name + 7;  // "0.attn.q", as the session calls it
-    size_t len = strlen(name), tail = strlen(".weight");
-    snprintf(g->failed, sizeof g->failed, "%.*s (%s)", (int)(len > tail ? len - tail : len), name, where);
+    size_t length = strlen(name), tail = strlen(".weight");
+    snprintf(g->failed, sizeof g->failed, "%.*s (%s)", (int)(length > tail ? length - tail : length), name, where);
 }
 
 static inline snip_status llama_linear_fwd(llama *g, snip *s, int tensor, float *out, const float *inp, int64_t rows) {
     const llama_tensor *t = &g->tensors[tensor];
-    snip_status st = snip_linear_forward(s, t->layer, out, inp, g->params + t->offset, NULL, rows);
-    if (st) llama_fail(g, t, "forward");
-    return st;
+    snip_status status = snip_linear_forward(s, t->layer, out, inp, g->params + t->offset, NULL, rows);
+    if (status) llama_fail(g, t, "forward");
+    return status;
 }
 
 static inline snip_status llama_linear_bwd(llama *g, snip *s, int tensor, float *dinp, const float *dout,
                                            const float *inp, int64_t rows) {
     const llama_tensor *t = &g->tensors[tensor];
-    snip_status st = snip_linear_backward(s, t->layer, dinp, g->grads + t->offset, NULL, dout, inp,
-                                          g->params + t->offset, rows);
-    if (st) llama_fail(g, t, "backward");
-    return st;
+    snip_status status = g->linear_backward(s, t->layer, dinp, g->grads + t->offset, NULL, dout, inp,
+                                            g->params + t->offset, rows);
+    if (status) llama_fail(g, t, "backward");
+    return status;
 }
 
-static inline void llama_rmsnorm_fwd(float *out, float *rstd, const float *x, const float *w, int64_t R, int64_t d) {
+// >>llama-norm -------------------------------------------------------------------------------------
+static inline void llama_rmsnorm_fwd(float *out, float *rstd, const float *x, const float *w, int64_t rows,
+                                     int64_t dim) {
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++) {
-        const float *xr = x + r * d;
-        float s = 1.0f / sqrtf(llama_dot(xr, xr, d) / (float)d + 1e-5f);
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = x + r * dim;
+        float s = 1.0f / sqrtf(llama_dot(row, row, dim) / (float)dim + 1e-5f);
         rstd[r] = s;
-        for (int64_t i = 0; i < d; i++) out[r * d + i] = xr[i] * s * w[i];
+        for (int64_t i = 0; i < dim; i++) out[r * dim + i] = row[i] * s * w[i];
     }
 }
 
 // dx += the gradient through the norm; dw accumulates.
 static inline void llama_rmsnorm_bwd(float *dx, float *dw, const float *dout, const float *x, const float *w,
-                                     const float *rstd, int64_t R, int64_t d) {
+                                     const float *rstd, int64_t rows, int64_t dim) {
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++) {
-        const float *xr = x + r * d, *dy = dout + r * d;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *row = x + r * dim, *dy = dout + r * dim;
         float acc[LLAMA_LANES] = { 0 }, s = rstd[r];
         int64_t i = 0;
-        for (; i + LLAMA_LANES <= d; i += LLAMA_LANES)
-            for (int j = 0; j < LLAMA_LANES; j++) acc[j] += dy[i + j] * w[i + j] * xr[i + j];
-        for (int j = 0; j < LLAMA_LANES && i + j < d; j++) acc[j] += dy[i + j] * w[i + j] * xr[i + j];
-        float mean = llama_sum_lanes(acc) * s * s * s / (float)d;
-        for (i = 0; i < d; i++) dx[r * d + i] += dy[i] * w[i] * s - xr[i] * mean;
+        for (; i + LLAMA_LANES <= dim; i += LLAMA_LANES)
+            for (int j = 0; j < LLAMA_LANES; j++) acc[j] += dy[i + j] * w[i + j] * row[i + j];
+        for (int j = 0; j < LLAMA_LANES && i + j < dim; j++) acc[j] += dy[i + j] * w[i + j] * row[i + j];
+        float mean = llama_sum_lanes(acc) * s * s * s / (float)dim;
+        for (i = 0; i < dim; i++) dx[r * dim + i] += dy[i] * w[i] * s - row[i] * mean;
     }
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t c = 0; c < d; c += 64) {  // columns in parallel, rows in order
-        int64_t n = d - c < 64 ? d - c : 64;
+    for (int64_t c = 0; c < dim; c += 64) {  // columns in parallel, rows in order
+        int64_t n = dim - c < 64 ? dim - c : 64;
         float acc[64] = { 0 };
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t i = 0; i < n; i++) acc[i] += dout[r * d + c + i] * x[r * d + c + i] * rstd[r];
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < n; i++) acc[i] += dout[r * dim + c + i] * x[r * dim + c + i] * rstd[r];
         for (int64_t i = 0; i < n; i++) dw[c + i] += acc[i];
     }
 }
 
-// Turns the pairs (i, i + hd/2) of every head by the position's angle, in place; sign -1 turns back.
-static inline void llama_rope(const llama *g, float *x, int64_t R, int64_t heads, float sign) {
-    int64_t hd = g->config.dim / g->config.heads, half = hd / 2;
+// >>llama-attention --------------------------------------------------------------------------------
+// Turns the pairs (i, i + head_dim / 2) of every head by the position's angle, in place; sign -1 turns back.
+static inline void llama_rope(const llama *g, float *x, int64_t rows, int64_t heads, float sign) {
+    int64_t head_dim = g->config.dim / g->config.heads, half = head_dim / 2;
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++) {
-        const float *co = g->rope + r % g->config.seq * hd, *si = co + half;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *cosine = g->rope + r % g->config.seq * head_dim, *sine = cosine + half;
         for (int64_t h = 0; h < heads; h++) {
-            float *a = x + (r * heads + h) * hd, *b = a + half;
+            float *a = x + (r * heads + h) * head_dim, *b = a + half;
             for (int64_t i = 0; i < half; i++) {
-                float u = a[i], w = b[i], sn = sign * si[i];
-                a[i] = u * co[i] - w * sn;
-                b[i] = u * sn + w * co[i];
+                float u = a[i], v = b[i], s = sign * sine[i];
+                a[i] = u * cosine[i] - v * s;
+                b[i] = u * s + v * cosine[i];
             }
         }
     }
@@ -533,147 +592,183 @@ static inline float *llama_thread_scratch(const llama *g) {
 #endif
 }
 
-// Both passes take one (sequence, key-value head) at a time and 32 query rows within it, so that scores
-// never take more than 32 x seq floats; the backward pass rebuilds them from the rows' log-sum-exp. Scores are
-// kept as (key, query): what is done for each query is done for 32 of them side by side. Heads are copied
-// together first, in whole blocks of 32 rows, zeros beyond the sequence: rows far apart share few cache sets.
+// Both passes take one (sequence, key-value head) at a time and 32 query rows within it, so that scores never take more
+// than 32 x seq floats; the backward pass rebuilds them from the rows' log-sum-exp. Scores are kept as (key, query):
+// what is done for each query is done for 32 of them side by side. Heads are copied together first, in whole blocks of
+// 32 rows, zeros beyond the sequence: rows far apart share few cache sets.
 #define LLAMA_QROWS 32
 
-static inline void llama_take_rows(float *out, const float *x, int64_t ldx, int64_t rows, int64_t padded, int64_t hd) {
-    for (int64_t t = 0; t < rows; t++) memcpy(out + t * hd, x + t * ldx, (size_t)hd * sizeof(float));
-    memset(out + rows * hd, 0, (size_t)((padded - rows) * hd) * sizeof(float));
+typedef struct {
+    int64_t seq, padded;  // positions, and in whole blocks
+    int64_t heads, kv_heads, dim, kv_dim, head_dim;
+    float scale;  // 1 / sqrt(head_dim)
+} llama_shape;
+
+static inline llama_shape llama_shape_of(const llama_config *c) {
+    llama_shape t;
+    t.seq = c->seq;
+    t.padded = (t.seq + LLAMA_QROWS - 1) / LLAMA_QROWS * LLAMA_QROWS;
+    t.heads = c->heads;
+    t.kv_heads = c->kv_heads;
+    t.dim = c->dim;
+    t.head_dim = t.dim / t.heads;
+    t.kv_dim = t.head_dim * t.kv_heads;
+    t.scale = 1.0f / sqrtf((float)t.head_dim);
+    return t;
 }
 
-static inline void llama_give_rows(float *out, int64_t ldo, const float *x, int64_t rows, int64_t hd) {
-    for (int64_t t = 0; t < rows; t++) memcpy(out + t * ldo, x + t * hd, (size_t)hd * sizeof(float));
+static inline void llama_take_rows(float *out, const float *x, int64_t ldx, int64_t rows, int64_t padded,
+                                   int64_t head_dim) {
+    for (int64_t t = 0; t < rows; t++) memcpy(out + t * head_dim, x + t * ldx, (size_t)head_dim * sizeof(float));
+    memset(out + rows * head_dim, 0, (size_t)((padded - rows) * head_dim) * sizeof(float));
 }
 
-static inline void llama_transpose_rows(float *out, const float *x, int64_t hd) {  // (32, hd) to (hd, 32)
-    for (int64_t i = 0; i < hd; i++)
-        for (int64_t t = 0; t < LLAMA_QROWS; t++) out[i * LLAMA_QROWS + t] = x[t * hd + i];
+static inline void llama_give_rows(float *out, int64_t ldo, const float *x, int64_t rows, int64_t head_dim) {
+    for (int64_t t = 0; t < rows; t++) memcpy(out + t * ldo, x + t * head_dim, (size_t)head_dim * sizeof(float));
 }
 
-// Scores (n, 32) of the keys that a query may not see: those of the last 32 rows above the diagonal.
+static inline void llama_transpose_rows(float *out, const float *x, int64_t head_dim) {  // [32][head_dim] turned
+    for (int64_t i = 0; i < head_dim; i++)
+        for (int64_t t = 0; t < LLAMA_QROWS; t++) out[i * LLAMA_QROWS + t] = x[t * head_dim + i];
+}
+
+// Scores [n][32] of the keys that a query may not see: those of the last 32 rows above the diagonal.
 static inline void llama_mask(float *s, int64_t n, float value) {
     for (int64_t j = 1; j < LLAMA_QROWS; j++)
         for (int64_t i = 0; i < j; i++) s[(n - LLAMA_QROWS + j) * LLAMA_QROWS + i] = value;
 }
 
+// Scores [n][32] become e^((score - top) scale), top the largest of a query and total their sum.
+static inline void llama_softmax(float *s, int64_t n, float scale, float top[LLAMA_QROWS], float total[LLAMA_QROWS]) {
+    llama_mask(s, n, -1e30f);
+    memcpy(top, s, LLAMA_QROWS * sizeof *top);
+    for (int64_t j = 1; j < n; j++)
+        for (int64_t i = 0; i < LLAMA_QROWS; i++)
+            top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < LLAMA_QROWS; i++)
+            s[j * LLAMA_QROWS + i] = llama_exp_softmax((s[j * LLAMA_QROWS + i] - top[i]) * scale);
+    llama_mask(s, n, 0.0f);
+    for (int64_t i = 0; i < LLAMA_QROWS; i++) total[i] = 0;
+    for (int64_t j0 = 0; j0 < n; j0 += LLAMA_QROWS) {  // shorter sums are closer ones
+        float part[LLAMA_QROWS] = { 0 };
+        for (int64_t j = j0; j < j0 + LLAMA_QROWS; j++)
+            for (int64_t i = 0; i < LLAMA_QROWS; i++) part[i] += s[j * LLAMA_QROWS + i];
+        for (int64_t i = 0; i < LLAMA_QROWS; i++) total[i] += part[i];
+    }
+}
+
 static inline void llama_attention_fwd(const llama *g, const llama_block *b, int64_t sequences) {
-    const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS,
-            padded = (T + Q - 1) / Q * Q;
-    float scale = 1.0f / sqrtf((float)hd);
+    const llama_shape t = llama_shape_of(&g->config);
+    const int64_t head_dim = t.head_dim, group = t.heads / t.kv_heads;
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
-    for (int64_t task = 0; task < sequences * G; task++) {
-        int64_t r0 = task / G * T, kvh = task % G;
-        float *k = llama_thread_scratch(g), *v = k + padded * hd, *s = v + padded * hd, *q = s + padded * Q,
-              *qt = q + Q * hd;  // (seq, hd) (seq, hd) (seq, 32) (32, hd) (hd, 32)
-        llama_take_rows(k, b->k + r0 * kv + kvh * hd, kv, T, padded, hd);
-        llama_take_rows(v, b->v + r0 * kv + kvh * hd, kv, T, padded, hd);
-        for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
-            for (int64_t i0 = 0; i0 < T; i0 += Q) {
-                int64_t m = T - i0 < Q ? T - i0 : Q, n = i0 + Q, at = (r0 + i0) * d + h * hd;
-                float top[LLAMA_QROWS], total[LLAMA_QROWS] = { 0 };
-                llama_take_rows(q, b->q + at, d, m, Q, hd);
-                llama_transpose_rows(qt, q, hd);
-                llama_mm(n, Q, hd, k, hd, 1, qt, Q, s, Q, 0);
-                llama_mask(s, n, -1e30f);
-                memcpy(top, s, sizeof top);
-                for (int64_t j = 1; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++)
-                        top[i] = s[j * LLAMA_QROWS + i] > top[i] ? s[j * LLAMA_QROWS + i] : top[i];
-                for (int64_t j = 0; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++)
-                        s[j * LLAMA_QROWS + i] = llama_exp_softmax((s[j * LLAMA_QROWS + i] - top[i]) * scale);
-                llama_mask(s, n, 0.0f);
-                for (int64_t j0 = 0; j0 < n; j0 += Q) {  // shorter sums are closer ones
-                    float part[LLAMA_QROWS] = { 0 };
-                    for (int64_t j = j0; j < j0 + Q; j++)
-                        for (int64_t i = 0; i < LLAMA_QROWS; i++) part[i] += s[j * LLAMA_QROWS + i];
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++) total[i] += part[i];
-                }
-                llama_mm(Q, hd, n, s, 1, Q, v, hd, q, hd, 0);
+    for (int64_t task = 0; task < sequences * t.kv_heads; task++) {
+        int64_t first = task / t.kv_heads * t.seq, kv_head = task % t.kv_heads;
+        int64_t at_kv = first * t.kv_dim + kv_head * head_dim;
+        float *k = llama_thread_scratch(g), *v = k + t.padded * head_dim;             // [padded][head_dim]
+        float *s = v + t.padded * head_dim;                                           // [padded][32]
+        float *q = s + t.padded * LLAMA_QROWS, *turned = q + LLAMA_QROWS * head_dim;  // [32][head_dim]
+        llama_take_rows(k, b->k + at_kv, t.kv_dim, t.seq, t.padded, head_dim);
+        llama_take_rows(v, b->v + at_kv, t.kv_dim, t.seq, t.padded, head_dim);
+        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+            for (int64_t i0 = 0; i0 < t.seq; i0 += LLAMA_QROWS) {
+                int64_t m = t.seq - i0 < LLAMA_QROWS ? t.seq - i0 : LLAMA_QROWS, n = i0 + LLAMA_QROWS;
+                int64_t at = (first + i0) * t.dim + h * head_dim;
+                float top[LLAMA_QROWS], total[LLAMA_QROWS];
+                llama_take_rows(q, b->q + at, t.dim, m, LLAMA_QROWS, head_dim);
+                llama_transpose_rows(turned, q, head_dim);
+                llama_mm(n, LLAMA_QROWS, head_dim, k, head_dim, 1, turned, LLAMA_QROWS, s, LLAMA_QROWS, 0);
+                llama_softmax(s, n, t.scale, top, total);
+                llama_mm(LLAMA_QROWS, head_dim, n, s, 1, LLAMA_QROWS, v, head_dim, q, head_dim, 0);
                 for (int64_t i = 0; i < m; i++) {
-                    float inv = 1.0f / total[i];
-                    for (int64_t j = 0; j < hd; j++) q[i * hd + j] *= inv;
-                    b->lse[(r0 + i0 + i) * H + h] = top[i] * scale + logf(total[i]);
+                    float inverse = 1.0f / total[i];
+                    for (int64_t j = 0; j < head_dim; j++) q[i * head_dim + j] *= inverse;
+                    b->lse[(first + i0 + i) * t.heads + h] = top[i] * t.scale + logf(total[i]);
                 }
-                llama_give_rows(b->att + at, d, q, m, hd);
+                llama_give_rows(b->att + at, t.dim, q, m, head_dim);
             }
     }
+}
+
+// Scores p [n][32] become probabilities, and ds, the gradients of these, the gradients of the scores. along: the sum of
+// dout times out of a query.
+static inline void llama_softmax_bwd(float *p, float *ds, int64_t n, float scale, const float lse[LLAMA_QROWS],
+                                     const float along[LLAMA_QROWS]) {
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < LLAMA_QROWS; i++) {
+            float probability = llama_exp_softmax(p[j * LLAMA_QROWS + i] * scale - lse[i]);
+            p[j * LLAMA_QROWS + i] = probability;
+            ds[j * LLAMA_QROWS + i] = probability * (ds[j * LLAMA_QROWS + i] - along[i]) * scale;
+        }
+    llama_mask(p, n, 0.0f);
+    llama_mask(ds, n, 0.0f);
 }
 
 static inline void llama_attention_bwd(llama *g, const llama_block *b, int64_t sequences) {
-    const llama_config *c = &g->config;
-    int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, d = c->dim, kv = hd * G, Q = LLAMA_QROWS,
-            padded = (T + Q - 1) / Q * Q;
-    float scale = 1.0f / sqrtf((float)hd);
+    const llama_shape t = llama_shape_of(&g->config);
+    const int64_t head_dim = t.head_dim, group = t.heads / t.kv_heads, Q = LLAMA_QROWS;
     LLAMA_OMP(parallel for schedule(static) num_threads(g->threads))
-    for (int64_t task = 0; task < sequences * G; task++) {
-        int64_t r0 = task / G * T, kvh = task % G, at_kv = r0 * kv + kvh * hd;
-        float *k = llama_thread_scratch(g), *v = k + padded * hd, *dk = v + padded * hd,
-              *dv = dk + padded * hd;  // (seq, hd)
-        float *p = dv + padded * hd, *ds = p + padded * Q, *q = ds + padded * Q, *dout = q + Q * hd,
-              *turned = dout + Q * hd;  // (seq, 32) (seq, 32) (32, hd) (32, hd) (hd, 32)
-        llama_take_rows(k, b->k + at_kv, kv, T, padded, hd);
-        llama_take_rows(v, b->v + at_kv, kv, T, padded, hd);
-        memset(dk, 0, (size_t)(2 * padded * hd) * sizeof(float));
-        for (int64_t h = kvh * (H / G); h < (kvh + 1) * (H / G); h++)
-            for (int64_t i0 = 0; i0 < T; i0 += Q) {
-                int64_t m = T - i0 < Q ? T - i0 : Q, n = i0 + Q, at = (r0 + i0) * d + h * hd;
+    for (int64_t task = 0; task < sequences * t.kv_heads; task++) {
+        int64_t first = task / t.kv_heads * t.seq, kv_head = task % t.kv_heads;
+        int64_t at_kv = first * t.kv_dim + kv_head * head_dim, kv_size = t.padded * head_dim;
+        float *k = llama_thread_scratch(g), *v = k + kv_size;    // [padded][head_dim]
+        float *dk = v + kv_size, *dv = dk + kv_size;             // [padded][head_dim]
+        float *p = dv + kv_size, *ds = p + t.padded * Q;         // [padded][32]
+        float *q = ds + t.padded * Q, *dout = q + Q * head_dim;  // [32][head_dim]
+        float *turned = dout + Q * head_dim;                     // [head_dim][32]
+        llama_take_rows(k, b->k + at_kv, t.kv_dim, t.seq, t.padded, head_dim);
+        llama_take_rows(v, b->v + at_kv, t.kv_dim, t.seq, t.padded, head_dim);
+        memset(dk, 0, (size_t)(2 * kv_size) * sizeof(float));
+        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+            for (int64_t i0 = 0; i0 < t.seq; i0 += Q) {
+                int64_t m = t.seq - i0 < Q ? t.seq - i0 : Q, n = i0 + Q, at = (first + i0) * t.dim + h * head_dim;
                 float lse[LLAMA_QROWS] = { 0 }, along[LLAMA_QROWS] = { 0 };
-                llama_take_rows(q, b->q + at, d, m, Q, hd);
-                llama_transpose_rows(turned, q, hd);
-                llama_mm(n, Q, hd, k, hd, 1, turned, Q, p, Q, 0);
-                llama_take_rows(dout, g->datt + at, d, m, Q, hd);
-                llama_transpose_rows(turned, dout, hd);
-                llama_mm(n, Q, hd, v, hd, 1, turned, Q, ds, Q, 0);
+                llama_take_rows(q, b->q + at, t.dim, m, Q, head_dim);
+                llama_transpose_rows(turned, q, head_dim);
+                llama_mm(n, Q, head_dim, k, head_dim, 1, turned, Q, p, Q, 0);
+                llama_take_rows(dout, g->datt + at, t.dim, m, Q, head_dim);
+                llama_transpose_rows(turned, dout, head_dim);
+                llama_mm(n, Q, head_dim, v, head_dim, 1, turned, Q, ds, Q, 0);
                 for (int64_t i = 0; i < m; i++) {
-                    lse[i] = b->lse[(r0 + i0 + i) * H + h];
-                    along[i] = llama_dot(dout + i * hd, b->att + at + i * d, hd);
+                    lse[i] = b->lse[(first + i0 + i) * t.heads + h];
+                    along[i] = llama_dot(dout + i * head_dim, b->att + at + i * t.dim, head_dim);
                 }
-                for (int64_t j = 0; j < n; j++)
-                    for (int64_t i = 0; i < LLAMA_QROWS; i++) {
-                        float pi = llama_exp_softmax(p[j * LLAMA_QROWS + i] * scale - lse[i]);
-                        p[j * LLAMA_QROWS + i] = pi;
-                        ds[j * LLAMA_QROWS + i] = pi * (ds[j * LLAMA_QROWS + i] - along[i]) * scale;
-                    }
-                llama_mask(p, n, 0.0f);
-                llama_mask(ds, n, 0.0f);
-                llama_mm(n, hd, Q, ds, Q, 1, q, hd, dk, hd, 1);
-                llama_mm(n, hd, Q, p, Q, 1, dout, hd, dv, hd, 1);
-                llama_mm(Q, hd, n, ds, 1, Q, k, hd, q, hd, 0);
-                llama_give_rows(g->dq + at, d, q, m, hd);
+                llama_softmax_bwd(p, ds, n, t.scale, lse, along);
+                llama_mm(n, head_dim, Q, ds, Q, 1, q, head_dim, dk, head_dim, 1);
+                llama_mm(n, head_dim, Q, p, Q, 1, dout, head_dim, dv, head_dim, 1);
+                llama_mm(Q, head_dim, n, ds, 1, Q, k, head_dim, q, head_dim, 0);
+                llama_give_rows(g->dq + at, t.dim, q, m, head_dim);
             }
-        llama_give_rows(g->dk + at_kv, kv, dk, T, hd);
-        llama_give_rows(g->dv + at_kv, kv, dv, T, hd);
+        llama_give_rows(g->dk + at_kv, t.kv_dim, dk, t.seq, head_dim);
+        llama_give_rows(g->dv + at_kv, t.kv_dim, dv, t.seq, head_dim);
     }
 }
 
-static inline void llama_swiglu_fwd(float *act, const float *gate, const float *up, int64_t R, int64_t f) {
+// >>llama-ffn --------------------------------------------------------------------------------------
+static inline void llama_swiglu_fwd(float *act, const float *gate, const float *up, int64_t rows, int64_t ffn) {
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t i = r * f; i < (r + 1) * f; i++) act[i] = gate[i] / (1.0f + llama_exp(-gate[i])) * up[i];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * ffn; i < (r + 1) * ffn; i++) act[i] = gate[i] / (1.0f + llama_exp(-gate[i])) * up[i];
 }
 
 static inline void llama_swiglu_bwd(float *dgate, float *dup, const float *dact, const float *gate, const float *up,
-                                    int64_t R, int64_t f) {
+                                    int64_t rows, int64_t ffn) {
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t i = r * f; i < (r + 1) * f; i++) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * ffn; i < (r + 1) * ffn; i++) {
             float s = 1.0f / (1.0f + llama_exp(-gate[i])), x = gate[i];
             dup[i] = dact[i] * x * s;
             dgate[i] = dact[i] * up[i] * s * (1.0f + x * (1.0f - s));
         }
 }
 
-static inline void llama_add(float *out, const float *a, const float *b, int64_t R, int64_t d) {
+static inline void llama_add(float *out, const float *a, const float *b, int64_t rows, int64_t dim) {
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++)
-        for (int64_t i = r * d; i < (r + 1) * d; i++) out[i] = a[i] + b[i];
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = r * dim; i < (r + 1) * dim; i++) out[i] = a[i] + b[i];
 }
 
+// >>llama-head -------------------------------------------------------------------------------------
 static inline snip_operand llama_operand(const float *x, int64_t ld, int transposed) {
     static const snip_recipe f32 = SNIP_RECIPE_F32;
     snip_operand o;
@@ -685,127 +780,153 @@ static inline snip_operand llama_operand(const float *x, int64_t ld, int transpo
     return o;
 }
 
-// Output layer and cross-entropy, in pieces of head_chunk rows: *loss gets the sum over the rows. With
-// grad_scale != 0 the gradient of grad_scale * sum is taken at once: into g->dn, and into the output weights'.
-static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t R, float grad_scale, double *loss) {
-    int64_t V = g->config.vocab, d = g->config.dim;
+// A row's loss; with grad_scale != 0 its logits become the gradient of grad_scale times that loss.
+static inline double llama_cross_entropy(float *row, int64_t vocab, int32_t target, float grad_scale) {
+    float top = llama_max(row, vocab), at_target = row[target];
+    for (int64_t j = 0; j < vocab; j++) row[j] = llama_exp_softmax(row[j] - top);
+    float total = llama_sum(row, vocab), factor = grad_scale / total;
+    double loss = log((double)total) + (double)top - (double)at_target;
+    if (grad_scale == 0.0f) return loss;
+    for (int64_t j = 0; j < vocab; j++) row[j] *= factor;
+    row[target] -= grad_scale;
+    return loss;
+}
+
+// Output layer and cross-entropy, in pieces of head_chunk rows: *loss gets the sum over the rows. With grad_scale != 0
+// the gradient of grad_scale * sum is taken at once: into g->dn, and into the output weights'.
+static inline snip_status llama_head(llama *g, const int32_t *targets, int64_t rows, float grad_scale, double *loss) {
+    int64_t vocab = g->config.vocab, dim = g->config.dim;
     const llama_tensor *t = &g->tensors[g->output];
     const float *w = g->params + t->offset;
-    for (int64_t r0 = 0; r0 < R; r0 += g->head_chunk) {
-        int64_t m = R - r0 < g->head_chunk ? R - r0 : g->head_chunk;
-        float *logits = g->logits;
-        snip_operand n = llama_operand(g->n + r0 * d, d, 0), wt = llama_operand(w, d, 0);
-        snip_status st = snip_gemm(m, V, d, &n, &wt, logits, V, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
-        if (st) return st;
+    for (int64_t r0 = 0; r0 < rows; r0 += g->head_chunk) {
+        int64_t m = rows - r0 < g->head_chunk ? rows - r0 : g->head_chunk;
+        snip_operand n = llama_operand(g->n + r0 * dim, dim, 0), dn = llama_operand(g->logits, vocab, 0);
+        snip_operand w_out = llama_operand(w, dim, 0), w_in = llama_operand(w, dim, 1);
+        snip_status status = snip_gemm(m, vocab, dim, &n, &w_out, g->logits, vocab, 0, NULL, g->gemm_scratch,
+                                       SNIP_ISA_BEST);
+        if (status) return status;
         LLAMA_OMP(parallel for schedule(static))
-        for (int64_t r = 0; r < m; r++) {
-            float *row = logits + r * V, top = llama_max(row, V);
-            int32_t y = targets[r0 + r];
-            float at_target = row[y];
-            for (int64_t j = 0; j < V; j++) row[j] = llama_exp_softmax(row[j] - top);
-            float total = llama_sum(row, V), f = grad_scale / total;
-            g->row_loss[r0 + r] = log((double)total) + (double)top - (double)at_target;
-            if (grad_scale == 0.0f) continue;
-            for (int64_t j = 0; j < V; j++) row[j] *= f;
-            row[y] -= grad_scale;
-        }
+        for (int64_t r = 0; r < m; r++)
+            g->row_loss[r0 + r] = llama_cross_entropy(g->logits + r * vocab, vocab, targets[r0 + r], grad_scale);
         if (grad_scale == 0.0f) continue;
-        snip_operand dl = llama_operand(logits, V, 0), wk = llama_operand(w, d, 1);
-        st = snip_gemm(m, d, V, &dl, &wk, g->dn + r0 * d, d, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
-        if (st) return st;
-        dl.transposed = n.transposed = 1;
-        st = snip_gemm(V, d, m, &dl, &n, g->grads + t->offset, d, 1, NULL, g->gemm_scratch, SNIP_ISA_BEST);
-        if (st) return st;
+        status = snip_gemm(m, dim, vocab, &dn, &w_in, g->dn + r0 * dim, dim, 0, NULL, g->gemm_scratch, SNIP_ISA_BEST);
+        if (status) return status;
+        dn.transposed = n.transposed = 1;
+        status = snip_gemm(vocab, dim, m, &dn, &n, g->grads + t->offset, dim, 1, NULL, g->gemm_scratch, SNIP_ISA_BEST);
+        if (status) return status;
     }
     double sum = 0;
-    for (int64_t r = 0; r < R; r++) sum += g->row_loss[r];
+    for (int64_t r = 0; r < rows; r++) sum += g->row_loss[r];
     *loss = sum;
     if (llama_finite(sum)) return SNIP_OK;
     llama_fail(g, t, "loss");
     return SNIP_NONFINITE;
 }
 
-// >>passes -----------------------------------------------------------------------------------------
-static inline void llama_zero_grad(llama *g) { memset(g->grads, 0, (size_t)g->n_params * sizeof(float)); }
+// >>llama-passes -----------------------------------------------------------------------------------
+static inline void llama_zero(float *x, int64_t n) { memset(x, 0, (size_t)n * sizeof *x); }
 
-// tokens, targets: (sequences, seq). *loss: the sum over all tokens. grad_scale 0: validation, no
-// backward pass may follow. Stops at the first layer that meets NaN or infinity and names it in g->failed.
+static inline void llama_zero_grad(llama *g) { llama_zero(g->grads, g->n_params); }
+
+static inline const float *llama_weights(const llama *g, int tensor) { return g->params + g->tensors[tensor].offset; }
+
+static inline float *llama_gradients(const llama *g, int tensor) { return g->grads + g->tensors[tensor].offset; }
+
+// From b->x to next, the next block's x.
+static inline snip_status llama_block_fwd(llama *g, snip *s, llama_block *b, float *next, int64_t rows) {
+    const llama_config *c = &g->config;
+    const int *lin = b->lin;
+    float *y = g->dn;  // what a branch adds to the stream
+    snip_status status;
+    llama_rmsnorm_fwd(b->n1, b->rstd1, b->x, llama_weights(g, b->norm1), rows, c->dim);
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_Q], b->q, b->n1, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_K], b->k, b->n1, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_V], b->v, b->n1, rows)) != SNIP_OK) return status;
+    llama_rope(g, b->q, rows, c->heads, 1.0f);
+    llama_rope(g, b->k, rows, c->kv_heads, 1.0f);
+    llama_attention_fwd(g, b, rows / c->seq);
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_O], y, b->att, rows)) != SNIP_OK) return status;
+    llama_add(b->x2, b->x, y, rows, c->dim);
+
+    llama_rmsnorm_fwd(b->n2, b->rstd2, b->x2, llama_weights(g, b->norm2), rows, c->dim);
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_GATE], b->gate, b->n2, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_UP], b->up, b->n2, rows)) != SNIP_OK) return status;
+    llama_swiglu_fwd(b->act, b->gate, b->up, rows, c->ffn);
+    if ((status = llama_linear_fwd(g, s, lin[LLAMA_DOWN], y, b->act, rows)) != SNIP_OK) return status;
+    llama_add(next, b->x2, y, rows, c->dim);
+    return SNIP_OK;
+}
+
+// tokens, targets: [sequences][seq]. *loss: the sum over all tokens. grad_scale 0: validation, no backward pass may
+// follow. Stops at the first layer that meets NaN or infinity and names it in g->failed.
 static inline snip_status llama_forward(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int sequences,
                                         float grad_scale, double *loss) {
     const llama_config *c = &g->config;
-    int64_t R = (int64_t)sequences * c->seq, d = c->dim;
-    const float *embed = g->params + g->tensors[g->embed].offset;
-    float *x = c->blocks ? g->block[0].x : g->x, *y = g->dn;  // y: what a branch adds to the stream
-    snip_status st;
+    int64_t rows = (int64_t)sequences * c->seq, dim = c->dim;
+    const float *embed = llama_weights(g, g->embed);
+    float *x = g->block[0].x;
     g->failed[0] = 0;
     if (sequences < 1 || sequences > g->batch) return SNIP_BAD_ARGUMENT;
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t r = 0; r < R; r++) memcpy(x + r * d, embed + tokens[r] * d, (size_t)d * sizeof(float));
+    for (int64_t r = 0; r < rows; r++) memcpy(x + r * dim, embed + tokens[r] * dim, (size_t)dim * sizeof(float));
     for (int i = 0; i < c->blocks; i++) {
-        llama_block *b = &g->block[i];
         float *next = i + 1 < c->blocks ? g->block[i + 1].x : g->x;
-        llama_rmsnorm_fwd(b->n1, b->rstd1, b->x, g->params + g->tensors[b->norm1].offset, R, d);
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_Q], b->q, b->n1, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_K], b->k, b->n1, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_V], b->v, b->n1, R)) != SNIP_OK) return st;
-        llama_rope(g, b->q, R, c->heads, 1.0f);
-        llama_rope(g, b->k, R, c->kv_heads, 1.0f);
-        llama_attention_fwd(g, b, sequences);
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_O], y, b->att, R)) != SNIP_OK) return st;
-        llama_add(b->x2, b->x, y, R, d);
-        llama_rmsnorm_fwd(b->n2, b->rstd2, b->x2, g->params + g->tensors[b->norm2].offset, R, d);
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_GATE], b->gate, b->n2, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_UP], b->up, b->n2, R)) != SNIP_OK) return st;
-        llama_swiglu_fwd(b->act, b->gate, b->up, R, c->ffn);
-        if ((st = llama_linear_fwd(g, s, b->lin[LLAMA_DOWN], y, b->act, R)) != SNIP_OK) return st;
-        llama_add(next, b->x2, y, R, d);
+        snip_status status = llama_block_fwd(g, s, &g->block[i], next, rows);
+        if (status) return status;
     }
-    llama_rmsnorm_fwd(g->n, g->rstd, g->x, g->params + g->tensors[g->norm].offset, R, d);
-    return llama_head(g, targets, R, grad_scale, loss);
+    llama_rmsnorm_fwd(g->n, g->rstd, g->x, llama_weights(g, g->norm), rows, dim);
+    return llama_head(g, targets, rows, grad_scale, loss);
+}
+
+// g->dx, the gradient of the block's output, becomes that of its input.
+static inline snip_status llama_block_bwd(llama *g, snip *s, llama_block *b, int64_t rows) {
+    const llama_config *c = &g->config;
+    const int *lin = b->lin;
+    snip_status status;
+    llama_zero(g->dact, rows * c->ffn);
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_DOWN], g->dact, g->dx, b->act, rows)) != SNIP_OK) return status;
+    llama_swiglu_bwd(g->dgate, g->dup, g->dact, b->gate, b->up, rows, c->ffn);
+    llama_zero(g->dn, rows * c->dim);
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_UP], g->dn, g->dup, b->n2, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_GATE], g->dn, g->dgate, b->n2, rows)) != SNIP_OK) return status;
+    llama_rmsnorm_bwd(g->dx, llama_gradients(g, b->norm2), g->dn, b->x2, llama_weights(g, b->norm2), b->rstd2, rows,
+                      c->dim);
+
+    llama_zero(g->datt, rows * c->dim);
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_O], g->datt, g->dx, b->att, rows)) != SNIP_OK) return status;
+    llama_attention_bwd(g, b, rows / c->seq);
+    llama_rope(g, g->dq, rows, c->heads, -1.0f);
+    llama_rope(g, g->dk, rows, c->kv_heads, -1.0f);
+    llama_zero(g->dn, rows * c->dim);
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_V], g->dn, g->dv, b->n1, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_K], g->dn, g->dk, b->n1, rows)) != SNIP_OK) return status;
+    if ((status = llama_linear_bwd(g, s, lin[LLAMA_Q], g->dn, g->dq, b->n1, rows)) != SNIP_OK) return status;
+    llama_rmsnorm_bwd(g->dx, llama_gradients(g, b->norm1), g->dn, b->x, llama_weights(g, b->norm1), b->rstd1, rows,
+                      c->dim);
+    return SNIP_OK;
 }
 
 // After llama_forward with the same tokens; gradients accumulate.
 static inline snip_status llama_backward(llama *g, snip *s, const int32_t *tokens, int sequences) {
     const llama_config *c = &g->config;
-    int64_t R = (int64_t)sequences * c->seq, d = c->dim, f = c->ffn;
-    size_t row_bytes = (size_t)(R * d) * sizeof(float);
-    snip_status st;
-    memset(g->dx, 0, row_bytes);
-    llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[g->norm].offset, g->dn, g->x, g->params + g->tensors[g->norm].offset,
-                      g->rstd, R, d);
+    int64_t rows = (int64_t)sequences * c->seq, dim = c->dim;
+    llama_zero(g->dx, rows * dim);
+    llama_rmsnorm_bwd(g->dx, llama_gradients(g, g->norm), g->dn, g->x, llama_weights(g, g->norm), g->rstd, rows, dim);
     for (int i = c->blocks - 1; i >= 0; i--) {
-        llama_block *b = &g->block[i];
-        memset(g->dact, 0, (size_t)(R * f) * sizeof(float));
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_DOWN], g->dact, g->dx, b->act, R)) != SNIP_OK) return st;
-        llama_swiglu_bwd(g->dgate, g->dup, g->dact, b->gate, b->up, R, f);
-        memset(g->dn, 0, row_bytes);
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_UP], g->dn, g->dup, b->n2, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_GATE], g->dn, g->dgate, b->n2, R)) != SNIP_OK) return st;
-        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm2].offset, g->dn, b->x2,
-                          g->params + g->tensors[b->norm2].offset, b->rstd2, R, d);
-        memset(g->datt, 0, row_bytes);
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_O], g->datt, g->dx, b->att, R)) != SNIP_OK) return st;
-        llama_attention_bwd(g, b, sequences);
-        llama_rope(g, g->dq, R, c->heads, -1.0f);
-        llama_rope(g, g->dk, R, c->kv_heads, -1.0f);
-        memset(g->dn, 0, row_bytes);
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_V], g->dn, g->dv, b->n1, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_K], g->dn, g->dk, b->n1, R)) != SNIP_OK) return st;
-        if ((st = llama_linear_bwd(g, s, b->lin[LLAMA_Q], g->dn, g->dq, b->n1, R)) != SNIP_OK) return st;
-        llama_rmsnorm_bwd(g->dx, g->grads + g->tensors[b->norm1].offset, g->dn, b->x,
-                          g->params + g->tensors[b->norm1].offset, b->rstd1, R, d);
+        snip_status status = llama_block_bwd(g, s, &g->block[i], rows);
+        if (status) return status;
     }
-    float *de = g->grads + g->tensors[g->embed].offset;
+    float *dembed = llama_gradients(g, g->embed);
     LLAMA_OMP(parallel for schedule(static))
-    for (int64_t j = 0; j < d; j += 64) {  // columns in parallel: a token's rows add up in order
-        int64_t n = d - j < 64 ? d - j : 64;
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t k = 0; k < n; k++) de[tokens[r] * d + j + k] += g->dx[r * d + j + k];
+    for (int64_t j = 0; j < dim; j += 64) {  // columns in parallel: a token's rows add up in order
+        int64_t n = dim - j < 64 ? dim - j : 64;
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < n; i++) dembed[tokens[r] * dim + j + i] += g->dx[r * dim + j + i];
     }
     return SNIP_OK;
 }
 
-// >>optimizer --------------------------------------------------------------------------------------
+// >>llama-optimizer --------------------------------------------------------------------------------
 // Global norm of the gradients, summed in pieces of 4096 in a fixed order.
 static inline double llama_grad_norm(llama *g) {
     int64_t pieces = (g->n_params + 4095) / 4096;
@@ -819,60 +940,62 @@ static inline double llama_grad_norm(llama *g) {
     }
     double sum = 0;
     for (int64_t p = 0; p < pieces; p++) sum += g->partial[p];
-    if (!llama_finite(sum))
-        for (int i = 0; i < g->n_tensors && !g->failed[0]; i++) {
-            const llama_tensor *t = &g->tensors[i];
-            for (int64_t j = 0; j < t->rows * t->cols; j++)
-                if (!llama_finite((double)g->grads[t->offset + j])) {
-                    llama_fail(g, t, "gradient");
-                    break;
-                }
-        }
+    for (int i = 0; i < g->n_tensors && !llama_finite(sum); i++) {
+        const llama_tensor *t = &g->tensors[i];
+        for (int64_t j = 0; j < t->rows * t->cols && !g->failed[0]; j++)
+            if (!llama_finite((double)g->grads[t->offset + j])) llama_fail(g, t, "gradient");
+    }
     return sqrt(sum);
 }
 
-// One AdamW update with gradients times grad_scale; decay on matrices only. step: 1 for the first.
-static inline void llama_adamw(llama *g, double lr, double beta1, double beta2, double eps, double decay, int64_t step,
-                               double grad_scale) {
-    float b1 = (float)beta1, b2 = (float)beta2, e = (float)eps, scale = (float)grad_scale;
-    float c1 = (float)(1.0 / (1.0 - pow(beta1, (double)step))), c2 = (float)(1.0 / (1.0 - pow(beta2, (double)step))),
-          rate = (float)lr;
+// What a matrix, whose weights decay, keeps of itself in an update.
+static inline float llama_keep(const llama_tensor *t, double lr, double decay) {
+    return 1.0f - (t->matrix ? (float)(lr * decay) : 0.0f);
+}
+
+static inline void llama_adamw(llama *g, const snip_adamw *o, double decay) {
+    float b1 = (float)o->beta1, b2 = (float)o->beta2, eps = (float)o->eps;
+    float scale = (float)o->grad_scale, rate = (float)o->lr;
+    float m_scale = (float)(1.0 / (1.0 - pow(o->beta1, (double)o->step)));
+    float v_scale = (float)(1.0 / (1.0 - pow(o->beta2, (double)o->step)));
     for (int i = 0; i < g->n_tensors; i++) {
         const llama_tensor *t = &g->tensors[i];
+        const float *gradient = g->grads + t->offset;
         float *p = g->params + t->offset, *m = g->m + t->offset, *v = g->v + t->offset;
-        const float *dp = g->grads + t->offset;
-        float keep = 1.0f - (t->matrix ? (float)(lr * decay) : 0.0f);
+        float keep = llama_keep(t, o->lr, decay);
         int64_t n = t->rows * t->cols;
         LLAMA_OMP(parallel for schedule(static) if (n > 4096))
         for (int64_t j = 0; j < n; j++) {
-            float gr = dp[j] * scale;
-            m[j] = b1 * m[j] + (1.0f - b1) * gr;
-            v[j] = b2 * v[j] + (1.0f - b2) * gr * gr;
-            p[j] = p[j] * keep - rate * (m[j] * c1) / (sqrtf(v[j] * c2) + e);
+            float d = gradient[j] * scale;
+            m[j] = b1 * m[j] + (1.0f - b1) * d;
+            v[j] = b2 * v[j] + (1.0f - b2) * d * d;
+            p[j] = p[j] * keep - rate * (m[j] * m_scale) / (sqrtf(v[j] * v_scale) + eps);
         }
     }
 }
 
-// One update as snip_adamw describes it, with decay on matrices only: SGD with momentum, Lion (Chen et al. 2023, arXiv
-// 2302.06675) or AdamW.
-static inline void llama_update(llama *g, snip_optimizer kind, const snip_adamw *o, double decay) {
+// SGD with momentum, or Lion (Chen et al. 2023, arXiv 2302.06675).
+static inline void llama_momentum(llama *g, int lion, const snip_adamw *o, double decay) {
     float b1 = (float)o->beta1, b2 = (float)o->beta2, scale = (float)o->grad_scale, rate = (float)o->lr;
-    if (kind == SNIP_ADAMW) {
-        llama_adamw(g, o->lr, o->beta1, o->beta2, o->eps, decay, o->step, o->grad_scale);
-        return;
-    }
     for (int i = 0; i < g->n_tensors; i++) {
         const llama_tensor *t = &g->tensors[i];
-        float *p = g->params + t->offset, *m = g->m + t->offset;
-        const float *dp = g->grads + t->offset;
-        float keep = 1.0f - (t->matrix ? (float)(o->lr * decay) : 0.0f);
+        const float *gradient = g->grads + t->offset;
+        float *p = g->params + t->offset, *m = g->m + t->offset, keep = llama_keep(t, o->lr, decay);
         int64_t n = t->rows * t->cols;
         LLAMA_OMP(parallel for schedule(static) if (n > 4096))
         for (int64_t j = 0; j < n; j++) {
-            float gr = dp[j] * scale, c = b1 * m[j] + (1.0f - b1) * gr;
-            m[j] = kind == SNIP_LION ? b2 * m[j] + (1.0f - b2) * gr : b1 * m[j] + gr;
-            p[j] = p[j] * keep - rate * (kind == SNIP_LION ? (float)((c > 0) - (c < 0)) : m[j]);
+            float d = gradient[j] * scale, c = b1 * m[j] + (1.0f - b1) * d;
+            m[j] = lion ? b2 * m[j] + (1.0f - b2) * d : b1 * m[j] + d;
+            p[j] = p[j] * keep - rate * (lion ? (float)((c > 0) - (c < 0)) : m[j]);
         }
     }
+}
+
+// One update, as snip_adamw describes it, with decay on matrices only.
+static inline void llama_update(llama *g, snip_optimizer kind, const snip_adamw *o, double decay) {
+    if (kind == SNIP_ADAMW)
+        llama_adamw(g, o, decay);
+    else
+        llama_momentum(g, kind == SNIP_LION, o, decay);
 }
 #endif  // LLAMA_H

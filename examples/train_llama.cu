@@ -1,24 +1,40 @@
-// train_llama.cu - train_llama.c on a GPU: the same trainer, options and files. This file has the model's passes as
-// CUDA kernels; the linear layers run through snip_cuda_linear_forward/backward, a plan takes effect LAG steps after
-// its measuring step; the rest is train_llama.c itself, included at the end.
-//     nvcc -O2 -std=c++17 -arch=native examples/train_llama.cu -o train_llama        (Hopper: -arch=sm_90a, B200:
-//     sm_100a)
+// train_llama.cu - train_llama.c on a GPU: the same trainer, options and files.
+//     nvcc -O2 -std=c++17 -arch=native examples/train_llama.cu -o train_llama
+// On Hopper -arch=sm_90a, on a B200 -arch=sm_100a.
 //
-// Everything is float32 but the linear layers (the plan), the output layer (BF16, under --precision f32 float32) and
+// This file has the model's passes as CUDA kernels, and at its end the trainer_backend that train.h trains by. The
+// linear layers run through snip_cuda_linear_forward and _backward; a plan takes effect LAG steps after its measuring
+// step.
+//
+// Everything is float32 but the linear layers (the plan), the output layer (BF16; under --precision f32 float32) and
 // attention. Attention is BF16 on tensor cores, its scores in registers; under --precision f32, before compute
 // capability 8.0 and with heads wider than 128 it is float32 without them, and keeps the scores in memory. All sums
 // have a fixed order: a run can be repeated bit for bit.
+//
+// INDEX (search for the tag)
+//   >>launch >>sums >>layers >>attention >>attention-mma >>model >>calls >>passes >>session
 #define _POSIX_C_SOURCE 200809L
 #define _FILE_OFFSET_BITS 64
 #define SNIP_IMPLEMENTATION
 #include "../snip_cuda.cuh"
 #include "llama.h"
+#include "report.h"
 #include "trainer.h"
+#include "train.h"
+
 #ifndef LAG
-#    define LAG 1
+#    define LAG 1  // steps from a measurement to its plan
 #endif
 
-enum { WARP = 32, THREADS = 256, ROW_THREADS = 128, TILE = 64, DEPTH = 16, PARTS = 256 };
+// >>launch -----------------------------------------------------------------------------------------
+enum {
+    WARP = 32,
+    THREADS = 256,      // of a block
+    ROW_THREADS = 128,  // of a block that has a row of the model's width or less
+    TILE = 64,          // rows and columns of C that a block of head_products makes
+    DEPTH = 16,         // of what it has in shared memory of A and B at a time
+    PARTS = 256         // sums of squares that a gradient's norm is added up from
+};
 
 #define KERNEL static __global__ void
 
@@ -35,10 +51,11 @@ static void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream
     check(cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess, "a kernel's launch");
 }
 
-static int64_t blocks_of(int64_t n) {
+static int64_t blocks_of(int64_t n) {  // for EACH of n elements
     return n < (int64_t)THREADS << 14 ? (n + THREADS - 1) / THREADS : (int64_t)1 << 14;
 }
 
+// A thread's share of n elements.
 #define EACH(i, n) \
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (n); i += (int64_t)gridDim.x * blockDim.x)
 
@@ -79,63 +96,66 @@ KERNEL sum_parts(const double *part, int64_t n, double *total) {
 }
 
 // >>layers -----------------------------------------------------------------------------------------
-KERNEL embed_rows(float *x, const float *embed, const int32_t *tokens, int64_t R, int64_t d) {
-    EACH(i, R * d) x[i] = embed[tokens[i / d] * d + i % d];
+KERNEL embed_rows(float *x, const float *embed, const int32_t *tokens, int64_t rows, int64_t dim) {
+    EACH(i, rows * dim) x[i] = embed[tokens[i / dim] * dim + i % dim];
 }
 
 // A block for each token of the vocabulary adds up the rows where it occurs, in order.
-KERNEL embed_gradient(float *de, const float *dx, const int32_t *tokens, int64_t R, int64_t d) {
+KERNEL embed_gradient(float *de, const float *dx, const int32_t *tokens, int64_t rows, int64_t dim) {
     __shared__ int occurs[THREADS];
     const int token = (int)blockIdx.x;
-    for (int64_t r0 = 0; r0 < R; r0 += THREADS) {
-        int64_t n = R - r0 < THREADS ? R - r0 : (int64_t)THREADS;
+    for (int64_t r0 = 0; r0 < rows; r0 += THREADS) {
+        int64_t n = rows - r0 < THREADS ? rows - r0 : (int64_t)THREADS;
         __syncthreads();
         occurs[threadIdx.x] = threadIdx.x < n && tokens[r0 + threadIdx.x] == token;
         __syncthreads();
-        for (int64_t r = 0; r < n; r++)
-            if (occurs[r])
-                for (int64_t j = threadIdx.x; j < d; j += THREADS) de[token * d + j] += dx[(r0 + r) * d + j];
+        for (int64_t r = 0; r < n; r++) {
+            if (!occurs[r]) continue;
+            for (int64_t j = threadIdx.x; j < dim; j += THREADS) de[token * dim + j] += dx[(r0 + r) * dim + j];
+        }
     }
 }
 
-KERNEL rmsnorm(float *out, float *rstd, const float *x, const float *w, int64_t d) {  // a block a row
-    const float *row = x + blockIdx.x * d;
+// A block a row.
+KERNEL rmsnorm(float *out, float *rstd, const float *x, const float *w, int64_t dim) {
+    const float *row = x + blockIdx.x * dim;
     float sum = 0;
-    for (int64_t i = threadIdx.x; i < d; i += blockDim.x) sum += row[i] * row[i];
-    float s = 1.0f / sqrtf(block_all(sum, add_op()) / (float)d + 1e-5f);
+    for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) sum += row[i] * row[i];
+    float s = 1.0f / sqrtf(block_all(sum, add_op()) / (float)dim + 1e-5f);
     if (threadIdx.x == 0) rstd[blockIdx.x] = s;
-    for (int64_t i = threadIdx.x; i < d; i += blockDim.x) out[blockIdx.x * d + i] = row[i] * s * w[i];
+    for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) out[blockIdx.x * dim + i] = row[i] * s * w[i];
 }
 
-KERNEL rmsnorm_gradient(float *dx, const float *dout, const float *x, const float *w, const float *rstd, int64_t d) {
-    const int64_t at = blockIdx.x * d;
+KERNEL rmsnorm_gradient(float *dx, const float *dout, const float *x, const float *w, const float *rstd, int64_t dim) {
+    const int64_t at = blockIdx.x * dim;
     const float s = rstd[blockIdx.x];
     float sum = 0;
-    for (int64_t i = threadIdx.x; i < d; i += blockDim.x) sum += dout[at + i] * w[i] * x[at + i];
-    float mean = block_all(sum, add_op()) * s * s * s / (float)d;
-    for (int64_t i = threadIdx.x; i < d; i += blockDim.x) dx[at + i] += dout[at + i] * w[i] * s - x[at + i] * mean;
+    for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) sum += dout[at + i] * w[i] * x[at + i];
+    float mean = block_all(sum, add_op()) * s * s * s / (float)dim;
+    for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) dx[at + i] += dout[at + i] * w[i] * s - x[at + i] * mean;
 }
 
-KERNEL rmsnorm_weights(float *dw, const float *dout, const float *x, const float *rstd, int64_t R,
-                       int64_t d) {  // a warp takes every eighth row of 32 columns
+// A block takes 32 columns, a warp every eighth row of them.
+KERNEL rmsnorm_weights(float *dw, const float *dout, const float *x, const float *rstd, int64_t rows, int64_t dim) {
     __shared__ float part[THREADS];
     const int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     const int64_t col = (int64_t)blockIdx.x * WARP + lane;
     float sum = 0;
-    for (int64_t r = warp; r < R && col < d; r += THREADS / WARP) sum += dout[r * d + col] * x[r * d + col] * rstd[r];
+    for (int64_t r = warp; r < rows && col < dim; r += THREADS / WARP)
+        sum += dout[r * dim + col] * x[r * dim + col] * rstd[r];
     part[threadIdx.x] = sum;
     __syncthreads();
-    if (warp || col >= d) return;
+    if (warp || col >= dim) return;
     for (int w = 1; w < THREADS / WARP; w++) sum += part[w * WARP + lane];
     dw[col] += sum;
 }
 
-KERNEL rope_turn(float *x, const float *rope, int64_t R, int64_t heads, int64_t hd, int64_t T, float sign) {
-    const int64_t half = hd / 2;
-    EACH(i, R * heads * half) {
+KERNEL rope_turn(float *x, const float *rope, int64_t rows, int64_t heads, int64_t head_dim, int64_t seq, float sign) {
+    const int64_t half = head_dim / 2;
+    EACH(i, rows * heads * half) {
         const int64_t j = i % half, r = i / half / heads;
-        float *a = x + i / half * hd + j, c = rope[r % T * hd + j], s = sign * rope[r % T * hd + half + j], u = a[0],
-              v = a[half];
+        const float *angle = rope + r % seq * head_dim;
+        float *a = x + i / half * head_dim + j, c = angle[j], s = sign * angle[half + j], u = a[0], v = a[half];
         a[0] = u * c - v * s;
         a[half] = u * s + v * c;
     }
@@ -156,18 +176,18 @@ KERNEL swiglu_gradient(float *dgate, float *dup, const float *dact, const float 
 KERNEL add_rows(float *out, const float *a, const float *b, int64_t n) { EACH(i, n) out[i] = a[i] + b[i]; }
 
 // A block a row: the row's loss; with grad_scale its logits become the gradient of grad_scale * loss.
-KERNEL cross_entropy(float *logits, const int32_t *targets, double *loss, int64_t V, float grad_scale) {
-    float *row = logits + blockIdx.x * V, top = row[0], sum = 0;
-    const int32_t y = targets[blockIdx.x];
-    const float at_target = row[y];
-    for (int64_t j = threadIdx.x; j < V; j += blockDim.x) top = row[j] > top ? row[j] : top;
+KERNEL cross_entropy(float *logits, const int32_t *targets, double *loss, int64_t vocab, float grad_scale) {
+    float *row = logits + blockIdx.x * vocab, top = row[0], sum = 0;
+    const int32_t target = targets[blockIdx.x];
+    const float at_target = row[target];
+    for (int64_t j = threadIdx.x; j < vocab; j += blockDim.x) top = row[j] > top ? row[j] : top;
     top = block_all(top, max_op());
-    for (int64_t j = threadIdx.x; j < V; j += blockDim.x) sum += row[j] = expf(row[j] - top);
+    for (int64_t j = threadIdx.x; j < vocab; j += blockDim.x) sum += row[j] = expf(row[j] - top);
     sum = block_all(sum, add_op());
     if (threadIdx.x == 0) loss[blockIdx.x] = log((double)sum) + (double)top - (double)at_target;
-    if (grad_scale != 0.0f)
-        for (int64_t j = threadIdx.x; j < V; j += blockDim.x)
-            row[j] = row[j] * (grad_scale / sum) - (j == y ? grad_scale : 0.0f);
+    if (grad_scale == 0.0f) return;
+    for (int64_t j = threadIdx.x; j < vocab; j += blockDim.x)
+        row[j] = row[j] * (grad_scale / sum) - (j == target ? grad_scale : 0.0f);
 }
 
 KERNEL momentum_update(float *p, const float *dp, float *m, int64_t n, int lion, float b1, float b2, float scale,
@@ -190,8 +210,8 @@ KERNEL adamw_update(float *p, const float *dp, float *m, float *v, int64_t n, fl
 }
 
 // >>attention --------------------------------------------------------------------------------------
-// Matrices of all heads of all sequences: (i, j) of head h of sequence s lies at s * sequence + h / group * head + i *
-// row + j * col.
+// Matrices of all heads of all sequences. Element (i, j) of head h of sequence s lies at
+//     x + s * sequence + h / group * head + i * row + j * col.
 typedef struct {
     float *x;
     int64_t row, col, sequence, head;
@@ -202,23 +222,27 @@ static __device__ float *view_at(const view &v, int64_t s, int64_t h) {
     return v.x + s * v.sequence + h / v.group * v.head;
 }
 
-enum { WHOLE, LOWER, BELOW_A, ABOVE_A };  // C wanted up to its diagonal; A 0 above its diagonal; A 0 below it
+enum {
+    LOWER,    // C is wanted up to its diagonal
+    BELOW_A,  // A is 0 above its diagonal
+    ABOVE_A   // A is 0 below its diagonal
+};
 
-// C (m, n) = or += A (m, k) B (n, k)^T. A block makes 64 x 64 of one head's C, a thread 4 x 4.
+// C[m][n] = or += A[m][k] B[n][k]^T. A block makes 64 x 64 of one head's C, a thread 4 x 4.
 KERNEL head_products(view a, view b, view c, int64_t m, int64_t n, int64_t k, int64_t heads, int part, int accumulate) {
     __shared__ float tile_a[DEPTH][TILE + 1], tile_b[DEPTH][TILE + 1];
-    const int64_t down = (m + TILE - 1) / TILE, across = (n + TILE - 1) / TILE, z = blockIdx.x / (down * across),
-                  t = blockIdx.x % (down * across);
-    const int64_t m0 = t / across * TILE, n0 = t % across * TILE, begin = part == ABOVE_A ? m0 : 0,
-                  end = part == BELOW_A && m0 + TILE < k ? m0 + TILE : k;
+    const int64_t down = (m + TILE - 1) / TILE, across = (n + TILE - 1) / TILE;
+    const int64_t z = blockIdx.x / (down * across), t = blockIdx.x % (down * across);
+    const int64_t m0 = t / across * TILE, n0 = t % across * TILE;
+    const int64_t begin = part == ABOVE_A ? m0 : 0, end = part == BELOW_A && m0 + TILE < k ? m0 + TILE : k;
     const int y = (int)threadIdx.x / 16, x = (int)threadIdx.x % 16;
     const float *pa = view_at(a, z / heads, z % heads), *pb = view_at(b, z / heads, z % heads);
     float *pc = view_at(c, z / heads, z % heads), sum[4][4] = {};
     if (part == LOWER && n0 > m0) return;
     for (int64_t k0 = begin; k0 < end; k0 += DEPTH) {
         for (int i = (int)threadIdx.x; i < TILE * DEPTH; i += THREADS) {  // along whichever way the matrix lies
-            int ra = a.col == 1 ? i / DEPTH : i % TILE, ka = a.col == 1 ? i % DEPTH : i / TILE,
-                rb = b.col == 1 ? i / DEPTH : i % TILE, kb = b.col == 1 ? i % DEPTH : i / TILE;
+            int ra = a.col == 1 ? i / DEPTH : i % TILE, ka = a.col == 1 ? i % DEPTH : i / TILE;
+            int rb = b.col == 1 ? i / DEPTH : i % TILE, kb = b.col == 1 ? i % DEPTH : i / TILE;
             tile_a[ka][ra] = m0 + ra < m && k0 + ka < end ? pa[(m0 + ra) * a.row + (k0 + ka) * a.col] : 0.0f;
             tile_b[kb][rb] = n0 + rb < n && k0 + kb < end ? pb[(n0 + rb) * b.row + (k0 + kb) * b.col] : 0.0f;
         }
@@ -230,34 +254,36 @@ KERNEL head_products(view a, view b, view c, int64_t m, int64_t n, int64_t k, in
     }
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 4; j++) {
-            int64_t r = m0 + y + 16 * i, q = n0 + x + 16 * j;
-            if (r >= m || q >= n) continue;
-            float *to = pc + r * c.row + q * c.col;
+            int64_t row = m0 + y + 16 * i, col = n0 + x + 16 * j;
+            if (row >= m || col >= n) continue;
+            float *to = pc + row * c.row + col * c.col;
             *to = accumulate ? *to + sum[i][j] : sum[i][j];
         }
 }
 
 // A block for each row i of scores: softmax over 0 .. i, zeros beyond, and the row's log-sum-exp.
-KERNEL softmax_rows(float *scores, float *lse, int64_t T, int64_t H, float scale) {
-    const int64_t i = blockIdx.x % T, seen = i + 1, h = blockIdx.x / T % H, s = blockIdx.x / T / H;
-    float *row = scores + blockIdx.x * T, top = row[0], sum = 0;
+KERNEL softmax_rows(float *scores, float *lse, int64_t seq, int64_t heads, float scale) {
+    const int64_t i = blockIdx.x % seq, seen = i + 1, h = blockIdx.x / seq % heads, s = blockIdx.x / seq / heads;
+    float *row = scores + blockIdx.x * seq, top = row[0], sum = 0;
     for (int64_t j = threadIdx.x; j < seen; j += blockDim.x) top = row[j] > top ? row[j] : top;
     top = block_all(top, max_op());
     for (int64_t j = threadIdx.x; j < seen; j += blockDim.x) sum += row[j] = expf((row[j] - top) * scale);
     sum = block_all(sum, add_op());
-    for (int64_t j = threadIdx.x; j < T; j += blockDim.x) row[j] = j < seen ? row[j] / sum : 0.0f;
-    if (threadIdx.x == 0) lse[(s * T + i) * H + h] = top * scale + logf(sum);
+    for (int64_t j = threadIdx.x; j < seq; j += blockDim.x) row[j] = j < seen ? row[j] / sum : 0.0f;
+    if (threadIdx.x == 0) lse[(s * seq + i) * heads + h] = top * scale + logf(sum);
 }
 
-// scores become the probabilities, dscores (their gradient) that of the scores; out and dout: (R, H * hd).
-KERNEL softmax_gradient(float *scores, float *dscores, const float *lse, const float *out, const float *dout, int64_t T,
-                        int64_t H, int64_t hd, float scale) {
-    const int64_t i = blockIdx.x % T, h = blockIdx.x / T % H, r = blockIdx.x / T / H * T + i, at = (r * H + h) * hd;
-    float *p = scores + blockIdx.x * T, *ds = dscores + blockIdx.x * T, along = 0;
-    for (int64_t j = threadIdx.x; j < hd; j += blockDim.x) along += out[at + j] * dout[at + j];
+// scores become the probabilities; dscores, the gradients of these, the gradients of the scores. out, dout:
+// [rows][heads][head_dim].
+KERNEL softmax_gradient(float *scores, float *dscores, const float *lse, const float *out, const float *dout,
+                        int64_t seq, int64_t heads, int64_t head_dim, float scale) {
+    const int64_t i = blockIdx.x % seq, h = blockIdx.x / seq % heads, r = blockIdx.x / seq / heads * seq + i;
+    const int64_t at = (r * heads + h) * head_dim;
+    float *p = scores + blockIdx.x * seq, *ds = dscores + blockIdx.x * seq, along = 0;
+    for (int64_t j = threadIdx.x; j < head_dim; j += blockDim.x) along += out[at + j] * dout[at + j];
     along = block_all(along, add_op());
-    for (int64_t j = threadIdx.x; j < T; j += blockDim.x) {
-        p[j] = j <= i ? expf(p[j] * scale - lse[r * H + h]) : 0.0f;
+    for (int64_t j = threadIdx.x; j < seq; j += blockDim.x) {
+        p[j] = j <= i ? expf(p[j] * scale - lse[r * heads + h]) : 0.0f;
         ds[j] = j <= i ? p[j] * (ds[j] - along) * scale : 0.0f;
     }
 }
@@ -274,19 +300,37 @@ enum { ROWS = 128 };
 #define LOG2_E 1.44269504f
 
 typedef struct {
-    const float *a[2], *b[2];  // of rows and of columns: query or key; gradient of out or value
-    float *out, *lse;
-    const float *along;  // sums of dout times out, as lse
-    int T, H, G, hd;
+    const float *a[2];    // of rows: query or key; gradient of out or value
+    const float *b[2];    // of columns: the same
+    float *out, *lse;     // lse [rows][heads]
+    const float *along;   // [rows][heads] sums of dout times out
+    int T, H, G, hd;      // positions, query heads, key-value heads, width of a head
     float scale, scale2;  // 1 / sqrt(hd); times log2 e
 } attention;
 
-#define UNROLL _Pragma("unroll")
+#ifndef SNIP_CUDA_SHIM  // the tests' stand-in for the CUDA runtime has these two of its own
+static __device__ __forceinline__ uint32_t ptx_bf16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// d[16][8] += a[16][16] b[8][16]^T
+static __device__ __forceinline__ void ptx_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif
 
 [[maybe_unused]] static __device__ uint32_t bf16_pair(const float *x, bool there) {
     const float2 v = there ? *(const float2 *)x : make_float2(0.0f, 0.0f);
-    return snipi_ptx_bf16x2(v.x, v.y);
+    return ptx_bf16x2(v.x, v.y);
 }
+
+// clang-format off
+#define UNROLL _Pragma("unroll")
 
 // COLS rows of x, of which n are there, as pairs of BF16: along the rows and, turned, along the columns; either may be
 // NULL. Rows of words are 4 longer than needed, so that a warp's words lie in different banks.
@@ -295,56 +339,59 @@ static __device__ void load_tile(uint32_t *tile, uint32_t *turned, const float *
     UNROLL for (int i = (int)threadIdx.x; i < COLS * HD / 4; i += THREADS) {
         const int c = i % 8 + i / WARP % (HD / 16) * 8, r = i / 8 % 4 + i / (2 * HD) * 4;  // two elements of two rows
         float2 v[2];
-        for (int e = 0; e < 2; e++)
-            v[e] = 2 * r + e < n && 2 * c < hd ? *(const float2 *)(x + (2 * r + e) * row + 2 * c)
-                                               : make_float2(0.0f, 0.0f);
-        for (int e = 0; e < 2 && tile; e++) tile[(2 * r + e) * (HD / 2 + 4) + c] = snipi_ptx_bf16x2(v[e].x, v[e].y);
+        for (int e = 0; e < 2; e++) {
+            const bool there = 2 * r + e < n && 2 * c < hd;
+            v[e] = there ? *(const float2 *)(x + (2 * r + e) * row + 2 * c) : make_float2(0.0f, 0.0f);
+        }
+        for (int e = 0; e < 2 && tile; e++) tile[(2 * r + e) * (HD / 2 + 4) + c] = ptx_bf16x2(v[e].x, v[e].y);
         for (int e = 0; e < 2 && turned; e++)
-            turned[(2 * c + e) * (COLS / 2 + 4) + r] = e ? snipi_ptx_bf16x2(v[0].y, v[1].y)
-                                                         : snipi_ptx_bf16x2(v[0].x, v[1].x);
+            turned[(2 * c + e) * (COLS / 2 + 4) + r] = e ? ptx_bf16x2(v[0].y, v[1].y) : ptx_bf16x2(v[0].x, v[1].x);
     }
 }
 
 [[maybe_unused]] static __device__ void multiply(float d[4], const uint32_t a[4], const uint32_t *b) {
     const uint32_t words[2] = { b[0], b[4] };
-    snipi_ptx_mma_bf16(d, a, words);
+    ptx_mma_bf16(d, a, words);
 }
 
 template <int KIND, int HD> static __device__ void attend_rows(const attention &t) {
     enum {
         COLS = HD > 64 ? 32 : 64,
         STEP = KIND == FORWARD ? 32 : 16,
-        WIDE = HD / 2 + 4,
-        TALL = COLS / 2 + 4,
+        WIDE = HD / 2 + 4,    // words of a row of b0 and b1
+        TALL = COLS / 2 + 4,  // of a row of `turned`
         BY_KEYS = KIND == KEYS || KIND == VALUES,
         TWO = KIND == QUERIES || KIND == KEYS
     };
-
     __shared__ uint32_t b0[COLS * WIDE], b1[COLS * WIDE], turned[HD * TALL];
     __shared__ float col_lse[COLS], col_along[COLS];
     const int lane = (int)threadIdx.x % WARP, y = lane / 4, x = lane % 4;
     const int T = t.T, hd = t.hd, heads = BY_KEYS ? t.G : t.H, others = BY_KEYS ? t.H : t.G, group = t.H / t.G;
     const int tiles = (T + ROWS - 1) / ROWS, all = (int)gridDim.x / tiles, head = (int)blockIdx.x % all % heads;
-    const int r0 = (BY_KEYS ? (int)blockIdx.x / all : tiles - 1 - (int)blockIdx.x / all) * ROWS;  // the longest first
-    const int warp_row = r0 + (int)threadIdx.x / WARP * 16, row = warp_row + y,
-              end = BY_KEYS || r0 + ROWS > T ? T : r0 + ROWS;
-    const int64_t first = (int64_t)((int)blockIdx.x % all / heads) * T,
-                  at = (first * heads + head) * hd;  // the sequence's first row
+    const int tile = (int)blockIdx.x / all, r0 = (BY_KEYS ? tile : tiles - 1 - tile) * ROWS;  // the longest first
+    const int warp_row = r0 + (int)threadIdx.x / WARP * 16, row = warp_row + y;
+    const int end = BY_KEYS || r0 + ROWS > T ? T : r0 + ROWS;
+    const int64_t first = (int64_t)((int)blockIdx.x % all / heads) * T;  // the sequence's first row
+    const int64_t at = (first * heads + head) * hd;
+
+    // This warp's rows.
     uint32_t a0[HD / 16][4], a1[HD / 16][4];
     float out[HD / 8][4] = {}, top[2] = { -INFINITY, -INFINITY }, sum[2] = {}, lse[2], along[2];
-    UNROLL for (int k = 0; k < HD / 16; k++) UNROLL for (int i = 0; i < 4; i++) {
-        const int r = row + i % 2 * 8, c = 16 * k + 2 * x + i / 2 * 8;
-        const int64_t from = at + (int64_t)r * (heads * hd) + c;
-        a0[k][i] = bf16_pair(t.a[0] + from, r < T && c < hd);
-        if (TWO) a1[k][i] = bf16_pair(t.a[1] + from, r < T && c < hd);
-    }
+    UNROLL for (int k = 0; k < HD / 16; k++)
+        UNROLL for (int i = 0; i < 4; i++) {
+            const int r = row + i % 2 * 8, c = 16 * k + 2 * x + i / 2 * 8;
+            const int64_t from = at + (int64_t)r * (heads * hd) + c;
+            a0[k][i] = bf16_pair(t.a[0] + from, r < T && c < hd);
+            if (TWO) a1[k][i] = bf16_pair(t.a[1] + from, r < T && c < hd);
+        }
     for (int i = 0; i < 2 && KIND == QUERIES; i++) {
         const int r = row + 8 * i;
         lse[i] = r < T ? t.lse[(first + r) * t.H + head] * LOG2_E : 0.0f;
         along[i] = r < T ? t.along[(first + r) * t.H + head] : 0.0f;
     }
-    for (int other = BY_KEYS ? head * group : head / group, last = BY_KEYS ? other + group : other + 1; other < last;
-         other++)
+
+    const int first_other = BY_KEYS ? head * group : head / group, n_others = BY_KEYS ? group : 1;
+    for (int other = first_other; other < first_other + n_others; other++)
         for (int c0 = BY_KEYS ? r0 : 0; c0 < end; c0 += COLS) {
             const int64_t from = ((first + c0) * others + other) * hd;
             __syncthreads();
@@ -358,7 +405,9 @@ template <int KIND, int HD> static __device__ void attend_rows(const attention &
             }
             __syncthreads();
             if (BY_KEYS ? c0 + COLS <= warp_row : c0 > warp_row) continue;  // nothing seen by this warp
+
             _Pragma("unroll 1") for (int k0 = 0; k0 < COLS; k0 += STEP) {
+                // Scores of STEP columns, and from them probabilities or their gradients.
                 float p[STEP / 8][4] = {};
                 UNROLL for (int j = 0; j < STEP / 8; j++) {
                     float dp[4] = {};
@@ -376,7 +425,9 @@ template <int KIND, int HD> static __device__ void attend_rows(const attention &
                         if (TWO) p[j][e] *= (dp[e] - (BY_KEYS ? col_along[in] : along[e / 2])) * t.scale;
                     }
                 }
-                UNROLL for (int i = 0; i < 2 && KIND == FORWARD; i++) {  // of each row
+
+                // FORWARD: a row's largest score so far has grown, and what was added up for it shrinks.
+                UNROLL for (int i = 0; i < 2 && KIND == FORWARD; i++) {
                     float most = top[i], keep;
                     UNROLL for (int e = 0; e < STEP / 4; e++) most = fmaxf(most, p[e / 2][2 * i + e % 2]);
                     most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, 1));
@@ -390,15 +441,18 @@ template <int KIND, int HD> static __device__ void attend_rows(const attention &
                     }
                     UNROLL for (int e = 0; e < HD / 4; e++) out[e / 2][2 * i + e % 2] *= keep;
                 }
+
+                // Their product with the columns' vectors.
                 UNROLL for (int k = 0; k < STEP / 16; k++) {
                     uint32_t left[4];
                     UNROLL for (int i = 0; i < 4; i++)
-                        left[i] = snipi_ptx_bf16x2(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
+                        left[i] = ptx_bf16x2(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
                     UNROLL for (int j = 0; j < HD / 8; j++)
                         multiply(out[j], left, turned + (8 * j + y) * TALL + k0 / 2 + 8 * k + x);
                 }
             }
         }
+
     UNROLL for (int i = 0; i < 2; i++) {
         const int r = row + 8 * i;
         float by = 1.0f;
@@ -408,11 +462,14 @@ template <int KIND, int HD> static __device__ void attend_rows(const attention &
             by = 1.0f / sum[i];
             if (x == 0 && r < T) t.lse[(first + r) * t.H + head] = top[i] * t.scale + logf(sum[i]);
         }
-        UNROLL for (int j = 0; j < HD / 8; j++) if (r < T && 8 * j + 2 * x < hd) *
-            (float2 *)(t.out + at + (int64_t)r * (heads * hd) + 8 * j + 2 * x) = make_float2(out[j][2 * i] * by,
-                                                                                             out[j][2 * i + 1] * by);
+        UNROLL for (int j = 0; j < HD / 8; j++)
+            if (r < T && 8 * j + 2 * x < hd)
+                *(float2 *)(t.out + at + (int64_t)r * (heads * hd) + 8 * j + 2 * x) =
+                    make_float2(out[j][2 * i] * by, out[j][2 * i + 1] * by);
     }
 }
+
+// clang-format on
 
 // Two blocks at a time hide each other's loads; elsewhere than on 9.0 they would lack registers for heads of 64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
@@ -420,12 +477,20 @@ enum { WIDEST_OF_TWO = 64 };
 #else
 enum { WIDEST_OF_TWO = 32 };
 #endif
-// Empty where the instructions are missing, which gpu_begin sees.
+
+// Empty where the instructions are missing.
 template <int KIND, int HD> KERNEL __launch_bounds__(THREADS, HD > WIDEST_OF_TWO ? 1 : 2) attend(const attention t) {
 #ifdef __CUDA_ARCH__
     if constexpr (__CUDA_ARCH__ >= 800)
 #endif
         attend_rows<KIND, HD>(t);
+}
+
+// Whether this GPU has code of `attend` with the instructions.
+static bool attends_on_tensor_cores() {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, attend<FORWARD, 64>) == cudaSuccess, "asking for a kernel's attributes");
+    return attributes.ptxVersion >= 80;
 }
 
 KERNEL along_rows(float *along, const float *out, const float *dout, int64_t n, int64_t hd) {  // a warp a row of a head
@@ -437,27 +502,22 @@ KERNEL along_rows(float *along, const float *out, const float *dout, int64_t n, 
 }
 
 // >>model ------------------------------------------------------------------------------------------
-typedef struct gpu {
+// What a model has beside itself: a copy on the device. llama.device points to it.
+typedef struct {
     llama *host;
     llama d;  // the same tensors in device memory, which begins at d.params
     snip *session;
     snip_cuda *c;  // NULL: not on the device yet
     cudaStream_t stream;
     void *session_memory;
-    int32_t *tokens, *targets;
-    bool tensor_cores;               // for attention
-    float *scores, *dscores, *loss;  // (batch, heads, seq, seq) twice, with tensor cores (R, heads); 1
-    double *sums;                    // (PARTS), then their sum
-    struct gpu *next;
+    int32_t *tokens, *targets;  // [batch][seq]
+    bool bf16;                  // the session's high precision, and the output layer's
+    bool tensor_cores;          // for attention
+    float *scores;              // [batch][heads][seq][seq], with tensor cores [rows][heads]
+    float *dscores;             // the same, with tensor cores nothing
+    float *loss;                // 1
+    double *sums;               // [PARTS], then their sum
 } gpu;
-
-static gpu *gpus;
-
-static gpu *gpu_of(const llama *host, const snip *session) {
-    gpu *g = gpus;
-    while (g && g->host != host && g->session != session) g = g->next;
-    return g;
-}
 
 template <class T> static T *device_memory(size_t n) {
     T *p;
@@ -470,271 +530,277 @@ template <class T> static void copy(T *to, const T *from, int64_t n, cudaMemcpyK
 }
 
 static llama *gpu_create(const llama_config *config, int batch, snip *session) {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) tr_die("no GPU was found");
     llama *host = llama_create(config, batch, session);
     if (!host) return NULL;
     gpu *g = (gpu *)tr_alloc(sizeof *g);
     g->host = host;
     g->session = session;
-    g->next = gpus;
-    gpus = g;
+    host->device = g;
     return host;
 }
 
 static void gpu_destroy(llama *host) {
-    gpu *g = gpu_of(host, NULL), **link = &gpus;
-    if (g) {
-        while (*link != g) link = &(*link)->next;
-        *link = g->next;
-        snip_cuda_destroy(g->c);
-        if (g->c) {
-            for (void *p : { (void *)g->d.params, g->session_memory, (void *)g->tokens, (void *)g->targets,
-                             (void *)g->scores, (void *)g->dscores, (void *)g->loss, (void *)g->sums })
-                cudaFree(p);
-            cudaStreamDestroy(g->stream);
-            free(g->d.block);
-        }
-        free(g);
+    gpu *g = (gpu *)host->device;
+    snip_cuda_destroy(g->c);
+    if (g->c) {
+        for (void *p : { (void *)g->d.params, g->session_memory, (void *)g->tokens, (void *)g->targets,
+                         (void *)g->scores, (void *)g->dscores, (void *)g->loss, (void *)g->sums })
+            cudaFree(p);
+        cudaStreamDestroy(g->stream);
+        free(g->d.block);
     }
+    free(g);
     llama_destroy(host);
 }
 
-// To the device, at the first use: after a checkpoint has been loaded.
-static gpu *gpu_begin(const llama *host, const snip *session) {
-    gpu *g = gpu_of(host, session);
-    if (g->c) return g;
-    const llama_config *c = &g->host->config;
-    int64_t R = (int64_t)g->host->batch * c->seq;
-    size_t blocks = (size_t)c->blocks * sizeof *g->d.block;
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) tr_die("no GPU was found");
-    g->d = *g->host;
+static void make_device_copy(gpu *g) {
+    const llama *host = g->host;
+    const llama_config *c = &host->config;
+    const size_t blocks = (size_t)c->blocks * sizeof *g->d.block;
+    g->d = *host;
     g->d.threads = 0;
     g->d.gemm_scratch_size = 0;
     g->d.block = (llama_block *)tr_alloc(blocks);
-    memcpy(g->d.block, g->host->block, blocks);
+    memcpy(g->d.block, host->block, blocks);
     llama_layout(&g->d, device_memory<unsigned char>(llama_layout(&g->d, NULL)));
-    copy(g->d.params, g->host->params, g->host->n_params, cudaMemcpyHostToDevice);
-    copy(g->d.m, g->host->m, g->host->n_params, cudaMemcpyHostToDevice);
-    copy(g->d.v, g->host->v, g->host->n_params, cudaMemcpyHostToDevice);
-    copy(g->d.rope, g->host->rope, c->seq * (c->dim / c->heads), cudaMemcpyHostToDevice);
-    g->tokens = device_memory<int32_t>((size_t)R);
-    g->targets = device_memory<int32_t>((size_t)R);
-    g->tensor_cores = g->session->desc.high == SNIP_BF16 && c->dim / c->heads <= 128 &&
-                      snipi_cuda_has_body(attend<FORWARD, 64>);
-    g->scores = device_memory<float>((size_t)(R * c->heads * (g->tensor_cores ? 1 : c->seq)));
-    g->dscores = device_memory<float>((size_t)(R * c->heads * (g->tensor_cores ? 0 : c->seq)));
-    g->loss = device_memory<float>(1);
-    g->sums = device_memory<double>(PARTS + 1);
+    copy(g->d.params, host->params, host->n_params, cudaMemcpyHostToDevice);
+    copy(g->d.m, host->m, host->n_params, cudaMemcpyHostToDevice);
+    copy(g->d.v, host->v, host->n_params, cudaMemcpyHostToDevice);
+    copy(g->d.rope, host->rope, c->seq * (c->dim / c->heads), cudaMemcpyHostToDevice);
     for (int i = 0; i < g->d.n_tensors; i++) {
         const llama_tensor *t = &g->d.tensors[i];
         if (t->layer >= 0 && snip_bind_adamw(g->session, t->layer, g->d.m + t->offset, g->d.v + t->offset))
             snip_bind_momentum(g->session, t->layer, g->d.m + t->offset);
     }
+}
+
+// The model's copy on the device, made at the first use: after a checkpoint has been loaded.
+static gpu *on_device(const llama *host) {
+    gpu *g = (gpu *)host->device;
+    if (g->c) return g;
+    const llama_config *c = &host->config;
+    const snip_desc *desc = snip_settings(g->session);
+    const int64_t rows = (int64_t)host->batch * c->seq;
+    const int lag = desc->every > 0 && desc->every <= LAG ? 0 : LAG;
+    make_device_copy(g);
+    g->bf16 = desc->high == SNIP_BF16;
+    g->tensor_cores = g->bf16 && c->dim / c->heads <= 128 && attends_on_tensor_cores();
+    g->tokens = device_memory<int32_t>((size_t)rows);
+    g->targets = device_memory<int32_t>((size_t)rows);
+    g->scores = device_memory<float>((size_t)(rows * c->heads * (g->tensor_cores ? 1 : c->seq)));
+    g->dscores = device_memory<float>((size_t)(rows * c->heads * (g->tensor_cores ? 0 : c->seq)));
+    g->loss = device_memory<float>(1);
+    g->sums = device_memory<double>(PARTS + 1);
     check(cudaStreamCreate(&g->stream) == cudaSuccess, "making a stream");
-    g->session_memory = device_memory<char>(snip_cuda_memory(g->session, R));
-    g->c = snip_cuda_create(g->session, R, g->session->desc.every > 0 && g->session->desc.every <= LAG ? 0 : LAG,
-                            g->session_memory, g->stream);
+    g->session_memory = device_memory<char>(snip_cuda_memory(g->session, rows));
+    g->c = snip_cuda_create(g->session, rows, lag, g->session_memory, g->stream);
     if (!g->c) tr_die("%s", snip_message(g->session));
     return g;
 }
 
+// >>calls ------------------------------------------------------------------------------------------
 static void linear_fwd(gpu *g, int tensor, float *out, const float *inp, int64_t rows) {
     const llama_tensor *t = &g->d.tensors[tensor];
-    snip_status st = snip_cuda_linear_forward(g->c, t->layer, out, inp, g->d.params + t->offset, NULL, rows, g->stream);
-    if (st) tr_stop("%s forward: %s", t->name, snip_status_text(st));
+    snip_status status = snip_cuda_linear_forward(g->c, t->layer, out, inp, g->d.params + t->offset, NULL, rows,
+                                                  g->stream);
+    if (status) tr_stop("%s forward: %s", t->name, snip_status_text(status));
 }
 
 static void linear_bwd(gpu *g, int tensor, float *dinp, const float *dout, const float *inp, int64_t rows) {
     const llama_tensor *t = &g->d.tensors[tensor];
-    snip_status st = snip_cuda_linear_backward(g->c, t->layer, dinp, g->d.grads + t->offset, NULL, dout, inp,
-                                               g->d.params + t->offset, rows, g->stream);
-    if (st) tr_stop("%s backward: %s", t->name, snip_status_text(st));
+    snip_status status = snip_cuda_linear_backward(g->c, t->layer, dinp, g->d.grads + t->offset, NULL, dout, inp,
+                                                   g->d.params + t->offset, rows, g->stream);
+    if (status) tr_stop("%s backward: %s", t->name, snip_status_text(status));
 }
 
 static void zero(gpu *g, float *x, int64_t n) {
     check(cudaMemsetAsync(x, 0, (size_t)n * sizeof(float), g->stream) == cudaSuccess, "zeroing");
 }
 
-static void norm_fwd(gpu *g, float *out, float *rstd, const float *x, int tensor, int64_t R) {
-    launch(rmsnorm, R, ROW_THREADS, g->stream, out, rstd, x, (const float *)(g->d.params + g->d.tensors[tensor].offset),
-           (int64_t)g->d.config.dim);
+static void norm_fwd(gpu *g, float *out, float *rstd, const float *x, int tensor, int64_t rows) {
+    launch(rmsnorm, rows, ROW_THREADS, g->stream, out, rstd, x, llama_weights(&g->d, tensor), (int64_t)g->d.config.dim);
 }
 
-static void norm_bwd(gpu *g, const float *dout, const float *x, const float *rstd, int tensor, int64_t R) {
-    const int64_t d = g->d.config.dim, at = g->d.tensors[tensor].offset;
-    launch(rmsnorm_gradient, R, ROW_THREADS, g->stream, g->d.dx, dout, x, (const float *)(g->d.params + at), rstd, d);
-    launch(rmsnorm_weights, (d + WARP - 1) / WARP, THREADS, g->stream, g->d.grads + at, dout, x, rstd, R, d);
+static void norm_bwd(gpu *g, const float *dout, const float *x, const float *rstd, int tensor, int64_t rows) {
+    const int64_t dim = g->d.config.dim;
+    launch(rmsnorm_gradient, rows, ROW_THREADS, g->stream, g->d.dx, dout, x, llama_weights(&g->d, tensor), rstd, dim);
+    launch(rmsnorm_weights, (dim + WARP - 1) / WARP, THREADS, g->stream, llama_gradients(&g->d, tensor), dout, x, rstd,
+           rows, dim);
 }
 
-static void turn(gpu *g, float *x, int64_t R, int64_t heads, float sign) {
-    const int64_t hd = g->d.config.dim / g->d.config.heads;
-    launch(rope_turn, blocks_of(R * heads * hd / 2), THREADS, g->stream, x, (const float *)g->d.rope, R, heads, hd,
-           (int64_t)g->d.config.seq, sign);
+static void add(gpu *g, float *out, const float *a, const float *b, int64_t n) {
+    launch(add_rows, blocks_of(n), THREADS, g->stream, out, a, b, n);
+}
+
+static void turn(gpu *g, float *x, int64_t rows, int64_t heads, float sign) {
+    const int64_t head_dim = g->d.config.dim / g->d.config.heads;
+    launch(rope_turn, blocks_of(rows * heads * head_dim / 2), THREADS, g->stream, x, (const float *)g->d.rope, rows,
+           heads, head_dim, (int64_t)g->d.config.seq, sign);
 }
 
 static void multiply_heads(gpu *g, view a, view b, view c, int64_t m, int64_t n, int64_t k, int64_t sequences,
                            int64_t heads, int part, int accumulate) {
-    launch(head_products, sequences * heads * ((m + TILE - 1) / TILE) * ((n + TILE - 1) / TILE), THREADS, g->stream, a,
-           b, c, m, n, k, heads, part, accumulate);
+    const int64_t tiles = ((m + TILE - 1) / TILE) * ((n + TILE - 1) / TILE);
+    launch(head_products, sequences * heads * tiles, THREADS, g->stream, a, b, c, m, n, k, heads, part, accumulate);
 }
 
-// Heads of an activation (R, heads * hd) as (T, hd), or transposed; the scores' as (T, T).
+// Heads of an activation [rows][heads][head_dim] as [seq][head_dim], or transposed.
 static view heads_of(const gpu *g, float *x, int64_t heads, int transposed) {
     const int64_t T = g->d.config.seq, hd = g->d.config.dim / g->d.config.heads, row = heads * hd;
     view v = { x, transposed ? 1 : row, transposed ? row : 1, T * row, hd, (int)(g->d.config.heads / heads) };
     return v;
 }
 
+// Heads of the scores as [seq][seq], or transposed.
 static view scores_of(const gpu *g, float *x, int transposed) {
     const int64_t T = g->d.config.seq;
     view v = { x, transposed ? 1 : T, transposed ? T : 1, g->d.config.heads * T * T, T * T, 1 };
     return v;
 }
 
-template <int KIND> static void attend_heads(gpu *g, attention t, int64_t sequences) {
+// a1, b1 and along: NULL where a kind has no use for them.
+template <int KIND>
+static void attend_heads(gpu *g, const float *a0, const float *a1, const float *b0, const float *b1, float *out,
+                         float *lse, const float *along, int64_t sequences) {
     const llama_config *c = &g->d.config;
-    t.T = c->seq;
-    t.H = c->heads;
-    t.G = c->kv_heads;
-    t.hd = c->dim / c->heads;
-    t.scale = 1.0f / sqrtf((float)t.hd);
-    t.scale2 = t.scale * LOG2_E;
-    launch(t.hd > 64   ? attend<KIND, 128>
-           : t.hd > 32 ? attend<KIND, 64>
-                       : attend<KIND, 32>,
-           sequences * (KIND == KEYS || KIND == VALUES ? t.G : t.H) * ((t.T + ROWS - 1) / ROWS), THREADS, g->stream, t);
+    const int hd = c->dim / c->heads;
+    const float scale = 1.0f / sqrtf((float)hd);
+    const attention t = {
+        {a0,  a1},
+        { b0, b1},
+        out, lse, along, c->seq, c->heads, c->kv_heads, hd, scale, scale * LOG2_E
+    };
+    const int64_t heads = KIND == KEYS || KIND == VALUES ? t.G : t.H, tiles = (t.T + ROWS - 1) / ROWS;
+    launch(hd > 64   ? attend<KIND, 128>
+           : hd > 32 ? attend<KIND, 64>
+                     : attend<KIND, 32>,
+           sequences * heads * tiles, THREADS, g->stream, t);
 }
 
 static void attention_fwd(gpu *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->d.config;
     const int64_t T = c->seq, H = c->heads, hd = c->dim / H;
-    if (g->tensor_cores)
-        return attend_heads<FORWARD>(g,
-                                     {
-                                         {b->q },
-                                         { b->k, b->v },
-                                         b->att, b->lse
-        },
-                                     sequences);
-    multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, c->kv_heads, 0), scores_of(g, g->scores, 0), T, T, hd,
-                   sequences, H, LOWER, 0);
+    if (g->tensor_cores) {
+        attend_heads<FORWARD>(g, b->q, NULL, b->k, b->v, b->att, b->lse, NULL, sequences);
+        return;
+    }
+    const view scores = scores_of(g, g->scores, 0);
+    multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, c->kv_heads, 0), scores, T, T, hd, sequences, H, LOWER,
+                   0);
     launch(softmax_rows, sequences * H * T, ROW_THREADS, g->stream, g->scores, b->lse, T, H, 1.0f / sqrtf((float)hd));
-    multiply_heads(g, scores_of(g, g->scores, 0), heads_of(g, b->v, c->kv_heads, 1), heads_of(g, b->att, H, 0), T, hd,
-                   T, sequences, H, BELOW_A, 0);
+    multiply_heads(g, scores, heads_of(g, b->v, c->kv_heads, 1), heads_of(g, b->att, H, 0), T, hd, T, sequences, H,
+                   BELOW_A, 0);
+}
+
+// The gradients of keys and values from the i-th query head of every group, added to those of the heads before.
+static void group_bwd(gpu *g, const llama_block *b, int64_t sequences, int64_t i) {
+    const llama_config *c = &g->d.config;
+    const int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, group = H / G;
+    view ds = scores_of(g, g->dscores, 1), p = scores_of(g, g->scores, 1);
+    view q = heads_of(g, b->q, H, 1), dout = heads_of(g, g->d.datt, H, 1);
+    view dk = heads_of(g, g->d.dk, G, 0), dv = heads_of(g, g->d.dv, G, 0);
+    for (view *v : { &ds, &p, &q, &dout }) {
+        v->x += i * v->head;
+        v->head *= group;
+    }
+    dk.group = dv.group = 1;
+    multiply_heads(g, ds, q, dk, T, hd, T, sequences, G, ABOVE_A, i > 0);
+    multiply_heads(g, p, dout, dv, T, hd, T, sequences, G, ABOVE_A, i > 0);
 }
 
 static void attention_bwd(gpu *g, const llama_block *b, int64_t sequences) {
     const llama_config *c = &g->d.config;
-    const int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, group = H / G;
+    const int64_t T = c->seq, H = c->heads, G = c->kv_heads, hd = c->dim / H, n = sequences * T * H;
+    const llama *d = &g->d;
     if (g->tensor_cores) {
-        launch(along_rows, (sequences * T * H * WARP + THREADS - 1) / THREADS, THREADS, g->stream, g->scores,
-               (const float *)b->att, (const float *)g->d.datt, sequences * T * H, hd);
-        attend_heads<QUERIES>(g,
-                              {
-                                  {b->q,  g->d.datt},
-                                  { b->k, b->v     },
-                                  g->d.dq, b->lse, g->scores
-        },
-                              sequences);
-        attend_heads<KEYS>(g,
-                           {
-                               {b->k,  b->v     },
-                               { b->q, g->d.datt},
-                               g->d.dk, b->lse, g->scores
-        },
-                           sequences);
-        attend_heads<VALUES>(g,
-                             {
-                                 {b->k      },
-                                 { b->q, g->d.datt },
-                                 g->d.dv, b->lse, g->scores
-        },
-                             sequences);
+        float *along = g->scores;
+        launch(along_rows, (n * WARP + THREADS - 1) / THREADS, THREADS, g->stream, along, (const float *)b->att,
+               (const float *)d->datt, n, hd);
+        attend_heads<QUERIES>(g, b->q, d->datt, b->k, b->v, d->dq, b->lse, along, sequences);
+        attend_heads<KEYS>(g, b->k, b->v, b->q, d->datt, d->dk, b->lse, along, sequences);
+        attend_heads<VALUES>(g, b->k, NULL, b->q, d->datt, d->dv, b->lse, along, sequences);
         return;
     }
-    multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, G, 0), scores_of(g, g->scores, 0), T, T, hd, sequences,
-                   H, LOWER, 0);
-    multiply_heads(g, heads_of(g, g->d.datt, H, 0), heads_of(g, b->v, G, 0), scores_of(g, g->dscores, 0), T, T, hd,
-                   sequences, H, LOWER, 0);
-    launch(softmax_gradient, sequences * H * T, ROW_THREADS, g->stream, g->scores, g->dscores, (const float *)b->lse,
-           (const float *)b->att, (const float *)g->d.datt, T, H, hd, 1.0f / sqrtf((float)hd));
-    multiply_heads(g, scores_of(g, g->dscores, 0), heads_of(g, b->k, G, 1), heads_of(g, g->d.dq, H, 0), T, hd, T,
-                   sequences, H, BELOW_A, 0);
-    for (int64_t i = 0; i < group; i++) {  // the i-th query head of every key-value head
-        view ds = scores_of(g, g->dscores, 1), p = scores_of(g, g->scores, 1), q = heads_of(g, b->q, H, 1),
-             dout = heads_of(g, g->d.datt, H, 1);
-        view dk = heads_of(g, g->d.dk, G, 0), dv = heads_of(g, g->d.dv, G, 0);
-        for (view *v : { &ds, &p, &q, &dout }) {
-            v->x += i * v->head;
-            v->head *= group;
-        }
-        dk.group = dv.group = 1;
-        multiply_heads(g, ds, q, dk, T, hd, T, sequences, G, ABOVE_A, i > 0);
-        multiply_heads(g, p, dout, dv, T, hd, T, sequences, G, ABOVE_A, i > 0);
-    }
+    const view scores = scores_of(g, g->scores, 0), dscores = scores_of(g, g->dscores, 0);
+    multiply_heads(g, heads_of(g, b->q, H, 0), heads_of(g, b->k, G, 0), scores, T, T, hd, sequences, H, LOWER, 0);
+    multiply_heads(g, heads_of(g, d->datt, H, 0), heads_of(g, b->v, G, 0), dscores, T, T, hd, sequences, H, LOWER, 0);
+    launch(softmax_gradient, n, ROW_THREADS, g->stream, g->scores, g->dscores, (const float *)b->lse,
+           (const float *)b->att, (const float *)d->datt, T, H, hd, 1.0f / sqrtf((float)hd));
+    multiply_heads(g, dscores, heads_of(g, b->k, G, 1), heads_of(g, d->dq, H, 0), T, hd, T, sequences, H, BELOW_A, 0);
+    for (int64_t i = 0; i < H / G; i++) group_bwd(g, b, sequences, i);
 }
 
 // Output layer and cross-entropy, as in llama_head.
-static void head(gpu *g, int64_t R, float grad_scale) {
-    const int64_t V = g->d.config.vocab, d = g->d.config.dim, at = g->d.tensors[g->d.output].offset;
-    for (int64_t r0 = 0; r0 < R; r0 += g->d.head_chunk) {
-        const int64_t m = R - r0 < g->d.head_chunk ? R - r0 : g->d.head_chunk;
-        snip_operand n = llama_operand(g->d.n + r0 * d, d, 0), w = llama_operand(g->d.params + at, d, 0),
-                     dl = llama_operand(g->d.logits, V, 0);
-        n.round_bf16 = w.round_bf16 = dl.round_bf16 = g->session->desc.high == SNIP_BF16;
-        check(snip_cuda_gemm(m, V, d, &n, &w, g->d.logits, V, 0, NULL, g->stream) == SNIP_OK, "the output layer");
+static void head(gpu *g, int64_t rows, float grad_scale) {
+    const int64_t vocab = g->d.config.vocab, dim = g->d.config.dim;
+    const float *weight = llama_weights(&g->d, g->d.output);
+    for (int64_t r0 = 0; r0 < rows; r0 += g->d.head_chunk) {
+        const int64_t m = rows - r0 < g->d.head_chunk ? rows - r0 : g->d.head_chunk;
+        snip_operand n = llama_operand(g->d.n + r0 * dim, dim, 0), dn = llama_operand(g->d.logits, vocab, 0);
+        snip_operand w = llama_operand(weight, dim, 0);
+        n.round_bf16 = w.round_bf16 = dn.round_bf16 = g->bf16;
+        check(snip_cuda_gemm(m, vocab, dim, &n, &w, g->d.logits, vocab, 0, NULL, g->stream) == SNIP_OK,
+              "the output layer");
         launch(cross_entropy, m, THREADS, g->stream, g->d.logits, (const int32_t *)(g->targets + r0),
-               g->d.row_loss + r0, V, grad_scale);
+               g->d.row_loss + r0, vocab, grad_scale);
         if (grad_scale == 0.0f) continue;
         w.transposed = 1;
-        check(snip_cuda_gemm(m, d, V, &dl, &w, g->d.dn + r0 * d, d, 0, NULL, g->stream) == SNIP_OK,
+        check(snip_cuda_gemm(m, dim, vocab, &dn, &w, g->d.dn + r0 * dim, dim, 0, NULL, g->stream) == SNIP_OK,
               "the output layer's gradient");
-        dl.transposed = n.transposed = 1;
-        check(snip_cuda_gemm(V, d, m, &dl, &n, g->d.grads + at, d, 1, NULL, g->stream) == SNIP_OK,
+        dn.transposed = n.transposed = 1;
+        check(snip_cuda_gemm(vocab, dim, m, &dn, &n, llama_gradients(&g->d, g->d.output), dim, 1, NULL, g->stream) ==
+                  SNIP_OK,
               "the output weights' gradient");
     }
 }
 
 // >>passes -----------------------------------------------------------------------------------------
-static void gpu_zero_grad(llama *host) {
-    gpu *g = gpu_begin(host, NULL);
+static void gpu_zero_gradients(llama *host) {
+    gpu *g = on_device(host);
     zero(g, g->d.grads, g->d.n_params);
+}
+
+static void block_fwd(gpu *g, const llama_block *b, float *next, int64_t rows) {  // as llama_block_fwd
+    const llama_config *c = &g->d.config;
+    const int64_t dim = c->dim, ffn = c->ffn;
+    float *y = g->d.dn;  // what a branch adds to the stream
+    norm_fwd(g, b->n1, b->rstd1, b->x, b->norm1, rows);
+    linear_fwd(g, b->lin[LLAMA_Q], b->q, b->n1, rows);
+    linear_fwd(g, b->lin[LLAMA_K], b->k, b->n1, rows);
+    linear_fwd(g, b->lin[LLAMA_V], b->v, b->n1, rows);
+    turn(g, b->q, rows, c->heads, 1.0f);
+    turn(g, b->k, rows, c->kv_heads, 1.0f);
+    attention_fwd(g, b, rows / c->seq);
+    linear_fwd(g, b->lin[LLAMA_O], y, b->att, rows);
+    add(g, b->x2, b->x, y, rows * dim);
+
+    norm_fwd(g, b->n2, b->rstd2, b->x2, b->norm2, rows);
+    linear_fwd(g, b->lin[LLAMA_GATE], b->gate, b->n2, rows);
+    linear_fwd(g, b->lin[LLAMA_UP], b->up, b->n2, rows);
+    launch(swiglu, blocks_of(rows * ffn), THREADS, g->stream, b->act, (const float *)b->gate, (const float *)b->up,
+           rows * ffn);
+    linear_fwd(g, b->lin[LLAMA_DOWN], y, b->act, rows);
+    add(g, next, b->x2, y, rows * dim);
 }
 
 static snip_status gpu_forward(llama *host, snip *s, const int32_t *tokens, const int32_t *targets, int sequences,
                                float grad_scale, double *loss) {
-    gpu *g = gpu_begin(host, s);
-    const llama_config *c = &g->d.config;
-    const int64_t R = (int64_t)sequences * c->seq, d = c->dim, f = c->ffn;
-    float *y = g->d.dn;  // what a branch adds to the stream
+    gpu *g = on_device(host);
+    const llama *d = &g->d;
+    const llama_config *c = &d->config;
+    const int64_t rows = (int64_t)sequences * c->seq, dim = c->dim;
+    (void)s;
     host->failed[0] = 0;
-    copy(g->tokens, tokens, R, cudaMemcpyHostToDevice);
-    copy(g->targets, targets, R, cudaMemcpyHostToDevice);
-    launch(embed_rows, blocks_of(R * d), THREADS, g->stream, g->d.block[0].x,
-           (const float *)(g->d.params + g->d.tensors[g->d.embed].offset), (const int32_t *)g->tokens, R, d);
-    for (int i = 0; i < c->blocks; i++) {
-        const llama_block *b = &g->d.block[i];
-        norm_fwd(g, b->n1, b->rstd1, b->x, b->norm1, R);
-        linear_fwd(g, b->lin[LLAMA_Q], b->q, b->n1, R);
-        linear_fwd(g, b->lin[LLAMA_K], b->k, b->n1, R);
-        linear_fwd(g, b->lin[LLAMA_V], b->v, b->n1, R);
-        turn(g, b->q, R, c->heads, 1.0f);
-        turn(g, b->k, R, c->kv_heads, 1.0f);
-        attention_fwd(g, b, sequences);
-        linear_fwd(g, b->lin[LLAMA_O], y, b->att, R);
-        launch(add_rows, blocks_of(R * d), THREADS, g->stream, b->x2, (const float *)b->x, (const float *)y, R * d);
-        norm_fwd(g, b->n2, b->rstd2, b->x2, b->norm2, R);
-        linear_fwd(g, b->lin[LLAMA_GATE], b->gate, b->n2, R);
-        linear_fwd(g, b->lin[LLAMA_UP], b->up, b->n2, R);
-        launch(swiglu, blocks_of(R * f), THREADS, g->stream, b->act, (const float *)b->gate, (const float *)b->up,
-               R * f);
-        linear_fwd(g, b->lin[LLAMA_DOWN], y, b->act, R);
-        launch(add_rows, blocks_of(R * d), THREADS, g->stream, i + 1 < c->blocks ? g->d.block[i + 1].x : g->d.x,
-               (const float *)b->x2, (const float *)y, R * d);
-    }
-    norm_fwd(g, g->d.n, g->d.rstd, g->d.x, g->d.norm, R);
-    head(g, R, grad_scale);
-    launch(sum_parts, 1, THREADS, g->stream, (const double *)g->d.row_loss, R, g->sums + PARTS);
+    copy(g->tokens, tokens, rows, cudaMemcpyHostToDevice);
+    copy(g->targets, targets, rows, cudaMemcpyHostToDevice);
+    launch(embed_rows, blocks_of(rows * dim), THREADS, g->stream, d->block[0].x, llama_weights(d, d->embed),
+           (const int32_t *)g->tokens, rows, dim);
+    for (int i = 0; i < c->blocks; i++) block_fwd(g, &d->block[i], i + 1 < c->blocks ? d->block[i + 1].x : d->x, rows);
+    norm_fwd(g, d->n, d->rstd, d->x, d->norm, rows);
+    head(g, rows, grad_scale);
+    launch(sum_parts, 1, THREADS, g->stream, (const double *)d->row_loss, rows, g->sums + PARTS);
     check(cudaStreamSynchronize(g->stream) == cudaSuccess, "a forward pass");
     copy(loss, (const double *)(g->sums + PARTS), 1, cudaMemcpyDeviceToHost);
     if (llama_finite(*loss)) return SNIP_OK;
@@ -742,42 +808,48 @@ static snip_status gpu_forward(llama *host, snip *s, const int32_t *tokens, cons
     return SNIP_NONFINITE;
 }
 
+static void block_bwd(gpu *g, const llama_block *b, int64_t rows) {  // as llama_block_bwd
+    const llama *d = &g->d;
+    const llama_config *c = &d->config;
+    const int64_t dim = c->dim, ffn = c->ffn;
+    zero(g, d->dact, rows * ffn);
+    linear_bwd(g, b->lin[LLAMA_DOWN], d->dact, d->dx, b->act, rows);
+    launch(swiglu_gradient, blocks_of(rows * ffn), THREADS, g->stream, d->dgate, d->dup, (const float *)d->dact,
+           (const float *)b->gate, (const float *)b->up, rows * ffn);
+    zero(g, d->dn, rows * dim);
+    linear_bwd(g, b->lin[LLAMA_UP], d->dn, d->dup, b->n2, rows);
+    linear_bwd(g, b->lin[LLAMA_GATE], d->dn, d->dgate, b->n2, rows);
+    norm_bwd(g, d->dn, b->x2, b->rstd2, b->norm2, rows);
+
+    zero(g, d->datt, rows * dim);
+    linear_bwd(g, b->lin[LLAMA_O], d->datt, d->dx, b->att, rows);
+    attention_bwd(g, b, rows / c->seq);
+    turn(g, d->dq, rows, c->heads, -1.0f);
+    turn(g, d->dk, rows, c->kv_heads, -1.0f);
+    zero(g, d->dn, rows * dim);
+    linear_bwd(g, b->lin[LLAMA_V], d->dn, d->dv, b->n1, rows);
+    linear_bwd(g, b->lin[LLAMA_K], d->dn, d->dk, b->n1, rows);
+    linear_bwd(g, b->lin[LLAMA_Q], d->dn, d->dq, b->n1, rows);
+    norm_bwd(g, d->dn, b->x, b->rstd1, b->norm1, rows);
+}
+
 static snip_status gpu_backward(llama *host, snip *s, const int32_t *tokens, int sequences) {
-    gpu *g = gpu_begin(host, s);
-    const llama_config *c = &g->d.config;
-    const int64_t R = (int64_t)sequences * c->seq, d = c->dim, f = c->ffn;
-    llama *D = &g->d;
+    gpu *g = on_device(host);
+    const llama *d = &g->d;
+    const llama_config *c = &d->config;
+    const int64_t rows = (int64_t)sequences * c->seq, dim = c->dim;
+    (void)s;
     (void)tokens;  // there since the forward pass
-    zero(g, D->dx, R * d);
-    norm_bwd(g, D->dn, D->x, D->rstd, D->norm, R);
-    for (int i = c->blocks - 1; i >= 0; i--) {
-        const llama_block *b = &D->block[i];
-        zero(g, D->dact, R * f);
-        linear_bwd(g, b->lin[LLAMA_DOWN], D->dact, D->dx, b->act, R);
-        launch(swiglu_gradient, blocks_of(R * f), THREADS, g->stream, D->dgate, D->dup, (const float *)D->dact,
-               (const float *)b->gate, (const float *)b->up, R * f);
-        zero(g, D->dn, R * d);
-        linear_bwd(g, b->lin[LLAMA_UP], D->dn, D->dup, b->n2, R);
-        linear_bwd(g, b->lin[LLAMA_GATE], D->dn, D->dgate, b->n2, R);
-        norm_bwd(g, D->dn, b->x2, b->rstd2, b->norm2, R);
-        zero(g, D->datt, R * d);
-        linear_bwd(g, b->lin[LLAMA_O], D->datt, D->dx, b->att, R);
-        attention_bwd(g, b, sequences);
-        turn(g, D->dq, R, c->heads, -1.0f);
-        turn(g, D->dk, R, c->kv_heads, -1.0f);
-        zero(g, D->dn, R * d);
-        linear_bwd(g, b->lin[LLAMA_V], D->dn, D->dv, b->n1, R);
-        linear_bwd(g, b->lin[LLAMA_K], D->dn, D->dk, b->n1, R);
-        linear_bwd(g, b->lin[LLAMA_Q], D->dn, D->dq, b->n1, R);
-        norm_bwd(g, D->dn, b->x, b->rstd1, b->norm1, R);
-    }
-    launch(embed_gradient, c->vocab, THREADS, g->stream, D->grads + D->tensors[D->embed].offset, (const float *)D->dx,
-           (const int32_t *)g->tokens, R, d);
+    zero(g, d->dx, rows * dim);
+    norm_bwd(g, d->dn, d->x, d->rstd, d->norm, rows);
+    for (int i = c->blocks - 1; i >= 0; i--) block_bwd(g, &d->block[i], rows);
+    launch(embed_gradient, c->vocab, THREADS, g->stream, llama_gradients(d, d->embed), (const float *)d->dx,
+           (const int32_t *)g->tokens, rows, dim);
     return SNIP_OK;
 }
 
-static double gpu_grad_norm(llama *host) {
-    gpu *g = gpu_begin(host, NULL);
+static double gpu_gradient_norm(llama *host) {
+    gpu *g = on_device(host);
     double sum;
     launch(sum_squares, PARTS, THREADS, g->stream, (const float *)g->d.grads, g->d.n_params, g->sums);
     launch(sum_parts, 1, THREADS, g->stream, (const double *)g->sums, (int64_t)PARTS, g->sums + PARTS);
@@ -787,65 +859,62 @@ static double gpu_grad_norm(llama *host) {
 }
 
 static void gpu_update(llama *host, snip_optimizer kind, const snip_adamw *o, double decay) {  // as llama_update
-    gpu *g = gpu_begin(host, NULL);
+    gpu *g = on_device(host);
+    const float b1 = (float)o->beta1, b2 = (float)o->beta2, scale = (float)o->grad_scale, rate = (float)o->lr;
+    const float m_scale = (float)(1.0 / (1.0 - pow(o->beta1, (double)o->step)));
+    const float v_scale = (float)(1.0 / (1.0 - pow(o->beta2, (double)o->step)));
     for (int i = 0; i < g->d.n_tensors; i++) {
         const llama_tensor *t = &g->d.tensors[i];
         const int64_t n = t->rows * t->cols;
-        const float *dp = g->d.grads + t->offset, keep = 1.0f - (t->matrix ? (float)(o->lr * decay) : 0.0f);
+        const float *dp = g->d.grads + t->offset, keep = llama_keep(t, o->lr, decay);
         float *p = g->d.params + t->offset, *m = g->d.m + t->offset, *v = g->d.v + t->offset;
         if (kind == SNIP_ADAMW)
-            launch(adamw_update, blocks_of(n), THREADS, g->stream, p, dp, m, v, n, (float)o->beta1, (float)o->beta2,
-                   (float)o->eps, (float)o->grad_scale, (float)(1.0 / (1.0 - pow(o->beta1, (double)o->step))),
-                   (float)(1.0 / (1.0 - pow(o->beta2, (double)o->step))), (float)o->lr, keep);
+            launch(adamw_update, blocks_of(n), THREADS, g->stream, p, dp, m, v, n, b1, b2, (float)o->eps, scale,
+                   m_scale, v_scale, rate, keep);
         else
-            launch(momentum_update, blocks_of(n), THREADS, g->stream, p, dp, m, n, (int)(kind == SNIP_LION),
-                   (float)o->beta1, (float)o->beta2, (float)o->grad_scale, (float)o->lr, keep);
+            launch(momentum_update, blocks_of(n), THREADS, g->stream, p, dp, m, n, (int)(kind == SNIP_LION), b1, b2,
+                   scale, rate, keep);
     }
 }
 
 // >>session ----------------------------------------------------------------------------------------
-static int gpu_next_pass(snip *s, double loss) {
-    gpu *g = gpu_begin(NULL, s);
+static int gpu_next_pass(llama *host, snip *s, double loss) {
+    gpu *g = on_device(host);
     float value = (float)loss;
+    (void)s;
     copy(g->loss, (const float *)&value, 1, cudaMemcpyHostToDevice);
     return snip_cuda_next_pass(g->c, g->loss, g->stream);
 }
 
-static snip_status gpu_end_step(snip *s, const snip_adamw *update) {
-    gpu *g = gpu_begin(NULL, s);
-    snip_status st = snip_cuda_end_step(g->c, update, NULL, g->stream);
-    if (st == SNIP_NONFINITE && !g->host->failed[0]) sscanf(snip_message(s), "layer %50[^:]", g->host->failed);
-    return st;
+static snip_status gpu_end_step(llama *host, snip *s, const snip_adamw *update) {
+    gpu *g = on_device(host);
+    (void)s;
+    return snip_cuda_end_step(g->c, update, NULL, g->stream);
 }
 
-static snip_status gpu_measure_gains(snip *s, int64_t rows) {
-    gpu *g = gpu_begin(NULL, s);
+static snip_status gpu_measure_gains(llama *host, snip *s, int64_t rows) {
+    gpu *g = on_device(host);
+    (void)s;
     return snip_cuda_measure_gains(g->c, rows, g->stream);
 }
 
-// Before a checkpoint is written: all that the device knows.
-static snip_status gpu_state_save(const snip *s, void *state) {
-    gpu *g = gpu_of(NULL, s);
+// For a checkpoint: all that the device knows.
+static snip_status gpu_save_state(llama *host, snip *s, void *state) {
+    gpu *g = (gpu *)host->device;
     if (g->c) {
-        snip_status st = snip_cuda_finish(g->c);
-        if (st) return st;
+        snip_status status = snip_cuda_finish(g->c);
+        if (status) return status;
         check(cudaStreamSynchronize(g->stream) == cudaSuccess, "a step");
-        copy(g->host->params, (const float *)g->d.params, g->d.n_params, cudaMemcpyDeviceToHost);
-        copy(g->host->m, (const float *)g->d.m, g->d.n_params, cudaMemcpyDeviceToHost);
-        copy(g->host->v, (const float *)g->d.v, g->d.n_params, cudaMemcpyDeviceToHost);
+        copy(host->params, (const float *)g->d.params, g->d.n_params, cudaMemcpyDeviceToHost);
+        copy(host->m, (const float *)g->d.m, g->d.n_params, cudaMemcpyDeviceToHost);
+        copy(host->v, (const float *)g->d.v, g->d.n_params, cudaMemcpyDeviceToHost);
     }
     return snip_state_save(s, state);
 }
 
-#define llama_create gpu_create
-#define llama_destroy gpu_destroy
-#define llama_zero_grad gpu_zero_grad
-#define llama_forward gpu_forward
-#define llama_backward gpu_backward
-#define llama_grad_norm gpu_grad_norm
-#define llama_update gpu_update
-#define snip_next_pass gpu_next_pass
-#define snip_end_step gpu_end_step
-#define snip_measure_gains gpu_measure_gains
-#define snip_state_save gpu_state_save
-#include "train_llama.c"
+int main(int argc, char **argv) {
+    static const trainer_backend on_gpu = { gpu_create,   gpu_destroy,       gpu_zero_gradients, gpu_forward,
+                                            gpu_backward, gpu_gradient_norm, gpu_update,         gpu_next_pass,
+                                            gpu_end_step, gpu_measure_gains, gpu_save_state };
+    return train_main(argc, argv, &on_gpu);
+}

@@ -342,6 +342,11 @@ static inline void snipi_ptx_mma_bf16(float d[4], const uint32_t a[4], const uin
     shim_mma(d, a, b, 2, "mma bf16", [](float &s, uint32_t x, uint32_t y) { s += shim_bf16(x) * shim_bf16(y); });
 }
 
+// examples/train_llama.cu's own
+static inline uint32_t ptx_bf16x2(float low, float high) { return snipi_ptx_bf16x2(low, high); }
+
+static inline void ptx_mma_bf16(float d[4], const uint32_t a[4], const uint32_t b[2]) { snipi_ptx_mma_bf16(d, a, b); }
+
 #define SHIM_FP8(a_format, b_format)                                                                                 \
     static inline void snipi_ptx_mma_##a_format##_##b_format(float d[4], const uint32_t a[4], const uint32_t b[2]) { \
         shim_mma(d, a, b, 1, "mma fp8",                                                                              \
@@ -683,6 +688,7 @@ enum { cudaDevAttrMultiProcessorCount, cudaFuncAttributeMaxDynamicSharedMemorySi
 
 struct cudaFuncAttributes {
     size_t sharedSizeBytes;
+    int ptxVersion;
 };
 
 static std::vector<const void *> shim_absent;  // kernels without a body on the GPU played
@@ -703,6 +709,7 @@ template <class F> static cudaError_t cudaFuncSetAttribute(F *, int, int) { retu
 
 template <class F> static cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, F *kernel) {
     attributes->sharedSizeBytes = 6240;
+    attributes->ptxVersion = 90;
     for (const void *absent : shim_absent)
         if (absent == (const void *)kernel) attributes->sharedSizeBytes = 1024;  // the system's own
     return cudaSuccess;

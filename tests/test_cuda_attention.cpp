@@ -65,7 +65,7 @@ int main() {
         printf("skipped: no GPU\n0 passed, 0 failed, 1 skipped\n");
         return 0;
     }
-    if (!snipi_cuda_has_body(attend<FORWARD, 64>)) {
+    if (!attends_on_tensor_cores()) {
         printf("skipped: attention on tensor cores, compute capability before 8.0\n0 passed, 0 failed, 1 skipped\n");
         return 0;
     }

@@ -281,6 +281,44 @@ static void sgd_updates_are_those_of_the_definition(void) { check_optimizer(SNIP
 
 static void lion_updates_are_those_of_the_definition(void) { check_optimizer(SNIP_LION); }
 
+// ---- a step that met an error ----
+
+// A trainer_backend whose session refuses a call that nobody looks at.
+static snip_status forward_with_error(llama *g, snip *s, const int32_t *tokens, const int32_t *targets, int sequences,
+                                      float grad_scale, double *loss) {
+    snip_linear_forward(s, 0, NULL, NULL, NULL, NULL, 1);
+    return llama_forward(g, s, tokens, targets, sequences, grad_scale, loss);
+}
+
+static void a_step_that_met_an_error_changes_no_weight_and_no_moment(void) {
+    llama_config c = { 64, 32, 1, 2, 2, 48, 8, 0, 0, 3 };
+    trainer_backend on = *tr_cpu();
+    tr_training t = { &on, NULL, f32_session(), NULL, 0, 0, NULL, NULL };
+    tr_step step;
+    t.model = llama_create(&c, 2, t.session);
+    if (!CHECK(t.model)) return;
+    tr_make_batch(&t, 2, 1);
+    llama *g = t.model;
+    const size_t n = (size_t)g->n_params, bytes = n * sizeof(float);
+    float *before = (float *)room(3 * bytes);  // params, m, v
+    for (int broken = 1; broken >= 0; broken--) {
+        memcpy(before, g->params, bytes);
+        memcpy(before + n, g->m, bytes);
+        memcpy(before + 2 * n, g->v, bytes);
+        on.forward = broken ? forward_with_error : llama_forward;
+        snip_status status = tr_take_step(&t, tr_optimizer_named("adamw"), 1e-2, 1, &step);
+        int same = !memcmp(before, g->params, bytes) && !memcmp(before + n, g->m, bytes) &&
+                   !memcmp(before + 2 * n, g->v, bytes);
+        test_about("broken %d", broken);
+        CHECK(status == (broken ? SNIP_BAD_ARGUMENT : SNIP_OK));
+        CHECK(same == broken);
+        if (broken) snip_end_step(t.session, NULL);
+    }
+    tr_free_batch(&t);
+    llama_destroy(g);
+    snip_destroy(t.session);
+}
+
 // ---- exp ----
 static float float_of(uint32_t bits) {
     float x;
@@ -391,6 +429,7 @@ int main(int argc, char **argv) {
     RUN(gradients_and_update_are_the_same_bits_with_any_threads);
     RUN(sgd_updates_are_those_of_the_definition);
     RUN(lion_updates_are_those_of_the_definition);
+    RUN(a_step_that_met_an_error_changes_no_weight_and_no_moment);
     RUN(safetensors_come_back);
     RUN(damaged_safetensors_are_refused);
     return test_end();

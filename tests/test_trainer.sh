@@ -141,6 +141,15 @@ run $base --steps 12 --out extended > /dev/null 2>&1
 check "--resume with more steps" run $base --out extended --resume
 check "has all of them" test "$(wc -l < extended/loss.csv)" = 25
 
+# ---- OpenMP's threads wait without spinning where the user has not said otherwise ----
+spin() { # what the runtime, GCC's or LLVM's, says of how long its threads spin
+    env "$@" OMP_DISPLAY_ENV=verbose "$trainer" $base --steps 1 --out policy 2>&1 | sed -nE "s/.*(GOMP_SPINCOUNT|KMP_BLOCKTIME) *= *'([0-9]*).*/\2/p" | tail -1
+}
+if [ -n "$(spin OMP_WAIT_POLICY=active)" ]; then
+    check "threads do not spin by default" test "$(spin -u OMP_WAIT_POLICY)" = 0
+    check "and do where the user says so" test "$(spin OMP_WAIT_POLICY=active)" != 0
+else echo "skipped: the trainer was built without OpenMP"; fi
+
 # ---- training that breaks ----
 run $base --precision f32 --lr 1e30 --warmup 0 --out nan > out 2> err
 check "NaN: exit status 1" test $? = 1
@@ -203,8 +212,8 @@ bad "negative steps"     "--steps"        $new --steps -4
 bad "huge number"        "--steps"        $new --steps 99999999999999999999
 bad "empty number"       "--seed"         $new --seed=
 bad "empty folder name"  "--out"          $new --out=
-bad "budget above 1"     "--budget"       $new --budget 1.01
-bad "budget below 0"     "--budget"       $new --budget -0.1
+bad "budget above 1"     "--budget is a share, 0 to 1" $new --budget 1.01
+bad "budget below 0"     "--budget is a share, 0 to 1" $new --budget -0.1
 bad "budget NaN"         "--budget"       $new --budget nan
 bad "budget infinite"    "--budget"       $new --budget inf
 bad "budget no number"   "--budget"       $new --budget much
