@@ -767,6 +767,11 @@ static void snipi_share_phases(const snipi_phase *phases, int count, int64_t tur
 #else
 #    define SNIPI_INLINE static inline
 #endif
+#if defined(__GNUC__) || defined(__clang__)
+#    define SNIPI_NOINLINE __attribute__((noinline))
+#else
+#    define SNIPI_NOINLINE
+#endif
 #if defined(__CUDACC__)  // functions that snip_cuda.cuh's kernels share
 #    define SNIPI_HD __host__ __device__
 #else
@@ -1373,89 +1378,106 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 }
 
 // >>quantize-impl ----------------------------------------------------------------------------------
-// One driver serves quantize, its transpose and fake quantize: a logical [rows][cols] matrix over a source that
-// may be transposed or BF16, walked tile by tile: amax, scale, then runs of at most SNIPI_RUN elements. What a
-// run does is written down in snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size.
-enum {
-    SNIPI_RUN = 128,
-    SNIPI_PANEL_ROWS = 64,
-    SNIPI_PANEL_LD = SNIPI_RUN + 16,
-    SNIPI_BATCH = 16,
-    SNIPI_LANES = 8,
-    SNIPI_STREAM = 1 << 23
-};
+// One engine serves quantize, its transpose, both at once and fake quantize. It sees a logical [rows][cols] matrix,
+// whose source may be BF16 or lie transposed. Tiles are taken in batches: first the largest magnitude of each tile, then
+// the scales, which are stored, then the codes, so that one tile's divisions do not hold up the next tile's codes.
+//
+// Codes are made in runs of at most SNIPI_RUN elements of a row of a tile. What a run does is written down in
+// snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size. A strip is many runs, side by
+// side and one below the other, for instruction sets that gain by it.
+//
+// Statistics are the same bits for every instruction set and number of threads, because their order is specified: sums
+// of a run are taken in units of its scale, in float, element i in lane i % 16. Lanes i and i + 8 are then added in
+// double and times scale^2 to lane i of the chunk's tally. Lanes are added up in order, chunk after chunk.
+enum { SNIPI_RUN = 128 };  // elements, the default tile's width
+enum { SNIPI_LANES = 8 };
 
-enum {
-    SNIPI_BAND = 2 * SNIPI_RUN,
-    SNIPI_AHEAD_STRIP = 8192,
-    SNIPI_AHEAD_ROWS = 48
-};  // bytes and rows of a block that load while others are coded
+// Rows of a transposed source lie a column apart. A panel holds a few of them in sequence.
+enum { SNIPI_PANEL_LINE = 16 };            // floats of a cache line
+enum { SNIPI_PANEL_ROWS = 16 };            // a cache line of each row of the source
+enum { SNIPI_PANEL_LD = SNIPI_RUN + 16 };  // floats from row to row: 576 bytes, so that rows share no sets of the caches
+enum { SNIPI_ORDER_ROWS = 64 };            // that are summed over one column of tiles before the next column comes
 
-// Sums over a run are taken in units of its scale, in float, element i in lane i % 16; then in double, by lane
-// modulo 8. The order is part of the specification: sums are the same bits for every instruction set.
+enum { SNIPI_STRIP = 2048 };                   // elements to a batch: 8 KiB, which stay in the nearest cache
+enum { SNIPI_TILES = SNIPI_STRIP / 16 };       // to a batch, at most: as many as the narrowest strips have
+enum { SNIPI_BATCH = 16 };                     // tiles to a batch where strips do not apply
+enum { SNIPI_BATCH_ELEMENTS = 4096 };          // of these tiles together: 16 KiB, half of the nearest cache
+enum { SNIPI_WORDS = 512 };                    // random words that are made ahead of a strip: 2 KiB of stack
+enum { SNIPI_STREAM = 1 << 23 };               // elements from which codes and values go past the caches: 32 MiB of floats
+enum { SNIPI_BAND = 2 * SNIPI_RUN };           // rows that blocks go down before they go on to the right
+enum { SNIPI_AHEAD_STRIP = 8192 };             // bytes from a long strip to what is fetched meanwhile
+
+// Magnitudes, as bits of floats, between which sums in units of the scale neither overflow nor lose digits.
+enum { SNIPI_UNITS_LEAST = (127 - 64) << 23 };     // 2^-64: below, x * (1 / scale) would lose subnormal x
+enum { SNIPI_UNSCALED_LEAST = (127 - 40) << 23 };  // 2^-40, 2^40: of elements without a scale, whose squares add up in float
+enum { SNIPI_UNSCALED_MOST = (127 + 40) << 23 };
+
+// Sums of a chunk; nonfinite and saturated as in snip_quant_stats.
 typedef struct {
     double sum_sq[SNIPI_LANES], err_sq[SNIPI_LANES], dot[SNIPI_LANES];
-    uint32_t amax;
+    uint32_t amax;  // bits of the largest finite magnitude
     int64_t nonfinite, saturated;
 } snipi_tally;
 
+// A run. What all runs of a matrix have in common stands once, in snipi_matrix.run.
 typedef struct {
     snip_format format;
     snipi_element e;
-    const float *lut;  // value of each code
+    const float *lut;  // [256], the value of each code
 
+    // What >>simd derives from the format: bits of floats, and shifts.
     struct {
-        int32_t least, cap, beyond, magic, unit, shift, sign_shift, sign, random_shift, power[32];
-    } k;  // for >>simd, bits of floats
+        int32_t least;          // smallest normal number
+        int32_t cap;            // to which magnitudes are cut before they are rounded
+        int32_t beyond;         // largest that still rounds to the format's largest
+        int32_t magic;          // with the exponent: the power of two that rounds at the last place when it is added
+        int32_t unit;           // 2^mantissa, as a step of exponents
+        int32_t shift;          // from a float's mantissa to a code's
+        int32_t sign_shift;     // from a float's sign to a code's
+        int32_t sign;           // the code's sign
+        int32_t random_shift;   // from a random word to the bits below the last place
+        int32_t power[32];      // that power of two, by the exponent's lower five bits
+    } k;
 
-    const float *x, *weight;  // weight may be NULL
+    const float *x;
+    const float *weight;  // or NULL
     int n;
     float scale, inverse;
-    int low;                 // take x as x * 2^64
-    int exact;               // the sums in double, of x itself: where units of the scale could overflow
+    int low;                 // x is taken as x * 2^64, the inverse as 2^-64 of itself
+    int exact;               // sums in double, of x itself
     const uint32_t *random;  // a word per element, or NULL: to nearest
-    uint8_t *codes;          // may be NULL; `packed`: two to a byte
-    int packed, stream;      // stream: past the caches, where alignment allows
-    float *values;           // may be NULL
+    uint8_t *codes;          // or NULL
+    int packed;              // codes: two to a byte
+    int stream;              // codes and values go past the caches, where alignment allows
+    float *values;           // or NULL
     snipi_tally *tally;
     int want_sums, stochastic;
 } snipi_run;
 
-// Runs side by side: `pieces` times `length` elements (a multiple of 64), a fold of the sums every `width` of them (16,
-// 32, 64 or 128; a piece's last may be 64), all of one scale or each of its own.
-enum { SNIPI_STRIP = 2048, SNIPI_STRIP_TILES = SNIPI_STRIP / 16 };
-
+// A strip: `pieces` rows of `length` elements (a multiple of 64). Every `width` of them (16, 32, 64 or 128; the last of
+// a row may be 64) are a run; runs have a scale each, or all of them one.
 typedef struct {
-    const float *x, *weight;  // and the rest as in snipi_run, which has what all have in common
-    const uint32_t *random;
-    uint8_t *codes;
-    float *values;
+    const float *x;       // [pieces][stride]
+    const float *weight;  // [pieces][stride] or NULL
+    int64_t stride, length;
+    int pieces;
+    int width, log2_width;
+    int runs;  // to a piece, of a scale each; 0: all have one scale
+    int capped;                    // some may lie beyond the largest
+    const float *scale, *inverse;  // [pieces][runs to a piece], or one
+    uint8_t *codes;                // or NULL
+    float *values;                 // or NULL
+    int64_t code_stride, value_stride;
     snipi_tally *tally;
-    int64_t length, x_stride, code_stride, value_stride, random_stride;
-    int pieces, width, one_scale, capped;  // capped: some may lie beyond the largest
-    const float *scale, *inverse;
-    const char
-        *ahead;  // what is read next, `length` elements of `ahead_size` bytes, `ahead_stride` bytes from piece to piece
-    int64_t ahead_size, ahead_stride;
-    snip_rng_key key;  // stochastic, if random is NULL: x[0] is element 4 * first, pieces are 4 * step apart
-    uint64_t first, step;
+    const uint32_t *random;  // [pieces][length], a word per element
+    const char *ahead;     // what is read next: `pieces` rows of `length` elements
+    int64_t ahead_size, ahead_stride;  // bytes of an element, from row to row
+    int fetched;                       // quarters of it that are fetched with the peaks
 } snipi_strip;
 
-// A block of SNIPI_RUN x `cols` floats (a multiple of 16), quantized by columns: logical row c is column c.
-typedef struct {
-    const float *x;                // [SNIPI_RUN][SNIPI_PANEL_LD]
-    int cols, height, capped;      // height: rows to a tile, 16, 32, 64 or 128
-    const float *scale, *inverse;  // [SNIPI_RUN / height][SNIPI_RUN]
-    uint8_t *codes;
-    int64_t code_stride;
-    snipi_tally *tally;
-    snip_rng_key key;  // stochastic: 4 * (first + c * step + r / 4) is the element's index
-    uint64_t first, step;
-    const char *ahead;  // what is read next: SNIPI_RUN rows of 512 bytes
-    int64_t ahead_stride;
-    int ahead_rows;  // as many of them as the caches can hold
-} snipi_columns;
-
+// The largest magnitudes of a strip, bits of floats, in amax[runs], rounded up to a multiple of 16.
+// Scales of `tiles` tiles as snipi_scale_of has them; 0 where the magnitudes are not ordinary.
+// 16 columns of x as rows of a panel: [rows][ld] to [16][SNIPI_PANEL_LD], rows a multiple of 16.
 typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);              // bits of the largest finite magnitude
     void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);  // may fill up to a multiple of 16 blocks
@@ -1466,17 +1488,14 @@ typedef struct {
     void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream);
     void (*sums)(const float *x, const float *values, const float *weight, int n,
                  snipi_tally *);  // snipi_sums_exact of finite x
-    // The rest may be NULL; where they do not apply, run does the work. All elements finite.
-    void (*peaks)(const snipi_strip *,
-                  uint32_t *amax);  // largest magnitude's bits of each tile; fills up to a multiple of 16
+    // The rest may be NULL; then run does the work.
+    uint32_t (*peaks)(const snipi_strip *, uint32_t *amax);
     int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax,
-                  int tiles, float *scale, float *inverse, uint8_t *bytes);
-    void (*strip)(const snipi_run *, const snipi_strip *);
-    // SNIPI_BATCH rows of a block from r0, a multiple of 16 columns, from x[at]; amax[i][c]: of rows [i * height, (i +
-    // 1) * height) of column c.
-    void (*copy)(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols, int height, float *block,
-                 uint32_t *amax);
-    void (*columns)(const snipi_run *, const snipi_columns *);
+                  int tiles, float *scale, float *inverse, uint8_t *bytes, int *capped);
+    void (*strip)(const snipi_run *, const snipi_strip *);  // of finite elements
+    void (*words)(snip_rng_key, uint64_t first, uint64_t step, int rows, int cols, uint32_t *out);
+    void (*turn)(const void *x, int bf16, int64_t ld, int rows, float *panel);
+    uint32_t (*largest)(const void *x, int bf16, int64_t ld, int64_t rows, int64_t cols);
 } snipi_vector;
 
 static const snipi_vector *snipi_vector_of(snip_isa isa);
@@ -1484,30 +1503,34 @@ static const snipi_vector *snipi_vector_of(snip_isa isa);
 typedef struct {
     snip_recipe recipe;
     const void *x;
-    const float *weight;
-    int x_bf16, out_bf16, transposed;  // transposed: logical (r, c) lies at x[c * ld + r]
+    const float *weight;  // or NULL
+    int x_bf16, out_bf16;
+    int transposed;  // logical (r, c) lies at x[c * ld + r]
     int64_t rows, cols, ld;
     int64_t tile_rows, tile_cols, tiles_down, tiles_across;
-    int tile_shift;              // tile_cols is 1 << tile_shift, if a power of two
+    int strips;                  // tiles are such as strips are made of
+    int log2_cols;               // of tile_cols then
     void *codes, *scales, *out;  // each may be NULL; out: dequantized values
+    size_t row_bytes;            // of codes
     int64_t ld_out;
     float tensor_scale, tensor_inverse;  // NVFP4's 1/S and S
     snip_rng_key key;
     int want_sums;
+    int blocks;  // the matrix is taken block by block
     float lut[256];
     snipi_run run;  // what all runs have in common
     const snipi_vector *vector;
-} snipi_quantizer;
+} snipi_matrix;
 
 // Float to double and back through integers where the float is subnormal: hardware may be set to flush those
 // (-Ofast does). Of finite x >= 0; narrowing rounds to nearest even and stops at the largest float.
 SNIPI_HD static double snipi_widen(float x) {
-    uint32_t u = snipi_bits(x);
-    return u >= 0x00800000u ? (double)x : (double)(int32_t)u * 1.40129846432481707e-45;
+    const uint32_t u = snipi_bits(x);
+    return u >= 0x00800000u ? (double)x : (double)(int32_t)u * 1.40129846432481707e-45;  // 2^-149
 }
 
 SNIPI_HD static float snipi_narrow(double x) {
-    double sum = x + 6.3108872417680944e-30;  // 2^-97: the last place of the sum is 2^-149
+    const double sum = x + 6.3108872417680944e-30;  // 2^-97: the last place of the sum is 2^-149
     uint64_t u;
     memcpy(&u, &sum, 8);
     if (x < 1.1754943508222875e-38) return snipi_float((uint32_t)u);
@@ -1517,48 +1540,64 @@ SNIPI_HD static float snipi_narrow(double x) {
 // Division that -Ofast (reciprocals) cannot touch: the divisor is hidden from it. Rounding the double quotient of
 // two floats to float is the correctly rounded float quotient (53 >= 2*24 + 2).
 SNIPI_HD static float snipi_divide(float a, float b) {
-    double y = snipi_widen(b);
-    SNIPI_HIDDEN(y);
-    return snipi_narrow(snipi_widen(a) / y);
+    double divisor = snipi_widen(b);
+    SNIPI_HIDDEN(divisor);
+    return snipi_narrow(snipi_widen(a) / divisor);
 }
 
 SNIPI_HD static float snipi_multiply(float a, float b) { return snipi_narrow(snipi_widen(a) * snipi_widen(b)); }
 
-// scale * element: no element is smaller than 2^-16.
+// scale * element. From 2^-100 on the product is a normal number, as no element is smaller than 2^-16.
 SNIPI_HD SNIPI_INLINE float snipi_value(float scale, float element) {
-    uint32_t u = snipi_bits(element);
+    const uint32_t u = snipi_bits(element);
     if (snipi_bits(scale) >= (127u - 100u) << 23 || snipi_nonfinite(element)) return scale * element;
     return snipi_float(snipi_bits(snipi_multiply(scale, snipi_float(u & 0x7FFFFFFFu))) | (u & 0x80000000u));
 }
 
 typedef struct {
     float scale, inverse;
-    int byte;
-} snipi_tile_scale;  // byte: the stored code, if any
+    int byte;  // the stored code, if any
+} snipi_tile_scale;
+
+// F32: amax / largest. Below largest * 2^-126 that would be subnormal: 2^-126.
+SNIPI_HD SNIPI_INLINE snipi_tile_scale snipi_scale_f32(snipi_element e, uint32_t amax_bits) {
+    const float amax = snipi_float(amax_bits);
+    snipi_tile_scale t = { 1.0f, 1.0f, 0 };
+    if (amax_bits == 0) return t;
+    if (amax_bits >= snipi_bits(e.max) - (126u << 23)) {
+        t.scale = snipi_divide(amax, e.max);
+        t.inverse = snipi_divide(e.max, amax);
+    } else {
+        t.scale = snipi_float(0x00800000u);
+        t.inverse = snipi_float((126u + 127u) << 23);
+    }
+    return t;
+}
+
+// NVFP4: E4M3 of amax * (S * (1/6)), in that order. Under a scale of zero all elements become zero.
+SNIPI_HD SNIPI_INLINE snipi_tile_scale snipi_scale_ue4m3(uint32_t amax_bits, float tensor_scale, float tensor_inverse) {
+    const float sixth = snipi_float(0x3E2AAAABu);  // 1/6 in float32
+    snipi_tile_scale t;
+    t.byte = snipi_ue4m3_encode(snipi_multiply(snipi_float(amax_bits), tensor_inverse * sixth));
+    t.scale = snipi_multiply(snipi_decode((uint32_t)t.byte, SNIP_E4M3), tensor_scale);
+    t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
+    return t;
+}
 
 // tensor_scale, tensor_inverse: NVFP4's 1/S and S.
 SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e, uint32_t amax_bits,
                                                 float tensor_scale, float tensor_inverse) {
-    const float smallest = snipi_float(0x00800000u);  // 2^-126
-    float amax = snipi_float(amax_bits);
+    const uint32_t fraction = 0x007FFFFFu;
     snipi_tile_scale t = { 1.0f, 1.0f, 0 };
-    uint32_t a = amax_bits, max_bits = snipi_bits(e.max);
-    // exponent(amax) - emax, one more if amax's mantissa exceeds max's: the least k with amax <= max * 2^k
-    int k = a < 0x00800000u ? -200 : (int)(a >> 23) - 127 - e.emax, up = (a & 0x7FFFFFu) > (max_bits & 0x7FFFFFu);
+    // The exponent of amax / 2^emax; one more if amax's fraction exceeds max's: the least k with amax <= max * 2^k.
+    // Subnormal amax are below every least exponent.
+    int k = amax_bits < 0x00800000u ? -200 : (int)(amax_bits >> 23) - 127 - e.emax;
+    const int up = (amax_bits & fraction) > (snipi_bits(e.max) & fraction);
     switch (kind) {
         case SNIP_SCALE_NONE: break;
-        case SNIP_SCALE_F32:
-            if (a == 0) break;
-            if (a >= max_bits - (126u << 23)) {  // amax >= max * 2^-126: a normal scale
-                t.scale = snipi_divide(amax, e.max);
-                t.inverse = snipi_divide(e.max, amax);
-            } else {
-                t.scale = smallest;
-                t.inverse = snipi_float((126u + 127u) << 23);
-            }
-            break;
+        case SNIP_SCALE_F32: return snipi_scale_f32(e, amax_bits);
         case SNIP_SCALE_POW2:
-            if (a == 0) break;
+            if (amax_bits == 0) break;
             k = (int)snipi_max(k + up, -126);
             t.scale = snipi_float((uint32_t)(127 + k) << 23);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
@@ -1570,20 +1609,15 @@ SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e
             t.scale = snipi_ue8m0_decode((uint8_t)t.byte);
             t.inverse = snipi_float((uint32_t)(127 - k) << 23);
             break;
-        case SNIP_SCALE_UE4M3: {
-            float sixth = snipi_float(0x3E2AAAABu);  // 1/6 in float32
-            t.byte = snipi_ue4m3_encode(snipi_multiply(amax, tensor_inverse * sixth));
-            t.scale = snipi_multiply(snipi_decode((uint32_t)t.byte, SNIP_E4M3), tensor_scale);
-            t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
-            break;
-        }
+        case SNIP_SCALE_UE4M3: return snipi_scale_ue4m3(amax_bits, tensor_scale, tensor_inverse);
     }
     return t;
 }
 
 // x * 2^64, at most FLT_MAX, in integers: for tiles near or below the smallest normal float.
 SNIPI_HD static float snipi_raise(float x) {
-    uint32_t u = snipi_bits(x), sign = u & 0x80000000u, a = u & 0x7FFFFFFFu, shift = 0;
+    const uint32_t u = snipi_bits(x), sign = u & 0x80000000u;
+    uint32_t a = u & 0x7FFFFFFFu, shift = 0;
     if (a == 0 || a >= 0x7F800000u) return x;
     while (a < 0x00800000u) {
         a <<= 1;
@@ -1595,127 +1629,124 @@ SNIPI_HD static float snipi_raise(float x) {
 
 // Codes of a run, one to a byte; the number of saturated elements is returned.
 SNIPI_INLINE int snipi_encode_run(const float *x, int n, float inverse, const uint32_t *random, snipi_element e,
-                                  uint8_t *code) {
-    int i, over = 0;
-    for (i = 0; i < n; i++) {
-        uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu,
-                 finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
-        uint32_t c = random ? snipi_encode_stochastic(a, random[i], e.mantissa, e.bias)
-                            : snipi_encode_nearest(a, e.mantissa, e.bias);
-        over += (int)(finite & (c > e.largest));
-        c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
-        code[i] = (uint8_t)(a > 0x7F800000u ? e.nan : c);
+                                  uint8_t *codes) {
+    int over = 0;
+    for (int i = 0; i < n; i++) {
+        const uint32_t u = snipi_bits(x[i] * inverse), a = u & 0x7FFFFFFFu;
+        const uint32_t finite = (snipi_bits(x[i]) & 0x7F800000u) != 0x7F800000u;
+        uint32_t code = random ? snipi_encode_stochastic(a, random[i], e.mantissa, e.bias)
+                               : snipi_encode_nearest(a, e.mantissa, e.bias);
+        over += (int)(finite & (code > e.largest));
+        code = (code < e.largest ? code : e.largest) | (u >> 31) << e.sign;
+        codes[i] = (uint8_t)(a > 0x7F800000u ? e.nan : code);
     }
     return over;
 }
 
-static int snipi_encode_run_any(const snipi_run *q, const float *x, int n, const uint32_t *random, uint8_t *code) {
-    switch (q->format) {  // constant formats, so that each loop is compiled for its own
-        case SNIP_E4M3:
-            return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E4M3), code)
-                          : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E4M3), code);
-        case SNIP_E2M1:
-            return random ? snipi_encode_run(x, n, q->inverse, random, snipi_element_of(SNIP_E2M1), code)
-                          : snipi_encode_run(x, n, q->inverse, NULL, snipi_element_of(SNIP_E2M1), code);
-        case SNIP_E5M2:
-        case SNIP_E2M3:
-        case SNIP_E3M2: return snipi_encode_run(x, n, q->inverse, random, q->e, code);
-        case SNIP_F32:
-        case SNIP_BF16:
-        case SNIP_UE8M0:
-        case SNIP_UE4M3: break;
-    }
-    return 0;
+// E4M3 and E2M1 as constants, so that each loop is compiled for its own.
+static int snipi_encode_run_any(const snipi_run *run, const float *x, uint8_t *codes) {
+    const snipi_element e4m3 = snipi_element_of(SNIP_E4M3), e2m1 = snipi_element_of(SNIP_E2M1);
+    const uint32_t *random = run->random;
+    const float inverse = run->inverse;
+    const int n = run->n;
+    if (run->format == SNIP_E4M3)
+        return random ? snipi_encode_run(x, n, inverse, random, e4m3, codes)
+                      : snipi_encode_run(x, n, inverse, NULL, e4m3, codes);
+    if (run->format == SNIP_E2M1)
+        return random ? snipi_encode_run(x, n, inverse, random, e2m1, codes)
+                      : snipi_encode_run(x, n, inverse, NULL, e2m1, codes);
+    return snipi_encode_run(x, n, inverse, random, run->e, codes);
 }
 
-static void snipi_store_codes(uint8_t *row, int packed, int64_t col, const uint8_t *code, int n) {
+static void snipi_store_codes(uint8_t *row, int packed, int64_t col, const uint8_t *codes, int n) {
     int i = 0;
     if (!packed) {
-        memcpy(row + col, code, (size_t)n);
+        memcpy(row + col, codes, (size_t)n);
         return;
     }
     if (col & 1) {
-        row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | code[0] << 4);
+        row[col >> 1] = (uint8_t)((row[col >> 1] & 15) | codes[0] << 4);
         i = 1;
     }
-    for (; i + 1 < n; i += 2) row[(col + i) >> 1] = (uint8_t)(code[i] | code[i + 1] << 4);
-    if (i < n) row[(col + i) >> 1] = code[i];
+    for (; i + 1 < n; i += 2) row[(col + i) >> 1] = (uint8_t)(codes[i] | codes[i + 1] << 4);
+    if (i < n) row[(col + i) >> 1] = codes[i];
 }
 
 // |x|^2, |Q(x) - x|^2 and <w, Q(x) - x> of x itself, in double; values = Q(x).
-static void snipi_sums_exact(const float *x, const float *values, const float *weight, int n, snipi_tally *t) {
-    int i;
-    for (i = 0; i < n; i++) {
-        int finite = !snipi_nonfinite(x[i]), lane = i % SNIPI_LANES;
-        double v = finite ? (double)x[i] : 0, d = finite ? (double)(values[i] - x[i]) : 0;
-        t->sum_sq[lane] += v * v;
-        t->err_sq[lane] += d * d;
-        if (weight) t->dot[lane] += (double)weight[i] * d;
+static void snipi_sums_exact(const float *x, const float *values, const float *weight, int n, snipi_tally *tally) {
+    for (int i = 0; i < n; i++) {
+        const int finite = !snipi_nonfinite(x[i]), lane = i % SNIPI_LANES;
+        const double v = finite ? (double)x[i] : 0, d = finite ? (double)(values[i] - x[i]) : 0;
+        tally->sum_sq[lane] += v * v;
+        tally->err_sq[lane] += d * d;
+        if (weight) tally->dot[lane] += (double)weight[i] * d;
     }
 }
 
-// The same in units of the scale: y = x / scale, q = Q(x) / scale. Each product is rounded before it is added.
-static void snipi_sums_scaled(const snipi_run *r, const float *y, const float *q) {
-    float v2[SNIPI_RUN], d2[SNIPI_RUN], sum_sq[2 * SNIPI_LANES] = { 0 }, err_sq[2 * SNIPI_LANES] = { 0 };
-    double dot[SNIPI_LANES] = { 0 }, scaled[3][SNIPI_LANES], square = (double)r->scale * (double)r->scale;
-    int i;
-    for (i = 0; i < r->n; i++) {
-        float d = q[i] - y[i];
-        v2[i] = y[i] * y[i];
-        d2[i] = d * d;
-        if (r->weight) dot[i % SNIPI_LANES] += (double)r->weight[i] * (double)d;
+// The same in units of the scale: y = x / scale, values = Q(x) / scale. Each product is rounded before it is added.
+static void snipi_sums_scaled(const snipi_run *run, const float *y, const float *values) {
+    enum { HALF = SNIPI_LANES, FLOATS = 2 * SNIPI_LANES };
+
+    const double scale = (double)run->scale, square = scale * scale;
+    float y_sq[SNIPI_RUN], d_sq[SNIPI_RUN], sum_sq[FLOATS] = { 0 }, err_sq[FLOATS] = { 0 };
+    double dot[SNIPI_LANES] = { 0 }, scaled[3][SNIPI_LANES];
+    for (int i = 0; i < run->n; i++) {
+        const float d = values[i] - y[i];
+        y_sq[i] = y[i] * y[i];
+        d_sq[i] = d * d;
+        if (run->weight) dot[i % SNIPI_LANES] += (double)run->weight[i] * (double)d;
     }
-    SNIPI_ROUNDED(v2);
-    SNIPI_ROUNDED(d2);
-    for (i = 0; i < r->n; i++) {
-        sum_sq[i % (2 * SNIPI_LANES)] += v2[i];
-        err_sq[i % (2 * SNIPI_LANES)] += d2[i];
+    SNIPI_ROUNDED(y_sq);
+    SNIPI_ROUNDED(d_sq);
+    for (int i = 0; i < run->n; i++) {
+        sum_sq[i % FLOATS] += y_sq[i];
+        err_sq[i % FLOATS] += d_sq[i];
     }
-    for (i = 0; i < SNIPI_LANES; i++) {
-        scaled[0][i] = ((double)sum_sq[i] + (double)sum_sq[i + SNIPI_LANES]) * square;
-        scaled[1][i] = ((double)err_sq[i] + (double)err_sq[i + SNIPI_LANES]) * square;
-        scaled[2][i] = dot[i] * (double)r->scale;
+    for (int i = 0; i < SNIPI_LANES; i++) {
+        scaled[0][i] = ((double)sum_sq[i] + (double)sum_sq[i + HALF]) * square;
+        scaled[1][i] = ((double)err_sq[i] + (double)err_sq[i + HALF]) * square;
+        scaled[2][i] = dot[i] * scale;
     }
     SNIPI_ROUNDED(scaled);
-    for (i = 0; i < SNIPI_LANES; i++) {
-        r->tally->sum_sq[i] += scaled[0][i];
-        r->tally->err_sq[i] += scaled[1][i];
-        r->tally->dot[i] += scaled[2][i];
+    for (int i = 0; i < SNIPI_LANES; i++) {
+        run->tally->sum_sq[i] += scaled[0][i];
+        run->tally->err_sq[i] += scaled[1][i];
+        run->tally->dot[i] += scaled[2][i];
     }
 }
 
 // The specification of a run.
-static void snipi_run_scalar(const snipi_run *q) {
+static void snipi_run_scalar(const snipi_run *run) {
     float values[SNIPI_RUN], other[SNIPI_RUN];
-    const float *x = q->x;
-    uint8_t code[SNIPI_RUN];
-    int i, n = q->n;
-    if (q->low) {
-        for (i = 0; i < n; i++) other[i] = snipi_raise(q->x[i]);
+    const float *x = run->x;
+    uint8_t codes[SNIPI_RUN];
+    const int n = run->n;
+    if (run->low) {
+        for (int i = 0; i < n; i++) other[i] = snipi_raise(run->x[i]);
         x = other;
     }
-    q->tally->saturated += snipi_encode_run_any(q, x, n, q->random, code);
-    if (q->codes) snipi_store_codes(q->codes, q->packed, 0, code, n);
-    if (q->want_sums && !q->exact) {
-        for (i = 0; i < n; i++) {
-            other[i] = q->x[i] * q->inverse;
-            values[i] = q->lut[code[i]];
+    run->tally->saturated += snipi_encode_run_any(run, x, codes);
+    if (run->codes) snipi_store_codes(run->codes, run->packed, 0, codes, n);
+    if (run->want_sums && !run->exact) {
+        for (int i = 0; i < n; i++) {
+            other[i] = run->x[i] * run->inverse;
+            values[i] = run->lut[codes[i]];
         }
         SNIPI_ROUNDED(other);
-        snipi_sums_scaled(q, other, values);
+        snipi_sums_scaled(run, other, values);
     }
-    if (!q->values && !(q->want_sums && q->exact)) return;
-    for (i = 0; i < n; i++) values[i] = snipi_value(q->scale, q->lut[code[i]]);
+    if (!run->values && !(run->want_sums && run->exact)) return;
+    for (int i = 0; i < n; i++) values[i] = snipi_value(run->scale, run->lut[codes[i]]);
     SNIPI_ROUNDED(values);
-    if (q->want_sums && q->exact) snipi_sums_exact(q->x, values, q->weight, n, q->tally);
-    if (q->values) memcpy(q->values, values, (size_t)n * sizeof(float));
+    if (run->want_sums && run->exact) snipi_sums_exact(run->x, values, run->weight, n, run->tally);
+    if (run->values) memcpy(run->values, values, (size_t)n * sizeof(float));
 }
 
 static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
-    int i, bad = 0;
     uint32_t largest = 0;
-    for (i = 0; i < n; i++) {
-        uint32_t a = snipi_bits(x[i]) & 0x7FFFFFFFu, finite = a < 0x7F800000u ? a : 0;
+    int bad = 0;
+    for (int i = 0; i < n; i++) {
+        const uint32_t a = snipi_bits(x[i]) & 0x7FFFFFFFu, finite = a < 0x7F800000u ? a : 0;
         bad += a >= 0x7F800000u;
         largest = largest > finite ? largest : finite;
     }
@@ -1724,387 +1755,596 @@ static uint32_t snipi_amax_scalar(const float *x, int n, int64_t *nonfinite) {
 }
 
 static void snipi_philox_scalar(snip_rng_key key, uint64_t first, int blocks, uint32_t *out) {
-    int i;
-    for (i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
+    for (int i = 0; i < blocks; i++) snip_philox(key, first + (uint64_t)i, out + 4 * i);
 }
 
-static int snipi_one_upper(uint64_t first, int64_t blocks) {  // the counters' upper half is the same
+// Whether counters [first, first + blocks) have the same upper half, also when the last 16 are filled up.
+static int snipi_one_upper(uint64_t first, int64_t blocks) {
     return (uint32_t)first + (uint64_t)blocks + 16 <= 0xFFFFFFFFu;
 }
 
 static void snipi_transpose_scalar(const float *x, int64_t ld, int rows, int cols, float *out, int64_t ld_out) {
-    int r, c;
-    for (r = 0; r < rows; r++)
-        for (c = 0; c < cols; c++) out[c * ld_out + r] = x[r * ld + c];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c++) out[c * ld_out + r] = x[r * ld + c];
 }
 
 static void snipi_widen_scalar(const uint16_t *x, int n, float *out) {
-    int i;
-    for (i = 0; i < n; i++) out[i] = snipi_float((uint32_t)x[i] << 16);
+    for (int i = 0; i < n; i++) out[i] = snipi_float((uint32_t)x[i] << 16);
 }
 
 static void snipi_narrow_scalar(const float *x, int n, uint16_t *out) {
-    int i;
-    for (i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
+    for (int i = 0; i < n; i++) out[i] = (uint16_t)snipi_bf16_round(snipi_bits(x[i]));
 }
 
 static void snipi_decode_scalar(snip_format format, const float *lut, const uint8_t *codes, int n, float scale,
                                 float *out, int stream) {
-    int i, packed = format == SNIP_E2M1;
+    const int packed = format == SNIP_E2M1;
     (void)stream;
-    for (i = 0; i < n; i++) out[i] = snipi_value(scale, lut[packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i]]);
-}
-
-// Elements of a source or weight as contiguous floats: where they lie, widened, or out of a transposed panel,
-// which is kept until another one is asked for.
-typedef struct {
-    int64_t row, col;
-    int n;
-    float at[SNIPI_PANEL_ROWS][SNIPI_PANEL_LD];
-} snipi_panel;
-
-static const float *snipi_fetch_panel(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r,
-                                      int64_t c, int n) {
-    int64_t row = q->transposed ? r - r % SNIPI_PANEL_ROWS : r;
-    if (p->row != row || p->col != c || p->n != n) {
-        int i, width = (int)snipi_min(SNIPI_PANEL_ROWS, q->rows - row);
-        p->row = row;
-        p->col = c;
-        p->n = n;
-        if (!q->transposed)
-            q->vector->widen((const uint16_t *)x + r * q->ld + c, n, p->at[0]);
-        else if (bf16)
-            for (i = 0; i < n; i += 8) {
-                float wide[8][SNIPI_PANEL_ROWS];
-                int j, m = (int)snipi_min(8, n - i);
-                for (j = 0; j < m; j++)
-                    q->vector->widen((const uint16_t *)x + (c + i + j) * q->ld + row, width, wide[j]);
-                q->vector->transpose(wide[0], SNIPI_PANEL_ROWS, m, width, p->at[0] + i, SNIPI_PANEL_LD);
-            }
-        else
-            q->vector->transpose((const float *)x + c * q->ld + row, q->ld, n, width, p->at[0], SNIPI_PANEL_LD);
+    for (int i = 0; i < n; i++) {
+        const int code = packed ? codes[i >> 1] >> (i & 1) * 4 & 15 : codes[i];
+        out[i] = snipi_value(scale, lut[code]);
     }
-    return p->at[r - row];
 }
-
-SNIPI_INLINE const float *snipi_fetch(const snipi_quantizer *q, snipi_panel *p, const void *x, int bf16, int64_t r,
-                                      int64_t c, int n) {
-    return q->transposed || bf16 ? snipi_fetch_panel(q, p, x, bf16, r, c, n) : (const float *)x + r * q->ld + c;
-}
-
-typedef struct {
-    snipi_panel x, weight;
-} snipi_panels;
 
 SNIPI_HD static int snipi_byte_scale(snip_scale s) {
     return s == SNIP_SCALE_UE8M0 || s == SNIP_SCALE_UE8M0_UP || s == SNIP_SCALE_UE4M3;
 }
 
 static size_t snipi_row_bytes(snip_format format, int64_t cols) {
-    return format == SNIP_E2M1 ? (size_t)(cols / 2 + (cols & 1))
-                               : (size_t)cols * (size_t)(snip_format_bits(format) / 8);
+    if (format == SNIP_E2M1) return (size_t)(cols / 2 + (cols & 1));
+    return (size_t)cols * (size_t)(snip_format_bits(format) / 8);
 }
 
-static int snipi_has_sums_in_units(const snipi_quantizer *q, uint32_t amax, const snipi_tile_scale *t) {
-    if (q->recipe.scale == SNIP_SCALE_NONE)
-        return amax == 0 || (amax >= (127u - 40u) << 23 && amax <= (127u + 40u) << 23);
-    return amax == 0 || (amax >= (127u - 64u) << 23 && snipi_bits(t->scale) != 0);
+static uint8_t *snipi_codes_at(const snipi_matrix *matrix, int64_t r, int64_t c) {
+    if (!matrix->codes) return NULL;
+    return (uint8_t *)matrix->codes + (size_t)r * matrix->row_bytes + (size_t)(matrix->run.packed ? c >> 1 : c);
 }
 
-// The words of elements [c, c + n) of row r; `random` has room for n + 64.
-static const uint32_t *snipi_random_run(const snipi_quantizer *q, int64_t r, int64_t c, int64_t n, uint32_t *random) {
-    uint64_t element = (uint64_t)r * (uint64_t)q->cols + (uint64_t)c, first = element >> 2;
-    q->vector->philox(q->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
+// Elements of the source as floats, and their weights.
+typedef struct {
+    const float *x;       // [rows][stride]
+    const float *weight;  // [rows][stride] or NULL
+    int64_t stride;
+} snipi_floats;
+
+// Rows [row, row + SNIPI_PANEL_ROWS) x columns [col, col + cols) of a transposed source; with a weight half as many rows,
+// and their weights in the other half. Or the `cols` elements of a BF16 source from (row, col), in sequence.
+typedef struct {
+    int64_t row, col;  // row -1: empty
+    int cols;
+    float *at;  // [SNIPI_PANEL_ROWS][SNIPI_PANEL_LD], from the first cache line of `memory` on
+    float memory[SNIPI_PANEL_ROWS * SNIPI_PANEL_LD + SNIPI_PANEL_LINE];
+} snipi_panel;
+
+static void snipi_panel_begin(snipi_panel *panel) {
+    const size_t line = SNIPI_PANEL_LINE * sizeof(float);
+    panel->row = -1;
+    panel->at = panel->memory + (line - (uintptr_t)panel->memory % line) / sizeof(float);
+}
+
+static int snipi_panel_rows(const snipi_matrix *matrix) {
+    return matrix->weight ? SNIPI_PANEL_ROWS / 2 : SNIPI_PANEL_ROWS;
+}
+
+// A transposed source of `cols` rows, from x: `rows` elements of each.
+static void snipi_fill_turned(const snipi_matrix *matrix, const void *x, int rows, int cols, float *to) {
+    enum { AT_ONCE = 16 };
+
+    const snipi_vector *vector = matrix->vector;
+    const int64_t ld = matrix->ld;
+    if (vector->turn && rows == SNIPI_PANEL_ROWS && cols % 16 == 0)
+        vector->turn(x, matrix->x_bf16, ld, cols, to);
+    else if (!matrix->x_bf16)
+        vector->transpose((const float *)x, ld, cols, rows, to, SNIPI_PANEL_LD);
+    else
+        for (int c = 0; c < cols; c += AT_ONCE) {
+            float wide[AT_ONCE][SNIPI_PANEL_ROWS];
+            const int n = (int)snipi_min(AT_ONCE, cols - c);
+            for (int i = 0; i < n; i++) vector->widen((const uint16_t *)x + (c + i) * ld, rows, wide[i]);
+            vector->transpose(wide[0], SNIPI_PANEL_ROWS, n, rows, to + c, SNIPI_PANEL_LD);
+        }
+}
+
+static void snipi_fill_panel(const snipi_matrix *matrix, snipi_panel *panel, int64_t row, int64_t col, int cols) {
+    const int64_t at = matrix->transposed ? col * matrix->ld + row : row * matrix->ld + col;
+    const void *x = (const char *)matrix->x + at * (matrix->x_bf16 ? 2 : 4);
+    panel->row = row;
+    panel->col = col;
+    panel->cols = cols;
+    if (!matrix->transposed) {
+        matrix->vector->widen((const uint16_t *)x, cols, panel->at);
+        return;
+    }
+    const int rows = (int)snipi_min(snipi_panel_rows(matrix), matrix->rows - row);
+    snipi_fill_turned(matrix, x, rows, cols, panel->at);
+    if (matrix->weight)
+        matrix->vector->transpose(matrix->weight + at, matrix->ld, cols, rows, panel->at + SNIPI_PANEL_ROWS / 2 * SNIPI_PANEL_LD,
+                                  SNIPI_PANEL_LD);
+}
+
+// Elements [col, col + cols) of a row, at most SNIPI_STRIP of them, SNIPI_RUN of a transposed source. The panel is kept
+// until another one is asked for.
+SNIPI_INLINE snipi_floats snipi_fetch(const snipi_matrix *matrix, snipi_panel *panel, int64_t row, int64_t col,
+                                      int cols) {
+    snipi_floats floats;
+    floats.weight = matrix->weight ? matrix->weight + row * matrix->ld + col : NULL;
+    floats.stride = matrix->ld;
+    if (!matrix->transposed && !matrix->x_bf16) {
+        floats.x = (const float *)matrix->x + row * matrix->ld + col;
+        return floats;
+    }
+    const int64_t top = matrix->transposed ? row - row % snipi_panel_rows(matrix) : row;
+    if (panel->row != top || col < panel->col || col + cols > panel->col + panel->cols)
+        snipi_fill_panel(matrix, panel, top, col, cols);
+    floats.x = panel->at + (row - top) * SNIPI_PANEL_LD + (col - panel->col);
+    if (matrix->transposed) {
+        floats.stride = SNIPI_PANEL_LD;
+        if (matrix->weight) floats.weight = floats.x + SNIPI_PANEL_ROWS / 2 * SNIPI_PANEL_LD;
+    }
+    return floats;
+}
+
+// Largest finite magnitude of `lines` rows of the source from element `at`, of `length` elements each.
+static uint32_t snipi_source_peak(const snipi_matrix *matrix, int64_t at, int64_t lines, int64_t length,
+                                  int64_t *nonfinite) {
+    const char *x = (const char *)matrix->x + at * (matrix->x_bf16 ? 2 : 4);
+    float wide[SNIPI_RUN];
+    uint32_t most = 0;
+    if (matrix->vector->largest) {
+        most = matrix->vector->largest(x, matrix->x_bf16, matrix->ld, lines, length);
+        if (most < 0x7F800000u) return most;
+        most = 0;
+    }
+    for (int64_t r = 0; r < lines; r++)
+        for (int64_t i = 0; i < length; i += SNIPI_RUN) {
+            const int n = (int)snipi_min(SNIPI_RUN, length - i);
+            const float *run = (const float *)(const void *)x + r * matrix->ld + i;
+            if (matrix->x_bf16) {
+                matrix->vector->widen((const uint16_t *)(const void *)x + r * matrix->ld + i, n, wide);
+                run = wide;
+            }
+            const uint32_t amax = matrix->vector->amax(run, n, nonfinite);
+            most = amax > most ? amax : most;
+        }
+    return most;
+}
+
+// Tiles that are quantized together: `down` x `across` of them, tile i in row i / across. All scales of a batch with one
+// tile that is not regular are found and its codes made the slow way.
+typedef struct {
+    int64_t tile_row, tile_col;  // of the first tile
+    int64_t rows, cols;          // elements, ending with the matrix
+    int down, across;
+    int strips;  // they may be taken as a strip
+    int regular, capped;  // regular: all finite, with sums in units of the scale; capped: some may lie beyond the largest
+    int64_t nonfinite;
+    uint32_t most;  // largest of amax
+    uint32_t amax[SNIPI_TILES];
+    float scale[SNIPI_TILES], inverse[SNIPI_TILES];
+    uint8_t byte[SNIPI_TILES];
+} snipi_batch;
+
+typedef struct {
+    int64_t r0, r1, c0, c1;
+} snipi_area;  // elements [r0, r1) x [c0, c1)
+
+static snipi_area snipi_area_of(const snipi_matrix *matrix, int64_t tile_row, int64_t tile_col) {
+    snipi_area area;
+    area.r0 = tile_row * matrix->tile_rows;
+    area.c0 = tile_col * matrix->tile_cols;
+    area.r1 = snipi_min(matrix->rows, area.r0 + matrix->tile_rows);
+    area.c1 = snipi_min(matrix->cols, area.c0 + matrix->tile_cols);
+    return area;
+}
+
+static uint32_t snipi_tile_peak(const snipi_matrix *matrix, snipi_panel *panel, const snipi_area *area,
+                                int64_t *nonfinite) {
+    const int64_t rows = area->r1 - area->r0, cols = area->c1 - area->c0;
+    uint32_t most = 0;
+    if (matrix->transposed && rows < SNIPI_PANEL_ROWS) {
+        for (int64_t c = area->c0; c < area->c1; c += SNIPI_RUN)
+            for (int64_t r = area->r0; r < area->r1; r++) {
+                const int n = (int)snipi_min(SNIPI_RUN, area->c1 - c);
+                const uint32_t amax = matrix->vector->amax(snipi_fetch(matrix, panel, r, c, n).x, n, nonfinite);
+                most = amax > most ? amax : most;
+            }
+        return most;
+    }
+    if (matrix->transposed)
+        return snipi_source_peak(matrix, area->c0 * matrix->ld + area->r0, cols, rows, nonfinite);
+    return snipi_source_peak(matrix, area->r0 * matrix->ld + area->c0, rows, cols, nonfinite);
+}
+
+// Largest magnitudes of finite elements. strip: where the batch lies, if it is one.
+static void snipi_batch_peaks(const snipi_matrix *matrix, snipi_panel *panel, const snipi_strip *strip,
+                              snipi_batch *batch) {
+    batch->nonfinite = 0;
+    if (batch->strips) {
+        batch->most = matrix->vector->peaks(strip, batch->amax);
+        if (batch->most < 0x7F800000u) return;
+    }
+    batch->most = 0;
+    for (int d = 0; d < batch->down; d++)
+        for (int a = 0; a < batch->across; a++) {
+            const snipi_area area = snipi_area_of(matrix, batch->tile_row + d, batch->tile_col + a);
+            const uint32_t amax = snipi_tile_peak(matrix, panel, &area, &batch->nonfinite);
+            batch->amax[d * batch->across + a] = amax;
+            batch->most = amax > batch->most ? amax : batch->most;
+        }
+}
+
+static int snipi_has_sums_in_units(const snipi_matrix *matrix, uint32_t amax, float scale) {
+    if (amax == 0) return 1;
+    if (matrix->recipe.scale == SNIP_SCALE_NONE) return amax >= SNIPI_UNSCALED_LEAST && amax <= SNIPI_UNSCALED_MOST;
+    return amax >= SNIPI_UNITS_LEAST && snipi_bits(scale) != 0;
+}
+
+// The last magnitude, as bits, that is not saturated.
+static uint32_t snipi_last_in_range(const snipi_run *run) {
+    return run->stochastic ? snipi_bits(run->e.max) : (uint32_t)run->k.beyond;
+}
+
+static void snipi_batch_scales(const snipi_matrix *matrix, snipi_batch *batch) {
+    const snip_scale kind = matrix->recipe.scale;
+    const int tiles = batch->down * batch->across;
+    const uint32_t last = snipi_last_in_range(&matrix->run);
+    batch->regular = batch->nonfinite == 0;
+    if (kind != SNIP_SCALE_NONE && matrix->vector->scales &&
+        matrix->vector->scales(kind, &matrix->run, matrix->tensor_scale, matrix->tensor_inverse, batch->amax, tiles,
+                               batch->scale, batch->inverse, batch->byte, &batch->capped))
+        return;
+    batch->capped = 0;
+    for (int i = 0; i < tiles; i++) {
+        const snipi_tile_scale t = snipi_scale_of(kind, matrix->run.e, batch->amax[i], matrix->tensor_scale,
+                                                  matrix->tensor_inverse);
+        batch->scale[i] = t.scale;
+        batch->inverse[i] = t.inverse;
+        batch->byte[i] = (uint8_t)t.byte;
+        batch->regular &= snipi_has_sums_in_units(matrix, batch->amax[i], t.scale);
+        batch->capped |= snipi_bits(snipi_float(batch->amax[i]) * t.inverse) > last;
+    }
+}
+
+static void snipi_batch_store(const snipi_matrix *matrix, const snipi_batch *batch) {
+    int64_t at = batch->tile_row * matrix->tiles_across + batch->tile_col;
+    const int across = batch->across, bytes = snipi_byte_scale(matrix->recipe.scale);
+    if (!matrix->scales || matrix->recipe.scale == SNIP_SCALE_NONE) return;
+    for (int i = 0; i < batch->down * across; i += across, at += matrix->tiles_across)
+        if (bytes)
+            memcpy((uint8_t *)matrix->scales + at, batch->byte + i, (size_t)across);
+        else
+            memcpy((float *)matrix->scales + at, batch->scale + i, (size_t)across * sizeof(float));
+}
+
+// The random words of elements [c, c + n) of row r; `random` has room for n of them, rounded up to 64, and 64 more.
+static const uint32_t *snipi_random_run(const snipi_matrix *matrix, int64_t r, int64_t c, int64_t n, uint32_t *random) {
+    const uint64_t element = (uint64_t)r * (uint64_t)matrix->cols + (uint64_t)c, first = element >> 2;
+    matrix->vector->philox(matrix->key, first, (int)(((element + (uint64_t)n + 3) >> 2) - first), random);
     return random + (element & 3);
 }
 
-static uint8_t *snipi_codes_at(const snipi_quantizer *q, int64_t r, int64_t c) {
-    if (!q->codes) return NULL;
-    return (uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols) +
-           (q->recipe.format == SNIP_E2M1 ? c >> 1 : c);
+// The strip of `rows` rows from (row, col), but for its scales and what is fetched ahead.
+static void snipi_strip_at(const snipi_matrix *matrix, const snipi_floats *floats, int64_t row, int64_t col, int rows,
+                           int64_t cols, snipi_tally *tally, snipi_strip *strip) {
+    strip->x = floats->x;
+    strip->weight = floats->weight;
+    strip->stride = floats->stride;
+    strip->length = cols;
+    strip->pieces = rows;
+    strip->codes = snipi_codes_at(matrix, row, col);
+    strip->values = matrix->out ? (float *)matrix->out + row * matrix->ld_out + col : NULL;
+    strip->code_stride = (int64_t)matrix->row_bytes;
+    strip->value_stride = matrix->ld_out;
+    strip->tally = tally;
+    strip->random = NULL;
+    strip->ahead_size = matrix->x_bf16 ? 2 : 4;
+    strip->ahead_stride = matrix->ld * strip->ahead_size;
+    strip->fetched = 0;
 }
 
-static void snipi_store_scale(const snipi_quantizer *q, int64_t at, const snipi_tile_scale *t) {
-    if (!q->scales || q->recipe.scale == SNIP_SCALE_NONE) return;
-    if (snipi_byte_scale(q->recipe.scale))
-        ((uint8_t *)q->scales)[at] = (uint8_t)t->byte;
+// Where the source lies that is read after rows [row, row + rows) of its columns from col.
+static const char *snipi_ahead(const snipi_matrix *matrix, int64_t row, int64_t col, int64_t rows) {
+    int64_t next = row + rows;
+    if (matrix->blocks && next % SNIPI_BAND == 0) {
+        next = row - row % SNIPI_BAND;
+        col += SNIPI_RUN;
+    }
+    return (const char *)matrix->x + (next * matrix->ld + col) * (matrix->x_bf16 ? 2 : 4);
+}
+
+// The same of a panel of SNIPI_PANEL_ROWS rows from (row, col) of a transposed matrix: as many rows of the next block.
+static const char *snipi_ahead_turned(const snipi_matrix *matrix, int64_t row, int64_t col) {
+    const int64_t in_block = row % SNIPI_RUN, part = col % SNIPI_RUN;
+    const char *next = snipi_ahead(matrix, col - part, row - in_block, SNIPI_RUN);
+    return next + (in_block * matrix->ld + part) * (matrix->x_bf16 ? 2 : 4);
+}
+
+// Random words of `rows` rows of `cols` elements from (row, col), and their first word; *stride from row to row.
+static const uint32_t *snipi_strip_words(const snipi_matrix *matrix, int64_t row, int64_t col, int rows, int64_t cols,
+                                         uint32_t *words) {
+    const uint64_t step = (uint64_t)matrix->cols >> 2;
+    const uint64_t first = ((uint64_t)row * (uint64_t)matrix->cols + (uint64_t)col) >> 2;
+    if (rows == 1) return snipi_random_run(matrix, row, col, cols, words);
+    if (snipi_one_upper(first, (int64_t)step * rows + cols)) {
+        matrix->vector->words(matrix->key, first, step, rows, (int)cols, words);
+        return words;
+    }
+    for (int i = 0; i < rows; i++)
+        snipi_philox_scalar(matrix->key, first + (uint64_t)i * step, (int)(cols / 4), words + i * cols);
+    return words;
+}
+
+// Codes of a strip; stochastic ones in parts for whose random words there is room.
+static void snipi_encode_strip(const snipi_matrix *matrix, const snipi_strip *strip, int64_t row, int64_t col) {
+    const int at_once = matrix->cols % 4 == 0 && col % 4 == 0 ? (int)(SNIPI_STRIP / strip->length) : 1;
+    uint32_t words[SNIPI_STRIP + 64];
+    if (!matrix->run.stochastic) {
+        matrix->vector->strip(&matrix->run, strip);
+        return;
+    }
+    for (int p = 0; p < strip->pieces; p += at_once) {
+        snipi_strip part = *strip;
+        part.pieces = (int)snipi_min(at_once, strip->pieces - p);
+        part.random = snipi_strip_words(matrix, row + p, col, part.pieces, part.length, words);
+        part.x += p * strip->stride;
+        part.scale += p * strip->runs;
+        part.inverse += p * strip->runs;
+        part.ahead += p * strip->ahead_stride;
+        if (part.codes) part.codes += p * strip->code_stride;
+        if (part.weight) part.weight += p * strip->stride;
+        if (part.values) part.values += p * strip->value_stride;
+        matrix->vector->strip(&matrix->run, &part);
+    }
+}
+
+// One run, of `n` elements. nonfinite: there may be some.
+static void snipi_encode_one_run(const snipi_matrix *matrix, snipi_panel *panel, int64_t r, int64_t c, int n,
+                                 int nonfinite, int exact, snipi_run *run) {
+    const int e2m1 = matrix->recipe.format == SNIP_E2M1, aside = e2m1 && (c & 1);  // aside: begins within a byte
+    const snipi_floats floats = snipi_fetch(matrix, panel, r, c, n);
+    float values[SNIPI_RUN];
+    uint8_t codes[SNIPI_RUN];
+    uint32_t random[SNIPI_RUN + 64];
+    int64_t bad = 0;
+    run->x = floats.x;
+    run->weight = floats.weight;
+    run->n = n;
+    if (run->stochastic) run->random = snipi_random_run(matrix, r, c, n, random);
+    run->packed = e2m1 && !aside;
+    run->codes = matrix->codes && aside ? codes : snipi_codes_at(matrix, r, c);
+    run->values = NULL;
+    if (matrix->out) run->values = matrix->out_bf16 ? values : (float *)matrix->out + r * matrix->ld_out + c;
+    if (nonfinite) (void)matrix->vector->amax(run->x, n, &bad);
+    run->exact = exact || bad;
+    if (run->exact)
+        snipi_run_scalar(run);
     else
-        ((float *)q->scales)[at] = t->scale;
+        matrix->vector->run(run);
+    if (aside && matrix->codes) snipi_store_codes(snipi_codes_at(matrix, r, 0), 1, c, codes, n);
+    if (matrix->out && matrix->out_bf16) matrix->vector->narrow(values, n, (uint16_t *)matrix->out + r * matrix->ld_out + c);
 }
 
-// Codes of a tile whose scale is known; `run` is a copy of q->run.
-static void snipi_encode_tile(const snipi_quantizer *q, snipi_panels *p, int64_t r0, int64_t r1, int64_t c0, int64_t c1,
-                              uint32_t amax, int64_t bad, const snipi_tile_scale *t, snipi_run *run) {
-    int e2m1 = q->recipe.format == SNIP_E2M1, stochastic = q->recipe.rounding == SNIP_ROUND_STOCHASTIC,
-        exact = !snipi_has_sums_in_units(q, amax, t);
-    int strips = q->vector->strip && !q->transposed && !exact && !bad && !(q->out && q->out_bf16) &&
-                 !(e2m1 && (c0 & 1));
-    float buffer[SNIPI_RUN];
-    uint8_t loose[SNIPI_RUN];
-    uint32_t random[SNIPI_STRIP + 64];
-    int64_t r, c, n;
-    if (q->transposed && c1 - c0 > SNIPI_RUN) {  // by what a panel holds, each transposed once
-        for (r = r0; r < r1; r += SNIPI_PANEL_ROWS)
-            for (c = c0; c < c1; c += SNIPI_RUN)
-                snipi_encode_tile(q, p, r, snipi_min(r1, r + SNIPI_PANEL_ROWS), c, snipi_min(c1, c + SNIPI_RUN), amax,
-                                  bad, t, run);
+// A tile of a batch, and what its runs share.
+typedef struct {
+    snipi_area area;
+    int exact, strips, capped;
+    int nonfinite;
+    float inverse;
+    snipi_run *run;
+} snipi_tile_job;
+
+// Rows [r, r + rows) x columns [c, c + n) of a tile: a strip of one scale, or run by run.
+static void snipi_encode_part(const snipi_matrix *matrix, snipi_panel *panel, const snipi_tile_job *tile, int64_t r,
+                              int rows, int64_t c, int n) {
+    if (tile->strips && n % SNIPI_RUN == 0) {
+        const snipi_floats floats = snipi_fetch(matrix, panel, r, c, n);
+        snipi_strip strip;
+        snipi_strip_at(matrix, &floats, r, c, rows, n, tile->run->tally, &strip);
+        strip.width = SNIPI_RUN;
+        strip.log2_width = 7;
+        strip.runs = 0;
+        strip.capped = tile->capped;
+        strip.scale = &tile->run->scale;
+        strip.inverse = &tile->inverse;
+        strip.ahead = (const char *)strip.x + SNIPI_AHEAD_STRIP;
+        if (matrix->transposed) strip.ahead = snipi_ahead_turned(matrix, r, c);
+        snipi_encode_strip(matrix, &strip, r, c);
         return;
     }
-    run->scale = t->scale;
+    for (int i = 0; i < rows; i++)
+        snipi_encode_one_run(matrix, panel, r + i, c, n, tile->nonfinite, tile->exact, tile->run);
+}
+
+// Parts of a tile in the order in which its sums are specified. Of a transposed source: what a panel holds.
+static void snipi_encode_parts(const snipi_matrix *matrix, snipi_panel *panel, const snipi_tile_job *tile) {
+    const snipi_area *area = &tile->area;
+    const int64_t width = area->c1 - area->c0;
+    if (matrix->transposed) {
+        const int height = snipi_panel_rows(matrix);
+        for (int64_t top = area->r0; top < area->r1; top += SNIPI_ORDER_ROWS)
+            for (int64_t c = area->c0; c < area->c1; c += SNIPI_RUN) {
+                const int64_t end = snipi_min(top + SNIPI_ORDER_ROWS, area->r1);
+                for (int64_t r = top; r < end; r += height - r % height)
+                    snipi_encode_part(matrix, panel, tile, r, (int)snipi_min(end - r, height - r % height), c,
+                                      (int)snipi_min(SNIPI_RUN, area->c1 - c));
+            }
+        return;
+    }
+    const int whole_rows = tile->strips && width % SNIPI_RUN == 0 && width <= SNIPI_STRIP && !matrix->x_bf16;
+    for (int64_t r = area->r0, rows; r < area->r1; r += rows) {
+        rows = whole_rows ? snipi_min(area->r1 - r, SNIPI_RUN) : 1;
+        for (int64_t c = area->c0, n; c < area->c1; c += n) {
+            n = snipi_min(SNIPI_RUN, area->c1 - c);
+            if (tile->strips) n = snipi_max(n, snipi_min(SNIPI_STRIP, (area->c1 - c) / SNIPI_RUN * SNIPI_RUN));
+            snipi_encode_part(matrix, panel, tile, r, (int)rows, c, (int)n);
+        }
+    }
+}
+
+// Codes of a batch's tile; `run` is a copy of matrix->run.
+static void snipi_encode_tile(const snipi_matrix *matrix, snipi_panel *panel, const snipi_batch *batch, int down,
+                              int across, snipi_run *run) {
+    const int i = down * batch->across + across;
+    snipi_tile_job tile;
+    tile.area = snipi_area_of(matrix, batch->tile_row + down, batch->tile_col + across);
+    tile.exact = !snipi_has_sums_in_units(matrix, batch->amax[i], batch->scale[i]);
+    tile.nonfinite = batch->nonfinite != 0;
+    tile.capped = batch->capped;
+    tile.inverse = batch->inverse[i];
+    tile.strips = matrix->vector->strip && !tile.exact && !tile.nonfinite && !(matrix->out && matrix->out_bf16) &&
+                  !(matrix->run.packed && (tile.area.c0 & 1));
+    tile.run = run;
+    run->scale = batch->scale[i];
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
-    run->low = q->recipe.scale != SNIP_SCALE_NONE && exact;
-    run->inverse = run->low ? t->inverse * snipi_float((127u - 64u) << 23) : t->inverse;
-    for (r = r0; r < r1; r++)
-        for (c = c0; c < c1; c += n) {
-            int aside = e2m1 && (c & 1);  // does not begin on a byte
-            int64_t bad_here = 0;
-            n = strips && c1 - c >= SNIPI_RUN ? snipi_min(SNIPI_STRIP, (c1 - c) / SNIPI_RUN * SNIPI_RUN)
-                                              : snipi_min(SNIPI_RUN, c1 - c);
-            run->x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, (int)n);
-            if (q->weight) run->weight = snipi_fetch(q, &p->weight, q->weight, 0, r, c, (int)n);
-            run->n = (int)n;
-            if (stochastic) run->random = snipi_random_run(q, r, c, n, random);
-            run->packed = e2m1 && !aside;
-            run->codes = q->codes && aside ? loose : snipi_codes_at(q, r, c);
-            run->values = !q->out ? NULL : q->out_bf16 ? buffer : (float *)q->out + r * q->ld_out + c;
-            if (strips && n % SNIPI_RUN == 0) {
-                snipi_strip strip;
-                memset(&strip, 0, sizeof strip);
-                strip.x = run->x;
-                strip.weight = run->weight;
-                strip.random = run->random;
-                strip.codes = run->codes;
-                strip.values = run->values;
-                strip.tally = run->tally;
-                strip.pieces = stochastic || q->x_bf16 || n < c1 - c0 ? 1 : (int)snipi_min(r1 - r, SNIPI_RUN);
-                strip.length = n;
-                strip.width = SNIPI_RUN;
-                strip.x_stride = q->ld;
-                strip.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
-                strip.value_stride = q->ld_out;
-                strip.one_scale = strip.capped = 1;
-                strip.scale = &t->scale;
-                strip.inverse = &t->inverse;
-                strip.ahead = (const char *)run->x + SNIPI_AHEAD_STRIP;
-                strip.ahead_size = 4;
-                strip.ahead_stride = 4 * q->ld;
-                q->vector->strip(run, &strip);
-                r += strip.pieces - 1;
-                continue;
-            }
-            if (bad) (void)q->vector->amax(run->x, (int)n, &bad_here);
-            run->exact = exact || bad_here;
-            if (run->exact)
-                snipi_run_scalar(run);
-            else
-                q->vector->run(run);
-            if (aside && q->codes)
-                snipi_store_codes((uint8_t *)q->codes + (size_t)r * snipi_row_bytes(q->recipe.format, q->cols), 1, c,
-                                  loose, (int)n);
-            if (q->out_bf16 && q->out) q->vector->narrow(buffer, (int)n, (uint16_t *)q->out + r * q->ld_out + c);
-        }
+    run->low = matrix->recipe.scale != SNIP_SCALE_NONE && tile.exact;
+    run->inverse = run->low ? tile.inverse * snipi_float((127u - 64u) << 23) : tile.inverse;
+    snipi_encode_parts(matrix, panel, &tile);
 }
 
-// `count` tiles, at most SNIPI_BATCH, from (tr, tc) rightward or downward. All largest magnitudes come before all
-// scales before all codes, so that one tile's divisions do not hold up the next.
-static void snipi_quantize_tiles(const snipi_quantizer *q, snipi_panels *p, int64_t tr, int64_t tc, int count, int down,
+// Peaks, scales, codes.
+static void snipi_quantize_batch(const snipi_matrix *matrix, snipi_panel *panel, snipi_batch *batch,
                                  snipi_tally *tally) {
-    struct {
-        int64_t r0, r1, c0, c1, bad;
-        uint32_t amax;
-        snipi_tile_scale scale;
-    } tile[SNIPI_BATCH], *t;
-
-    snipi_run run = q->run;
-    int i;
-    run.tally = tally;
-    for (i = 0, t = tile; i < count; i++, t++) {
-        int64_t r, c, top, deep = q->transposed ? SNIPI_PANEL_ROWS : 1;
-        t->r0 = (tr + (down ? i : 0)) * q->tile_rows;
-        t->c0 = (tc + (down ? 0 : i)) * q->tile_cols;
-        t->r1 = snipi_min(q->rows, t->r0 + q->tile_rows);
-        t->c1 = snipi_min(q->cols, t->c0 + q->tile_cols);
-        t->bad = 0;
-        t->amax = 0;
-        for (top = t->r0; top < t->r1; top += deep)
-            for (c = t->c0; c < t->c1; c += SNIPI_RUN)
-                for (r = top; r < snipi_min(t->r1, top + deep); r++) {
-                    int n = (int)snipi_min(SNIPI_RUN, t->c1 - c);
-                    uint32_t a = q->vector->amax(snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), n, &t->bad);
-                    t->amax = a > t->amax ? a : t->amax;
-                }
-        tally->nonfinite += t->bad;
-        if (t->amax > tally->amax) tally->amax = t->amax;
-    }
-    for (i = 0, t = tile; i < count; i++, t++) {
-        t->scale = snipi_scale_of(q->recipe.scale, q->run.e, t->amax, q->tensor_scale, q->tensor_inverse);
-        snipi_store_scale(q, (tr + (down ? i : 0)) * q->tiles_across + tc + (down ? 0 : i), &t->scale);
-    }
-    for (i = 0, t = tile; i < count; i++, t++)
-        snipi_encode_tile(q, p, t->r0, t->r1, t->c0, t->c1, t->amax, t->bad, &t->scale, &run);
-}
-
-static int snipi_beyond(const snipi_quantizer *q, uint32_t amax, float inverse) {
-    return snipi_bits(snipi_float(amax) * inverse) >
-           (q->recipe.rounding == SNIP_ROUND_STOCHASTIC ? snipi_bits(q->run.e.max) : (uint32_t)q->run.k.beyond);
-}
-
-// Whether a tile's largest element may come out beyond the largest of the format.
-static int snipi_may_pass(const snipi_quantizer *q) {
-    switch (q->recipe.scale) {
-        case SNIP_SCALE_POW2:
-        case SNIP_SCALE_UE8M0_UP: return 0;
-        case SNIP_SCALE_F32: return q->recipe.rounding == SNIP_ROUND_STOCHASTIC;  // by a rounding of x * inverse
-        case SNIP_SCALE_NONE:
-        case SNIP_SCALE_UE8M0:
-        case SNIP_SCALE_UE4M3: break;
-    }
-    return 1;
-}
-
-// Where the source lies that is read after rows [r, r + rows) of a block's columns from c.
-static const char *snipi_ahead(const snipi_quantizer *q, int64_t r, int64_t c, int64_t rows) {
-    int64_t next = (r + rows) % SNIPI_BAND ? r + rows : r - r % SNIPI_BAND;
-    return (const char *)q->x + (next * q->ld + c + (next > r ? 0 : SNIPI_RUN)) * (q->x_bf16 ? 2 : 4);
-}
-
-// Tiles side by side, from (r, c): `pieces` rows of x of `length` elements; `ahead` is read next. 0: not such as strips
-// are for.
-static int snipi_quantize_strip(const snipi_quantizer *q, const float *x, int64_t x_stride, int64_t r, int64_t c,
-                                int pieces, int64_t length, const char *ahead, snipi_tally *tally) {
-    uint32_t amax[SNIPI_STRIP_TILES], random[SNIPI_STRIP + 64 * SNIPI_BATCH], most = 0;
-    float scale[SNIPI_STRIP_TILES], inverse[SNIPI_STRIP_TILES];
-    uint8_t byte[SNIPI_STRIP_TILES];
-    int across = (int)snipi_ceil_div(length, q->tile_cols), tiles = pieces * across, i;
+    const int64_t row = batch->tile_row * matrix->tile_rows, col = batch->tile_col * matrix->tile_cols;
     snipi_strip strip;
-    if (q->run.stochastic && pieces > 1 && (q->cols & 3)) return 0;  // the pieces' first words lie differently
-    memset(&strip, 0, sizeof strip);
-    strip.pieces = pieces;
-    strip.length = length;
-    strip.width = (int)q->tile_cols;
-    strip.x_stride = x_stride;
-    strip.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
-    strip.value_stride = q->ld_out;
-    strip.scale = scale;
-    strip.inverse = inverse;
-    strip.ahead_size = q->x_bf16 ? 2 : 4;
-    strip.ahead_stride = q->ld * strip.ahead_size;
-    strip.ahead = ahead;
-    strip.x = x;
-    q->vector->peaks(&strip, amax);
-    for (i = 0; i < tiles; i++) most = amax[i] > most ? amax[i] : most;
-    if (most >= 0x7F800000u) return 0;
-    if (q->recipe.scale == SNIP_SCALE_NONE || !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale,
-                                                                 q->tensor_inverse, amax, tiles, scale, inverse, byte))
-        for (i = 0; i < tiles; i++) {
-            snipi_tile_scale t = snipi_scale_of(q->recipe.scale, q->run.e, amax[i], q->tensor_scale, q->tensor_inverse);
-            if (!snipi_has_sums_in_units(q, amax[i], &t)) return 0;
-            scale[i] = t.scale;
-            inverse[i] = t.inverse;
-            byte[i] = (uint8_t)t.byte;
+    if (batch->strips) {
+        const snipi_floats floats = snipi_fetch(matrix, panel, row, col, (int)batch->cols);
+        snipi_strip_at(matrix, &floats, row, col, (int)batch->rows, batch->cols, tally, &strip);
+        strip.width = (int)matrix->tile_cols;
+        strip.log2_width = matrix->log2_cols;
+        strip.runs = batch->across;
+        strip.scale = batch->scale;
+        strip.inverse = batch->inverse;
+        if (matrix->transposed)
+            strip.ahead = snipi_ahead_turned(matrix, row, col);
+        else if (batch->down > 1)
+            strip.ahead = snipi_ahead(matrix, row, col, batch->rows);
+        else {
+            strip.ahead = snipi_ahead(matrix, row, col, 0) + SNIPI_AHEAD_STRIP;
+            strip.fetched = 1;
         }
-    if (snipi_may_pass(q))
-        for (i = 0; i < tiles; i++) strip.capped |= snipi_beyond(q, amax[i], inverse[i]);
-    if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
-        for (i = 0; i < pieces; i++) {
-            int64_t at = (r + i) * q->tiles_across + (c >> q->tile_shift);
-            if (snipi_byte_scale(q->recipe.scale))
-                memcpy((uint8_t *)q->scales + at, byte + i * across, (size_t)across);
-            else
-                memcpy((float *)q->scales + at, scale + i * across, (size_t)across * sizeof(float));
-        }
-    if (most > tally->amax) tally->amax = most;
-    strip.tally = tally;
-    strip.weight = q->weight ? q->weight + r * q->ld + c : NULL;
-    strip.codes = snipi_codes_at(q, r, c);
-    strip.values = q->out ? (float *)q->out + r * q->ld_out + c : NULL;
-    strip.key = q->key;
-    strip.first = ((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) >> 2;
-    strip.step = (uint64_t)q->cols >> 2;
-    if (q->run.stochastic && (((uint64_t)r * (uint64_t)q->cols + (uint64_t)c) & 3 ||
-                              !snipi_one_upper(strip.first, (int64_t)strip.step * pieces + length))) {
-        strip.random_stride = length + 64;
-        for (i = pieces - 1; i >= 0; i--)
-            strip.random = snipi_random_run(q, r + i, c, length, random + i * strip.random_stride);
     }
-    q->vector->strip(&q->run, &strip);
-    return 1;
-}
-
-static int snipi_takes_strips(const snipi_quantizer *q) {
-    int64_t w = q->tile_cols;
-    return q->vector->strip && q->tile_rows == 1 && (w == 16 || w == 32 || w == 64 || w == SNIPI_RUN) &&
-           !(q->out && q->out_bf16);
-}
-
-// Tiles [tr0, tr1) x [tc0, tc1), in batches that stay in the nearest cache: along rows, or down a transposed panel.
-static void snipi_quantize_region(const snipi_quantizer *q, snipi_panels *p, int64_t tr0, int64_t tr1, int64_t tc0,
-                                  int64_t tc1, snipi_tally *tally) {
-    int64_t fit = snipi_min(SNIPI_BATCH, snipi_max(1, 4096 / q->tile_rows / q->tile_cols)), tr, tc, g, down;
-    int64_t panel = snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows);
-    if (!q->transposed) {
-        int strips = snipi_takes_strips(q);
-        for (tr = tr0; tr < tr1; tr += down)
-            for (tc = tc0, down = 1; tc < tc1; tc += fit) {
-                int64_t c = tc * q->tile_cols, left = snipi_min(tc1 * q->tile_cols, q->cols) - c,
-                        n = snipi_min(SNIPI_STRIP, left) &
-                            -(left <= SNIPI_STRIP && left % 64 == 0 ? 64 : snipi_max(64, q->tile_cols));
-                int64_t pieces = strips && n == left && tc == tc0 && !q->x_bf16
-                                     ? snipi_min(snipi_min(SNIPI_STRIP / n, SNIPI_BATCH), tr1 - tr)
-                                     : 1;
-                const char *x = (const char *)q->x + (tr * q->ld + c) * (q->x_bf16 ? 2 : 4);
-                if (pieces > 1 && snipi_quantize_strip(q, (const float *)(const void *)x, q->ld, tr, c, (int)pieces, n,
-                                                       x + pieces * q->ld * 4, tally)) {
-                    down = pieces;  // short rows
-                    break;
-                }
-                if (strips && n > 0 &&
-                    snipi_quantize_strip(q, snipi_fetch(q, &p->x, q->x, q->x_bf16, tr, c, (int)n), 0, tr, c, 1, n,
-                                         x + SNIPI_AHEAD_STRIP, tally))
-                    tc += snipi_ceil_div(n, q->tile_cols) - fit;
-                else
-                    snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(fit, tc1 - tc), 0, tally);
-            }
+    snipi_batch_peaks(matrix, panel, &strip, batch);
+    tally->nonfinite += batch->nonfinite;
+    tally->amax = batch->most > tally->amax ? batch->most : tally->amax;
+    snipi_batch_scales(matrix, batch);
+    snipi_batch_store(matrix, batch);
+    if (batch->strips && batch->regular) {
+        strip.capped = batch->capped;
+        snipi_encode_strip(matrix, &strip, row, col);
         return;
     }
-    for (g = tr0; g < tr1; g += panel)
-        for (tc = tc0; tc < tc1; tc++)
-            for (tr = g; tr < snipi_min(tr1, g + panel); tr += fit)
-                snipi_quantize_tiles(q, p, tr, tc, (int)snipi_min(snipi_min(fit, g + panel - tr), tr1 - tr), 1, tally);
+    snipi_run run = matrix->run;
+    run.tally = tally;
+    for (int d = 0; d < batch->down; d++)
+        for (int a = 0; a < batch->across; a++) snipi_encode_tile(matrix, panel, batch, d, a, &run);
 }
 
-// F32 and BF16: no scale, no tiles.
-static void snipi_quantize_plain_row(const snipi_quantizer *q, snipi_panels *p, int64_t r, snipi_tally *tally) {
-    float buffer[SNIPI_RUN];
-    uint16_t code[SNIPI_RUN];
-    int64_t c;
-    for (c = 0; c < q->cols; c += SNIPI_RUN) {
-        int n = (int)snipi_min(SNIPI_RUN, q->cols - c), bf16 = q->recipe.format == SNIP_BF16;
-        const float *x = snipi_fetch(q, &p->x, q->x, q->x_bf16, r, c, n), *values = x;
-        int64_t bad = 0;
-        uint32_t amax = q->vector->amax(x, n, &bad);
-        tally->nonfinite += bad;
-        if (amax > tally->amax) tally->amax = amax;
-        if (bf16) {
-            int direct = q->codes && ((uintptr_t)q->codes & 1) == 0;
-            uint16_t *to = direct ? (uint16_t *)q->codes + r * q->cols + c : code;
-            q->vector->narrow(x, n, to);
-            if (q->want_sums || q->out) {
-                q->vector->widen(to, n, buffer);
-                values = buffer;
+// Tiles to a batch that are no strips, of `left`.
+static int snipi_batch_tiles(const snipi_matrix *matrix, int64_t left) {
+    const int64_t fit = snipi_max(1, SNIPI_BATCH_ELEMENTS / matrix->tile_rows / matrix->tile_cols);
+    return (int)snipi_min(left, snipi_min(SNIPI_BATCH, fit));
+}
+
+// Elements of a row that a strip takes, of `left`: whole tiles and a multiple of 64, or all to the end. 0: none.
+static int64_t snipi_strip_length(const snipi_matrix *matrix, int64_t left) {
+    const int64_t unit = snipi_max(64, matrix->tile_cols);  // a power of two
+    if (!matrix->strips) return 0;
+    if (left <= SNIPI_STRIP && left % 64 == 0) return left;
+    return snipi_min(SNIPI_STRIP, left) & -unit;
+}
+
+// Tiles [tr0, tr1) x [tc0, tc1) of a source that lies as it is quantized, row by row. Short rows are taken together.
+static void snipi_quantize_straight(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1,
+                                    int64_t tc0, int64_t tc1, snipi_tally *tally) {
+    const int64_t end = snipi_min(tc1 * matrix->tile_cols, matrix->cols);
+    const int row_by_row = matrix->x_bf16 || (matrix->run.stochastic && matrix->cols % 4 != 0);
+    snipi_batch batch;
+    for (batch.tile_row = tr0; batch.tile_row < tr1; batch.tile_row += batch.down) {
+        const int64_t rows_left = matrix->rows - batch.tile_row * matrix->tile_rows;
+        batch.down = 1;
+        for (batch.tile_col = tc0; batch.tile_col < tc1; batch.tile_col += batch.across) {
+            const int64_t left = end - batch.tile_col * matrix->tile_cols, length = snipi_strip_length(matrix, left);
+            batch.strips = length > 0;
+            if (batch.strips) {
+                batch.cols = length;
+                batch.across = (int)((length + matrix->tile_cols - 1) >> matrix->log2_cols);
+                if (length == end - tc0 * matrix->tile_cols && !row_by_row)
+                    batch.down = (int)snipi_min(SNIPI_STRIP / length, tr1 - batch.tile_row);
+            } else {
+                batch.across = snipi_batch_tiles(matrix, tc1 - batch.tile_col);
+                batch.cols = snipi_min(left, batch.across * matrix->tile_cols);
             }
-            if (q->codes && !direct)
-                memcpy((uint8_t *)q->codes + 2 * (r * q->cols + c), code, (size_t)n * sizeof(uint16_t));
-        } else if (q->codes)
-            memcpy((uint8_t *)q->codes + 4 * (r * q->cols + c), x, (size_t)n * sizeof(float));
-        if (q->want_sums)
-            (bad ? snipi_sums_exact : q->vector->sums)(
-                x, values, q->weight ? snipi_fetch(q, &p->weight, q->weight, 0, r, c, n) : NULL, n, tally);
-        if (q->out && q->out_bf16)
-            q->vector->narrow(values, n, (uint16_t *)q->out + r * q->ld_out + c);
-        else if (q->out)
-            memmove((float *)q->out + r * q->ld_out + c, values, (size_t)n * sizeof(float));
+            batch.rows = snipi_min(rows_left, batch.down * matrix->tile_rows);
+            snipi_quantize_batch(matrix, panel, &batch, tally);
+        }
     }
+}
+
+// The same of a transposed source: groups of SNIPI_ORDER_ROWS rows, each column of tiles from top to bottom. Strips are
+// what a panel holds; where no sums are wanted, of several columns of tiles.
+static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1,
+                                  int64_t tc0, int64_t tc1, snipi_tally *tally) {
+    const int64_t group = snipi_max(1, SNIPI_ORDER_ROWS / matrix->tile_rows);
+    const int64_t end = snipi_min(tc1 * matrix->tile_cols, matrix->cols);
+    const int height = snipi_panel_rows(matrix);
+    snipi_batch batch;
+    for (int64_t top = tr0; top < tr1; top += group)
+        for (batch.tile_col = tc0; batch.tile_col < tc1; batch.tile_col += batch.across) {
+            const int64_t bottom = snipi_min(tr1, top + group), left = end - batch.tile_col * matrix->tile_cols;
+            batch.cols = snipi_min(left, matrix->want_sums ? matrix->tile_cols : SNIPI_RUN);
+            batch.strips = matrix->strips && batch.cols % 64 == 0;
+            if (!batch.strips) batch.cols = snipi_min(left, matrix->tile_cols);
+            batch.across = (int)snipi_ceil_div(batch.cols, matrix->tile_cols);
+            for (batch.tile_row = top; batch.tile_row < bottom; batch.tile_row += batch.down) {
+                if (batch.strips)
+                    batch.down = (int)snipi_min(bottom - batch.tile_row, height - batch.tile_row % height);
+                else
+                    batch.down = snipi_batch_tiles(matrix, bottom - batch.tile_row);
+                batch.rows = snipi_min(matrix->rows - batch.tile_row * matrix->tile_rows,
+                                       batch.down * matrix->tile_rows);
+                snipi_quantize_batch(matrix, panel, &batch, tally);
+            }
+        }
+}
+
+static void snipi_quantize_region(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1,
+                                  int64_t tc0, int64_t tc1, snipi_tally *tally) {
+    if (matrix->transposed)
+        snipi_quantize_turned(matrix, panel, tr0, tr1, tc0, tc1, tally);
+    else
+        snipi_quantize_straight(matrix, panel, tr0, tr1, tc0, tc1, tally);
+}
+
+// A run of F32 or BF16: no scale, no tiles.
+static void snipi_quantize_plain_run(const snipi_matrix *matrix, snipi_panel *panel, int64_t r, int64_t c, int n,
+                                     snipi_tally *tally) {
+    const snipi_vector *vector = matrix->vector;
+    const int64_t at = r * matrix->cols + c, at_out = r * matrix->ld_out + c;
+    const snipi_floats floats = snipi_fetch(matrix, panel, r, c, n);
+    const float *values = floats.x;
+    float wide[SNIPI_RUN];
+    uint16_t narrow[SNIPI_RUN];
+    int64_t bad = 0;
+    const uint32_t amax = vector->amax(floats.x, n, &bad);
+    tally->nonfinite += bad;
+    if (amax > tally->amax) tally->amax = amax;
+    if (matrix->recipe.format == SNIP_BF16) {
+        const int in_place = matrix->codes && ((uintptr_t)matrix->codes & 1) == 0;
+        uint16_t *to = in_place ? (uint16_t *)matrix->codes + at : narrow;
+        vector->narrow(floats.x, n, to);
+        if (matrix->want_sums || matrix->out) {
+            vector->widen(to, n, wide);
+            values = wide;
+        }
+        if (matrix->codes && !in_place) memcpy((uint8_t *)matrix->codes + 2 * at, narrow, (size_t)n * sizeof(uint16_t));
+    } else if (matrix->codes)
+        memcpy((uint8_t *)matrix->codes + 4 * at, floats.x, (size_t)n * sizeof(float));
+    if (matrix->want_sums) (bad ? snipi_sums_exact : vector->sums)(floats.x, values, floats.weight, n, tally);
+    if (!matrix->out) return;
+    if (matrix->out_bf16)
+        vector->narrow(values, n, (uint16_t *)matrix->out + at_out);
+    else
+        memmove((float *)matrix->out + at_out, values, (size_t)n * sizeof(float));
 }
 
 SNIPI_HD static int snipi_plain(snip_format f) { return f == SNIP_F32 || f == SNIP_BF16; }
@@ -2130,9 +2370,8 @@ SNIP_API size_t snip_codes_bound(const snip_recipe *r, int64_t rows, int64_t col
 }
 
 SNIP_API size_t snip_scales_bound(const snip_recipe *r, int64_t rows, int64_t cols) {
-    size_t tiles;
     if (!snipi_recipe_ok(r) || !snipi_shape_ok(rows, cols, cols)) return 0;
-    tiles = (size_t)snipi_tiles(r, rows, cols);
+    const size_t tiles = (size_t)snipi_tiles(r, rows, cols);
     switch (r->scale) {
         case SNIP_SCALE_NONE: return 0;
         case SNIP_SCALE_F32:
@@ -2149,59 +2388,48 @@ static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int
 }
 
 typedef struct {
-    const snipi_quantizer *q;
+    const snipi_matrix *matrix;
     uint32_t part[SNIPI_CHUNKS];
 } snipi_peak;
 
 static void snipi_peak_chunk(void *arg, int64_t c) {
     snipi_peak *peak = (snipi_peak *)arg;
-    const snipi_quantizer *q = peak->q;
-    int64_t rows = q->transposed ? q->cols : q->rows, cols = q->transposed ? q->rows : q->cols, r, i, ignored = 0,
-            end = rows * (c + 1) / SNIPI_CHUNKS;
-    float wide[SNIPI_RUN];
-    uint32_t most = 0;
-    for (r = rows * c / SNIPI_CHUNKS; r < end; r++)
-        for (i = 0; i < cols; i += SNIPI_RUN) {
-            int n = (int)snipi_min(SNIPI_RUN, cols - i);
-            const float *x = (const float *)q->x + (q->x_bf16 ? 0 : r * q->ld + i);
-            uint32_t a;
-            if (q->x_bf16) {
-                q->vector->widen((const uint16_t *)q->x + r * q->ld + i, n, wide);
-                x = wide;
-            }
-            a = q->vector->amax(x, n, &ignored);
-            most = a > most ? a : most;
-        }
-    peak->part[c] = most;
+    const snipi_matrix *matrix = peak->matrix;
+    const int64_t lines = matrix->transposed ? matrix->cols : matrix->rows;
+    const int64_t length = matrix->transposed ? matrix->rows : matrix->cols;
+    const int64_t end = lines * (c + 1) / SNIPI_CHUNKS;
+    const int64_t first = lines * c / SNIPI_CHUNKS;
+    int64_t ignored = 0;
+    peak->part[c] = snipi_source_peak(matrix, first * matrix->ld, end - first, length, &ignored);
 }
 
 // NVFP4: S = 448 * 6 / amax of the tensor (1 for zeros), at most FLT_MAX; stored as 1/S.
-static void snipi_tensor_scale(snipi_quantizer *q) {
+static void snipi_tensor_scale(snipi_matrix *matrix) {
     snipi_peak peak;
     uint32_t amax = 0;
-    int c;
-    peak.q = q;
-    snipi_share(snipi_peak_chunk, &peak, SNIPI_CHUNKS, q->rows * q->cols);
-    for (c = 0; c < SNIPI_CHUNKS; c++) amax = peak.part[c] > amax ? peak.part[c] : amax;
-    q->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
-    q->tensor_scale = snipi_divide(1.0f, q->tensor_inverse);
-    if (q->scales) {
-        size_t tiles = (size_t)(q->tiles_down * q->tiles_across);
-        memset((uint8_t *)q->scales + tiles, 0, (4 - tiles % 4) % 4);
-        memcpy(snipi_tensor_scale_at(&q->recipe, q->scales, q->rows, q->cols), &q->tensor_scale, sizeof(float));
+    peak.matrix = matrix;
+    snipi_share(snipi_peak_chunk, &peak, SNIPI_CHUNKS, matrix->rows * matrix->cols);
+    for (int c = 0; c < SNIPI_CHUNKS; c++) amax = peak.part[c] > amax ? peak.part[c] : amax;
+    matrix->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
+    matrix->tensor_scale = snipi_divide(1.0f, matrix->tensor_inverse);
+    if (matrix->scales) {
+        const size_t tiles = (size_t)(matrix->tiles_down * matrix->tiles_across);
+        memset((uint8_t *)matrix->scales + tiles, 0, (4 - tiles % 4) % 4);
+        memcpy(snipi_tensor_scale_at(&matrix->recipe, matrix->scales, matrix->rows, matrix->cols),
+               &matrix->tensor_scale, sizeof(float));
     }
 }
 
 static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) {
-    snipi_element e = snipi_element_of(format);
-    int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa, i;
+    const snipi_element e = snipi_element_of(format);
+    const int32_t max_bits = (int32_t)snipi_bits(e.max), shift = 23 - e.mantissa;
     run->format = format;
     run->e = e;
+    run->packed = format == SNIP_E2M1;
     run->stochastic = stochastic;
     run->k.least = (128 - e.bias) << 23;
     run->k.cap = max_bits + (stochastic ? 1 << 23 : 0);
-    run->k.beyond = max_bits + (1 << (shift - 1)) -
-                    (int32_t)(e.largest & 1u);  // the last that still rounds to the largest
+    run->k.beyond = max_bits + (1 << (shift - 1)) - (int32_t)(e.largest & 1u);  // a tie goes to an even largest
     run->k.magic = (shift << 23) - (run->k.least >> shift);
     run->k.unit = e.mantissa << 23;
     run->k.shift = shift;
@@ -2209,34 +2437,105 @@ static void snipi_run_begin(snipi_run *run, snip_format format, int stochastic) 
     run->k.sign = 1 << e.sign;
     run->k.random_shift = 32 - shift;
     memset(run->k.power, 0, sizeof run->k.power);
-    for (i = run->k.least >> 23; i <= run->k.cap >> 23; i++)
+    for (int32_t i = run->k.least >> 23; i <= run->k.cap >> 23; i++)
         run->k.power[i & 31] = (i << 23) + run->k.magic + ((i << 23) >> shift);
 }
 
-static void snipi_quantizer_begin(snipi_quantizer *q) {
-    int c, plain = snipi_plain(q->recipe.format);
-    q->tile_rows = plain ? 1 : snipi_tile(q->recipe.tile_rows, q->rows);
-    q->tile_cols = snipi_tile(q->recipe.tile_cols, q->cols);
-    q->tiles_down = snipi_ceil_div(q->rows, q->tile_rows);
-    q->tiles_across = snipi_ceil_div(q->cols, q->tile_cols);
-    while (((int64_t)1 << q->tile_shift) < q->tile_cols && q->tile_shift < 62) q->tile_shift++;
-    snipi_run_begin(&q->run, q->recipe.format, q->recipe.rounding == SNIP_ROUND_STOCHASTIC);
-    q->run.packed = q->recipe.format == SNIP_E2M1;
-    q->run.lut = q->lut;
-    q->run.want_sums = q->want_sums;
-    q->run.stream = q->x != q->out && q->rows * q->cols >= SNIPI_STREAM;
-    for (c = 0; c < 1 << q->run.e.sign && !plain; c++) {
-        q->lut[c] = snipi_decode((uint32_t)c, q->recipe.format);
-        q->lut[c | 1 << q->run.e.sign] = snipi_float(snipi_bits(q->lut[c]) | 0x80000000u);
+static void snipi_matrix_begin(snipi_matrix *matrix) {
+    const snip_recipe *recipe = &matrix->recipe;
+    const int plain = snipi_plain(recipe->format), sign = 1 << snipi_element_of(recipe->format).sign;
+    matrix->tile_rows = plain ? 1 : snipi_tile(recipe->tile_rows, matrix->rows);
+    matrix->tile_cols = snipi_tile(recipe->tile_cols, matrix->cols);
+    matrix->tiles_down = snipi_ceil_div(matrix->rows, matrix->tile_rows);
+    matrix->tiles_across = snipi_ceil_div(matrix->cols, matrix->tile_cols);
+    matrix->row_bytes = snipi_row_bytes(recipe->format, matrix->cols);
+    const int64_t width = matrix->tile_cols;
+    matrix->strips = matrix->vector->strip && matrix->tile_rows == 1 &&
+                     (width == 16 || width == 32 || width == 64 || width == SNIPI_RUN) &&
+                     !(matrix->out && matrix->out_bf16);
+    while (matrix->strips && 1 << matrix->log2_cols < width) matrix->log2_cols++;
+    snipi_run_begin(&matrix->run, recipe->format, recipe->rounding == SNIP_ROUND_STOCHASTIC);
+    matrix->run.lut = matrix->lut;
+    matrix->run.want_sums = matrix->want_sums;
+    matrix->run.stream = matrix->x != matrix->out && matrix->rows * matrix->cols >= SNIPI_STREAM;
+    for (int c = 0; c < sign && !plain; c++) {
+        matrix->lut[c] = snipi_decode((uint32_t)c, recipe->format);
+        matrix->lut[c | sign] = snipi_float(snipi_bits(matrix->lut[c]) | 0x80000000u);
     }
-    if (q->recipe.scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(q);
+    if (recipe->scale == SNIP_SCALE_UE4M3) snipi_tensor_scale(matrix);
 }
 
-static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
-    int c, i;
-    memset(stats, 0, sizeof *stats);
-    for (c = 0; c < SNIPI_CHUNKS; c++) {
-        for (i = 0; i < SNIPI_LANES; i++) {
+// What is shared out in chunks: bands of one matrix, or blocks of one or two.
+typedef struct {
+    const snipi_matrix *matrix[2];  // the second may be NULL
+    int64_t rows, cols;             // of the source, for blocks
+    int64_t first;                  // chunk that part[0] belongs to
+    snipi_tally *part[2];           // of each chunk, or NULL
+} snipi_quantize_task;
+
+// Rows of tiles, from left to right. A transposed source is read a cache line of columns at a time: rows are taken in
+// groups.
+static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
+    snipi_quantize_task *task = (snipi_quantize_task *)arg;
+    const snipi_matrix *matrix = task->matrix[0];
+    const int64_t group = matrix->transposed ? snipi_max(1, SNIPI_ORDER_ROWS / matrix->tile_rows) : 1;
+    const int64_t groups = snipi_ceil_div(matrix->tiles_down, group);
+    const int64_t first = groups * c / SNIPI_CHUNKS * group;
+    const int64_t end = snipi_min(matrix->tiles_down, groups * (c + 1) / SNIPI_CHUNKS * group);
+    snipi_tally tally;
+    snipi_panel panel;
+    memset(&tally, 0, sizeof tally);
+    snipi_panel_begin(&panel);
+    if (!snipi_plain(matrix->recipe.format))
+        snipi_quantize_region(matrix, &panel, first, end, 0, matrix->tiles_across, &tally);
+    else
+        for (int64_t r = first; r < end; r++)
+            for (int64_t col = 0; col < matrix->cols; col += SNIPI_RUN)
+                snipi_quantize_plain_run(matrix, &panel, r, col, (int)snipi_min(SNIPI_RUN, matrix->cols - col), &tally);
+    if (matrix->run.stream) snipi_stream_end();
+    if (task->part[0]) task->part[0][c] = tally;
+}
+
+static int snipi_fits_blocks(const snipi_matrix *matrix) {
+    return !snipi_plain(matrix->recipe.format) && SNIPI_RUN % matrix->tile_rows == 0 &&
+           SNIPI_RUN % matrix->tile_cols == 0;
+}
+
+// The tiles of a matrix in the block at (r0, c0) of the source.
+static void snipi_quantize_block(const snipi_matrix *matrix, snipi_panel *panel, int64_t r0, int64_t c0,
+                                 snipi_tally *tally) {
+    const int64_t row = matrix->transposed ? c0 : r0, col = matrix->transposed ? r0 : c0;
+    const int64_t last_row = snipi_min(matrix->tiles_down, (row + SNIPI_RUN) / matrix->tile_rows);
+    const int64_t last_col = snipi_min(matrix->tiles_across, (col + SNIPI_RUN) / matrix->tile_cols);
+    panel->row = -1;
+    snipi_quantize_region(matrix, panel, row / matrix->tile_rows, last_row, col / matrix->tile_cols, last_col, tally);
+}
+
+// One read of the source for one or two matrices, in blocks of SNIPI_RUN x SNIPI_RUN, which the second-level cache
+// holds. Two blocks are taken one below the other, so that pages of the transposed codes are met half as often.
+static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
+    snipi_quantize_task *task = (snipi_quantize_task *)arg;
+    const int64_t across = snipi_ceil_div(task->cols, SNIPI_RUN), down = snipi_ceil_div(task->rows, SNIPI_RUN);
+    const int64_t chunk = task->first + c, end = across * down * (chunk + 1) / SNIPI_CHUNKS;
+    snipi_tally tally[2];
+    snipi_panel panel;
+    memset(tally, 0, sizeof tally);
+    snipi_panel_begin(&panel);
+    for (int64_t b = across * down * chunk / SNIPI_CHUNKS; b < end; b++) {
+        const int64_t band = b / (2 * across), in_band = b % (2 * across), high = snipi_min(2, down - 2 * band);
+        const int64_t r0 = (2 * band + in_band % high) * SNIPI_RUN, c0 = in_band / high * SNIPI_RUN;
+        for (int i = 0; i < 2; i++)
+            if (task->matrix[i]) snipi_quantize_block(task->matrix[i], &panel, r0, c0, &tally[i]);
+    }
+    if (task->matrix[0]->run.stream) snipi_stream_end();
+    for (int i = 0; i < 2; i++)
+        if (task->part[i]) task->part[i][c] = tally[i];
+}
+
+// Adds up lanes and chunks in order.
+static void snipi_add_tallies(const snipi_tally *part, int chunks, snip_quant_stats *stats) {
+    for (int c = 0; c < chunks; c++) {
+        for (int i = 0; i < SNIPI_LANES; i++) {
             stats->sum_sq += part[c].sum_sq[i];
             stats->err_sq += part[c].err_sq[i];
             stats->dot += part[c].dot[i];
@@ -2247,228 +2546,79 @@ static void snipi_tally_end(const snipi_tally *part, snip_quant_stats *stats) {
     }
 }
 
-static void snipi_panels_clear(snipi_panels *p) { p->x.row = p->weight.row = -1; }
-
-// What is shared out in chunks: bands, or blocks of one or two quantizers; the tallies of each.
-typedef struct {
-    const snipi_quantizer *q, *q2;
-    int64_t rows, cols;
-    snipi_tally part[SNIPI_CHUNKS], part2[SNIPI_CHUNKS];
-} snipi_quantize_task;
-
-// Band after band of tiles. A transposed source is read a cache line of columns at a time: bands are taken in groups.
-static void snipi_quantize_bands_chunk(void *arg, int64_t c) {
-    snipi_quantize_task *task = (snipi_quantize_task *)arg;
-    const snipi_quantizer *q = task->q;
-    int64_t group = q->transposed ? snipi_max(1, SNIPI_PANEL_ROWS / q->tile_rows) : 1,
-            groups = snipi_ceil_div(q->tiles_down, group);
-    int64_t g, tr, end = groups * (c + 1) / SNIPI_CHUNKS;
-    snipi_tally local;
-    snipi_panels panels;
-    memset(&local, 0, sizeof local);
-    snipi_panels_clear(&panels);
-    for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
-        int64_t first = g * group, last = snipi_min(q->tiles_down, first + group);
-        if (snipi_plain(q->recipe.format))
-            for (tr = first; tr < last; tr++) snipi_quantize_plain_row(q, &panels, tr, &local);
-        else if (q->transposed)
-            snipi_quantize_region(q, &panels, first, last, 0, q->tiles_across, &local);
-        else {
-            snipi_quantize_region(q, &panels, g, end, 0, q->tiles_across, &local);
-            break;
-        }
+// The statistics of two matrices take turns of half the chunks, so that the tallies of one matrix fit on the stack.
+SNIPI_NOINLINE static void snipi_quantize_shared(snipi_quantize_task *task, void (*chunk)(void *, int64_t),
+                                                 snip_quant_stats *const stats[2]) {
+    snipi_tally part[SNIPI_CHUNKS];
+    const int chunks = stats[0] && stats[1] ? SNIPI_CHUNKS / 2 : SNIPI_CHUNKS;
+    task->part[0] = stats[0] ? part : NULL;
+    task->part[1] = stats[1] ? part + SNIPI_CHUNKS - chunks : NULL;
+    for (task->first = 0; task->first < SNIPI_CHUNKS; task->first += chunks) {
+        snipi_share(chunk, task, chunks, task->matrix[0]->rows * task->matrix[0]->cols);
+        for (int i = 0; i < 2; i++)
+            if (stats[i]) snipi_add_tallies(task->part[i], chunks, stats[i]);
     }
-    if (q->run.stream) snipi_stream_end();
-    task->part[c] = local;
-}
-
-static void snipi_quantize_bands(const snipi_quantizer *q, snip_quant_stats *stats) {
-    snipi_quantize_task task;
-    task.q = q;
-    snipi_share(snipi_quantize_bands_chunk, &task, SNIPI_CHUNKS, q->rows * q->cols);
-    if (stats) snipi_tally_end(task.part, stats);
-}
-
-static int snipi_fits_blocks(const snipi_quantizer *q) {
-    return !snipi_plain(q->recipe.format) && SNIPI_RUN % q->tile_rows == 0 && SNIPI_RUN % q->tile_cols == 0;
-}
-
-static int snipi_takes_columns(const snipi_quantizer *q) {
-    if (!q->transposed || !q->vector->columns || q->weight || q->tile_cols < 16) return 0;
-    return (!q->want_sums || (q->tile_cols == SNIPI_RUN && q->tile_rows <= SNIPI_RUN)) &&
-           (q->recipe.rounding == SNIP_ROUND_NEAREST_EVEN || q->cols % 4 == 0);
-}
-
-// A whole block of the source by its columns. amax: of each tile's columns, [SNIPI_RUN / tile_cols][SNIPI_RUN]; 0: not
-// such as columns are for.
-static int snipi_quantize_columns(const snipi_quantizer *q, const float *block, const uint32_t *amax, int64_t r0,
-                                  int64_t c0, int cols, snipi_tally *tally) {
-    float scale[SNIPI_RUN / 16 * SNIPI_RUN], inverse[SNIPI_RUN / 16 * SNIPI_RUN];
-    uint32_t peak[SNIPI_RUN], most = 0;
-    uint8_t byte[SNIPI_RUN];
-    int tile_rows = (int)q->tile_rows, tiles = (int)(SNIPI_RUN / q->tile_cols), t, c, i;
-    snipi_columns columns;
-    if (cols % tile_rows != 0) return 0;
-    memset(&columns, 0, sizeof columns);
-    for (t = 0; t < tiles; t++) {
-        float *s = scale + t * SNIPI_RUN, *v = inverse + t * SNIPI_RUN;
-        int64_t at = c0 / tile_rows * q->tiles_across + r0 / q->tile_cols + t;
-        memcpy(peak, amax + t * SNIPI_RUN, sizeof peak);
-        if (tile_rows > 1)
-            for (c = 0; c < cols; c += tile_rows) {
-                for (i = 1; i < tile_rows; i++) peak[c] = peak[c + i] > peak[c] ? peak[c + i] : peak[c];
-                for (i = 1; i < tile_rows; i++) peak[c + i] = peak[c];
-            }
-        for (c = 0; c < cols; c++) most = peak[c] > most ? peak[c] : most;
-        if (most >= 0x7F800000u) return 0;
-        if (q->recipe.scale == SNIP_SCALE_NONE ||
-            !q->vector->scales(q->recipe.scale, &q->run, q->tensor_scale, q->tensor_inverse, peak, cols, s, v, byte))
-            for (c = 0; c < cols; c++) {
-                snipi_tile_scale one = snipi_scale_of(q->recipe.scale, q->run.e, peak[c], q->tensor_scale,
-                                                      q->tensor_inverse);
-                if (!snipi_has_sums_in_units(q, peak[c], &one)) return 0;
-                s[c] = one.scale;
-                v[c] = one.inverse;
-                byte[c] = (uint8_t)one.byte;
-            }
-        if (snipi_may_pass(q))
-            for (c = 0; c < cols; c++) columns.capped |= snipi_beyond(q, peak[c], v[c]);
-        if (q->scales && snipi_byte_scale(q->recipe.scale))
-            for (c = 0; c < cols; c += tile_rows, at += q->tiles_across) ((uint8_t *)q->scales)[at] = byte[c];
-        else if (q->scales && q->recipe.scale != SNIP_SCALE_NONE)
-            for (c = 0; c < cols; c += tile_rows, at += q->tiles_across) ((float *)q->scales)[at] = s[c];
-    }
-    if (most > tally->amax) tally->amax = most;
-    columns.x = block;
-    columns.cols = cols;
-    columns.height = (int)q->tile_cols;
-    columns.scale = scale;
-    columns.inverse = inverse;
-    columns.code_stride = (int64_t)snipi_row_bytes(q->recipe.format, q->cols);
-    columns.key = q->key;
-    columns.step = (uint64_t)q->cols >> 2;
-    columns.first = (uint64_t)c0 * columns.step + ((uint64_t)r0 >> 2);
-    columns.ahead_stride = q->ld * (q->x_bf16 ? 2 : 4);
-    columns.ahead = snipi_ahead(q, r0, c0, SNIPI_RUN);
-    columns.ahead_rows = SNIPI_AHEAD_ROWS;
-    columns.tally = tally;
-    columns.codes = snipi_codes_at(q, c0, r0);
-    if (columns.codes || q->want_sums) q->vector->columns(&q->run, &columns);
-    return 1;
-}
-
-// The tiles of q in block (r0, c0) of the source, 128 x 128; the first r rows of it are done.
-static void snipi_quantize_block(const snipi_quantizer *q, snipi_panels *panels, int64_t r0, int64_t c0, int64_t r,
-                                 snipi_tally *tally) {
-    int64_t lr = q->transposed ? c0 : r0, lc = q->transposed ? r0 : c0;
-    snipi_panels_clear(panels);
-    snipi_quantize_region(q, panels, (lr + r) / q->tile_rows, snipi_min(q->tiles_down, (lr + SNIPI_RUN) / q->tile_rows),
-                          lc / q->tile_cols, snipi_min(q->tiles_across, (lc + SNIPI_RUN) / q->tile_cols), tally);
-}
-
-// One read of the source for one or two quantizers (the second may be NULL), block by block. A whole block is copied
-// first: its rows may share few sets of the caches. Rows are coded as soon as they are there, while the next ones are
-// fetched; columns at the end. Two blocks are taken one below the other, so that pages of the transposed codes are met
-// half as often.
-static void snipi_quantize_blocks_chunk(void *arg, int64_t c) {
-    snipi_quantize_task *task = (snipi_quantize_task *)arg;
-    const snipi_quantizer *q = task->q, *q2 = task->q2;
-    const snipi_quantizer *by_columns = snipi_takes_columns(q) ? q : q2 && snipi_takes_columns(q2) ? q2 : NULL;
-    const snipi_quantizer *by_rows = by_columns && q2 && snipi_takes_strips(by_columns == q ? q2 : q)
-                                         ? (by_columns == q ? q2 : q)
-                                         : NULL;
-    int64_t rows = task->rows, cols = task->cols, across = snipi_ceil_div(cols, SNIPI_RUN),
-            blocks = snipi_ceil_div(rows, SNIPI_RUN) * across;
-    int64_t b, end = blocks * (c + 1) / SNIPI_CHUNKS;
-    snipi_tally local, local2;
-    snipi_panels panels;
-    float copy[SNIPI_RUN][SNIPI_PANEL_LD];
-    uint32_t amax[SNIPI_RUN / 16 * SNIPI_RUN];
-    memset(&local, 0, sizeof local);
-    memset(&local2, 0, sizeof local2);
-    for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
-        int64_t band = b / (2 * across), in_band = b % (2 * across), high = snipi_min(2, blocks / across - 2 * band);
-        int64_t r0 = (2 * band + in_band % high) * SNIPI_RUN, c0 = in_band / high * SNIPI_RUN;
-        int width = (int)snipi_min(SNIPI_RUN, cols - c0), columns_done = 0, strips = by_rows && width == SNIPI_RUN, r,
-            rows_done = 0;
-        if (by_columns && rows - r0 >= SNIPI_RUN && width % 16 == 0) {
-            for (r = 0; r < SNIPI_RUN; r += SNIPI_BATCH) {
-                q->vector->copy(q->x, q->x_bf16, r0 * q->ld + c0, q->ld, r, width, (int)by_columns->tile_cols, copy[0],
-                                amax);
-                strips = strips &&
-                         snipi_quantize_strip(by_rows, copy[r], SNIPI_PANEL_LD, r0 + r, c0, SNIPI_BATCH, SNIPI_RUN,
-                                              snipi_ahead(q, r0 + r, c0, SNIPI_BATCH), by_rows == q ? &local : &local2);
-                if (strips) rows_done += SNIPI_BATCH;
-            }
-            columns_done = snipi_quantize_columns(by_columns, copy[0], amax, r0, c0, width,
-                                                  by_columns == q ? &local : &local2);
-        }
-        if (!(q == by_columns ? columns_done : q == by_rows && rows_done == SNIPI_RUN))
-            snipi_quantize_block(q, &panels, r0, c0, q == by_rows ? rows_done : 0, &local);
-        if (q2 && !(q2 == by_columns ? columns_done : q2 == by_rows && rows_done == SNIPI_RUN))
-            snipi_quantize_block(q2, &panels, r0, c0, q2 == by_rows ? rows_done : 0, &local2);
-    }
-    if (q->run.stream) snipi_stream_end();
-    task->part[c] = local;
-    task->part2[c] = local2;
-}
-
-static void snipi_quantize_blocks(const snipi_quantizer *q, const snipi_quantizer *q2, int64_t rows, int64_t cols,
-                                  snip_quant_stats *stats, snip_quant_stats *stats2) {
-    snipi_quantize_task task;
-    task.q = q;
-    task.q2 = q2;
-    task.rows = rows;
-    task.cols = cols;
-    snipi_share(snipi_quantize_blocks_chunk, &task, SNIPI_CHUNKS, rows * cols);
-    if (stats) snipi_tally_end(task.part, stats);
-    if (stats2) snipi_tally_end(task.part2, stats2);
 }
 
 static int snipi_element_size(snip_format f) { return f == 0 || f == SNIP_F32 ? 4 : f == SNIP_BF16 ? 2 : 0; }
 
+// The job's matrix, transposed or not. sums: not the counts and amax alone.
+static void snipi_matrix_of(const snip_quantize_job *job, int transposed, int sums, snipi_matrix *matrix) {
+    memset(matrix, 0, sizeof *matrix);
+    matrix->recipe = transposed ? *job->recipe_t : *job->recipe;
+    matrix->x = job->x;
+    matrix->weight = job->weight;
+    matrix->x_bf16 = job->x_format == SNIP_BF16;
+    matrix->transposed = transposed;
+    matrix->rows = transposed ? job->cols : job->rows;
+    matrix->cols = transposed ? job->rows : job->cols;
+    matrix->ld = job->ld;
+    matrix->codes = transposed ? job->codes_t : job->codes;
+    matrix->scales = transposed ? job->scales_t : job->scales;
+    matrix->out = transposed ? NULL : job->out;
+    matrix->out_bf16 = job->out_format == SNIP_BF16;
+    matrix->ld_out = job->ld_out;
+    matrix->key = job->key;
+    matrix->want_sums = sums;
+    matrix->vector = snipi_vector_of(job->isa);
+    snipi_matrix_begin(matrix);
+}
+
+static void snipi_quantize_one(snipi_matrix *matrix, snip_quant_stats *stats, const snip_quantize_job *job) {
+    snip_quant_stats *const both[2] = { stats, NULL };
+    snipi_quantize_task task;
+    memset(&task, 0, sizeof task);
+    task.matrix[0] = matrix;
+    task.rows = job->rows;
+    task.cols = job->cols;
+    matrix->blocks = matrix->transposed && snipi_fits_blocks(matrix);
+    snipi_quantize_shared(&task, matrix->blocks ? snipi_quantize_blocks_chunk : snipi_quantize_bands_chunk, both);
+}
+
 // Either orientation, or both; sums: not the counts and amax alone.
 static void snipi_quantize_job(const snip_quantize_job *job, int sums, snip_quant_stats *stats,
                                snip_quant_stats *stats_t) {
-    snipi_quantizer q[2];
-    snip_quant_stats *s[2];
-    int i, n = 0;
-    s[0] = stats;
-    s[1] = stats_t;
-    for (i = 0; i < 2; i++) {
-        const snip_recipe *recipe = i ? job->recipe_t : job->recipe;
-        if (s[i]) memset(s[i], 0, sizeof *s[i]);
-        if (!recipe || job->rows == 0 || job->cols == 0) continue;
-        memset(&q[n], 0, sizeof q[n]);
-        q[n].recipe = *recipe;
-        q[n].x = job->x;
-        q[n].weight = job->weight;
-        q[n].x_bf16 = job->x_format == SNIP_BF16;
-        q[n].transposed = i;
-        q[n].rows = i ? job->cols : job->rows;
-        q[n].cols = i ? job->rows : job->cols;
-        q[n].ld = job->ld;
-        q[n].codes = i ? job->codes_t : job->codes;
-        q[n].scales = i ? job->scales_t : job->scales;
-        q[n].out = i ? NULL : job->out;
-        q[n].out_bf16 = job->out_format == SNIP_BF16;
-        q[n].ld_out = job->ld_out;
-        q[n].key = job->key;
-        q[n].want_sums = sums && s[i];
-        q[n].vector = snipi_vector_of(job->isa);
-        s[n] = s[i];
-        snipi_quantizer_begin(&q[n]);
-        n++;
-    }
-    if (n == 2 && snipi_fits_blocks(&q[0]) && snipi_fits_blocks(&q[1]) && job->x != job->out) {
-        snipi_quantize_blocks(&q[0], &q[1], job->rows, job->cols, s[0], s[1]);
+    snip_quant_stats *const both[2] = { stats, stats_t };
+    snipi_matrix straight, turned;
+    if (stats) memset(stats, 0, sizeof *stats);
+    if (stats_t) memset(stats_t, 0, sizeof *stats_t);
+    if (job->rows == 0 || job->cols == 0) return;
+    if (job->recipe) snipi_matrix_of(job, 0, sums && stats, &straight);
+    if (job->recipe_t) snipi_matrix_of(job, 1, sums && stats_t, &turned);
+    if (job->recipe && job->recipe_t && job->x != job->out && snipi_fits_blocks(&straight) &&
+        snipi_fits_blocks(&turned)) {
+        snipi_quantize_task task;
+        memset(&task, 0, sizeof task);
+        task.matrix[0] = &straight;
+        task.matrix[1] = &turned;
+        task.rows = job->rows;
+        task.cols = job->cols;
+        straight.blocks = turned.blocks = 1;
+        snipi_quantize_shared(&task, snipi_quantize_blocks_chunk, both);
         return;
     }
-    for (i = n - 1; i >= 0; i--)  // out may be x: the transposed one reads first
-        if (q[i].transposed && snipi_fits_blocks(&q[i]))
-            snipi_quantize_blocks(&q[i], NULL, job->rows, job->cols, s[i], NULL);
-        else
-            snipi_quantize_bands(&q[i], s[i]);
+    if (job->recipe_t) snipi_quantize_one(&turned, stats_t, job);  // first, as out may be x
+    if (job->recipe) snipi_quantize_one(&straight, stats, job);
 }
 
 static snip_status snipi_job_check(const snip_quantize_job *job) {
@@ -2590,68 +2740,68 @@ typedef struct {
     int stream;  // the output, past the caches
 } snipi_reader;
 
-static void snipi_reader_init(snipi_reader *q, const snip_recipe *recipe, const void *codes, const void *scales,
+static void snipi_reader_init(snipi_reader *reader, const snip_recipe *recipe, const void *codes, const void *scales,
                               int64_t rows, int64_t cols) {
     int c;
-    q->recipe = recipe;
-    q->codes = (const uint8_t *)codes;
-    q->scales = scales;
-    q->row_bytes = snipi_row_bytes(recipe->format, cols);
-    q->tile_rows = snipi_tile(recipe->tile_rows, rows);
-    q->tile_cols = snipi_tile(recipe->tile_cols, cols);
-    q->tiles_across = snipi_ceil_div(cols, q->tile_cols);
-    q->tensor_scale = 1.0f;
-    q->stream = 0;
-    q->vector = snipi_vector_of(SNIP_ISA_BEST);
+    reader->recipe = recipe;
+    reader->codes = (const uint8_t *)codes;
+    reader->scales = scales;
+    reader->row_bytes = snipi_row_bytes(recipe->format, cols);
+    reader->tile_rows = snipi_tile(recipe->tile_rows, rows);
+    reader->tile_cols = snipi_tile(recipe->tile_cols, cols);
+    reader->tiles_across = snipi_ceil_div(cols, reader->tile_cols);
+    reader->tensor_scale = 1.0f;
+    reader->stream = 0;
+    reader->vector = snipi_vector_of(SNIP_ISA_BEST);
     if (recipe->scale == SNIP_SCALE_UE4M3)
-        memcpy(&q->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
+        memcpy(&reader->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
         for (c = 0; c < 1 << snip_format_bits(recipe->format); c++)
-            q->lut[c] = snipi_decode((uint32_t)c, recipe->format);
+            reader->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
 
-static float snipi_reader_scale(const snipi_reader *q, int64_t row, int64_t tile_col) {
-    int64_t i = (q->tile_rows == 1 ? row : row / q->tile_rows) * q->tiles_across + tile_col;
-    switch (q->recipe->scale) {
+static float snipi_reader_scale(const snipi_reader *reader, int64_t row, int64_t tile_col) {
+    int64_t i = (reader->tile_rows == 1 ? row : row / reader->tile_rows) * reader->tiles_across + tile_col;
+    switch (reader->recipe->scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32:
-        case SNIP_SCALE_POW2: return ((const float *)q->scales)[i];
+        case SNIP_SCALE_POW2: return ((const float *)reader->scales)[i];
         case SNIP_SCALE_UE8M0:
-        case SNIP_SCALE_UE8M0_UP: return snip_ue8m0_to_f32(((const uint8_t *)q->scales)[i]);
+        case SNIP_SCALE_UE8M0_UP: return snip_ue8m0_to_f32(((const uint8_t *)reader->scales)[i]);
         case SNIP_SCALE_UE4M3:
-            return snipi_multiply(snip_ue4m3_to_f32(((const uint8_t *)q->scales)[i]), q->tensor_scale);
+            return snipi_multiply(snip_ue4m3_to_f32(((const uint8_t *)reader->scales)[i]), reader->tensor_scale);
     }
     return 1.0f;
 }
 
 // Elements [c0, c0 + n) of a row to out, `stride` apart.
-static void snipi_reader_row(const snipi_reader *q, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
-    const uint8_t *codes = q->codes + (size_t)row * q->row_bytes;
+static void snipi_reader_row(const snipi_reader *reader, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
+    const uint8_t *codes = reader->codes + (size_t)row * reader->row_bytes;
     int64_t c = c0, end = c0 + n;
-    if (q->recipe->format == SNIP_BF16 && stride == 1)
+    if (reader->recipe->format == SNIP_BF16 && stride == 1)
         for (; c < end; c += SNIPI_RUN, out += SNIPI_RUN)
-            q->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
-    if (q->recipe->format == SNIP_F32) {
+            reader->vector->widen((const uint16_t *)(const void *)codes + c, (int)snipi_min(SNIPI_RUN, end - c), out);
+    if (reader->recipe->format == SNIP_F32) {
         for (; c < end; c++, out += stride) *out = ((const float *)(const void *)codes)[c];
         return;
     }
-    if (q->recipe->format == SNIP_BF16) {
+    if (reader->recipe->format == SNIP_BF16) {
         for (; c < end; c++, out += stride) *out = snip_bf16_to_f32(((const uint16_t *)(const void *)codes)[c]);
         return;
     }
     while (c < end) {
-        int64_t tile = c / q->tile_cols, stop = snipi_min(end, (tile + 1) * q->tile_cols);
-        float scale = snipi_reader_scale(q, row, tile);
-        int packed = q->recipe->format == SNIP_E2M1;
+        int64_t tile = c / reader->tile_cols, stop = snipi_min(end, (tile + 1) * reader->tile_cols);
+        float scale = snipi_reader_scale(reader, row, tile);
+        int packed = reader->recipe->format == SNIP_E2M1;
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
-            q->vector->decode(q->recipe->format, q->lut, codes + (packed ? c >> 1 : c), part, scale, out, q->stream);
+            reader->vector->decode(reader->recipe->format, reader->lut, codes + (packed ? c >> 1 : c), part, scale, out, reader->stream);
             c += part;
             out += part;
         } else if (packed)
-            for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
+            for (; c < stop; c++, out += stride) *out = snipi_value(scale, reader->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
         else
-            for (; c < stop; c++, out += stride) *out = snipi_value(scale, q->lut[codes[c]]);
+            for (; c < stop; c++, out += stride) *out = snipi_value(scale, reader->lut[codes[c]]);
     }
 }
 
@@ -2663,35 +2813,35 @@ typedef struct {
 } snipi_dequantize;  // x or x16
 
 static void snipi_dequantize_chunk(void *arg, int64_t chunk) {
-    const snipi_dequantize *q = (const snipi_dequantize *)arg;
-    int64_t r, c, end = q->rows * (chunk + 1) / SNIPI_CHUNKS;
+    const snipi_dequantize *task = (const snipi_dequantize *)arg;
+    int64_t r, c, end = task->rows * (chunk + 1) / SNIPI_CHUNKS;
     float buffer[SNIPI_RUN];
-    for (r = q->rows * chunk / SNIPI_CHUNKS; r < end; r++)
-        if (q->x)
-            snipi_reader_row(&q->reader, r, 0, q->cols, q->x + r * q->ld, 1);
+    for (r = task->rows * chunk / SNIPI_CHUNKS; r < end; r++)
+        if (task->x)
+            snipi_reader_row(&task->reader, r, 0, task->cols, task->x + r * task->ld, 1);
         else
-            for (c = 0; c < q->cols; c += SNIPI_RUN) {
-                int n = (int)snipi_min(SNIPI_RUN, q->cols - c);
-                snipi_reader_row(&q->reader, r, c, n, buffer, 1);
-                q->reader.vector->narrow(buffer, n, q->x16 + r * q->ld + c);
+            for (c = 0; c < task->cols; c += SNIPI_RUN) {
+                int n = (int)snipi_min(SNIPI_RUN, task->cols - c);
+                snipi_reader_row(&task->reader, r, c, n, buffer, 1);
+                task->reader.vector->narrow(buffer, n, task->x16 + r * task->ld + c);
             }
     snipi_stream_end();
 }
 
 static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *codes, const void *scales, int64_t rows,
                                        int64_t cols, float *x, uint16_t *x16, int64_t ld) {
-    snipi_dequantize q;
+    snipi_dequantize task;
     if (!snipi_recipe_ok(recipe) || !snipi_shape_ok(rows, cols, ld)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || (!x && !x16) || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
-    snipi_reader_init(&q.reader, recipe, codes, scales, rows, cols);
-    q.reader.stream = x && rows * cols >= SNIPI_STREAM;
-    q.rows = rows;
-    q.cols = cols;
-    q.ld = ld;
-    q.x = x;
-    q.x16 = x16;
-    snipi_share(snipi_dequantize_chunk, &q, SNIPI_CHUNKS, rows * cols);
+    snipi_reader_init(&task.reader, recipe, codes, scales, rows, cols);
+    task.reader.stream = x && rows * cols >= SNIPI_STREAM;
+    task.rows = rows;
+    task.cols = cols;
+    task.ld = ld;
+    task.x = x;
+    task.x16 = x16;
+    snipi_share(snipi_dequantize_chunk, &task, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
 
@@ -7820,138 +7970,382 @@ SNIPI_TARGET_AVX2 static void snipi_run_avx2(const snipi_run *q) {
     }
 }
 
-// Strips and columns, AVX-512: exact for finite runs of ordinary size, as snipi_run_scalar. `power` (above) depends on
-// the exponent alone: a table of 32. The sum keeps the sign of y in its top bit; rotated left by one, it has the code
-// and then the sign in its low bits, and four such words rotated further make up four bytes at a time, eight make up
-// nibbles. Stochastic: below the smallest normal number adding that number, truncated, puts |y| into the same fixed
-// point.
+// Strips, AVX-512: exact for finite runs of ordinary size, as snipi_run_scalar.
+//
+// To nearest: adding the right power of two rounds y at the code's last place. That power depends on the exponent
+// alone: a table of 32. The sum keeps the sign of y in its top bit; rotated left by one, it has the code and then the
+// sign in its low bits.
+//
+// Stochastic: below the smallest normal number adding that number, truncated, puts |y| into the same fixed point.
 typedef struct {
-    __m512i magnitude, least, beyond, cap, top, keep, power[2], code_normal, code_below, sign_bit;
-    __m512 least_float;
+    __m512i magnitude, sign_bit, least, beyond, cap, power[2];
+    __m512i top, keep, code_normal, code_below, shift, random_shift;
+    __m512i sign, sign_shift, kept;  // of codes as bytes
 } snipi_codec512;
 
-SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *q) {
-    snipi_codec512 k;
-    k.power[0] = _mm512_loadu_si512(q->k.power);
-    k.power[1] = _mm512_loadu_si512(q->k.power + 16);
-    k.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    k.sign_bit = _mm512_set1_epi32((int)0x80000000u);
-    k.least = _mm512_set1_epi32(q->k.least);
-    k.least_float = _mm512_castsi512_ps(k.least);
-    k.beyond = _mm512_set1_epi32(q->k.beyond);
-    k.cap = _mm512_set1_epi32(q->k.cap);
-    k.top = _mm512_set1_epi32((int32_t)snipi_bits(q->e.max) + (1 << q->k.shift) - 1);
-    k.keep = _mm512_set1_epi32(-(1 << q->k.shift));
-    k.code_normal = _mm512_set1_epi32(q->k.least - (1 << 23));
-    k.code_below = k.least;
-    return k;
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_codec512 snipi_codec512_of(const snipi_run *run) {
+    snipi_codec512 codec;
+    codec.magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    codec.sign_bit = _mm512_set1_epi32((int)0x80000000u);
+    codec.least = _mm512_set1_epi32(run->k.least);
+    codec.beyond = _mm512_set1_epi32(run->k.beyond);
+    codec.cap = _mm512_set1_epi32(run->k.cap);
+    codec.power[0] = _mm512_loadu_si512(run->k.power);
+    codec.power[1] = _mm512_loadu_si512(run->k.power + 16);
+    codec.top = _mm512_set1_epi32((int32_t)snipi_bits(run->e.max) + (1 << run->k.shift) - 1);
+    codec.keep = _mm512_set1_epi32(-(1 << run->k.shift));
+    codec.code_normal = _mm512_set1_epi32(run->k.least - (1 << 23));
+    codec.code_below = codec.least;
+    codec.shift = _mm512_set1_epi32(run->k.shift);
+    codec.random_shift = _mm512_set1_epi32(run->k.random_shift);
+    codec.sign = _mm512_set1_epi8((char)run->k.sign);
+    codec.sign_shift = _mm512_set1_epi16((short)run->e.sign);
+    codec.kept = _mm512_set1_epi8((char)(2 * run->k.sign - 1));
+    return codec;
+}
+
+// magnitude with the sign of y
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_signed512(const snipi_codec512 *codec, __m512i magnitude, __m512 y) {
+    return _mm512_ternarylogic_epi32(magnitude, _mm512_castps_si512(y), codec->sign_bit, 0xF8);
 }
 #    if defined(__GNUC__) && !defined(__clang__)  // GCC's own macros for the rounding mode and vrangeps, at -O0
 #        pragma GCC diagnostic push
 #        pragma GCC diagnostic ignored "-Wsign-conversion"
 #    endif
-// y's code, in `sum` as above, and value.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *k, __m512 y, int capped, __m512i *over,
-                                                         __m512i *sum) {
-    __m512 power, s;
+// The value of y's code; in `word` the code, below the bits of no meaning and the sign.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *codec, __m512 y, int capped,
+                                                         __m512i *over, __m512i *word) {
+    const __m512 least = _mm512_castsi512_ps(codec->least);
+    __m512 power, sum;
     if (capped) {
-        __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude);
-        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(a, k->beyond), *over, _mm512_set1_epi32(1));
-        y = _mm512_castsi512_ps(
-            _mm512_ternarylogic_epi32(k->magnitude, _mm512_min_epi32(a, k->cap), _mm512_castps_si512(y), 0xCA));
+        const __m512i a = _mm512_and_si512(_mm512_castps_si512(y), codec->magnitude);
+        const __mmask16 beyond = _mm512_cmpgt_epi32_mask(a, codec->beyond);
+        *over = _mm512_mask_add_epi32(*over, beyond, *over, _mm512_set1_epi32(1));
+        y = _mm512_castsi512_ps(snipi_signed512(codec, _mm512_min_epi32(a, codec->cap), y));
     }
-    power = _mm512_maskz_range_ps(0xFFFF, y, k->least_float, 3);  // the larger magnitude, with y's sign
-    power = _mm512_castsi512_ps(
-        _mm512_permutex2var_epi32(k->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), k->power[1]));
-    power = _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(_mm512_castps_si512(power), _mm512_castps_si512(y), k->sign_bit, 0xF8));
-    s = _mm512_add_ps(y, power);
-    SNIPI_KEPT512(s);
-    *sum = _mm512_castps_si512(s);
-    return _mm512_sub_ps(s, power);
+    power = _mm512_maskz_range_ps(0xFFFF, y, least, 3);  // the larger magnitude, with y's sign
+    power = _mm512_castsi512_ps(_mm512_permutex2var_epi32(
+        codec->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), codec->power[1]));
+    power = _mm512_castsi512_ps(snipi_signed512(codec, _mm512_castps_si512(power), y));
+    sum = _mm512_add_ps(y, power);
+    SNIPI_KEPT512(sum);
+    *word = _mm512_castps_si512(sum);
+    return _mm512_sub_ps(sum, power);
 }
 
-// The code from bit `shift` upwards of *sum; the value of |y| is returned.
-SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512 *k, __m512 y, __m512i random,
-                                                            int capped, __m512i *over, __m512i *sum) {
-    __m512i a = _mm512_and_si512(_mm512_castps_si512(y), k->magnitude), t;
-    __mmask16 below = _mm512_cmplt_epi32_mask(a, k->least);
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_stochastic512(const snipi_codec512 *codec, __m512 y, __m512i random,
+                                                            int capped, __m512i *over, __m512i *word) {
+    const __m512i a = _mm512_and_si512(_mm512_castps_si512(y), codec->magnitude);
+    const __mmask16 below = _mm512_cmplt_epi32_mask(a, codec->least);
+    const __m512 fixed = _mm512_castsi512_ps(a), least = _mm512_castsi512_ps(codec->least);
+    __m512i t = _mm512_castps_si512(
+        _mm512_mask_add_round_ps(fixed, below, fixed, least, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
     __m512 value;
-    t = _mm512_castps_si512(_mm512_mask_add_round_ps(_mm512_castsi512_ps(a), below, _mm512_castsi512_ps(a),
-                                                     k->least_float, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
-    t = _mm512_add_epi32(t, random);
+    t = _mm512_add_epi32(t, _mm512_srlv_epi32(random, codec->random_shift));
     if (capped) {
-        *over = _mm512_mask_add_epi32(*over, _mm512_cmpgt_epi32_mask(t, k->top), *over, _mm512_set1_epi32(1));
-        t = _mm512_min_epi32(t, k->top);
+        const __mmask16 beyond = _mm512_cmpgt_epi32_mask(t, codec->top);
+        *over = _mm512_mask_add_epi32(*over, beyond, *over, _mm512_set1_epi32(1));
+        t = _mm512_min_epi32(t, codec->top);
     }
-    value = _mm512_castsi512_ps(_mm512_and_si512(t, k->keep));
-    *sum = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(k->code_normal, below, k->code_below));
-    return _mm512_mask_sub_ps(value, below, value, k->least_float);
+    value = _mm512_castsi512_ps(_mm512_and_si512(t, codec->keep));
+    value = _mm512_mask_sub_ps(value, below, value, least);
+    t = _mm512_sub_epi32(t, _mm512_mask_mov_epi32(codec->code_normal, below, codec->code_below));
+    *word = snipi_signed512(codec, _mm512_srlv_epi32(t, codec->shift), y);
+    return _mm512_castsi512_ps(snipi_signed512(codec, _mm512_castps_si512(value), y));
 }
 #    if defined(__GNUC__) && !defined(__clang__)
 #        pragma GCC diagnostic pop
 #    endif
-// tally += (lane + lane 8 further) * scale^2
+// The word of vector g of four, rotated so that its code lands in byte g, the sign above it.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_to_byte512(__m512i word, int g) {
+    switch (g) {
+        case 0: return _mm512_rol_epi32(word, 1);
+        case 1: return _mm512_rol_epi32(word, 9);
+        case 2: return _mm512_rol_epi32(word, 17);
+        default: return _mm512_rol_epi32(word, 25);
+    }
+}
+
+// Codes of 64 elements in sequence, a byte each, from four such words.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_codes512(const snipi_codec512 *codec, const __m512i word[4]) {
+    const __m512i dwords = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i low = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA);
+    // Byte g of dword j is the code of element 16 g + j, moved up by one, the sign lowest.
+    __m512i c = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x0000FFFF), low, high, 0xCA);
+    c = _mm512_permutexvar_epi32(dwords, _mm512_shuffle_epi8(c, bytes));
+    c = _mm512_ternarylogic_epi32(codec->sign, _mm512_sllv_epi16(c, codec->sign_shift), _mm512_srli_epi16(c, 1), 0xCA);
+    return _mm512_and_si512(c, codec->kept);
+}
+
+// How codes are stored. Past the caches they go a line of 64 bytes at a time: packed ones in two halves.
+enum { SNIPI_BYTES, SNIPI_BYTES_PAST, SNIPI_NIBBLES, SNIPI_NIBBLES_PAST };
+
+// Codes of elements [i, i + 64), a byte each in c. half: packed codes of a line whose other half is yet to come.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_store_codes512(uint8_t *codes, __m512i c, int64_t i, int form,
+                                                           __m256i *half) {
+    __m256i pairs;
+    if (form == SNIPI_BYTES) {
+        _mm512_storeu_si512(codes + i, c);
+        return;
+    }
+    if (form == SNIPI_BYTES_PAST) {
+        _mm512_stream_si512((__m512i *)(void *)(codes + i), c);
+        return;
+    }
+    pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF, _mm512_or_si512(c, _mm512_srli_epi16(c, 4)));
+    if (form == SNIPI_NIBBLES)
+        _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
+    else if (i % 128 == 0)
+        *half = pairs;
+    else
+        _mm512_stream_si512((__m512i *)(void *)(codes + i / 2 - 32),
+                            _mm512_inserti64x4(_mm512_castsi256_si512(*half), pairs, 1));
+}
+
+// Sums of a chunk, and of the run under way.
+typedef struct {
+    __m512d sum_sq, err_sq, dot, run_dot;
+    __m512 run_sq, run_err;
+} snipi_sums512;
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_sums512 snipi_sums512_of(const snipi_tally *tally) {
+    snipi_sums512 sums;
+    sums.sum_sq = _mm512_loadu_pd(tally->sum_sq);
+    sums.err_sq = _mm512_loadu_pd(tally->err_sq);
+    sums.dot = _mm512_loadu_pd(tally->dot);
+    sums.run_dot = _mm512_setzero_pd();
+    sums.run_sq = sums.run_err = _mm512_setzero_ps();
+    return sums;
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_sums512_store(const snipi_sums512 *sums, snipi_tally *tally) {
+    _mm512_storeu_pd(tally->sum_sq, sums->sum_sq);
+    _mm512_storeu_pd(tally->err_sq, sums->err_sq);
+    _mm512_storeu_pd(tally->dot, sums->dot);
+}
+
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_add512(snipi_sums512 *sums, __m512 y, __m512 d, const float *weight) {
+    __m512 y_sq = _mm512_mul_ps(y, y), d_sq = _mm512_mul_ps(d, d);
+    SNIPI_KEPT512(y_sq);
+    SNIPI_KEPT512(d_sq);
+    sums->run_sq = _mm512_add_ps(sums->run_sq, y_sq);
+    sums->run_err = _mm512_add_ps(sums->run_err, d_sq);
+    if (!weight) return;
+    const __m512 w = _mm512_loadu_ps(weight);
+    sums->run_dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), sums->run_dot);
+    sums->run_dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), sums->run_dot);
+}
+
+// total + (lane + lane 8 further) * scale^2
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512d snipi_fold512(__m512d total, __m512 lanes, __m512d square) {
     __m512d v = _mm512_mul_pd(_mm512_add_pd(SNIPI_LOW(lanes), SNIPI_HIGH(lanes)), square);
     SNIPI_KEPT512(v);
     return _mm512_add_pd(total, v);
 }
 
-SNIPI_TARGET_AVX512 static void snipi_peaks_avx512(const snipi_strip *s, uint32_t *amax) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-    const int whole = s->width / 16, tiles = (int)(s->pieces * snipi_ceil_div(s->length, s->width));
-    const float *x = s->x, *p = x;
-    int64_t along = 0;
-    int first, vectors, i, v;
-    for (first = 0; first < tiles; first += 16) {
-        __m512i most[16];
-        for (i = 0; i < 16; i++) {
-            most[i] = _mm512_setzero_si512();
-            if (first + i >= tiles) continue;
-            vectors = s->length - along < s->width ? 4 : whole;
-            if (s->pieces == 1 && along % 64 == 0) _mm_prefetch(s->ahead + along * s->ahead_size / 4, _MM_HINT_T0);
-            if (vectors == 8) {
-                __m512i other = most[i];
-                if (s->pieces == 1) _mm_prefetch(s->ahead + along * s->ahead_size / 4 + 64, _MM_HINT_T0);
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_end_run512(snipi_sums512 *sums, float scale, int weighted) {
+    const __m512d one = _mm512_set1_pd((double)scale), square = _mm512_mul_pd(one, one);
+    sums->sum_sq = snipi_fold512(sums->sum_sq, sums->run_sq, square);
+    sums->err_sq = snipi_fold512(sums->err_sq, sums->run_err, square);
+    sums->run_sq = sums->run_err = _mm512_setzero_ps();
+    if (!weighted) return;
+    __m512d w = _mm512_mul_pd(sums->run_dot, one);
+    SNIPI_KEPT512(w);
+    sums->dot = _mm512_add_pd(sums->dot, w);
+    sums->run_dot = _mm512_setzero_pd();
+}
+
+#    define SNIPI_FETCH_LINES(p, n, hint)            \
+        do {                                         \
+            _mm_prefetch((p), hint);                 \
+            _mm_prefetch((p) + 64, hint);            \
+            _mm_prefetch((p) + 128, hint);           \
+            if ((n) > 3) _mm_prefetch((p) + 192, hint); \
+        } while (0)
+
+// plain: codes alone, none beyond the largest. narrow: runs of less than 64 elements.
+SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run, const snipi_strip *strip,
+                                                            const int stochastic, const int want_sums,
+                                                            const int plain, const int narrow) {
+    const snipi_codec512 codec = snipi_codec512_of(run);
+    const int capped = plain ? 0 : strip->capped, width = strip->width, log2_width = strip->log2_width;
+    const int past = run->stream && ((uintptr_t)strip->values & 63) == 0 && (strip->value_stride & 15) == 0;
+    const int codes_past = run->stream && ((uintptr_t)strip->codes & 63) == 0 && (strip->code_stride & 63) == 0 &&
+                           strip->length % 128 == 0;
+    const int far = run->stream || strip->pieces > 1;
+    const int form = (run->packed ? SNIPI_NIBBLES : SNIPI_BYTES) + codes_past;
+    const int64_t length = strip->length, step = narrow ? 64 >> log2_width : strip->runs > 0;
+    const int64_t fetched = strip->fetched * length * strip->ahead_size / 4;  // with the peaks
+    const int64_t fetch = (4 - strip->fetched) * 16 * strip->ahead_size;      // bytes for 64 elements
+    const float *scale = strip->scale, *inverse = strip->inverse;
+    snipi_sums512 sums = snipi_sums512_of(strip->tally);
+    __m512i over = _mm512_setzero_si512();
+    __m256i half = _mm256_setzero_si256();
+    for (int piece = 0; piece < strip->pieces; piece++) {
+        const float *x = strip->x + piece * strip->stride;
+        const float *weight = !plain && strip->weight ? strip->weight + piece * strip->stride : NULL;
+        float *values = !plain && strip->values ? strip->values + piece * strip->value_stride : NULL;
+        uint8_t *codes = plain || strip->codes ? strip->codes + piece * strip->code_stride : NULL;
+        const uint32_t *random = stochastic ? strip->random + piece * length : NULL;
+        const char *ahead = strip->ahead + piece * strip->ahead_stride + fetched;
+        for (int64_t i = 0, end; i < length; i = end, scale += step, inverse += step) {
+            end = narrow ? i + 64 : snipi_min(i + width, length);
+            for (int64_t first = i; first < end; first += 64, ahead += fetch) {
+                __m512i word[4];
+                if (far)
+                    SNIPI_FETCH_LINES(ahead, 4, _MM_HINT_T1);
+                else
+                    SNIPI_FETCH_LINES(ahead, 3, _MM_HINT_T0);
                 SNIPI_UNROLL
-                for (v = 0; v < 8; v += 2) {
-                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-                    other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v + 16)));
+                for (int g = 0; g < 4; g++) {
+                    const int64_t at = first + 16 * g, one = narrow ? 16 * g >> log2_width : 0;
+                    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(inverse[one])), value;
+                    SNIPI_KEPT512(y);
+                    if (stochastic)
+                        value = snipi_stochastic512(&codec, y, _mm512_loadu_si512(random + at), capped, &over, &word[g]);
+                    else
+                        value = snipi_nearest512(&codec, y, capped, &over, &word[g]);
+                    if (want_sums) snipi_add512(&sums, y, _mm512_sub_ps(value, y), weight ? weight + at : NULL);
+                    if (want_sums && narrow && ((at + 16) & (width - 1)) == 0)
+                        snipi_end_run512(&sums, scale[one], weight != NULL);
+                    if (values) {
+                        value = _mm512_castsi512_ps(snipi_signed512(&codec, _mm512_castps_si512(value), y));
+                        value = _mm512_mul_ps(value, _mm512_set1_ps(scale[one]));
+                        if (past)
+                            _mm512_stream_ps(values + at, value);
+                        else
+                            _mm512_storeu_ps(values + at, value);
+                    }
+                    word[g] = snipi_to_byte512(word[g], g);
                 }
-                most[i] = _mm512_max_epu32(most[i], other);
-            } else
-                for (v = 0; v < vectors; v++)
-                    most[i] = _mm512_max_epu32(most[i], _mm512_and_si512(magnitude, _mm512_loadu_si512(p + 16 * v)));
-            p += 16 * vectors;
-            along += 16 * vectors;
-            if (along == s->length) {
-                x += s->x_stride;
-                p = x;
-                along = 0;
+                if (plain || codes) snipi_store_codes512(codes, snipi_codes512(&codec, word), first, form, &half);
             }
+            if (want_sums && !narrow) snipi_end_run512(&sums, *scale, weight != NULL);
         }
-        // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
-        SNIPI_UNROLL
-        for (i = 0; i < 8; i++)
-            most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]),
-                                       _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
-        SNIPI_UNROLL
-        for (i = 0; i < 4; i++)
-            most[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(most[2 * i], most[2 * i + 1]),
-                                       _mm512_unpackhi_epi64(most[2 * i], most[2 * i + 1]));
-        SNIPI_UNROLL
-        for (i = 0; i < 2; i++)
-            most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88),
-                                       _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
-        most[0] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88),
-                                   _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
-        _mm512_storeu_si512(amax + first, most[0]);
+    }
+    if (_mm512_test_epi32_mask(over, over)) strip->tally->saturated += _mm512_reduce_add_epi32(over);
+    if (want_sums) snipi_sums512_store(&sums, strip->tally);
+}
+
+#    define SNIPI_STRIP_AS(name, stochastic, want_sums, plain, narrow)                                  \
+        SNIPI_TARGET_AVX512 static void name(const snipi_run *run, const snipi_strip *strip) {          \
+            snipi_strip_avx512_as(run, strip, stochastic, want_sums, plain, narrow);                     \
+        }
+SNIPI_STRIP_AS(snipi_strip_plain_avx512, 0, 0, 1, 0)
+SNIPI_STRIP_AS(snipi_strip_plain_sums_avx512, 0, 1, 1, 0)
+SNIPI_STRIP_AS(snipi_strip_wide_avx512, 0, run->want_sums, 0, 0)
+SNIPI_STRIP_AS(snipi_strip_narrow_avx512, 0, run->want_sums, 0, 1)
+SNIPI_STRIP_AS(snipi_strip_stochastic_plain_avx512, 1, run->want_sums, 1, 0)
+SNIPI_STRIP_AS(snipi_strip_stochastic_wide_avx512, 1, run->want_sums, 0, 0)
+SNIPI_STRIP_AS(snipi_strip_stochastic_narrow_avx512, 1, run->want_sums, 0, 1)
+
+static void snipi_strip_avx512(const snipi_run *run, const snipi_strip *strip) {
+    const int narrow = strip->width < 64;
+    const int plain = strip->codes && !strip->values && !strip->weight && !strip->capped && !narrow;
+    if (run->stochastic && plain)
+        snipi_strip_stochastic_plain_avx512(run, strip);
+    else if (run->stochastic && narrow)
+        snipi_strip_stochastic_narrow_avx512(run, strip);
+    else if (run->stochastic)
+        snipi_strip_stochastic_wide_avx512(run, strip);
+    else if (narrow)
+        snipi_strip_narrow_avx512(run, strip);
+    else if (!plain)
+        snipi_strip_wide_avx512(run, strip);
+    else if (run->want_sums)
+        snipi_strip_plain_sums_avx512(run, strip);
+    else
+        snipi_strip_plain_avx512(run, strip);
+}
+
+// Random words of `rows` rows of `cols` elements (a multiple of 64), whose first counters are `step` apart and whose
+// upper halves are the same.
+SNIPI_TARGET_AVX512 static void snipi_words_avx512(snip_rng_key key, uint64_t first, uint64_t step, int rows, int cols,
+                                                   uint32_t *out) {
+    const snipi_rounds rounds = snipi_rounds_of(key, (uint32_t)(first >> 32));
+    for (int r = 0; r < rows; r++, out += cols) {
+        const uint32_t counter = (uint32_t)(first + (uint64_t)r * step);
+        int c = 0;
+        for (; c + 128 <= cols; c += 128) snipi_philox_avx512_4(&rounds, counter + (uint32_t)(c / 4), out + c);
+        if (c < cols) snipi_philox_avx512_2(&rounds, counter + (uint32_t)(c / 4), out + c);
     }
 }
 
-// Scales of 16 tiles as snipi_scale_of has them; 0 where an amax is zero, tiny, huge or not finite. Quotients in
-// double, then rounded.
+
+// Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_reduce512(__m512i most[16]) {
+    SNIPI_UNROLL
+    for (int i = 0; i < 8; i++)
+        most[i] = _mm512_max_epu32(_mm512_unpacklo_epi32(most[2 * i], most[2 * i + 1]),
+                                   _mm512_unpackhi_epi32(most[2 * i], most[2 * i + 1]));
+    SNIPI_UNROLL
+    for (int i = 0; i < 4; i++)
+        most[i] = _mm512_max_epu32(_mm512_unpacklo_epi64(most[2 * i], most[2 * i + 1]),
+                                   _mm512_unpackhi_epi64(most[2 * i], most[2 * i + 1]));
+    SNIPI_UNROLL
+    for (int i = 0; i < 2; i++)
+        most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88),
+                                   _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
+    return _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88),
+                            _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
+}
+
+// Maxima of |x| as bits, by lane, of `vectors` vectors: 1, 2, 4 or 8.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_peak512(const float *x, int vectors) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    __m512i most = _mm512_and_si512(magnitude, _mm512_loadu_si512(x)), other = most;
+    if (vectors == 8) {
+        SNIPI_UNROLL
+        for (int v = 1; v < 8; v += 2) {
+            other = _mm512_max_epu32(other, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + 16 * v)));
+            if (v == 7) continue;
+            most = _mm512_max_epu32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + 16 * v + 16)));
+        }
+        return _mm512_max_epu32(most, other);
+    }
+    for (int v = 1; v < vectors; v++)
+        most = _mm512_max_epu32(most, _mm512_and_si512(magnitude, _mm512_loadu_si512(x + 16 * v)));
+    return most;
+}
+
+SNIPI_TARGET_AVX512 static uint32_t snipi_peaks_avx512(const snipi_strip *strip, uint32_t *amax) {
+    const int whole = strip->width / 16, fetch = strip->fetched;
+    const int tiles = strip->pieces * strip->runs;
+    const float *x = strip->x;
+    __m512i largest = _mm512_setzero_si512();
+    int64_t along = 0;
+    for (int first = 0; first < tiles; first += 16) {
+        __m512i most[16];
+        for (int i = 0; i < 16; i++) {
+            const int vectors = strip->length - along < strip->width ? 4 : whole;
+            most[i] = _mm512_setzero_si512();
+            if (first + i >= tiles) continue;
+            const char *ahead = strip->ahead + along * strip->ahead_size / 4;  // a line of four
+            if (fetch && along % 64 == 0) _mm_prefetch(ahead, _MM_HINT_T0);
+            if (fetch && vectors == 8) _mm_prefetch(ahead + 16 * strip->ahead_size, _MM_HINT_T0);
+            most[i] = snipi_peak512(x + along, vectors);
+            along += 16 * vectors;
+            if (along == strip->length) {
+                x += strip->stride;
+                along = 0;
+            }
+        }
+        most[0] = snipi_reduce512(most);
+        largest = _mm512_max_epu32(largest, most[0]);
+        _mm512_storeu_si512(amax + first, most[0]);
+    }
+    return (uint32_t)_mm512_reduce_max_epu32(largest);
+}
+
+// Scales of 16 tiles, as snipi_scale_of has them. 0: some may not be ordinary.
+typedef struct {
+    __m512 scale, inverse;
+    __m512i byte;
+} snipi_scales512;
+
+// a / b, rounded from the quotient in double.
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_quotient512(__m512 a, __m512 b) {
     __m512d low = SNIPI_LOW(b), high = SNIPI_HIGH(b);
     SNIPI_KEPT512(low);
@@ -7962,432 +8356,150 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_quotient512(__m512 a, __m512 b) {
                               _mm512_maskz_cvtpd_ps(0xFF, high), 1);
 }
 
-SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *q, float tensor_scale,
+// The least power of two with amax <= max * scale; UE8M0 rounds it down.
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_scales512 snipi_scale_pow2_512(snip_scale kind, snipi_element e, __m512i amax) {
+    const __m512i fraction = _mm512_set1_epi32(0x007FFFFF), bias = _mm512_set1_epi32(127);
+    const __m512i max_bits = _mm512_set1_epi32((int)snipi_bits(e.max));
+    const __mmask16 up = _mm512_cmpgt_epi32_mask(_mm512_and_si512(amax, fraction),
+                                                 _mm512_and_si512(max_bits, fraction));
+    __m512i k = _mm512_sub_epi32(_mm512_srli_epi32(amax, 23), _mm512_set1_epi32(127 + e.emax));
+    snipi_scales512 s;
+    if (kind != SNIP_SCALE_UE8M0) k = _mm512_mask_add_epi32(k, up, k, _mm512_set1_epi32(1));
+    s.byte = _mm512_add_epi32(bias, k);
+    s.scale = _mm512_castsi512_ps(_mm512_slli_epi32(s.byte, 23));
+    s.inverse = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(bias, k), 23));
+    return s;
+}
+
+// E4M3 of amax * (S / 6), by adding a power of two as runs do. *ordinary: no scale can be 0, or far from 1.
+SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_scales512 snipi_scale_ue4m3_512(__m512i amax, float tensor_scale,
+                                                                       float tensor_inverse, __mmask16 live,
+                                                                       int *ordinary) {
+    const float sixth = tensor_inverse * snipi_float(0x3E2AAAABu);
+    const __m512i largest = _mm512_set1_epi32((int)snipi_bits(448.0f)), least = _mm512_set1_epi32((127 - 6) << 23);
+    __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(amax), _mm512_set1_ps(sixth)), power, sum;
+    __m512i exponent;
+    snipi_scales512 s;
+    SNIPI_KEPT512(y);
+    *ordinary = !_mm512_mask_cmplt_epu32_mask(live, _mm512_castps_si512(y), _mm512_set1_epi32((127 - 10) << 23));
+    y = _mm512_castsi512_ps(_mm512_min_epi32(_mm512_castps_si512(y), largest));
+    exponent = _mm512_andnot_si512(_mm512_set1_epi32(0x007FFFFF), _mm512_castps_si512(y));
+    exponent = _mm512_max_epi32(exponent, least);
+    power = _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(20 << 23)));
+    sum = _mm512_add_ps(y, power);
+    SNIPI_KEPT512(sum);
+    y = _mm512_sub_ps(sum, power);
+    SNIPI_KEPT512(y);
+    exponent = _mm512_slli_epi32(_mm512_srli_epi32(_mm512_sub_epi32(exponent, least), 23), 3);
+    s.byte = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(sum), exponent), _mm512_set1_epi32(0x7F));
+    s.scale = _mm512_mul_ps(y, _mm512_set1_ps(tensor_scale));
+    s.inverse = snipi_quotient512(_mm512_set1_ps(1.0f), s.scale);
+    *ordinary &= !_mm512_mask_cmpgt_epu32_mask(
+        live, _mm512_sub_epi32(_mm512_castps_si512(s.scale), _mm512_set1_epi32((127 - 100) << 23)),
+        _mm512_set1_epi32(200 << 23));
+    return s;
+}
+
+SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *run, float tensor_scale,
                                                    float tensor_inverse, const uint32_t *amax, int tiles, float *scale,
-                                                   float *inverse, uint8_t *bytes) {
-    const __m512i least = _mm512_set1_epi32((127 - 40) << 23), range = _mm512_set1_epi32(80 << 23),
-                  fraction = _mm512_set1_epi32(0x7FFFFF), one = _mm512_set1_epi32(127);
-    const __m512i max_bits = _mm512_set1_epi32((int)snipi_bits(q->e.max));
-    int i;
-    for (i = 0; i < tiles; i += 16) {
+                                                   float *inverse, uint8_t *bytes, int *capped) {
+    const __m512i least = _mm512_set1_epi32(SNIPI_UNSCALED_LEAST), max_bits = _mm512_set1_epi32((int)snipi_bits(run->e.max));
+    const __m512i range = _mm512_set1_epi32(SNIPI_UNSCALED_MOST - SNIPI_UNSCALED_LEAST);
+    const __m512i last = _mm512_set1_epi32((int)snipi_last_in_range(run));
+    __mmask16 beyond = 0;
+    for (int i = 0; i < tiles; i += 16) {
         const __mmask16 live = (__mmask16)(tiles - i >= 16 ? 0xFFFF : (1 << (tiles - i)) - 1);
-        __m512i a = _mm512_loadu_si512(amax + i), k, up;
-        __m512 s, v;
-        if (_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(a, least), range)) return 0;
+        __m512i a = _mm512_loadu_si512(amax + i);
+        snipi_scales512 s;
+        int ordinary = !_mm512_mask_cmpgt_epu32_mask(live, _mm512_sub_epi32(a, least), range);
         a = _mm512_mask_mov_epi32(least, live, a);
-        k = _mm512_sub_epi32(_mm512_srli_epi32(a, 23), _mm512_set1_epi32(127 + q->e.emax));  // as in snipi_scale_of
-        if (kind == SNIP_SCALE_POW2 || kind == SNIP_SCALE_UE8M0_UP) {
-            up = _mm512_and_si512(max_bits, fraction);
-            k = _mm512_mask_add_epi32(k, _mm512_cmpgt_epi32_mask(_mm512_and_si512(a, fraction), up), k,
-                                      _mm512_set1_epi32(1));
-        }
         if (kind == SNIP_SCALE_F32) {
-            s = snipi_quotient512(_mm512_castsi512_ps(a), _mm512_castsi512_ps(max_bits));
-            v = snipi_quotient512(_mm512_castsi512_ps(max_bits), _mm512_castsi512_ps(a));
-        } else if (kind == SNIP_SCALE_UE4M3) {  // E4M3 by adding a power of two, as >>simd's runs
-            const float sixth = tensor_inverse * snipi_float(0x3E2AAAABu);
-            __m512 y = _mm512_mul_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(sixth)), power, sum;
-            __m512i e;
-            SNIPI_KEPT512(y);
-            if (_mm512_mask_cmplt_epu32_mask(live, _mm512_castps_si512(y), _mm512_set1_epi32((127 - 10) << 23)))
-                return 0;  // perhaps a scale of 0
-            y = _mm512_castsi512_ps(
-                _mm512_min_epi32(_mm512_castps_si512(y), _mm512_set1_epi32((int)snipi_bits(448.0f))));
-            e = _mm512_max_epi32(_mm512_andnot_si512(fraction, _mm512_castps_si512(y)),
-                                 _mm512_set1_epi32((127 - 6) << 23));
-            power = _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(20 << 23)));
-            sum = _mm512_add_ps(y, power);
-            SNIPI_KEPT512(sum);
-            y = _mm512_sub_ps(sum, power);
-            SNIPI_KEPT512(y);
-            k = _mm512_add_epi32(
-                _mm512_castps_si512(sum),
-                _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(e, 23), _mm512_set1_epi32(127 - 6)), 3));
-            k = _mm512_and_si512(k, _mm512_set1_epi32(0x7F));
-            s = _mm512_mul_ps(y, _mm512_set1_ps(tensor_scale));
-            if (_mm512_mask_cmpgt_epu32_mask(
-                    live, _mm512_sub_epi32(_mm512_castps_si512(s), _mm512_set1_epi32((127 - 100) << 23)),
-                    _mm512_set1_epi32(200 << 23)))
-                return 0;
-            v = snipi_quotient512(_mm512_set1_ps(1.0f), s);
-            if (bytes) _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, k);
-        } else {
-            s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(one, k), 23));
-            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(one, k), 23));
-            if (bytes && kind != SNIP_SCALE_POW2)
-                _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, _mm512_add_epi32(one, k));
-        }
-        _mm512_storeu_ps(scale + i, s);
-        _mm512_storeu_ps(inverse + i, v);
+            s.scale = snipi_quotient512(_mm512_castsi512_ps(a), _mm512_castsi512_ps(max_bits));
+            s.inverse = snipi_quotient512(_mm512_castsi512_ps(max_bits), _mm512_castsi512_ps(a));
+            s.byte = _mm512_setzero_si512();
+        } else if (kind == SNIP_SCALE_UE4M3) {
+            int scales_ordinary;
+            s = snipi_scale_ue4m3_512(a, tensor_scale, tensor_inverse, live, &scales_ordinary);
+            ordinary &= scales_ordinary;
+        } else
+            s = snipi_scale_pow2_512(kind, run->e, a);
+        if (!ordinary) return 0;
+        const __m512i y = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(a), s.inverse));
+        beyond |= _mm512_mask_cmpgt_epi32_mask(live, y, last);
+        _mm512_storeu_ps(scale + i, s.scale);
+        _mm512_storeu_ps(inverse + i, s.inverse);
+        _mm512_mask_cvtepi32_storeu_epi8(bytes + i, live, s.byte);
     }
+    *capped = beyond != 0;
     return 1;
 }
 
-// `plain`: codes alone, none beyond the largest.
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *q, const snipi_strip *s,
-                                                            const int stochastic, const int sums, const int narrow,
-                                                            const int plain) {
-    const snipi_codec512 k = snipi_codec512_of(q);
-    const __m512i turn = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift),
-                  sign_shift = _mm512_set1_epi16((short)q->e.sign);
-    const __m512i sign_bytes = _mm512_set1_epi8((char)q->k.sign),
-                  bytes_kept = _mm512_set1_epi8((char)(2 * q->k.sign - 1));
-    const int packed = q->packed, capped = plain ? 0 : s->capped, step = s->one_scale ? 0 : 1, rows = s->pieces > 1,
-              fetched = rows || s->one_scale ? 4 : 3;
-    const int stream = q->stream && ((uintptr_t)s->values & 63) == 0 && (s->value_stride & 15) == 0;
-    const int stream_codes = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0 &&
-                             s->length % 128 == 0;
-    const float *scale = s->scale, *inverse = s->inverse;
-    snipi_rounds rounds;
-    snipi_tally *t = s->tally;
-    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq),
-            total_dot = _mm512_loadu_pd(t->dot), dot = _mm512_setzero_pd();
-    __m512 sum_sq = _mm512_setzero_ps(), err_sq = sum_sq;
-    __m512i over = _mm512_setzero_si512();
-    __m256i half = _mm256_setzero_si256();  // of a line of packed codes
-    uint32_t words[128];
-    int piece, g, in_tile = 0;
-    if (stochastic) rounds = snipi_rounds_of(s->key, (uint32_t)(s->first >> 32));
-    for (piece = 0; piece < s->pieces; piece++) {
-        const float *x = s->x + piece * s->x_stride,
-                    *weight = !plain && s->weight ? s->weight + piece * s->x_stride : NULL;
-        const uint32_t *random = words, first = (uint32_t)(s->first + (uint64_t)piece * s->step);
-        float *values = !plain && s->values ? s->values + piece * s->value_stride : NULL;
-        uint8_t *codes = plain || s->codes ? s->codes + piece * s->code_stride : NULL;
-        const char *ahead = s->ahead + piece * s->ahead_stride;
-        const int64_t length = s->length, line = 16 * s->ahead_size;
-        int64_t i;
-        if (fetched == 3) ahead += length * s->ahead_size / 4;  // the first quarter was fetched with the maxima
-        for (i = 0; i < length; i += 64, ahead += fetched * line) {
-            __m512i word[4];
-            if (stochastic) random = s->random ? s->random + piece * s->random_stride + i : words + i % 128;
-            if (stochastic && !s->random && i % 128 == 0)
-                snipi_philox_avx512_4(&rounds, first + (uint32_t)(i >> 2), words);
-            SNIPI_UNROLL
-            for (g = 0; g < 4; g++) {
-                const int64_t at = i + 16 * g;
-                __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(*inverse)), value;
-                if (rows)
-                    _mm_prefetch(ahead + g * line, _MM_HINT_T1);  // they may share sets of the nearest cache
-                else if (g < fetched)
-                    _mm_prefetch(ahead + g * line, _MM_HINT_T0);
-                SNIPI_KEPT512(y);
-                if (stochastic)
-                    value = snipi_stochastic512(&k, y,
-                                                _mm512_srlv_epi32(_mm512_loadu_si512(random + 16 * g), random_shift),
-                                                capped, &over, &word[g]);
-                else
-                    value = snipi_nearest512(&k, y, capped, &over, &word[g]);
-                if (stochastic && (values || weight))
-                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value),
-                                                                          _mm512_castps_si512(y), k.sign_bit, 0xF8));
-                if (sums) {
-                    __m512 to = stochastic && !(values || weight)
-                                    ? _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude))
-                                    : y;
-                    __m512 d = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(d, d);
-                    SNIPI_KEPT512(v2);
-                    SNIPI_KEPT512(d2);
-                    sum_sq = _mm512_add_ps(sum_sq, v2);
-                    err_sq = _mm512_add_ps(err_sq, d2);
-                    if (weight) {
-                        __m512 w = _mm512_loadu_ps(weight + at);
-                        dot = _mm512_fmadd_pd(SNIPI_LOW(w), SNIPI_LOW(d), dot);
-                        dot = _mm512_fmadd_pd(SNIPI_HIGH(w), SNIPI_HIGH(d), dot);
-                    }
-                }
-                if (values) {
-                    value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value),
-                                                                          _mm512_castps_si512(y), k.sign_bit, 0xF8));
-                    value = _mm512_mul_ps(value, _mm512_set1_ps(*scale));
-                    if (stream)
-                        _mm512_stream_ps(values + at, value);
-                    else
-                        _mm512_storeu_ps(values + at, value);
-                }
-                if (stochastic)
-                    word[g] = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word[g], shift), _mm512_castps_si512(y),
-                                                        k.sign_bit, 0xF8);
-                word[g] = g == 0   ? _mm512_rol_epi32(word[g], 1)
-                          : g == 1 ? _mm512_rol_epi32(word[g], 9)
-                          : g == 2 ? _mm512_rol_epi32(word[g], 17)
-                                   : _mm512_rol_epi32(word[g], 25);
-                if (narrow || g == 3) {
-                    in_tile += narrow ? 16 : 64;
-                    if (in_tile == s->width || (g == 3 && i + 64 == length)) {
-                        if (sums) {
-                            const __m512d one = _mm512_set1_pd((double)*scale), square = _mm512_mul_pd(one, one);
-                            total_sq = snipi_fold512(total_sq, sum_sq, square);
-                            total_err = snipi_fold512(total_err, err_sq, square);
-                            sum_sq = err_sq = _mm512_setzero_ps();
-                            if (weight) {
-                                __m512d w = _mm512_mul_pd(dot, one);
-                                SNIPI_KEPT512(w);
-                                total_dot = _mm512_add_pd(total_dot, w);
-                                dot = _mm512_setzero_pd();
-                            }
-                        }
-                        in_tile = 0;
-                        scale += step;
-                        inverse += step;
-                    }
-                }
-            }
-            if (codes) {  // byte g of dword j is the code of element 16 g + j
-                __m512i bytes = _mm512_ternarylogic_epi32(
-                    _mm512_set1_epi32(0x0000FFFF),
-                    _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x000000FF), word[0], word[1], 0xCA),
-                    _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00FF0000), word[2], word[3], 0xCA), 0xCA);
-                bytes = _mm512_permutexvar_epi32(turn, _mm512_shuffle_epi8(bytes, spread));
-                bytes = _mm512_ternarylogic_epi32(sign_bytes, _mm512_sllv_epi16(bytes, sign_shift),
-                                                  _mm512_srli_epi16(bytes, 1), 0xCA);
-                bytes = _mm512_and_si512(bytes, bytes_kept);
-                if (packed) {  // low + 16 * high
-                    __m256i pairs = _mm512_maskz_cvtepi16_epi8(0xFFFFFFFF,
-                                                               _mm512_or_si512(bytes, _mm512_srli_epi16(bytes, 4)));
-                    if (stream_codes && i % 128 == 0)
-                        half = pairs;
-                    else if (stream_codes)
-                        _mm512_stream_si512((__m512i *)(void *)(codes + i / 2 - 32),
-                                            _mm512_inserti64x4(_mm512_castsi256_si512(half), pairs, 1));
-                    else
-                        _mm256_storeu_si256((__m256i *)(void *)(codes + i / 2), pairs);
-                } else if (stream_codes)
-                    _mm512_stream_si512((__m512i *)(void *)(codes + i), bytes);
-                else
-                    _mm512_storeu_si512(codes + i, bytes);
-            }
-        }
+// Eight elements from p and eight from p + below, as floats side by side.
+SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_two_rows512(const char *p, int64_t below, int bf16) {
+    const __m256i *high = (const __m256i *)(const void *)(p + below);
+    if (bf16) {
+        const __m256i top = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+        const __m256i both = _mm256_inserti128_si256(top, _mm_loadu_si128((const __m128i *)(const void *)high), 1);
+        return _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(0xFFFF, both), 16);
     }
-    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
-    if (!sums) return;
-    _mm512_storeu_pd(t->sum_sq, total_sq);
-    _mm512_storeu_pd(t->err_sq, total_err);
-    _mm512_storeu_pd(t->dot, total_dot);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p)),
+                              _mm256_loadu_si256(high), 1);
 }
 
-SNIPI_TARGET_AVX512 static void snipi_strip_avx512(const snipi_run *q, const snipi_strip *s) {
-    const int narrow = s->width < 64,
-              plain = s->codes && !s->values && !s->weight && !s->capped;  // constants below: a loop each
-    if (q->stochastic) {
-        if (q->want_sums && plain && !narrow)
-            snipi_strip_avx512_as(q, s, 1, 1, 0, 1);
-        else if (q->want_sums && narrow)
-            snipi_strip_avx512_as(q, s, 1, 1, 1, 0);
-        else if (q->want_sums)
-            snipi_strip_avx512_as(q, s, 1, 1, 0, 0);
-        else
-            snipi_strip_avx512_as(q, s, 1, 0, 1, 0);
-    } else if (plain && !narrow && q->want_sums)
-        snipi_strip_avx512_as(q, s, 0, 1, 0, 1);
-    else if (plain && !narrow)
-        snipi_strip_avx512_as(q, s, 0, 0, 0, 1);
-    else if (q->want_sums && narrow)
-        snipi_strip_avx512_as(q, s, 0, 1, 1, 0);
-    else if (q->want_sums)
-        snipi_strip_avx512_as(q, s, 0, 1, 0, 0);
-    else if (narrow)
-        snipi_strip_avx512_as(q, s, 0, 0, 1, 0);
-    else
-        snipi_strip_avx512_as(q, s, 0, 0, 0, 0);
-}
-
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_transpose512(__m512i v[16]) {
-    __m512i w[16];
-    int i;
-    SNIPI_UNROLL
-    for (i = 0; i < 8; i++) {  // dwords of neighbours, then pairs, then 128-bit lanes
-        w[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        w[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    SNIPI_UNROLL
-    for (i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-    }
-    SNIPI_UNROLL
-    for (i = 0; i < 4; i++) {
-        w[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        w[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xDD);
-        w[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        w[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xDD);
-    }
-    SNIPI_UNROLL
-    for (i = 0; i < 4; i++) {
-        v[i] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(w[i], w[i + 8], 0xDD);
-        v[i + 4] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0x88);
-        v[i + 12] = _mm512_shuffle_i32x4(w[i + 4], w[i + 12], 0xDD);
-    }
-}
-
-SNIPI_TARGET_AVX512 static void snipi_copy_avx512(const void *x, int bf16, int64_t at, int64_t ld, int r0, int cols,
-                                                  int height, float *block, uint32_t *amax) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+// A panel: 16 columns of `rows` rows of x. Halves of rows 8 apart are loaded side by side, so that shuffles of two
+// halves are left; halves of one row one after the other, as rows may share sets of the nearest cache.
+SNIPI_TARGET_AVX512 static void snipi_turn_avx512(const void *x, int bf16, int64_t ld, int rows, float *panel) {
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     const int64_t size = bf16 ? 2 : 4;
-    int r, v;
-    at += r0 * ld;
-    block += r0 * SNIPI_PANEL_LD;
-    amax += r0 / height * SNIPI_RUN;
-    for (v = 0; v < cols; v += 16) {
-        const char *p = (const char *)x + (at + v) * size;
-        __m512i most = r0 % height ? _mm512_loadu_si512(amax + v) : _mm512_setzero_si512();
-        for (r = 0; r < SNIPI_BATCH; r++, p += ld * size) {
-            __m512i u = bf16 ? _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(
-                                                     0xFFFF, _mm256_loadu_si256((const __m256i *)(const void *)p)),
-                                                 16)
-                             : _mm512_loadu_si512(p);
-            _mm512_storeu_si512(block + r * SNIPI_PANEL_LD + v, u);
-            most = _mm512_max_epu32(most, _mm512_and_si512(u, magnitude));
-        }
-        _mm512_storeu_si512(amax + v, most);
-    }
-}
-
-// 4 words each for the counters `index` (8, in 64-bit lanes) of 16 columns, even ones and odd ones.
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_random512(snip_rng_key key, __m512i even, __m512i odd, __m512i out[4]) {
-    const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-    __m512i c[2][4];
-    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
-    int round, g;
-    c[0][0] = even;
-    c[1][0] = odd;
-    SNIPI_UNROLL
-    for (g = 0; g < 2; g++) {
-        c[g][1] = _mm512_srli_epi64(c[g][0], 32);
-        c[g][2] = _mm512_set1_epi64((int64_t)key.step);
-        c[g][3] = _mm512_set1_epi64((int64_t)key.tensor);
-    }
-    SNIPI_UNROLL
-    for (round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    for (int r = 0; r < rows; r += 16) {
+        const char *from = (const char *)x + r * ld * size;
+        __m512i v[2][8], w[8];
         SNIPI_UNROLL
-        for (g = 0; g < 2; g++) {
-            __m512i p0 = _mm512_mul_epu32(c[g][0], m0), p1 = _mm512_mul_epu32(c[g][2], m1);
-            c[g][0] = SNIPI_XOR3_8(SNIPI_UPPER_8(p1), c[g][1], _mm512_set1_epi32((int)k0));
-            c[g][2] = SNIPI_XOR3_8(SNIPI_UPPER_8(p0), c[g][3], _mm512_set1_epi32((int)k1));
-            c[g][1] = p1;
-            c[g][3] = p0;
+        for (int i = 0; i < 8; i++) {
+            v[0][i] = snipi_two_rows512(from + i * ld * size, 8 * ld * size, bf16);
+            v[1][i] = snipi_two_rows512(from + (i * ld + 8) * size, 8 * ld * size, bf16);
         }
-    }
-    SNIPI_UNROLL
-    for (g = 0; g < 4; g++) out[g] = _mm512_mask_shuffle_epi32(c[0][g], 0xAAAA, c[1][g], _MM_PERM_CCAA);
-}
-
-SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_columns_avx512_as(const snipi_run *q, const snipi_columns *s,
-                                                              const int stochastic, const int sums, const int packed) {
-    const snipi_codec512 k = snipi_codec512_of(q);
-    const int each = packed ? 8 : 4, bits = packed ? 4 : 8, rows = 16 * each,
-              capped = s->capped;  // rows to a dword, to a register of them
-    const __m512i random_shift = _mm512_set1_epi32(q->k.random_shift), shift = _mm512_set1_epi32(q->k.shift);
-    const __m512i lanes = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), step = _mm512_set1_epi64((int64_t)s->step);
-    const __m512i signs = _mm512_set1_epi32((int)(packed ? 0x88888888u : 0x01010101u << q->e.sign)),
-                  kept = _mm512_set1_epi32((int)(packed ? 0xFFFFFFFFu : 0x01010101u * (uint32_t)(2 * q->k.sign - 1)));
-    const __m512i sign_shift = _mm512_set1_epi32(q->e.sign);
-    const int stream = q->stream && ((uintptr_t)s->codes & 63) == 0 && (s->code_stride & 63) == 0;
-    snipi_tally *t = s->tally;
-    __m512d total_sq = _mm512_loadu_pd(t->sum_sq), total_err = _mm512_loadu_pd(t->err_sq);
-    __m512i over = _mm512_setzero_si512();
-    int c, r0, d, j, g, i;
-    for (c = 0; c < s->cols; c += 16) {
-        const __m512i columns = _mm512_add_epi64(_mm512_set1_epi64(c), lanes);
-        const __m512i even = _mm512_add_epi64(_mm512_set1_epi64((int64_t)s->first), _mm512_mullo_epi64(columns, step)),
-                      odd = _mm512_add_epi64(even, step);
-        __m512i sum_sq[16], err_sq[16];  // by row modulo 16
-        if (sums)
-            for (i = 0; i < 16; i++) sum_sq[i] = err_sq[i] = _mm512_setzero_si512();
-        for (r0 = 0; r0 < SNIPI_RUN; r0 += rows) {
-            __m512i out[16];
-            for (d = 0; d < 16; d++) {
-                const int r = r0 + each * d, line = (c * SNIPI_RUN / 16 + r);
-                const __m512 inverse = _mm512_loadu_ps(s->inverse + r / s->height * SNIPI_RUN + c);
-                __m512i all = _mm512_setzero_si512(), random[4];
-                if (line < 8 * s->ahead_rows) SNIPI_UNROLL
-                for (j = 0; j < each; j++)
-                    _mm_prefetch(s->ahead + (line >> 3) * s->ahead_stride + ((line & 7) + j) * 64, _MM_HINT_T1);
-                SNIPI_UNROLL
-                for (j = 0; j < each; j++) {
-                    __m512 y = _mm512_mul_ps(_mm512_loadu_ps(s->x + (r + j) * SNIPI_PANEL_LD + c), inverse), value,
-                           to = y;
-                    const __m512i place = _mm512_set1_epi32((int)(((1u << bits) - 1u) << (bits * j)));
-                    __m512i word;
-                    SNIPI_KEPT512(y);
-                    if (stochastic) {
-                        if (j % 4 == 0) {
-                            const __m512i block = _mm512_set1_epi64((r + j) / 4);
-                            snipi_random512(s->key, _mm512_add_epi64(even, block), _mm512_add_epi64(odd, block),
-                                            random);
-                        }
-                        value = snipi_stochastic512(&k, y, _mm512_srlv_epi32(random[j % 4], random_shift), capped,
-                                                    &over, &word);
-                        word = _mm512_ternarylogic_epi32(_mm512_srlv_epi32(word, shift), _mm512_castps_si512(y),
-                                                         k.sign_bit, 0xF8);
-                        if (sums) to = _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(y), k.magnitude));
-                    } else
-                        value = snipi_nearest512(&k, y, capped, &over, &word);
-                    word = _mm512_rolv_epi32(word, _mm512_set1_epi32((bits * j + 1) & 31));
-                    all = j == 0 ? word : _mm512_ternarylogic_epi32(place, word, all, 0xCA);
-                    if (sums) {
-                        __m512 dv = _mm512_sub_ps(value, to), v2 = _mm512_mul_ps(y, y), d2 = _mm512_mul_ps(dv, dv);
-                        SNIPI_KEPT512(v2);
-                        SNIPI_KEPT512(d2);
-                        i = (each * d + j) % 16;
-                        sum_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum_sq[i]), v2));
-                        err_sq[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(err_sq[i]), d2));
-                    }
-                }
-                all = _mm512_ternarylogic_epi32(signs, _mm512_sllv_epi32(all, sign_shift), _mm512_srli_epi32(all, 1),
-                                                0xCA);
-                out[d] = _mm512_and_si512(all, kept);
+        SNIPI_UNROLL
+        for (int half = 0; half < 2; half++) {
+            const __m512i *row = v[half];
+            float *to = panel + 8 * half * SNIPI_PANEL_LD + r;
+            SNIPI_UNROLL
+            for (int i = 0; i < 8; i += 4) {  // 4 x 4 elements of rows i .. i + 3
+                const __m512i low = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+                const __m512i high = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+                const __m512i low2 = _mm512_unpacklo_epi32(row[i + 2], row[i + 3]);
+                const __m512i high2 = _mm512_unpackhi_epi32(row[i + 2], row[i + 3]);
+                w[i] = _mm512_unpacklo_epi64(low, low2);
+                w[i + 1] = _mm512_unpackhi_epi64(low, low2);
+                w[i + 2] = _mm512_unpacklo_epi64(high, high2);
+                w[i + 3] = _mm512_unpackhi_epi64(high, high2);
             }
-            if (!s->codes) continue;
-            snipi_transpose512(out);
-            for (g = 0; g < 16; g++) {
-                uint8_t *codes = s->codes + (c + g) * s->code_stride + (packed ? 0 : r0);
-                if (stream)
-                    _mm512_stream_si512((__m512i *)(void *)codes, out[g]);
-                else
-                    _mm512_storeu_si512(codes, out[g]);
-            }
-        }
-        if (sums) {
-            snipi_transpose512(sum_sq);
-            snipi_transpose512(err_sq);
-            for (i = 0; i < 16; i++) {
-                const __m512d one = _mm512_set1_pd((double)s->scale[c + i]), square = _mm512_mul_pd(one, one);
-                total_sq = snipi_fold512(total_sq, _mm512_castsi512_ps(sum_sq[i]), square);
-                total_err = snipi_fold512(total_err, _mm512_castsi512_ps(err_sq[i]), square);
+            SNIPI_UNROLL
+            for (int i = 0; i < 4; i++) {  // 128 bits of four rows each: those of w[i], then those of w[i + 4]
+                _mm512_storeu_si512(to + i * SNIPI_PANEL_LD, _mm512_permutex2var_epi64(w[i], even, w[i + 4]));
+                _mm512_storeu_si512(to + (i + 4) * SNIPI_PANEL_LD, _mm512_permutex2var_epi64(w[i], odd, w[i + 4]));
             }
         }
     }
-    if (_mm512_test_epi32_mask(over, over)) t->saturated += _mm512_reduce_add_epi32(over);
-    if (!sums) return;
-    _mm512_storeu_pd(t->sum_sq, total_sq);
-    _mm512_storeu_pd(t->err_sq, total_err);
 }
 
-SNIPI_TARGET_AVX512 static void snipi_columns_avx512(const snipi_run *q, const snipi_columns *s) {
-    const int stochastic = q->stochastic, sums = q->want_sums;
-    if (q->packed) {
-        if (stochastic && sums)
-            snipi_columns_avx512_as(q, s, 1, 1, 1);
-        else if (stochastic)
-            snipi_columns_avx512_as(q, s, 1, 0, 1);
-        else if (sums)
-            snipi_columns_avx512_as(q, s, 0, 1, 1);
-        else
-            snipi_columns_avx512_as(q, s, 0, 0, 1);
-    } else if (stochastic && sums)
-        snipi_columns_avx512_as(q, s, 1, 1, 0);
-    else if (stochastic)
-        snipi_columns_avx512_as(q, s, 1, 0, 0);
-    else if (sums)
-        snipi_columns_avx512_as(q, s, 0, 1, 0);
-    else
-        snipi_columns_avx512_as(q, s, 0, 0, 0);
+// Largest magnitude of rows x cols elements, NaN and infinity included.
+SNIPI_TARGET_AVX512 static uint32_t snipi_largest_avx512(const void *x, int bf16, int64_t ld, int64_t rows,
+                                                         int64_t cols) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c += 16) {
+            const __mmask16 there = (__mmask16)(cols - c >= 16 ? 0xFFFF : (1 << (cols - c)) - 1);
+            const int64_t at = r * ld + c;
+            __m512i u;
+            if (bf16)
+                u = _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(
+                                          0xFFFF, _mm256_maskz_loadu_epi16(there, (const uint16_t *)x + at)), 16);
+            else
+                u = _mm512_maskz_loadu_epi32(there, (const float *)x + at);
+            most = _mm512_max_epu32(most, _mm512_and_si512(u, _mm512_set1_epi32(0x7FFFFFFF)));
+        }
+    return (uint32_t)_mm512_reduce_max_epu32(most);
 }
 
 SNIPI_TARGET_AVX2 static void snipi_transpose_avx2(const float *x, int64_t ld, int rows, int cols, float *out,
@@ -9229,8 +9341,7 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
     static const snipi_vector avx512 = { snipi_amax_avx512,    snipi_philox_avx512, snipi_run_avx2,
                                          snipi_transpose_avx2, snipi_widen_avx2,    snipi_narrow_avx2,
                                          snipi_decode_avx512,  snipi_sums_avx2,     snipi_peaks_avx512,
-                                         snipi_scales_avx512,  snipi_strip_avx512,  snipi_copy_avx512,
-                                         snipi_columns_avx512 };
+                                         snipi_scales_avx512,  snipi_strip_avx512,  snipi_words_avx512, snipi_turn_avx512, snipi_largest_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa >= SNIP_ISA_AVX512) return &avx512;
     if (isa >= SNIP_ISA_AVX2) return &avx2;
