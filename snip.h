@@ -1379,8 +1379,8 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 
 // >>quantize-impl ----------------------------------------------------------------------------------
 // One engine serves quantize, its transpose, both at once and fake quantize. It sees a logical [rows][cols] matrix,
-// whose source may be BF16 or lie transposed. Tiles are taken in batches: first the largest magnitude of each tile, then
-// the scales, which are stored, then the codes, so that one tile's divisions do not hold up the next tile's codes.
+// whose source may be BF16 or lie transposed. Tiles are taken in batches: first the largest magnitude of each tile,
+// then the scales, which are stored, then the codes, so that one tile's divisions do not hold up the next tile's codes.
 //
 // Codes are made in runs of at most SNIPI_RUN elements of a row of a tile. What a run does is written down in
 // snipi_run_scalar; >>simd has the same, bit for bit, for finite runs of ordinary size. A strip is many runs, side by
@@ -1390,26 +1390,43 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // of a run are taken in units of its scale, in float, element i in lane i % 16. Lanes i and i + 8 are then added in
 // double and times scale^2 to lane i of the chunk's tally. Lanes are added up in order, chunk after chunk.
 enum { SNIPI_RUN = 128 };  // elements, the default tile's width
+
 enum { SNIPI_LANES = 8 };
 
 // Rows of a transposed source lie a column apart. A panel holds a few of them in sequence.
-enum { SNIPI_PANEL_LINE = 16 };            // floats of a cache line
-enum { SNIPI_PANEL_ROWS = 16 };            // a cache line of each row of the source
-enum { SNIPI_PANEL_LD = SNIPI_RUN + 16 };  // floats from row to row: 576 bytes, so that rows share no sets of the caches
-enum { SNIPI_ORDER_ROWS = 64 };            // that are summed over one column of tiles before the next column comes
+enum { SNIPI_PANEL_LINE = 16 };  // floats of a cache line
 
-enum { SNIPI_STRIP = 2048 };                   // elements to a batch: 8 KiB, which stay in the nearest cache
-enum { SNIPI_TILES = SNIPI_STRIP / 16 };       // to a batch, at most: as many as the narrowest strips have
-enum { SNIPI_BATCH = 16 };                     // tiles to a batch where strips do not apply
-enum { SNIPI_BATCH_ELEMENTS = 4096 };          // of these tiles together: 16 KiB, half of the nearest cache
-enum { SNIPI_WORDS = 512 };                    // random words that are made ahead of a strip: 2 KiB of stack
-enum { SNIPI_STREAM = 1 << 23 };               // elements from which codes and values go past the caches: 32 MiB of floats
-enum { SNIPI_BAND = 2 * SNIPI_RUN };           // rows that blocks go down before they go on to the right
-enum { SNIPI_AHEAD_STRIP = 8192 };             // bytes from a long strip to what is fetched meanwhile
+enum { SNIPI_PANEL_ROWS = 16 };  // a cache line of each row of the source
+
+enum {
+    SNIPI_PANEL_LD = SNIPI_RUN + 16
+};  // floats from row to row: 576 bytes, so that rows share no sets of the caches
+
+enum { SNIPI_ORDER_ROWS = 64 };  // that are summed over one column of tiles before the next column comes
+
+enum { SNIPI_STRIP = 2048 };  // elements to a batch: 8 KiB, which stay in the nearest cache
+
+enum { SNIPI_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
+
+enum { SNIPI_BATCH = 16 };  // tiles to a batch where strips do not apply
+
+enum { SNIPI_BATCH_ELEMENTS = 4096 };  // of these tiles together: 16 KiB, half of the nearest cache
+
+enum { SNIPI_WORDS = 512 };  // random words that are made ahead of a strip: 2 KiB of stack
+
+enum { SNIPI_STREAM = 1 << 23 };  // elements from which codes and values go past the caches: 32 MiB of floats
+
+enum { SNIPI_BAND = 2 * SNIPI_RUN };  // rows that blocks go down before they go on to the right
+
+enum { SNIPI_AHEAD_STRIP = 8192 };  // bytes from a long strip to what is fetched meanwhile
 
 // Magnitudes, as bits of floats, between which sums in units of the scale neither overflow nor lose digits.
-enum { SNIPI_UNITS_LEAST = (127 - 64) << 23 };     // 2^-64: below, x * (1 / scale) would lose subnormal x
-enum { SNIPI_UNSCALED_LEAST = (127 - 40) << 23 };  // 2^-40, 2^40: of elements without a scale, whose squares add up in float
+enum { SNIPI_UNITS_LEAST = (127 - 64) << 23 };  // 2^-64: below, x * (1 / scale) would lose subnormal x
+
+enum {
+    SNIPI_UNSCALED_LEAST = (127 - 40) << 23
+};  // 2^-40, 2^40: of elements without a scale, whose squares add up in float
+
 enum { SNIPI_UNSCALED_MOST = (127 + 40) << 23 };
 
 // Sums of a chunk; nonfinite and saturated as in snip_quant_stats.
@@ -1427,16 +1444,16 @@ typedef struct {
 
     // What >>simd derives from the format: bits of floats, and shifts.
     struct {
-        int32_t least;          // smallest normal number
-        int32_t cap;            // to which magnitudes are cut before they are rounded
-        int32_t beyond;         // largest that still rounds to the format's largest
-        int32_t magic;          // with the exponent: the power of two that rounds at the last place when it is added
-        int32_t unit;           // 2^mantissa, as a step of exponents
-        int32_t shift;          // from a float's mantissa to a code's
-        int32_t sign_shift;     // from a float's sign to a code's
-        int32_t sign;           // the code's sign
-        int32_t random_shift;   // from a random word to the bits below the last place
-        int32_t power[32];      // that power of two, by the exponent's lower five bits
+        int32_t least;         // smallest normal number
+        int32_t cap;           // to which magnitudes are cut before they are rounded
+        int32_t beyond;        // largest that still rounds to the format's largest
+        int32_t magic;         // with the exponent: the power of two that rounds at the last place when it is added
+        int32_t unit;          // 2^mantissa, as a step of exponents
+        int32_t shift;         // from a float's mantissa to a code's
+        int32_t sign_shift;    // from a float's sign to a code's
+        int32_t sign;          // the code's sign
+        int32_t random_shift;  // from a random word to the bits below the last place
+        int32_t power[32];     // that power of two, by the exponent's lower five bits
     } k;
 
     const float *x;
@@ -1462,15 +1479,15 @@ typedef struct {
     int64_t stride, length;
     int pieces;
     int width, log2_width;
-    int runs;  // to a piece, of a scale each; 0: all have one scale
+    int runs;                      // to a piece, of a scale each; 0: all have one scale
     int capped;                    // some may lie beyond the largest
     const float *scale, *inverse;  // [pieces][runs to a piece], or one
     uint8_t *codes;                // or NULL
     float *values;                 // or NULL
     int64_t code_stride, value_stride;
     snipi_tally *tally;
-    const uint32_t *random;  // [pieces][length], a word per element
-    const char *ahead;     // what is read next: `pieces` rows of `length` elements
+    const uint32_t *random;            // [pieces][length], a word per element
+    const char *ahead;                 // what is read next: `pieces` rows of `length` elements
     int64_t ahead_size, ahead_stride;  // bytes of an element, from row to row
     int fetched;                       // quarters of it that are fetched with the peaks
 } snipi_strip;
@@ -1807,8 +1824,8 @@ typedef struct {
     int64_t stride;
 } snipi_floats;
 
-// Rows [row, row + SNIPI_PANEL_ROWS) x columns [col, col + cols) of a transposed source; with a weight half as many rows,
-// and their weights in the other half. Or the `cols` elements of a BF16 source from (row, col), in sequence.
+// Rows [row, row + SNIPI_PANEL_ROWS) x columns [col, col + cols) of a transposed source; with a weight half as many
+// rows, and their weights in the other half. Or the `cols` elements of a BF16 source from (row, col), in sequence.
 typedef struct {
     int64_t row, col;  // row -1: empty
     int cols;
@@ -1822,7 +1839,7 @@ static void snipi_panel_begin(snipi_panel *panel) {
     panel->at = panel->memory + (line - (uintptr_t)panel->memory % line) / sizeof(float);
 }
 
-static int snipi_panel_rows(const snipi_matrix *matrix) {
+static int snipi_matrix_panel_rows(const snipi_matrix *matrix) {
     return matrix->weight ? SNIPI_PANEL_ROWS / 2 : SNIPI_PANEL_ROWS;
 }
 
@@ -1855,11 +1872,11 @@ static void snipi_fill_panel(const snipi_matrix *matrix, snipi_panel *panel, int
         matrix->vector->widen((const uint16_t *)x, cols, panel->at);
         return;
     }
-    const int rows = (int)snipi_min(snipi_panel_rows(matrix), matrix->rows - row);
+    const int rows = (int)snipi_min(snipi_matrix_panel_rows(matrix), matrix->rows - row);
     snipi_fill_turned(matrix, x, rows, cols, panel->at);
     if (matrix->weight)
-        matrix->vector->transpose(matrix->weight + at, matrix->ld, cols, rows, panel->at + SNIPI_PANEL_ROWS / 2 * SNIPI_PANEL_LD,
-                                  SNIPI_PANEL_LD);
+        matrix->vector->transpose(matrix->weight + at, matrix->ld, cols, rows,
+                                  panel->at + SNIPI_PANEL_ROWS / 2 * SNIPI_PANEL_LD, SNIPI_PANEL_LD);
 }
 
 // Elements [col, col + cols) of a row, at most SNIPI_STRIP of them, SNIPI_RUN of a transposed source. The panel is kept
@@ -1873,7 +1890,7 @@ SNIPI_INLINE snipi_floats snipi_fetch(const snipi_matrix *matrix, snipi_panel *p
         floats.x = (const float *)matrix->x + row * matrix->ld + col;
         return floats;
     }
-    const int64_t top = matrix->transposed ? row - row % snipi_panel_rows(matrix) : row;
+    const int64_t top = matrix->transposed ? row - row % snipi_matrix_panel_rows(matrix) : row;
     if (panel->row != top || col < panel->col || col + cols > panel->col + panel->cols)
         snipi_fill_panel(matrix, panel, top, col, cols);
     floats.x = panel->at + (row - top) * SNIPI_PANEL_LD + (col - panel->col);
@@ -1909,14 +1926,15 @@ static uint32_t snipi_source_peak(const snipi_matrix *matrix, int64_t at, int64_
     return most;
 }
 
-// Tiles that are quantized together: `down` x `across` of them, tile i in row i / across. All scales of a batch with one
-// tile that is not regular are found and its codes made the slow way.
+// Tiles that are quantized together: `down` x `across` of them, tile i in row i / across. All scales of a batch with
+// one tile that is not regular are found and its codes made the slow way.
 typedef struct {
     int64_t tile_row, tile_col;  // of the first tile
     int64_t rows, cols;          // elements, ending with the matrix
     int down, across;
     int strips;  // they may be taken as a strip
-    int regular, capped;  // regular: all finite, with sums in units of the scale; capped: some may lie beyond the largest
+    int regular,
+        capped;  // regular: all finite, with sums in units of the scale; capped: some may lie beyond the largest
     int64_t nonfinite;
     uint32_t most;  // largest of amax
     uint32_t amax[SNIPI_TILES];
@@ -1950,8 +1968,7 @@ static uint32_t snipi_tile_peak(const snipi_matrix *matrix, snipi_panel *panel, 
             }
         return most;
     }
-    if (matrix->transposed)
-        return snipi_source_peak(matrix, area->c0 * matrix->ld + area->r0, cols, rows, nonfinite);
+    if (matrix->transposed) return snipi_source_peak(matrix, area->c0 * matrix->ld + area->r0, cols, rows, nonfinite);
     return snipi_source_peak(matrix, area->r0 * matrix->ld + area->c0, rows, cols, nonfinite);
 }
 
@@ -2121,7 +2138,8 @@ static void snipi_encode_one_run(const snipi_matrix *matrix, snipi_panel *panel,
     else
         matrix->vector->run(run);
     if (aside && matrix->codes) snipi_store_codes(snipi_codes_at(matrix, r, 0), 1, c, codes, n);
-    if (matrix->out && matrix->out_bf16) matrix->vector->narrow(values, n, (uint16_t *)matrix->out + r * matrix->ld_out + c);
+    if (matrix->out && matrix->out_bf16)
+        matrix->vector->narrow(values, n, (uint16_t *)matrix->out + r * matrix->ld_out + c);
 }
 
 // A tile of a batch, and what its runs share.
@@ -2160,7 +2178,7 @@ static void snipi_encode_parts(const snipi_matrix *matrix, snipi_panel *panel, c
     const snipi_area *area = &tile->area;
     const int64_t width = area->c1 - area->c0;
     if (matrix->transposed) {
-        const int height = snipi_panel_rows(matrix);
+        const int height = snipi_matrix_panel_rows(matrix);
         for (int64_t top = area->r0; top < area->r1; top += SNIPI_ORDER_ROWS)
             for (int64_t c = area->c0; c < area->c1; c += SNIPI_RUN) {
                 const int64_t end = snipi_min(top + SNIPI_ORDER_ROWS, area->r1);
@@ -2282,11 +2300,11 @@ static void snipi_quantize_straight(const snipi_matrix *matrix, snipi_panel *pan
 
 // The same of a transposed source: groups of SNIPI_ORDER_ROWS rows, each column of tiles from top to bottom. Strips are
 // what a panel holds; where no sums are wanted, of several columns of tiles.
-static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1,
-                                  int64_t tc0, int64_t tc1, snipi_tally *tally) {
+static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1, int64_t tc0,
+                                  int64_t tc1, snipi_tally *tally) {
     const int64_t group = snipi_max(1, SNIPI_ORDER_ROWS / matrix->tile_rows);
     const int64_t end = snipi_min(tc1 * matrix->tile_cols, matrix->cols);
-    const int height = snipi_panel_rows(matrix);
+    const int height = snipi_matrix_panel_rows(matrix);
     snipi_batch batch;
     for (int64_t top = tr0; top < tr1; top += group)
         for (batch.tile_col = tc0; batch.tile_col < tc1; batch.tile_col += batch.across) {
@@ -2307,8 +2325,8 @@ static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel
         }
 }
 
-static void snipi_quantize_region(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1,
-                                  int64_t tc0, int64_t tc1, snipi_tally *tally) {
+static void snipi_quantize_region(const snipi_matrix *matrix, snipi_panel *panel, int64_t tr0, int64_t tr1, int64_t tc0,
+                                  int64_t tc1, snipi_tally *tally) {
     if (matrix->transposed)
         snipi_quantize_turned(matrix, panel, tr0, tr1, tc0, tc1, tally);
     else
@@ -2775,7 +2793,8 @@ static float snipi_reader_scale(const snipi_reader *reader, int64_t row, int64_t
 }
 
 // Elements [c0, c0 + n) of a row to out, `stride` apart.
-static void snipi_reader_row(const snipi_reader *reader, int64_t row, int64_t c0, int64_t n, float *out, int64_t stride) {
+static void snipi_reader_row(const snipi_reader *reader, int64_t row, int64_t c0, int64_t n, float *out,
+                             int64_t stride) {
     const uint8_t *codes = reader->codes + (size_t)row * reader->row_bytes;
     int64_t c = c0, end = c0 + n;
     if (reader->recipe->format == SNIP_BF16 && stride == 1)
@@ -2795,11 +2814,13 @@ static void snipi_reader_row(const snipi_reader *reader, int64_t row, int64_t c0
         int packed = reader->recipe->format == SNIP_E2M1;
         if (stride == 1 && !(packed && (c & 1))) {
             int part = (int)snipi_min(stop - c, 1 << 20);
-            reader->vector->decode(reader->recipe->format, reader->lut, codes + (packed ? c >> 1 : c), part, scale, out, reader->stream);
+            reader->vector->decode(reader->recipe->format, reader->lut, codes + (packed ? c >> 1 : c), part, scale, out,
+                                   reader->stream);
             c += part;
             out += part;
         } else if (packed)
-            for (; c < stop; c++, out += stride) *out = snipi_value(scale, reader->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
+            for (; c < stop; c++, out += stride)
+                *out = snipi_value(scale, reader->lut[codes[c >> 1] >> (c & 1) * 4 & 15]);
         else
             for (; c < stop; c++, out += stride) *out = snipi_value(scale, reader->lut[codes[c]]);
     }
@@ -8024,8 +8045,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512 snipi_nearest512(const snipi_codec512 *c
         y = _mm512_castsi512_ps(snipi_signed512(codec, _mm512_min_epi32(a, codec->cap), y));
     }
     power = _mm512_maskz_range_ps(0xFFFF, y, least, 3);  // the larger magnitude, with y's sign
-    power = _mm512_castsi512_ps(_mm512_permutex2var_epi32(
-        codec->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), codec->power[1]));
+    power = _mm512_castsi512_ps(
+        _mm512_permutex2var_epi32(codec->power[0], _mm512_srli_epi32(_mm512_castps_si512(power), 23), codec->power[1]));
     power = _mm512_castsi512_ps(snipi_signed512(codec, _mm512_castps_si512(power), y));
     sum = _mm512_add_ps(y, power);
     SNIPI_KEPT512(sum);
@@ -8157,18 +8178,18 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_end_run512(snipi_sums512 *sums, floa
     sums->run_dot = _mm512_setzero_pd();
 }
 
-#    define SNIPI_FETCH_LINES(p, n, hint)            \
-        do {                                         \
-            _mm_prefetch((p), hint);                 \
-            _mm_prefetch((p) + 64, hint);            \
-            _mm_prefetch((p) + 128, hint);           \
+#    define SNIPI_FETCH_LINES(p, n, hint)               \
+        do {                                            \
+            _mm_prefetch((p), hint);                    \
+            _mm_prefetch((p) + 64, hint);               \
+            _mm_prefetch((p) + 128, hint);              \
             if ((n) > 3) _mm_prefetch((p) + 192, hint); \
         } while (0)
 
 // plain: codes alone, none beyond the largest. narrow: runs of less than 64 elements.
 SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run, const snipi_strip *strip,
-                                                            const int stochastic, const int want_sums,
-                                                            const int plain, const int narrow) {
+                                                            const int stochastic, const int want_sums, const int plain,
+                                                            const int narrow) {
     const snipi_codec512 codec = snipi_codec512_of(run);
     const int capped = plain ? 0 : strip->capped, width = strip->width, log2_width = strip->log2_width;
     const int past = run->stream && ((uintptr_t)strip->values & 63) == 0 && (strip->value_stride & 15) == 0;
@@ -8204,7 +8225,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run
                     __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(inverse[one])), value;
                     SNIPI_KEPT512(y);
                     if (stochastic)
-                        value = snipi_stochastic512(&codec, y, _mm512_loadu_si512(random + at), capped, &over, &word[g]);
+                        value = snipi_stochastic512(&codec, y, _mm512_loadu_si512(random + at), capped, &over,
+                                                    &word[g]);
                     else
                         value = snipi_nearest512(&codec, y, capped, &over, &word[g]);
                     if (want_sums) snipi_add512(&sums, y, _mm512_sub_ps(value, y), weight ? weight + at : NULL);
@@ -8229,9 +8251,9 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run
     if (want_sums) snipi_sums512_store(&sums, strip->tally);
 }
 
-#    define SNIPI_STRIP_AS(name, stochastic, want_sums, plain, narrow)                                  \
-        SNIPI_TARGET_AVX512 static void name(const snipi_run *run, const snipi_strip *strip) {          \
-            snipi_strip_avx512_as(run, strip, stochastic, want_sums, plain, narrow);                     \
+#    define SNIPI_STRIP_AS(name, stochastic, want_sums, plain, narrow)                         \
+        SNIPI_TARGET_AVX512 static void name(const snipi_run *run, const snipi_strip *strip) { \
+            snipi_strip_avx512_as(run, strip, stochastic, want_sums, plain, narrow);           \
         }
 SNIPI_STRIP_AS(snipi_strip_plain_avx512, 0, 0, 1, 0)
 SNIPI_STRIP_AS(snipi_strip_plain_sums_avx512, 0, 1, 1, 0)
@@ -8273,7 +8295,6 @@ SNIPI_TARGET_AVX512 static void snipi_words_avx512(snip_rng_key key, uint64_t fi
     }
 }
 
-
 // Sixteen reductions at once: halves of two vectors side by side, their maximum, and so on.
 SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_reduce512(__m512i most[16]) {
     SNIPI_UNROLL
@@ -8288,8 +8309,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_reduce512(__m512i most[16]) {
     for (int i = 0; i < 2; i++)
         most[i] = _mm512_max_epu32(_mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0x88),
                                    _mm512_shuffle_i32x4(most[2 * i], most[2 * i + 1], 0xDD));
-    return _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88),
-                            _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
+    return _mm512_max_epu32(_mm512_shuffle_i32x4(most[0], most[1], 0x88), _mm512_shuffle_i32x4(most[0], most[1], 0xDD));
 }
 
 // Maxima of |x| as bits, by lane, of `vectors` vectors: 1, 2, 4 or 8.
@@ -8403,7 +8423,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE snipi_scales512 snipi_scale_ue4m3_512(__m512i a
 SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_run *run, float tensor_scale,
                                                    float tensor_inverse, const uint32_t *amax, int tiles, float *scale,
                                                    float *inverse, uint8_t *bytes, int *capped) {
-    const __m512i least = _mm512_set1_epi32(SNIPI_UNSCALED_LEAST), max_bits = _mm512_set1_epi32((int)snipi_bits(run->e.max));
+    const __m512i least = _mm512_set1_epi32(SNIPI_UNSCALED_LEAST),
+                  max_bits = _mm512_set1_epi32((int)snipi_bits(run->e.max));
     const __m512i range = _mm512_set1_epi32(SNIPI_UNSCALED_MOST - SNIPI_UNSCALED_LEAST);
     const __m512i last = _mm512_set1_epi32((int)snipi_last_in_range(run));
     __mmask16 beyond = 0;
@@ -8449,7 +8470,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE __m512i snipi_two_rows512(const char *p, int64_
 // A panel: 16 columns of `rows` rows of x. Halves of rows 8 apart are loaded side by side, so that shuffles of two
 // halves are left; halves of one row one after the other, as rows may share sets of the nearest cache.
 SNIPI_TARGET_AVX512 static void snipi_turn_avx512(const void *x, int bf16, int64_t ld, int rows, float *panel) {
-    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13),
+                  odd = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     const int64_t size = bf16 ? 2 : 4;
     for (int r = 0; r < rows; r += 16) {
         const char *from = (const char *)x + r * ld * size;
@@ -8493,8 +8515,8 @@ SNIPI_TARGET_AVX512 static uint32_t snipi_largest_avx512(const void *x, int bf16
             const int64_t at = r * ld + c;
             __m512i u;
             if (bf16)
-                u = _mm512_slli_epi32(_mm512_maskz_cvtepu16_epi32(
-                                          0xFFFF, _mm256_maskz_loadu_epi16(there, (const uint16_t *)x + at)), 16);
+                u = _mm512_slli_epi32(
+                    _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_maskz_loadu_epi16(there, (const uint16_t *)x + at)), 16);
             else
                 u = _mm512_maskz_loadu_epi32(there, (const float *)x + at);
             most = _mm512_max_epu32(most, _mm512_and_si512(u, _mm512_set1_epi32(0x7FFFFFFF)));
@@ -9323,6 +9345,7 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
                                          NULL,
                                          NULL,
                                          NULL,
+                                         NULL,
                                          NULL };
 #ifdef SNIPI_X86
     static const snipi_vector avx2 = { snipi_amax_avx2,
@@ -9337,11 +9360,13 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
                                        NULL,
                                        NULL,
                                        NULL,
+                                       NULL,
                                        NULL };
     static const snipi_vector avx512 = { snipi_amax_avx512,    snipi_philox_avx512, snipi_run_avx2,
                                          snipi_transpose_avx2, snipi_widen_avx2,    snipi_narrow_avx2,
                                          snipi_decode_avx512,  snipi_sums_avx2,     snipi_peaks_avx512,
-                                         snipi_scales_avx512,  snipi_strip_avx512,  snipi_words_avx512, snipi_turn_avx512, snipi_largest_avx512 };
+                                         snipi_scales_avx512,  snipi_strip_avx512,  snipi_words_avx512,
+                                         snipi_turn_avx512,    snipi_largest_avx512 };
     if (isa == SNIP_ISA_BEST) isa = snipi_best_isa();
     if (isa >= SNIP_ISA_AVX512) return &avx512;
     if (isa >= SNIP_ISA_AVX2) return &avx2;
@@ -9354,6 +9379,7 @@ static const snipi_vector *snipi_vector_of(snip_isa isa) {
                                        snipi_narrow_neon,
                                        snipi_decode_neon,
                                        snipi_sums_exact,
+                                       NULL,
                                        NULL,
                                        NULL,
                                        NULL,
