@@ -43,7 +43,7 @@ demo: $(B)/train_llama
 	$(B)/train_llama $(DATA:%=--data %) --out $(OUT) --steps 240 --every 60 --save-every 80 --budget 0.75
 
 # ---- tests: of the implementation's interface alone, LINKED; of its inside too, WHOLE ----
-LINKED = codec linear errors protocol estimates plan state stack train
+LINKED = codec linear errors protocol estimates plan state unusual stack train
 WHOLE = quant gemm inside pool
 PROGRAMS = $(LINKED) $(WHOLE) ilp report cuda
 # -O1 compiles faster; the implementation is as slow at -O1 as it is quick at -O2
