@@ -656,7 +656,8 @@ static void test_blocks(void) {
                     snip_recipe r;
                     snip_quant_stats st[2][2];
                     int64_t rows, cols;
-                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3 || number++ % test.few)
+                    if ((kind == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || (f + kind + w + rounding) % 3 ||
+                        number++ % test.few)
                         continue;
                     z = (f + kind + w + 3 * rounding) % 5;
                     d = (f * 7 + kind * 3 + w) % KINDS;
@@ -858,9 +859,9 @@ static void test_stochastic(void) {
     check(clumped == 0, "stochastic rounding draws independently");
     check(moved == 0, "stochastic rounding leaves every code where it is");
     check(uneven == 0, "of all random values the share p rounds up");
-    printf(
-        "  stochastic rounding: %d intervals of %d draws%s; largest |z| of the mean %.2f, of the square %.2f, of the rows' scatter %.2f\n",
-        intervals, CALLS * DRAWS, slow ? " or fewer" : "", worst, worst_sq, worst_scatter);
+    printf("  stochastic rounding: %d intervals of %d draws%s; largest |z| of the mean %.2f, of the square %.2f, "
+           "of the rows' scatter %.2f\n",
+           intervals, CALLS * DRAWS, slow ? " or fewer" : "", worst, worst_sq, worst_scatter);
 }
 
 static void test_philox(void) {  // known answers of Random123's philox4x32-10
