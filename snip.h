@@ -1406,7 +1406,7 @@ enum { SNIPI_ORDER_ROWS = 64 };  // that are summed over one column of tiles bef
 
 enum { SNIPI_STRIP = 2048 };  // elements to a batch: 8 KiB, which stay in the nearest cache
 
-enum { SNIPI_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
+enum { SNIPI_BATCH_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
 
 enum { SNIPI_BATCH = 16 };  // tiles to a batch where strips do not apply
 
@@ -1937,9 +1937,9 @@ typedef struct {
         capped;  // regular: all finite, with sums in units of the scale; capped: some may lie beyond the largest
     int64_t nonfinite;
     uint32_t most;  // largest of amax
-    uint32_t amax[SNIPI_TILES];
-    float scale[SNIPI_TILES], inverse[SNIPI_TILES];
-    uint8_t byte[SNIPI_TILES];
+    uint32_t amax[SNIPI_BATCH_TILES];
+    float scale[SNIPI_BATCH_TILES], inverse[SNIPI_BATCH_TILES];
+    uint8_t byte[SNIPI_BATCH_TILES];
 } snipi_batch;
 
 typedef struct {
@@ -2905,7 +2905,8 @@ enum {
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
 // is NULL. F32 panels: c += a[k][rows]^T * b[k][rows].
-typedef void (*snipi_f32_kernel)(int64_t k, const float *a, const float *b, const float *from, float *c, int64_t ldc);
+typedef void (*snipi_unscaled_kernel)(int64_t k, const float *a, const float *b, const float *from, float *c,
+                                      int64_t ldc);
 
 // Scaled panels of k bytes in blocks of `block` bytes: c[i][j] = fmaf(sa[i] * sb[j], sum[i][j], c[i][j]), block after
 // block, with sa and sb [blocks][rows]. start [blocks][rows of b]: of S8, but for AMX.
@@ -2918,7 +2919,7 @@ typedef struct {
 
 typedef struct {
     snipi_panel_rows f32_rows, s8_rows, bf16_rows;
-    snipi_f32_kernel f32;
+    snipi_unscaled_kernel f32;
     snipi_scaled_kernel s8, bf16;  // bf16 may be NULL: no such units
 
     // Packing of S8. `steps` times two bytes of E2M1 codes of each row, row_bytes apart, to out[steps][panel_rows][4],
@@ -7301,7 +7302,7 @@ SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_scaled_avx2(snipi_product product, int
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX2_A, SNIPI_AVX2_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX2_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX2_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX2_B : ldc;
         float *to = k > block ? tile : c;
         __m256i sum[SNIPI_AVX2_A][2];
         SNIPI_UNROLL
@@ -7332,7 +7333,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scaled_avx512(snipi_product product,
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX512_A, SNIPI_AVX512_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX512_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX512_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX512_B : ldc;
         float *to = k > block ? tile : c;
         __m512i sum[SNIPI_AVX512_A][2];
         SNIPI_UNROLL
