@@ -1830,7 +1830,7 @@ typedef struct {
     int64_t row, col;  // row -1: empty
     int cols;
     float *at;  // [SNIPI_PANEL_ROWS][SNIPI_PANEL_LD], from the first cache line of `memory` on
-    float memory[SNIPI_PANEL_ROWS * SNIPI_PANEL_LD + SNIPI_PANEL_LINE];
+    float memory[(int)SNIPI_PANEL_ROWS * (int)SNIPI_PANEL_LD + (int)SNIPI_PANEL_LINE];
 } snipi_panel;
 
 static void snipi_panel_begin(snipi_panel *panel) {
@@ -2309,7 +2309,7 @@ static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel
     for (int64_t top = tr0; top < tr1; top += group)
         for (batch.tile_col = tc0; batch.tile_col < tc1; batch.tile_col += batch.across) {
             const int64_t bottom = snipi_min(tr1, top + group), left = end - batch.tile_col * matrix->tile_cols;
-            batch.cols = snipi_min(left, matrix->want_sums ? matrix->tile_cols : SNIPI_RUN);
+            batch.cols = snipi_min(left, matrix->want_sums ? matrix->tile_cols : (int64_t)SNIPI_RUN);
             batch.strips = matrix->strips && batch.cols % 64 == 0;
             if (!batch.strips) batch.cols = snipi_min(left, matrix->tile_cols);
             batch.across = (int)snipi_ceil_div(batch.cols, matrix->tile_cols);
@@ -5027,7 +5027,7 @@ typedef struct {
 static void snipi_sketch_chunk(const snipi_sketching *q, int64_t chunk, float *to) {
     uint32_t hash[4], words[4 * SNIPI_GROUP];
     snip_philox(q->key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-    for (int b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
+    for (int b = 0; b < (int)SNIPI_SKETCH / (int)SNIPI_SIGNS; b++) {
         float terms[SNIPI_SIGNS];
         const int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
         const int bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
@@ -5832,7 +5832,8 @@ static int snipi_has_averages(const snipi_layer *l) {
 static void snipi_average_measurement(snip *s) {
     snipi_kept *kept = &s->kept;
     kept->measurements += 1;
-    const double session_rate = kept->measurements < SNIPI_AVERAGED ? 1 / kept->measurements : 1.0 / SNIPI_AVERAGED;
+    const double session_rate = kept->measurements < (double)SNIPI_AVERAGED ? 1 / kept->measurements
+                                                                            : 1.0 / (double)SNIPI_AVERAGED;
     kept->squared_weights = (1 - session_rate) * (1 - session_rate) * kept->squared_weights +
                             session_rate * session_rate;
     for (int i = 0; i < s->n_layers; i++) {
@@ -6377,7 +6378,7 @@ static int snipi_loss_spikes(snip *s, int measuring) {
         k->outliers = k->spiking = 0;
         return begins;
     }
-    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / SNIPI_LOSSES;
+    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / (double)SNIPI_LOSSES;
     if (outlier) off = off > 0 ? clip : -clip;
     k->loss_mean += rate * off;
     if (!repeated) k->loss_deviation += rate * ((k->losses > 1 ? fabs(off) : 0) - k->loss_deviation);
@@ -6388,7 +6389,7 @@ static int snipi_loss_spikes(snip *s, int measuring) {
 // about 16 steps.
 static double snipi_drift(snip *s) {
     const int64_t levels = ++s->kept.levels;
-    const double rate = levels < SNIPI_LEVELS ? 1 / (double)levels : 1.0 / SNIPI_LEVELS;
+    const double rate = levels < SNIPI_LEVELS ? 1 / (double)levels : 1.0 / (double)SNIPI_LEVELS;
     double sum = 0, count = 0;
     for (int i = 0; i < s->n_layers; i++)
         for (int w = 0; w < 2; w++) {
@@ -8426,7 +8427,7 @@ SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_
                                                    float *inverse, uint8_t *bytes, int *capped) {
     const __m512i least = _mm512_set1_epi32(SNIPI_UNSCALED_LEAST),
                   max_bits = _mm512_set1_epi32((int)snipi_bits(run->e.max));
-    const __m512i range = _mm512_set1_epi32(SNIPI_UNSCALED_MOST - SNIPI_UNSCALED_LEAST);
+    const __m512i range = _mm512_set1_epi32((int)SNIPI_UNSCALED_MOST - (int)SNIPI_UNSCALED_LEAST);
     const __m512i last = _mm512_set1_epi32((int)snipi_last_in_range(run));
     __mmask16 beyond = 0;
     for (int i = 0; i < tiles; i += 16) {
