@@ -76,9 +76,9 @@ $(B)/snip.so: $(HEADERS) | $(B)
 	$(CC) -O2 -std=gnu99 -shared -fPIC -DSNIP_IMPLEMENTATION -DSNIP_ILP_IMPLEMENTATION -x c snip.h -o $@ -lm
 # HAS,header,library,flags: flags where a program with both compiles and links
 HAS = $(shell printf '\043include <$(1)>\nint main(void){return 0;}' | $(CC) -x c - -o /dev/null $(2) 2>/dev/null && echo "$(3)")
-$(B)/bench_gemm: bench/bench_gemm.c $(HEADERS) | $(B)
+$(B)/bench_gemm: bench/bench_gemm.c bench/stats.h $(HEADERS) | $(B)
 	$(CC) -O2 $(OPENMP) $(call HAS,cblas.h,-lopenblas,-DOPENBLAS) $(call HAS,dnnl.h,-ldnnl,-DDNNL) -std=gnu99 $< -o $@ -lm $(call HAS,cblas.h,-lopenblas,-lopenblas) $(call HAS,dnnl.h,-ldnnl,-ldnnl)
-$(B)/bench_%: bench/bench_%.c $(HEADERS) | $(B)
+$(B)/bench_%: bench/bench_%.c bench/stats.h $(HEADERS) | $(B)
 	$(CC) -O2 -std=gnu99 $< -o $@ -lm
 
 fidelity: $(B)/fidelity
