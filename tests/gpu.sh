@@ -68,7 +68,7 @@ make_one() {            # name, flags, sources, the first of which is compiled
         grep -E -m 12 'error|undefined|fatal|Killed' "$tmp/$name.log" || tail -n 5 "$tmp/$name.log"
     fi
 }
-trainer="examples/train_llama.c examples/llama.h examples/trainer.h examples/report.h"
+trainer="examples/train_llama.c examples/llama.h examples/report.h examples/train.h examples/trainer.h"
 echo "# sm_$arch, $("$nvcc" --version | grep -o 'release [^,]*'), $(nproc) cores, $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -n 1)"
 make_one test_cuda_gpu "-x cu $lt" tests/test_cuda.cpp tests/cublaslt.h tests/codec_tables.h &
 make_one bench_cuda "$lt" bench/bench_cuda.cu tests/cublaslt.h &
