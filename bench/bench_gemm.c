@@ -289,7 +289,7 @@ static void bench_shape(int64_t mm, int64_t nn, int64_t kk) {
     compare("f32", &jf32, "", NULL, NULL);
 #endif
     for (isa = SNIP_ISA_SCALAR + 1; isa < (int)best && !forced; isa++) {  // the others, as far as they differ
-        if (!snip_isa_available((snip_isa)isa)) continue;
+        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_SSE2) continue;  // its GEMMs are the scalar ones
         jf32.isa = jbf16.isa = jfp8.isa = jfp84.isa = jfp4.isa = (snip_isa)isa;
         if (isa != SNIP_ISA_AVX512_BF16) compare("fp4", &jfp4, name_s8, peer_s8, NULL);
         if (isa == SNIP_ISA_AVX_VNNI || isa == SNIP_ISA_AVX512_VNNI) continue;
