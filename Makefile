@@ -44,7 +44,7 @@ demo: $(B)/train_llama
 
 # ---- tests: of the implementation's interface alone, LINKED; of its inside too, WHOLE ----
 LINKED = codec linear calls errors protocol estimates plan state unusual stack train
-WHOLE = quant gemm inside pool
+WHOLE = quant gemm vector inside pool
 PROGRAMS = $(LINKED) $(WHOLE) ilp report cuda
 # -O1 compiles faster; the implementation is as slow at -O1 as it is quick at -O2
 TEST_CFLAGS ?= -O1

@@ -264,7 +264,7 @@ static void compare(kind of, const peer *other) {
 // The instruction sets below the best, as far as they differ.
 static void compare_others(const peer *s8, const peer *bf16) {
     for (int isa = SNIP_ISA_SCALAR + 1; isa < (int)best && !forced; isa++) {
-        if (!snip_isa_available((snip_isa)isa)) continue;
+        if (!snip_isa_available((snip_isa)isa) || isa == SNIP_ISA_SSE2) continue;  // SSE2 has the scalar GEMMs
         const int has_bf16 = isa == SNIP_ISA_AVX512_BF16;
         for (int i = 0; i < JOBS; i++) jobs[i].isa = (snip_isa)isa;
         if (!has_bf16) compare(FP4, s8);
