@@ -19,10 +19,12 @@ awk '
     /^#/ { next }
     NR == FNR { hash[$1 " " $2] = $3; next }
     { seen[$1 " " $2] = 1 }
+    !(($1 " " $2) in hash) { skipped++; fresh[$1]++; next }
     hash[$1 " " $2] == $3 { passed++; next }
     $2 ~ /\*$/ { skipped++; print "differs, and may: " $1 " " $2; next }
     { failed++; print "FAILED: " $1 " " $2 " differs" }
     END {
+        for (isa in fresh) print "not in the old one: " fresh[isa] " of " isa
         for (name in hash) if (!(name in seen)) { failed++; print "FAILED: " name " is missing" }
         print passed + 0 " passed, " failed + 0 " failed, " skipped + 0 " skipped"
         exit failed > 0 || passed == 0
