@@ -2467,10 +2467,15 @@ static void snipi_rounded_chunk(void *arg, int64_t c) {
 }
 
 static void snipi_share_rounded(void (*chunk)(void *, int64_t), void *arg, int64_t chunks, int64_t elements) {
+    const int mode = snipi_round_to_nearest();
     snipi_rounded rounded;
     rounded.chunk = chunk;
     rounded.arg = arg;
-    snipi_share(snipi_rounded_chunk, &rounded, chunks, elements);
+    if (elements < SNIPI_WORTH)  // in this thread alone
+        snipi_share(chunk, arg, chunks, elements);
+    else
+        snipi_share(snipi_rounded_chunk, &rounded, chunks, elements);
+    snipi_round_as_before(mode);
 }
 
 typedef struct {
