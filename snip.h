@@ -1420,7 +1420,7 @@ enum { SNIPI_ORDER_ROWS = 64 };  // that are summed over one column of tiles bef
 
 enum { SNIPI_STRIP = 2048 };  // elements to a batch: 8 KiB, which stay in the nearest cache
 
-enum { SNIPI_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
+enum { SNIPI_BATCH_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
 
 enum { SNIPI_BATCH = 16 };  // tiles to a batch where strips do not apply
 
@@ -1858,7 +1858,7 @@ typedef struct {
     int64_t row, col;  // row -1: empty
     int cols;
     float *at;  // [SNIPI_PANEL_ROWS][SNIPI_PANEL_LD], from the first cache line of `memory` on
-    float memory[SNIPI_PANEL_ROWS * SNIPI_PANEL_LD + SNIPI_PANEL_LINE];
+    float memory[(int)SNIPI_PANEL_ROWS * (int)SNIPI_PANEL_LD + (int)SNIPI_PANEL_LINE];
 } snipi_panel;
 
 static void snipi_panel_begin(snipi_panel *panel) {
@@ -1965,9 +1965,9 @@ typedef struct {
         capped;  // regular: all finite, with sums in units of the scale; capped: some may lie beyond the largest
     int64_t nonfinite;
     uint32_t most;  // largest of amax
-    uint32_t amax[SNIPI_TILES];
-    float scale[SNIPI_TILES], inverse[SNIPI_TILES];
-    uint8_t byte[SNIPI_TILES];
+    uint32_t amax[SNIPI_BATCH_TILES];
+    float scale[SNIPI_BATCH_TILES], inverse[SNIPI_BATCH_TILES];
+    uint8_t byte[SNIPI_BATCH_TILES];
 } snipi_batch;
 
 typedef struct {
@@ -2339,7 +2339,7 @@ static void snipi_quantize_turned(const snipi_matrix *matrix, snipi_panel *panel
     for (int64_t top = tr0; top < tr1; top += group)
         for (batch.tile_col = tc0; batch.tile_col < tc1; batch.tile_col += batch.across) {
             const int64_t bottom = snipi_min(tr1, top + group), left = end - batch.tile_col * matrix->tile_cols;
-            batch.cols = snipi_min(left, matrix->want_sums ? matrix->tile_cols : SNIPI_RUN);
+            batch.cols = snipi_min(left, matrix->want_sums ? matrix->tile_cols : (int64_t)SNIPI_RUN);
             batch.strips = matrix->strips && batch.cols % 64 == 0;
             if (!batch.strips) batch.cols = snipi_min(left, matrix->tile_cols);
             batch.across = (int)snipi_ceil_div(batch.cols, matrix->tile_cols);
@@ -2982,7 +2982,8 @@ enum {
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
 // is NULL. F32 panels: c += a[k][rows]^T * b[k][rows].
-typedef void (*snipi_f32_kernel)(int64_t k, const float *a, const float *b, const float *from, float *c, int64_t ldc);
+typedef void (*snipi_unscaled_kernel)(int64_t k, const float *a, const float *b, const float *from, float *c,
+                                      int64_t ldc);
 
 // Scaled panels of k bytes in blocks of `block` bytes: c[i][j] = fmaf(sa[i] * sb[j], sum[i][j], c[i][j]), block after
 // block, with sa and sb [blocks][rows]. start [blocks][rows of b]: of S8, but for AMX.
@@ -2995,7 +2996,7 @@ typedef struct {
 
 typedef struct {
     snipi_panel_rows f32_rows, s8_rows, bf16_rows;
-    snipi_f32_kernel f32;
+    snipi_unscaled_kernel f32;
     snipi_scaled_kernel s8, bf16;  // bf16 may be NULL: no such units
 
     // Packing of S8. `steps` times two bytes of E2M1 codes of each row, row_bytes apart, to out[steps][panel_rows][4],
@@ -5103,7 +5104,7 @@ typedef struct {
 static void snipi_sketch_chunk(const snipi_sketching *q, int64_t chunk, float *to) {
     uint32_t hash[4], words[4 * SNIPI_GROUP];
     snip_philox(q->key, (uint64_t)chunk | (uint64_t)1 << 63, hash);
-    for (int b = 0; b < SNIPI_SKETCH / SNIPI_SIGNS; b++) {
+    for (int b = 0; b < (int)SNIPI_SKETCH / (int)SNIPI_SIGNS; b++) {
         float terms[SNIPI_SIGNS];
         const int64_t from = chunk * SNIPI_SKETCH + b * SNIPI_SIGNS;
         const int bucket = (int)((hash[0] + (uint32_t)(b * SNIPI_SIGNS)) % SNIPI_SKETCH);
@@ -5908,7 +5909,8 @@ static int snipi_has_averages(const snipi_layer *l) {
 static void snipi_average_measurement(snip *s) {
     snipi_kept *kept = &s->kept;
     kept->measurements += 1;
-    const double session_rate = kept->measurements < SNIPI_AVERAGED ? 1 / kept->measurements : 1.0 / SNIPI_AVERAGED;
+    const double session_rate = kept->measurements < (double)SNIPI_AVERAGED ? 1 / kept->measurements
+                                                                            : 1.0 / (double)SNIPI_AVERAGED;
     kept->squared_weights = (1 - session_rate) * (1 - session_rate) * kept->squared_weights +
                             session_rate * session_rate;
     for (int i = 0; i < s->n_layers; i++) {
@@ -6453,7 +6455,7 @@ static int snipi_loss_spikes(snip *s, int measuring) {
         k->outliers = k->spiking = 0;
         return begins;
     }
-    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / SNIPI_LOSSES;
+    const double rate = k->losses < SNIPI_LOSSES ? 1 / (double)k->losses : 1.0 / (double)SNIPI_LOSSES;
     if (outlier) off = off > 0 ? clip : -clip;
     k->loss_mean += rate * off;
     if (!repeated) k->loss_deviation += rate * ((k->losses > 1 ? fabs(off) : 0) - k->loss_deviation);
@@ -6464,7 +6466,7 @@ static int snipi_loss_spikes(snip *s, int measuring) {
 // about 16 steps.
 static double snipi_drift(snip *s) {
     const int64_t levels = ++s->kept.levels;
-    const double rate = levels < SNIPI_LEVELS ? 1 / (double)levels : 1.0 / SNIPI_LEVELS;
+    const double rate = levels < SNIPI_LEVELS ? 1 / (double)levels : 1.0 / (double)SNIPI_LEVELS;
     double sum = 0, count = 0;
     for (int i = 0; i < s->n_layers; i++)
         for (int w = 0; w < 2; w++) {
@@ -7378,7 +7380,7 @@ SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_scaled_avx2(snipi_product product, int
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX2_A, SNIPI_AVX2_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX2_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX2_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX2_B : ldc;
         float *to = k > block ? tile : c;
         __m256i sum[SNIPI_AVX2_A][2];
         SNIPI_UNROLL
@@ -7409,7 +7411,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scaled_avx512(snipi_product product,
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX512_A, SNIPI_AVX512_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX512_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX512_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX512_B : ldc;
         float *to = k > block ? tile : c;
         __m512i sum[SNIPI_AVX512_A][2];
         SNIPI_UNROLL
@@ -8502,7 +8504,7 @@ SNIPI_TARGET_AVX512 static int snipi_scales_avx512(snip_scale kind, const snipi_
                                                    float *inverse, uint8_t *bytes, int *capped) {
     const __m512i least = _mm512_set1_epi32(SNIPI_UNSCALED_LEAST),
                   max_bits = _mm512_set1_epi32((int)snipi_bits(run->e.max));
-    const __m512i range = _mm512_set1_epi32(SNIPI_UNSCALED_MOST - SNIPI_UNSCALED_LEAST);
+    const __m512i range = _mm512_set1_epi32((int)SNIPI_UNSCALED_MOST - (int)SNIPI_UNSCALED_LEAST);
     const __m512i last = _mm512_set1_epi32((int)snipi_last_in_range(run));
     __mmask16 beyond = 0;
     for (int i = 0; i < tiles; i += 16) {

@@ -43,17 +43,19 @@ struct codec {
     uint8_t (*theirs)(float), (*ours)(float);
 };
 
+// clang-format off
 static const codec codecs[] = {
-    {"e4m3",                    fp8<__NV_E4M3,          __NV_SATFINITE>,                               snip_e4m3_from_f32 },
-    { "e4m3_nosat",                        fp8<__NV_E4M3,                                  __NV_NOSAT>,                                           snip_e4m3_from_f32_nosat },
-    { "e5m2", fp8<__NV_E5M2,                      __NV_SATFINITE>,                   snip_e5m2_from_f32 },
-    { "e5m2_nosat",          fp8<__NV_E5M2,__NV_NOSAT>,                   snip_e5m2_from_f32_nosat },
-    { "e2m1",   fp4,                      snip_e2m1_from_f32                        },
-    { "e2m3",                   fp6<__NV_E2M3>,                                    snip_e2m3_from_f32                                         },
-    { "e3m2",                   fp6<__NV_E3M2>,         snip_e3m2_from_f32},
-    { "ue8m0",                   e8m0<cudaRoundPosInf>,         snip_ue8m0_from_f32                           },
-    { "ue8m0_floor",                  e8m0<cudaRoundZero>, snip_ue8m0_from_f32_floor                  },
+    { "e4m3",        fp8<__NV_E4M3, __NV_SATFINITE>, snip_e4m3_from_f32 },
+    { "e4m3_nosat",  fp8<__NV_E4M3, __NV_NOSAT>,     snip_e4m3_from_f32_nosat },
+    { "e5m2",        fp8<__NV_E5M2, __NV_SATFINITE>, snip_e5m2_from_f32 },
+    { "e5m2_nosat",  fp8<__NV_E5M2, __NV_NOSAT>,     snip_e5m2_from_f32_nosat },
+    { "e2m1",        fp4,                            snip_e2m1_from_f32 },
+    { "e2m3",        fp6<__NV_E2M3>,                 snip_e2m3_from_f32 },
+    { "e3m2",        fp6<__NV_E3M2>,                 snip_e3m2_from_f32 },
+    { "ue8m0",       e8m0<cudaRoundPosInf>,          snip_ue8m0_from_f32 },
+    { "ue8m0_floor", e8m0<cudaRoundZero>,            snip_ue8m0_from_f32_floor },
 };
+// clang-format on
 
 struct decoder {
     const char *name;
@@ -93,7 +95,7 @@ static void print_tables() {
         int last = -1, column = 0;
         for (uint64_t u = 0; u <= 0xFFFFFFFFu; u++) {
             int code = c.theirs(float_of((uint32_t)u));
-            if (code != last) std::printf("%s{0x%08X,%d},", column++ % 8 ? "" : "\n", (uint32_t)u, code);
+            if (code != last) std::printf("%s{0x%08X,%d},", column++ % 6 ? "" : "\n", (uint32_t)u, code);
             last = code;
         }
         std::puts("\n};");
@@ -134,6 +136,6 @@ int main(int argc, char **argv) {
         std::printf("%s: %d of %d codes decode differently\n", d.name, wrong, d.codes);
         wrong ? failed++ : passed++;
     }
-    std::printf("%d passed, %d failed\n", passed, failed);
+    std::printf("%d passed, %d failed, 0 skipped\n", passed, failed);
     return failed != 0;
 }

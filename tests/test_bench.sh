@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
-# test_bench.sh - the benchmarks compile without a warning; fidelity and quality, with few steps of a tiny model and the scalar code, print
-# the lines they document and refuse bad input in one line, with exit status 2. Run from the project's folder.
-set -u
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
-cc=${CC:-cc} here=$PWD passed=0 failed=0 warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
-ok()   { passed=$((passed + 1)); }
-fail() { failed=$((failed + 1)); echo "FAILED: $1"; head -3 "$work/log"; }
+# test_bench.sh - the benchmarks compile without a warning; fidelity and quality, with few steps of a tiny model and the
+# scalar code, print the lines they document and refuse bad input in one line, with exit status 2. Run from the project's
+# folder.
+. "$(dirname "$0")/lib.sh"
+cc=${CC:-cc} here=$PWD
 for name in fidelity quality bench_train bench_quant bench_gemm bench_ilp; do
     case $name in
-        fidelity|quality) "$cc" -std=c99 $warn -O0 -DSNIP_NO_SIMD bench/$name.c -o "$work/$name" -lm 2> "$work/log" ;;
-        *) "$cc" -std=c99 $warn -fsyntax-only bench/$name.c 2> "$work/log" ;;
+        fidelity|quality) "$cc" -std=c99 $warnings -O0 -DSNIP_NO_SIMD bench/$name.c -o "$work/$name" -lm 2> "$work/log" ;;
+        *) "$cc" -std=c99 $warnings -fsyntax-only bench/$name.c 2> "$work/log" ;;
     esac && ok || fail "$name.c compiles"
 done
 cd "$work" || exit 1
@@ -61,5 +58,4 @@ if [ -w /dev/full ]; then
     ./fidelity $model --steps 1 --batches 2 > /dev/full 2> log
     if [ $? = 2 ] && grep -q "cannot write to standard output" log; then ok; else fail "a full standard output"; fi
 fi
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+finish

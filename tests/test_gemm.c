@@ -404,10 +404,11 @@ static void test_edges(void) {
     };
     int s, p, all = (int)(sizeof sizes / sizeof sizes[0]);
     for (p = 0; p < (int)(sizeof pairs / sizeof pairs[0]); p++)
-        for (s = test.few > 1 ? p % all : p % 3; s<all; s += test.few> 1 ? all : 3)
-            multiply(&kinds[pairs[p][0]], &kinds[pairs[p][1]],
-                     test.few > 1 && sizes[s].m > 96 ? sizes[s].m - 96 : sizes[s].m, sizes[s].n, sizes[s].k, (int)below(2),
-                     (int)below(2), below(5), s % 2 ? 4 : 2);
+        for (s = test.few > 1 ? p % all : p % 3; s < all; s += test.few > 1 ? all : 3) {
+            int64_t m = test.few > 1 && sizes[s].m > 96 ? sizes[s].m - 96 : sizes[s].m;
+            multiply(&kinds[pairs[p][0]], &kinds[pairs[p][1]], m, sizes[s].n, sizes[s].k, (int)below(2), (int)below(2),
+                     below(5), s % 2 ? 4 : 2);
+        }
 }
 
 // Every m and n from 1 to 40 at least once.

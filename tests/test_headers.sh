@@ -1,56 +1,34 @@
 #!/usr/bin/env bash
 # test_headers.sh - the headers under every language and compiler they promise: alone, twice, in any order, as several
-# translation units, beside names a trainer is likely to have; and that nothing without their prefix leaks.
-# Ends with "N passed, N failed, N skipped"; exit status 1 on a failure.
-set -u
-here=$(cd "$(dirname "$0")/.." && pwd)
-dir=$(mktemp -d) || exit 2
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0 skipped=0
-warn="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
-ok() { passed=$((passed + 1)); }
-bad() { failed=$((failed + 1)); echo "FAILED: $1"; [ -s "$dir/log" ] && head -n "${2:-6}" "$dir/log"; }
-skip() { skipped=$((skipped + 1)); echo "skipped: $1"; }
-try() {                             # name, command...
-    local name=$1
-    shift
-    if "$@" > "$dir/log" 2>&1; then ok; else bad "$name"; fi
-}
-refuse() {                          # name, command that must fail...
-    local name=$1
-    shift
-    if "$@" > "$dir/log" 2>&1; then bad "$name was accepted"; else ok; fi
-}
-lang() { case $1 in c++*) echo c++ ;; *) echo c ;; esac; }
+# translation units, beside names a trainer is likely to have and macros that other headers define; that nothing without
+# their prefix leaks, and that every public function is called by a test.
+#     tests/test_headers.sh          two pairs of compiler and language
+#     tests/test_headers.sh rest     the other ones, linked programs by clang, 32 bits
+. "$(dirname "$0")/lib.sh"
+which=${1:-two}
+cd "$work" || exit 2
 
-# ---- sources
-cd "$dir" || exit 2
-cat > alone_snip.h <<'S'
-#include "snip.h"
-S
-cat > alone_ilp.h <<'S'
-#include "snip_ilp.h"
-S
-cat > twice.h <<'S'
-#include "snip.h"
-#include "snip.h"
-#include "snip_ilp.h"
-#include "snip_ilp.h"
-S
-cat > order.h <<'S'
-#include "snip_ilp.h"
-#include "snip.h"
-#include "snip_ilp.h"
-S
+lang() { case $1 in c++* | gnu++*) echo c++ ;; *) echo c ;; esac }
+compiler_for() {                    # gcc or clang, standard
+    case $1-$(lang "$2") in gcc-c++) echo g++ ;; clang-c++) echo clang++ ;; *) echo "$1" ;; esac
+}
+
+# ---- sources ----
+echo '#include "snip.h"' > alone_snip.h
+echo '#include "snip_ilp.h"' > alone_ilp.h
+printf '#include "%s"\n' snip.h snip.h snip_ilp.h snip_ilp.h > twice.h
+printf '#include "%s"\n' snip_ilp.h snip.h snip_ilp.h > order.h
 for base in alone_snip alone_ilp twice order; do
-    cp $base.h api_$base.c
-    echo 'typedef int snip_test_not_empty;' >> api_$base.c
-    { echo '#define SNIP_IMPLEMENTATION'; cat $base.h; echo 'typedef int snip_test_not_empty;'; } > impl_$base.c
+    { cat $base.h; echo 'typedef int snip_test_not_empty;'; } > api_$base.c
+    { echo '#define SNIP_IMPLEMENTATION'; cat api_$base.c; } > impl_$base.c
     { echo '#define SNIP_NO_SIMD'; cat impl_$base.c; } > nosimd_$base.c
 done
-{ cat twice.h; echo '#define SNIP_IMPLEMENTATION'; cat twice.h; cat twice.h; } > impl_later.c           # interface first, implementation last
+# the interface first, the implementation last; the solver's implementation alone, and then all
+{ cat twice.h; echo '#define SNIP_IMPLEMENTATION'; cat twice.h twice.h; } > impl_later.c
 { echo '#define SNIP_ILP_IMPLEMENTATION'; cat alone_ilp.h; } > impl_ilp_only.c
-{ echo '#define SNIP_ILP_IMPLEMENTATION'; cat alone_ilp.h; echo '#define SNIP_IMPLEMENTATION'; cat alone_snip.h; } > impl_both.c
+{ cat impl_ilp_only.c; echo '#define SNIP_IMPLEMENTATION'; cat alone_snip.h; } > impl_both.c
+{ echo "#include \"$root/tests/hostile_macros.h\""; cat twice.h; } > hostile_api.c
+{ echo "#include \"$root/tests/hostile_macros.h\""; cat impl_twice.c; } > hostile_impl.c
 cat > use.h <<'S'
 #include <string.h>
 static int use(void) {
@@ -109,6 +87,9 @@ cat > main_unit.c <<'S'
 #include "snip_ilp.h"
 #include "snip.h"
 #include "use.h"
+#ifdef __cplusplus
+extern "C"
+#endif
 int other(void);
 int main(void) { return use() | other(); }
 S
@@ -124,11 +105,10 @@ cat > static_unit.c <<'S'
 #include "snip.h"
 #include "snip_ilp.h"
 #include "use.h"
-#ifdef SECOND
 int other(void);
+#ifdef SECOND
 int other(void) { return use(); }
 #else
-int other(void);
 int main(void) { return use() | other(); }
 #endif
 S
@@ -195,100 +175,152 @@ static int names_use(void) {
     return (int)sum + solve() + encode() + decode() + divide() + (int)philox() + g.step + p.channels + l.a;
 }
 S
-{ cat names.h; echo '#include "snip.h"'; cat names_body.h; echo 'int main(void) { return names_use(); }'; } > names_api.c            # macros before the interface
-{ echo '#define SNIP_IMPLEMENTATION'; echo '#include "snip.h"'; cat names.h names_body.h; echo 'int main(void) { return names_use(); }'; } > names_impl.c    # code after the implementation
+# macros before the interface; code after the implementation
+{ cat names.h alone_snip.h names_body.h; echo 'int main(void) { return names_use(); }'; } > names_api.c
+{ echo '#define SNIP_IMPLEMENTATION'; cat alone_snip.h names.h names_body.h; echo 'int main(void) { return names_use(); }'; } > names_impl.c
 
-# ---- every compiler and language
-for cc in gcc clang; do
-    cxx=${cc/gcc/g++}; cxx=${cxx/clang/clang++}
-    for std in c99 c11 c++11 c++17; do
-        compiler=$cc
-        [ "$(lang $std)" = c++ ] && compiler=$cxx
-        if ! command -v $compiler > /dev/null 2>&1; then skip "$compiler -std=$std: not installed"; continue; fi
-        flags="-x $(lang $std) -std=$std $warn -I$here -I$dir"
-        for base in alone_snip alone_ilp twice order; do try "$compiler $std interface $base" $compiler $flags -fsyntax-only api_$base.c; done
-        try "$compiler $std implementation" $compiler $flags -O1 -fsyntax-only impl_alone_snip.c
-        try "$compiler $std solver alone" $compiler $flags -fsyntax-only impl_ilp_only.c
-        try "$compiler $std beside a trainer's macros" $compiler $flags -Wno-unused-macros -fsyntax-only names_api.c
-        try "$compiler $std beside a trainer's functions" $compiler $flags -Wno-unused-macros -fsyntax-only names_impl.c
-        case $std in c11|c++11) continue ;; esac        # parsing the implementation is what takes the time
-        for base in alone_ilp twice order; do try "$compiler $std implementation $base" $compiler $flags -fsyntax-only impl_$base.c; done
-        try "$compiler $std scalar implementation" $compiler $flags -fsyntax-only nosimd_alone_snip.c
-        try "$compiler $std implementation after the interface" $compiler $flags -fsyntax-only impl_later.c
-        try "$compiler $std solver's implementation, then all" $compiler $flags -fsyntax-only impl_both.c
-        try "$compiler $std with OpenMP" $compiler $flags -fopenmp -fsyntax-only impl_alone_snip.c
-        try "$compiler $std SNIP_STATIC, little of it used" $compiler $flags -fsyntax-only static_quiet.c
+# ---- one pair of compiler and language ----
+parses() {                          # what, gcc or clang, standard, file, flags...
+    local what=$1 cc std=$3 file=$4
+    cc=$(compiler_for "$2" "$3")
+    shift 4
+    try "$cc -std=$std $what" "$cc" -x "$(lang "$std")" -std="$std" $warnings -I"$root" -I"$work" -fsyntax-only "$@" "$file"
+}
+interface() {                       # gcc or clang, standard
+    for base in alone_snip alone_ilp twice order; do parses "interface $base" "$1" "$2" api_$base.c; done
+    parses "solver alone" "$1" "$2" impl_ilp_only.c
+    parses "interface beside a trainer's macros" "$1" "$2" names_api.c -Wno-unused-macros
+    parses "interface after other headers' macros" "$1" "$2" hostile_api.c -Wno-unused-macros
+}
+implementation() {
+    parses "implementation" "$1" "$2" impl_alone_snip.c -O1
+    parses "implementation before a trainer's functions" "$1" "$2" names_impl.c -Wno-unused-macros
+    parses "implementation after other headers' macros" "$1" "$2" hostile_impl.c -Wno-unused-macros
+}
+implementation_in_any_order() {
+    for base in alone_ilp twice order; do parses "implementation $base" "$1" "$2" impl_$base.c; done
+    parses "scalar implementation" "$1" "$2" nosimd_alone_snip.c
+    parses "implementation after the interface" "$1" "$2" impl_later.c
+    parses "solver's implementation, then all" "$1" "$2" impl_both.c
+    parses "with OpenMP" "$1" "$2" impl_alone_snip.c -fopenmp
+    parses "SNIP_STATIC, little of it used" "$1" "$2" static_quiet.c
+}
+first="gcc c99" second="clang c++17"
+have gcc || first="clang c99"
+have clang++ || second="gcc c++17"
+if [ "$which" = two ]; then
+    for pair in "$first" "$second"; do interface $pair; implementation $pair; done
+    implementation_in_any_order $first
+else
+    for cc in gcc clang; do
+        have $cc || { skip "$cc: not installed"; continue; }
+        for std in c99 gnu99 c11 c++11 c++17 c++20 c++2b; do
+            [ "$cc $std" = "$first" ] || [ "$cc $std" = "$second" ] && continue
+            have "$(compiler_for $cc $std)" || { skip "$(compiler_for $cc $std): not installed"; continue; }
+            interface $cc $std
+            implementation $cc $std
+        done
     done
-done
+    implementation_in_any_order clang c99
+    implementation_in_any_order gcc c++17
+    implementation_in_any_order $second
+fi
 # the checks above can fail at all
 echo 'static int x(void) { return 1.5; }' > canary.c
-for cc in gcc clang; do command -v $cc > /dev/null 2>&1 && refuse "$cc: a conversion" $cc -x c -std=c99 $warn -fsyntax-only canary.c; done
+for cc in gcc clang; do have $cc && refuse "$cc: a conversion" $cc -x c -std=c99 $warnings -fsyntax-only canary.c; done
+for name in near LANES IN; do
+    { echo "#include \"$root/tests/hostile_macros.h\""; echo "int f(int $name) { return $name; }"; } > canary.c
+    refuse "the name $name" ${first% *} -x c -std=c99 -fsyntax-only canary.c
+done
 
-# ---- linked programs: warnings that need code generation, and that it runs
-for cc in gcc clang; do
-    command -v $cc > /dev/null 2>&1 || continue
-    cxx=${cc/gcc/g++}; cxx=${cxx/clang/clang++}
-    try "$cc: implementation compiles" $cc -std=c99 $warn -O1 -I"$here" -c impl_unit.c -o impl_$cc.o
-    try "$cc: user compiles" $cc -std=c99 $warn -O1 -I"$here" -c main_unit.c -o main_$cc.o
+# ---- linked programs: warnings that need code generation, and that it runs ----
+linked() {                          # gcc or clang
+    local cc=$1 cxx
+    cxx=$(compiler_for "$1" c++17)
+    have "$cc" || return
+    try "$cc: implementation compiles" $cc -std=c99 $warnings -O1 -I"$root" -c impl_unit.c -o impl_$cc.o
+    try "$cc: user compiles" $cc -std=c99 $warnings -O1 -I"$root" -c main_unit.c -o main_$cc.o
     try "$cc: two units link" $cc main_$cc.o impl_$cc.o -lm -o two_$cc
     try "$cc: two units run" ./two_$cc
-    try "$cc: static compiles" $cc -std=c99 $warn -Wno-unused-function -I"$here" -c static_unit.c -o static1_$cc.o
-    try "$cc: static compiles again" $cc -std=c99 $warn -Wno-unused-function -DSECOND -I"$here" -c static_unit.c -o static2_$cc.o
+    try "$cc: static compiles" $cc -std=c99 $warnings -Wno-unused-function -I"$root" -c static_unit.c -o static1_$cc.o
+    try "$cc: static compiles again" $cc -std=c99 $warnings -Wno-unused-function -DSECOND -I"$root" -c static_unit.c -o static2_$cc.o
     try "$cc: two static units link" $cc static1_$cc.o static2_$cc.o -lm -o static_$cc
     try "$cc: two static units run" ./static_$cc
-    if command -v $cxx > /dev/null 2>&1; then           # the implementation in C, the user in C++
-        try "$cxx: user compiles" $cxx -x c++ -std=c++17 $warn -O1 -I"$here" -c main_unit.c -o mainxx_$cc.o
-        sed 's/^int other(void);/extern "C" int other(void);/' main_unit.c > mainxx.c
-        try "$cxx: user compiles" $cxx -x c++ -std=c++17 $warn -O1 -I"$here" -c mainxx.c -o mainxx_$cc.o
-        try "$cxx: links with C" $cxx mainxx_$cc.o impl_$cc.o -lm -o mixed_$cc
-        try "$cxx: runs with C" ./mixed_$cc
-    fi
-done
+    have "$cxx" || return
+    try "$cxx: user compiles" $cxx -x c++ -std=c++17 $warnings -O1 -I"$root" -c main_unit.c -o mainxx_$cc.o
+    try "$cxx: links with C" $cxx mainxx_$cc.o impl_$cc.o -lm -o mixed_$cc
+    try "$cxx: runs with C" ./mixed_$cc
+}
 
-# ---- what leaks
-for cc in gcc clang; do
-    [ -f impl_$cc.o ] || continue
+# ---- what leaks ----
+empty() { if [ -s "$log" ]; then fail "$1" 20; else ok; fi; }
+leaks() {                           # gcc or clang
+    local cc=$1
+    [ -f impl_$cc.o ] || return
     nm -g --defined-only impl_$cc.o | awk '{print $3}' | grep -v '^other$' > symbols
-    grep -vE '^_?snip_' symbols > log
-    if [ -s symbols ] && [ ! -s log ] && grep -q 'snip_create' symbols; then ok; else bad "$cc: external symbols without the prefix" 20; fi
-    if [ -f static1_$cc.o ]; then
-        nm -g --defined-only static1_$cc.o | awk '{print $3}' | grep -v '^main$' > log
-        if [ ! -s log ]; then ok; else bad "$cc: external symbols under SNIP_STATIC" 20; fi
-    fi
-    $cc -std=c99 -I"$here" -fopenmp -c impl_alone_snip.c -o omp_$cc.o > log 2>&1 && nm -g --defined-only omp_$cc.o | awk '{print $3}' | grep -vE '^_?snip_' > log
-    if [ -f omp_$cc.o ] && [ ! -s log ]; then ok; else bad "$cc: external symbols with OpenMP" 20; fi
-    # macros: those of the header less those of the system headers it includes
-    printf '#include <stddef.h>\n#include <stdint.h>\n#include <stdio.h>\n' > system_api.c
-    { cat system_api.c; printf '#include <errno.h>\n#include <sys/stat.h>\n#include <math.h>\n#include <stdlib.h>\n#include <string.h>\n#include <time.h>\n#include <float.h>\n#include <limits.h>\n#include <assert.h>\n#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'; } > system_impl.c
-    for part in api impl; do
-        $cc -std=c99 -I"$here" -dM -E ${part}_twice.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > ours
-        $cc -std=c99 -dM -E system_$part.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > theirs
-        comm -23 ours theirs | grep -vE '^(SNIP|snip)' > log
-        if grep -q '^SNIP_H$' ours && [ ! -s log ]; then ok; else bad "$cc: macros without the prefix ($part)" 20; fi
-    done
+    grep -vE '^_?snip_' symbols > "$log"
+    grep -q 'snip_create' symbols || echo "no symbols" > "$log"
+    empty "$cc: external symbols without the prefix"
+    nm -g --defined-only static1_$cc.o | awk '{print $3}' | grep -v '^main$' > "$log"
+    empty "$cc: external symbols under SNIP_STATIC"
+    $cc -std=c99 -I"$root" -fopenmp -c impl_alone_snip.c -o omp_$cc.o > "$log" 2>&1 &&
+        nm -g --defined-only omp_$cc.o | awk '{print $3}' | grep -vE '^_?snip_' > "$log"
+    empty "$cc: external symbols with OpenMP"
     # names at file scope, static ones too, seen by the assembler
-    nm impl_$cc.o | awk 'NF == 3 && $2 ~ /[tdbrTDBR]/ {print $3}' | grep -vE '\.[0-9]+$|^(_?snip|other$|\.L|\.rodata|\.text|CSWTCH|__func__|\.str)' > log
-    if [ ! -s log ]; then ok; else bad "$cc: static names without the prefix" 20; fi
-done
-# names of types, enumerators and functions that the interface declares
-if command -v gcc > /dev/null 2>&1; then
-    gcc -std=c99 -I"$here" -E -P api_twice.c | tr -c 'A-Za-z0-9_\n' '\n' | sort -u > ours
-    gcc -std=c99 -E -P system_api.c | tr -c 'A-Za-z0-9_\n' '\n' | sort -u > theirs
-    # in a header's interface all capitalized words are constants or macros
-    comm -23 ours theirs | grep -E '^[A-Z][A-Z0-9_]+$' | grep -v '^SNIP' > log
-    if [ ! -s log ]; then ok; else bad "constants without the prefix" 20; fi
-fi
+    nm impl_$cc.o | awk 'NF == 3 && $2 ~ /[tdbrTDBR]/ {print $3}' |
+        grep -vE '\.[0-9]+$|^(_?snip|other$|\.L|\.rodata|\.text|CSWTCH|__func__|\.str)' > "$log"
+    empty "$cc: static names without the prefix"
+    # macros: those of the header less those of the system headers it includes
+    printf '#include <%s.h>\n' stddef stdint stdio > system_api.c
+    { cat system_api.c
+      printf '#include <%s.h>\n' errno sys/stat math stdlib string time float limits assert
+      printf '#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'; } > system_impl.c
+    for part in api impl; do
+        $cc -std=c99 -I"$root" -dM -E ${part}_twice.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > ours
+        $cc -std=c99 -dM -E system_$part.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > theirs
+        comm -23 ours theirs | grep -vE '^(SNIP|snip)' > "$log"
+        grep -q '^SNIP_H$' ours || echo "no macros" > "$log"
+        empty "$cc: macros without the prefix ($part)"
+    done
+}
+if [ "$which" = two ]; then linked ${first% *}; leaks ${first% *}; else linked clang; leaks clang; fi
 
-# ---- 32 bits
-echo '#include <stdio.h>
-int main(void) { return 0; }' > m32.c
+# ---- names in the text ----
+words() { tr -c 'A-Za-z0-9_' '\n' | sort -u; }
+names() {
+    local cc=${first% *}
+    # in a header's interface all capitalized words are constants or macros
+    $cc -std=c99 -I"$root" -E -P api_twice.c | words > ours
+    $cc -std=c99 -E -P system_api.c | words > theirs
+    comm -23 ours theirs | grep -E '^[A-Z][A-Z0-9_]+$' | grep -v '^SNIP' > "$log"
+    empty "constants without the prefix"
+    # in the implementation too: any of them may be somebody's macro. Without comments and strings; X and the like, which
+    # are parameters of macros, aside.
+    for header in snip.h snip_ilp.h; do
+        gcc -fpreprocessed -dD -E -P -x c "$root/$header" 2> /dev/null | sed -E 's/"([^"\\]|\\.)*"//g' | words |
+            grep -E '^[A-Z][A-Z0-9_]+$' | grep -vE '^SNIPI?_' |
+            grep -vE '^(NULL|FILE|EOF|GCC|S_ISREG|AT_HWCAP|(U?INT(8|16|32|64)?|PTRDIFF|SIZE|DBL|FLT)_(MAX|MIN|C|EPSILON)|CLOCK_MONOTONIC|TIME_UTC|CLOCKS_PER_SEC|INFINITY|NAN|HUGE_VAL|ARCH_[A-Z_]*|SYS_[a-z_]*)$' > "$log"
+        empty "$header: names of capitals alone without the prefix" 20
+    done
+    # every public function is called in the tests
+    grep -ohE '\bsnip_[a-z0-9_]+ *\(' "$root"/tests/*.c "$work/use.h" | tr -d ' (' | sort -u > called
+    gcc -std=c99 -I"$root" -E -P api_twice.c | tr '\n' ' ' | tr ';' '\n' | grep -E '\bextern\b' |
+        grep -oE '\bsnip_[a-z0-9_]+ *\(' | tr -d ' (' | sort -u > declared
+    comm -23 declared called > "$log"
+    [ "$(wc -l < declared)" -gt 60 ] || echo "only $(wc -l < declared) functions are declared" > "$log"
+    empty "public functions that no test calls" 20
+}
+[ "$which" = two ] && have gcc && names
+
+# ---- 32 bits ----
+printf '#include <stdio.h>\nint main(void) { return 0; }\n' > m32.c
 for cc in gcc clang; do
-    if command -v $cc > /dev/null 2>&1 && $cc -m32 m32.c -o m32 > /dev/null 2>&1 && ./m32; then
-        try "$cc -m32 compiles" $cc -m32 -std=c99 $warn -O1 -I"$here" main_unit.c impl_unit.c -lm -o m32_$cc
+    [ "$which" = two ] && continue
+    if have $cc && $cc -m32 m32.c -o m32 > /dev/null 2>&1 && ./m32; then
+        try "$cc -m32 compiles" $cc -m32 -std=c99 $warnings -O1 -I"$root" main_unit.c impl_unit.c -lm -o m32_$cc
         try "$cc -m32 runs" ./m32_$cc
     else
         skip "$cc -m32: not installed"
     fi
 done
-echo "$passed passed, $failed failed, $skipped skipped"
-[ $failed -eq 0 ] && [ $passed -gt 0 ]
+finish

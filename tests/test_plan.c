@@ -164,6 +164,16 @@ static void layers_without_a_place_in_the_table_follow_it(void) {  // 41 columns
     CHECK(strstr(text, "\n    1.x.k30 bbb\n") && strstr(text, "\n    1.x.k38 bbb\n") && !strstr(text, "1.x.k29"));
 }
 
+static void kinds_of_one_name_in_a_block_are_all_printed(void) {
+    snip_desc d = description();
+    snip *s = session_open(&d);
+    CHECK(snip_add_linear(s, "0.attn.proj", 8, 8, 0) == 0 && snip_add_linear(s, "0.mlp.proj", 8, 8, 0) == 1);
+    CHECK(snip_set_format(s, 0, SNIP_FWD, SNIP_E2M1) == SNIP_OK &&
+          snip_set_format(s, 1, SNIP_FWD, SNIP_E4M3) == SNIP_OK);
+    const char *text = printed_plan(s);
+    CHECK(strstr(text, "4bb") && strstr(text, "8bb"));
+}
+
 // ---- plans by seconds: of two layers ----
 
 enum { TIMED_GEMMS = 6, PLANS = 729 };  // 3 formats to the 6th
@@ -714,6 +724,7 @@ int main(int argc, char **argv) {
     RUN(formats_set_by_hand_count_in_the_shares);
     RUN(the_printed_plan_is_a_table_of_blocks_and_kinds);
     RUN(layers_without_a_place_in_the_table_follow_it);
+    RUN(kinds_of_one_name_in_a_block_are_all_printed);
     RUN(plans_by_seconds_are_the_cheapest_that_are_fast_enough);
     RUN(measured_gains_are_seconds_and_change_no_plan);
     RUN(seconds_are_positive_and_kept_in_the_state);

@@ -859,9 +859,9 @@ static void test_stochastic(void) {
     check(clumped == 0, "stochastic rounding draws independently");
     check(moved == 0, "stochastic rounding leaves every code where it is");
     check(uneven == 0, "of all random values the share p rounds up");
-    printf(
-        "  stochastic rounding: %d intervals of %d draws%s; largest |z| of the mean %.2f, of the square %.2f, of the rows' scatter %.2f\n",
-        intervals, CALLS * DRAWS, slow ? " or fewer" : "", worst, worst_sq, worst_scatter);
+    printf("  stochastic rounding: %d intervals of %d draws%s; largest |z| of the mean %.2f, of the square %.2f, "
+           "of the rows' scatter %.2f\n",
+           intervals, CALLS * DRAWS, slow ? " or fewer" : "", worst, worst_sq, worst_scatter);
 }
 
 static void test_philox(void) {  // known answers of Random123's philox4x32-10

@@ -2,26 +2,22 @@
 # test_trainer.sh - the built trainer as its user meets it: what it writes, interruption by SIGKILL and
 # resuming, and every bad input: one line on standard error, the right exit status, nothing touched.
 #     tests/test_trainer.sh [TRAINER]        without an argument it is built with ${CC:-cc} -O2 -fopenmp
-set -u
-here=$(cd "$(dirname "$0")" && pwd)
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
+# ROUNDS (5) in the environment: of interruptions at random moments.
+. "$(dirname "$0")/lib.sh"
 if [ $# -gt 0 ]; then
     trainer=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 else
     trainer=$work/train_llama
-    "${CC:-cc}" -O2 -fopenmp "$here/../examples/train_llama.c" -o "$trainer" -lm || exit 1
+    "${CC:-cc}" -O2 -fopenmp "$root/examples/train_llama.c" -o "$trainer" -lm || exit 1
 fi
 cd "$work" || exit 1
 export OMP_WAIT_POLICY=passive
-passed=0 failed=0
-ok()   { passed=$((passed + 1)); }
 fail() { failed=$((failed + 1)); echo "FAILED: $*"; }
 check() { local what=$1; shift; if "$@" >/dev/null 2>&1; then ok; else fail "$what"; fi; }
 same()  { local what=$1; if cmp -s "$2" "$3"; then ok; else fail "$what"; diff "$2" "$3" | head -4; fi; }
 
 mkdir data
-head -c 24000 "$here/../snip.h" > data/text
+head -c 24000 "$root/snip.h" > data/text
 model="--dim 32 --blocks 2 --heads 2 --kv-heads 1 --ffn 48 --seq 32 --batch 4"
 base="--data data/text $model --steps 24 --every 8 --save-every 5 --val-every 10 --quiet"
 run()  { "$trainer" "$@"; }
@@ -103,10 +99,10 @@ with safe_open("ref/model.safetensors", framework="numpy") as f:
     assert all(abs(a - b) < 1e-6 for a, b in zip(f.get_tensor("history.loss"), loss))
 PY
 if python3 -c 'import safetensors, numpy' 2> /dev/null; then check "the safetensors package reads it" python3 read.py
-else echo "skipped: the Python package safetensors is not installed"; fi
+else skip "the Python package safetensors is not installed"; fi
 
 # ---- SIGKILL at any moment, then --resume, with the same and with another number of threads ----
-for round in 1 2 3 4 5; do          # the trainer itself in the background, not run(): its pid is needed
+for round in $(seq "${ROUNDS:-5}"); do     # the trainer itself in the background, not run(): its pid is needed
     out=kill$round
     for try in 1 2 3; do
         "$trainer" $base --out $out $([ -d $out ] && echo --resume) --threads $((round % 3 + 1)) > /dev/null 2>&1 &
@@ -315,5 +311,4 @@ run ${base/--quiet/} --steps 2 --out nothing_yet > /dev/null 2>&1; rm nothing_ye
 run ${base/--quiet/} --steps 2 --out nothing_yet --resume > /dev/null 2> err
 check "--resume says that there is no checkpoint" grep -q "^nothing_yet/model.safetensors: no checkpoint: from the start" err
 bad "--speedup out of reach" "--speedup 99: with this model the linear layers can be at most" $base --speedup 99 --out new_speedup
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+finish
