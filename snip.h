@@ -647,6 +647,7 @@ SNIP_API snip_status snip_state_load(snip *, const void *state, size_t size);
 #define SNIP_IMPLEMENTATION_DONE
 
 #include <errno.h>
+#include <fenv.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -943,12 +944,25 @@ SNIPI_HD SNIPI_INLINE uint32_t snipi_encode_stochastic(uint32_t a, uint32_t rand
     return a < smallest ? tiny : big;
 }
 
+// As snipi_encode_nearest, in integers alone: the host may have set another rounding mode.
+SNIPI_HD static uint32_t snipi_encode_integer(uint32_t a, int mantissa, int bias) {
+    const int exponent = (int)(a >> 23), last = 128 - bias - mantissa;  // exponent of the code's last place
+    uint32_t significand = a, shift = (uint32_t)(23 - mantissa);
+    if (exponent < 128 - bias) {
+        if (exponent < last - 1) return 0;  // less than half of it
+        significand = (a & 0x007FFFFFu) | 0x00800000u;
+        shift = (uint32_t)(23 + last - exponent);
+    }
+    significand = (significand + (1u << (shift - 1)) - 1u + (significand >> shift & 1u)) >> shift;
+    return exponent < 128 - bias ? significand : significand - ((uint32_t)(127 - bias) << mantissa);
+}
+
 // beyond: what every code above the largest becomes; 0: the largest.
 SNIPI_HD static uint8_t snipi_encode(float x, snip_format format, uint32_t beyond) {
     snipi_element e = snipi_element_of(format);
     uint32_t u = snipi_bits(x), a = u & 0x7FFFFFFFu, code;
     if (a > 0x7F800000u) return (uint8_t)e.nan;
-    code = snipi_encode_nearest(a, e.mantissa, e.bias);
+    code = snipi_encode_integer(a, e.mantissa, e.bias);
     if (code > e.largest) code = beyond ? beyond : e.largest;
     return (uint8_t)(code | (u >> 31) << e.sign);
 }
@@ -1464,6 +1478,7 @@ typedef struct {
     float scale, inverse;
     int low;                 // x is taken as x * 2^64, the inverse as 2^-64 of itself
     int exact;               // sums in double, of x itself
+    int overflows;           // values of the largest codes are infinite, and count as saturated
     const uint32_t *random;  // a word per element, or NULL: to nearest
     uint8_t *codes;          // or NULL
     int packed;              // codes: two to a byte
@@ -1593,13 +1608,13 @@ SNIPI_HD SNIPI_INLINE snipi_tile_scale snipi_scale_f32(snipi_element e, uint32_t
     return t;
 }
 
-// NVFP4: E4M3 of amax * (S * (1/6)), in that order. Under a scale of zero all elements become zero.
+// NVFP4: E4M3 of amax * (S * (1/6)), in that order. Under a scale of zero finite elements become zeros.
 SNIPI_HD SNIPI_INLINE snipi_tile_scale snipi_scale_ue4m3(uint32_t amax_bits, float tensor_scale, float tensor_inverse) {
     const float sixth = snipi_float(0x3E2AAAABu);  // 1/6 in float32
     snipi_tile_scale t;
     t.byte = snipi_ue4m3_encode(snipi_multiply(snipi_float(amax_bits), tensor_inverse * sixth));
     t.scale = snipi_multiply(snipi_decode((uint32_t)t.byte, SNIP_E4M3), tensor_scale);
-    t.inverse = snipi_bits(t.scale) == 0 ? 3.4028234663852886e38f : snipi_divide(1.0f, t.scale);
+    t.inverse = snipi_bits(t.scale) == 0 ? 0.0f : snipi_divide(1.0f, t.scale);
     return t;
 }
 
@@ -1632,6 +1647,9 @@ SNIPI_HD static snipi_tile_scale snipi_scale_of(snip_scale kind, snipi_element e
     }
     return t;
 }
+
+// Whether values of the largest codes become infinite: amax near FLT_MAX, and the scale or the code rounded up.
+SNIPI_HD SNIPI_INLINE int snipi_overflows(snipi_element e, float scale) { return snipi_nonfinite(scale * e.max); }
 
 // x * 2^64, at most FLT_MAX, in integers: for tiles near or below the smallest normal float.
 SNIPI_HD static float snipi_raise(float x) {
@@ -1734,6 +1752,14 @@ static void snipi_sums_scaled(const snipi_run *run, const float *y, const float 
     }
 }
 
+// Finite elements whose values are infinite; among them are all that lie beyond the largest.
+static int snipi_count_overflows(const snipi_run *run, const uint8_t *codes) {
+    int count = 0;
+    for (int i = 0; i < run->n; i++)
+        count += !snipi_nonfinite(run->x[i]) && snipi_nonfinite(run->scale * run->lut[codes[i]]);
+    return count;
+}
+
 // The specification of a run.
 static void snipi_run_scalar(const snipi_run *run) {
     float values[SNIPI_RUN], other[SNIPI_RUN];
@@ -1744,7 +1770,9 @@ static void snipi_run_scalar(const snipi_run *run) {
         for (int i = 0; i < n; i++) other[i] = snipi_raise(run->x[i]);
         x = other;
     }
-    run->tally->saturated += snipi_encode_run_any(run, x, codes);
+    int saturated = snipi_encode_run_any(run, x, codes);
+    if (run->overflows) saturated = snipi_count_overflows(run, codes);
+    run->tally->saturated += saturated;
     if (run->codes) snipi_store_codes(run->codes, run->packed, 0, codes, n);
     if (run->want_sums && !run->exact) {
         for (int i = 0; i < n; i++) {
@@ -2020,6 +2048,7 @@ static void snipi_batch_scales(const snipi_matrix *matrix, snipi_batch *batch) {
         batch->inverse[i] = t.inverse;
         batch->byte[i] = (uint8_t)t.byte;
         batch->regular &= snipi_has_sums_in_units(matrix, batch->amax[i], t.scale);
+        batch->regular &= !snipi_overflows(matrix->run.e, t.scale);
         batch->capped |= snipi_bits(snipi_float(batch->amax[i]) * t.inverse) > last;
     }
 }
@@ -2135,7 +2164,7 @@ static void snipi_encode_one_run(const snipi_matrix *matrix, snipi_panel *panel,
     if (matrix->out) run->values = matrix->out_bf16 ? values : (float *)matrix->out + r * matrix->ld_out + c;
     if (nonfinite) (void)matrix->vector->amax(run->x, n, &bad);
     run->exact = exact || bad;
-    if (run->exact)
+    if (run->exact || run->overflows)
         snipi_run_scalar(run);
     else
         matrix->vector->run(run);
@@ -2211,10 +2240,11 @@ static void snipi_encode_tile(const snipi_matrix *matrix, snipi_panel *panel, co
     tile.nonfinite = batch->nonfinite != 0;
     tile.capped = batch->capped;
     tile.inverse = batch->inverse[i];
-    tile.strips = matrix->vector->strip && !tile.exact && !tile.nonfinite && !(matrix->out && matrix->out_bf16) &&
-                  !(matrix->run.packed && (tile.area.c0 & 1));
-    tile.run = run;
     run->scale = batch->scale[i];
+    run->overflows = snipi_overflows(run->e, run->scale);
+    tile.strips = matrix->vector->strip && !tile.exact && !run->overflows && !tile.nonfinite &&
+                  !(matrix->out && matrix->out_bf16) && !(matrix->run.packed && (tile.area.c0 & 1));
+    tile.run = run;
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
     run->low = matrix->recipe.scale != SNIP_SCALE_NONE && tile.exact;
     run->inverse = run->low ? tile.inverse * snipi_float((127u - 64u) << 23) : tile.inverse;
@@ -2335,6 +2365,9 @@ static void snipi_quantize_region(const snipi_matrix *matrix, snipi_panel *panel
         snipi_quantize_straight(matrix, panel, tr0, tr1, tc0, tc1, tally);
 }
 
+// The least magnitude that rounds to infinity in BF16.
+enum { SNIPI_BF16_BEYOND = 0x7F7F8000 };
+
 // A run of F32 or BF16: no scale, no tiles.
 static void snipi_quantize_plain_run(const snipi_matrix *matrix, snipi_panel *panel, int64_t r, int64_t c, int n,
                                      snipi_tally *tally) {
@@ -2348,6 +2381,11 @@ static void snipi_quantize_plain_run(const snipi_matrix *matrix, snipi_panel *pa
     const uint32_t amax = vector->amax(floats.x, n, &bad);
     tally->nonfinite += bad;
     if (amax > tally->amax) tally->amax = amax;
+    if (matrix->recipe.format == SNIP_BF16 && amax >= SNIPI_BF16_BEYOND)
+        for (int i = 0; i < n; i++) {
+            const uint32_t a = snipi_bits(floats.x[i]) & 0x7FFFFFFFu;
+            tally->saturated += a >= SNIPI_BF16_BEYOND && a < 0x7F800000u;
+        }
     if (matrix->recipe.format == SNIP_BF16) {
         const int in_place = matrix->codes && ((uintptr_t)matrix->codes & 1) == 0;
         uint16_t *to = in_place ? (uint16_t *)matrix->codes + at : narrow;
@@ -2407,6 +2445,41 @@ static void *snipi_tensor_scale_at(const snip_recipe *r, const void *scales, int
     return (char *)(uintptr_t)scales + snip_scales_bound(r, rows, cols) - sizeof(float);
 }
 
+// Codes and values are rounded to nearest whatever mode the host has set, in the thread that called and in all others.
+static int snipi_round_to_nearest(void) {
+    const int mode = fegetround();
+    if (mode != FE_TONEAREST) (void)fesetround(FE_TONEAREST);
+    return mode;
+}
+
+static void snipi_round_as_before(int mode) {
+    if (mode != FE_TONEAREST) (void)fesetround(mode);
+}
+
+typedef struct {
+    void (*chunk)(void *, int64_t);
+    void *arg;
+} snipi_rounded;
+
+static void snipi_rounded_chunk(void *arg, int64_t c) {
+    const snipi_rounded *rounded = (const snipi_rounded *)arg;
+    const int mode = snipi_round_to_nearest();
+    rounded->chunk(rounded->arg, c);
+    snipi_round_as_before(mode);
+}
+
+static void snipi_share_rounded(void (*chunk)(void *, int64_t), void *arg, int64_t chunks, int64_t elements) {
+    const int mode = snipi_round_to_nearest();
+    snipi_rounded rounded;
+    rounded.chunk = chunk;
+    rounded.arg = arg;
+    if (elements < SNIPI_WORTH)  // in this thread alone
+        snipi_share(chunk, arg, chunks, elements);
+    else
+        snipi_share(snipi_rounded_chunk, &rounded, chunks, elements);
+    snipi_round_as_before(mode);
+}
+
 typedef struct {
     const snipi_matrix *matrix;
     uint32_t part[SNIPI_CHUNKS];
@@ -2430,8 +2503,10 @@ static void snipi_tensor_scale(snipi_matrix *matrix) {
     peak.matrix = matrix;
     snipi_share(snipi_peak_chunk, &peak, SNIPI_CHUNKS, matrix->rows * matrix->cols);
     for (int c = 0; c < SNIPI_CHUNKS; c++) amax = peak.part[c] > amax ? peak.part[c] : amax;
+    const int mode = snipi_round_to_nearest();
     matrix->tensor_inverse = amax ? snipi_divide(448.0f * 6.0f, snipi_float(amax)) : 1.0f;
     matrix->tensor_scale = snipi_divide(1.0f, matrix->tensor_inverse);
+    snipi_round_as_before(mode);
     if (matrix->scales) {
         const size_t tiles = (size_t)(matrix->tiles_down * matrix->tiles_across);
         memset((uint8_t *)matrix->scales + tiles, 0, (4 - tiles % 4) % 4);
@@ -2573,11 +2648,13 @@ SNIPI_NOINLINE static void snipi_quantize_shared(snipi_quantize_task *task, void
     const int chunks = stats[0] && stats[1] ? SNIPI_CHUNKS / 2 : SNIPI_CHUNKS;
     task->part[0] = stats[0] ? part : NULL;
     task->part[1] = stats[1] ? part + SNIPI_CHUNKS - chunks : NULL;
+    const int mode = snipi_round_to_nearest();
     for (task->first = 0; task->first < SNIPI_CHUNKS; task->first += chunks) {
-        snipi_share(chunk, task, chunks, task->matrix[0]->rows * task->matrix[0]->cols);
+        snipi_share_rounded(chunk, task, chunks, task->matrix[0]->rows * task->matrix[0]->cols);
         for (int i = 0; i < 2; i++)
             if (stats[i]) snipi_add_tallies(task->part[i], chunks, stats[i]);
     }
+    snipi_round_as_before(mode);
 }
 
 static int snipi_element_size(snip_format f) { return f == 0 || f == SNIP_F32 ? 4 : f == SNIP_BF16 ? 2 : 0; }
@@ -2864,7 +2941,7 @@ static snip_status snipi_dequantize_to(const snip_recipe *recipe, const void *co
     task.ld = ld;
     task.x = x;
     task.x16 = x16;
-    snipi_share(snipi_dequantize_chunk, &task, SNIPI_CHUNKS, rows * cols);
+    snipi_share_rounded(snipi_dequantize_chunk, &task, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
 

@@ -693,12 +693,14 @@ SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side
     float scale = shared->scale[slot], inverse = shared->inverse[slot];
     int low = side.recipe.scale != SNIP_SCALE_NONE &&
               (shared->amax[slot] < (127u - 64u) << 23 || snipi_bits(scale) == 0);  // as in snipi_encode_tile
+    const int overflows = snipi_overflows(snipi_element_of(snipi_cuda_format<FORMAT>()), scale);
     uint32_t code[4];
     if (low) inverse *= snipi_float((127u - 64u) << 23);
     for (int i = 0; i < 4; i++) {
         int over, finite = !snipi_nonfinite(x[i]);
         float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
         code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
+        if (overflows) over = snipi_nonfinite(scale * snipi_decode(code[i], snipi_cuda_format<FORMAT>()));
         tally->saturated += finite & over;
         if (MODE == SNIPI_MEASURE) {  // the error in units of the scale: there nothing overflows
             float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
@@ -765,6 +767,7 @@ SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_c
         shared->scale[t] = s.scale;
         shared->inverse[t] = s.inverse;
         if (shared->amax[t] && (shared->amax[t] < (127u - 64u) << 23 || snipi_bits(s.scale) == 0)) shared->low = 1;
+        if (snipi_overflows(snipi_element_of(format), s.scale)) shared->low = 1;  // its elements are counted one by one
         if (!side.scales || side.recipe.scale == SNIP_SCALE_NONE || tr >= down || tc >= across) continue;
         if (snipi_byte_scale(side.recipe.scale))
             ((uint8_t *)side.scales)[tr * across + tc] = (uint8_t)s.byte;

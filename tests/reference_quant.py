@@ -88,7 +88,7 @@ def nvfp4(x, block):
     scale = (np.abs(t).max(-1) * (S * f(1.0 / 6.0))).astype(ml_dtypes.float8_e4m3fn)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.minimum(f(1) / (scale.astype(f) * inverse_S), np.finfo(f).max)
-        y = t * inverse[..., None]
+        y = t * np.where(scale.astype(f) == 0, f(0), inverse)[..., None]                # ours: zeros under a scale of zero
     return cast(y, E2M1).reshape(rows, cols), scale.view(np.uint8).ravel(), inverse_S
 
 

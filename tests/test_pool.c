@@ -1,6 +1,7 @@
 // SNIP_PARALLEL_FOR: everything that snip.h shares out goes through a pool of threads of our own, with the same bytes
 // for any number of them.
 #include "test.h"
+#include <fenv.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -18,9 +19,20 @@ static struct {
     int64_t n, next, left;
     int64_t calls[MOST_THREADS];  // by thread
     int threads, stop;
-} pool = {
-    PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, NULL, 0, 0, 0, { 0 }, 1, 0
-};
+    int set_mode, mode;  // the other threads' rounding mode
+} pool = { PTHREAD_MUTEX_INITIALIZER,
+           PTHREAD_COND_INITIALIZER,
+           PTHREAD_COND_INITIALIZER,
+           NULL,
+           NULL,
+           0,
+           0,
+           0,
+           { 0 },
+           1,
+           0,
+           0,
+           0 };
 
 // Calls as long as there are any; the lock is held on entry and on return. The last is left to the other threads, so
 // that they get one.
@@ -29,6 +41,7 @@ static void pool_take(int thread) {
         int64_t i = pool.next++;
         pool.calls[thread]++;
         pthread_mutex_unlock(&pool.lock);
+        if (thread > 0 && pool.set_mode) fesetround(pool.mode);
         pool.fn(pool.arg, i);
         pthread_mutex_lock(&pool.lock);
         if (--pool.left == 0) pthread_cond_signal(&pool.done);
@@ -209,6 +222,32 @@ static void session(void) {
     free(state);
 }
 
+// Threads of the pool round as the host likes: codes, scales and values are the same.
+static void rounding_modes(void) {
+#ifdef FE_UPWARD
+    enum { ROWS = 150, COLS = 260 };
+
+    static uint8_t codes[2][ROWS * COLS], turned[2][ROWS * COLS];
+    static float scales[2][ROWS * COLS], turned_scales[2][ROWS * COLS], back[2][ROWS * COLS];
+    const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp4 = SNIP_RECIPE_FP4_TILE;
+    snip_rng_key key = { 7, 8, 9 };
+    float *x = floats(ROWS * COLS, 3);
+    for (int other = 0; other < 2; other++) {
+        pool.mode = other ? FE_UPWARD : FE_TONEAREST;
+        pool.set_mode = 1;
+        CHECK(!snip_quantize_both(&fp4, &fp8, x, ROWS, COLS, COLS, codes[other], scales[other], turned[other],
+                                  turned_scales[other], key, NULL));
+        CHECK(!snip_dequantize(&fp4, codes[other], scales[other], ROWS, COLS, back[other], COLS));
+    }
+    CHECK(!memcmp(back[0], back[1], sizeof back[0]));
+    pool.mode = FE_TONEAREST;
+    CHECK(!memcmp(codes[0], codes[1], sizeof codes[0]) && !memcmp(turned[0], turned[1], sizeof turned[0]));
+    CHECK(!memcmp(scales[0], scales[1], sizeof scales[0]));
+    CHECK(!memcmp(turned_scales[0], turned_scales[1], sizeof turned_scales[0]));
+    free(x);
+#endif
+}
+
 int main(void) {
     static const int counts[] = { 1, 2, MOST_THREADS };
     pthread_t threads[MOST_THREADS];
@@ -229,6 +268,7 @@ int main(void) {
         quantizers();
         products();
         session();
+        rounding_modes();
         pthread_mutex_lock(&pool.lock);
         pool.stop = 1;
         pthread_cond_broadcast(&pool.work);
@@ -237,6 +277,7 @@ int main(void) {
             pthread_join(threads[t], NULL);
             others += pool.calls[t];
         }
+        pool.set_mode = 0;
         if (i == 0) first = digest;
         CHECK(digest == first);
         CHECK(pool.calls[0] + others > 1000 && (others > 0) == (counts[i] > 1));

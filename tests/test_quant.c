@@ -225,7 +225,7 @@ static void reference(const snip_recipe *r, const float *x, int64_t rows, int64_
                 case SNIP_SCALE_UE4M3:
                     byte = snip_e4m3_from_f32((float)((double)amax * (double)(S * (float)(1.0 / 6.0))));
                     scale = (float)((double)snip_e4m3_to_f32((uint8_t)byte) * (double)tensor_scale);
-                    inverse = scale == 0 ? 3.4028234663852886e38f : clip(1.0 / (double)scale);
+                    inverse = scale == 0 ? 0.0f : clip(1.0 / (double)scale);
                     break;
             }
             if (r->scale == SNIP_SCALE_F32 || r->scale == SNIP_SCALE_POW2)
@@ -238,7 +238,7 @@ static void reference(const snip_recipe *r, const float *x, int64_t rows, int64_
                     uint8_t c;
                     int over = 0;
                     if (!finite_bits(v))
-                        y = v;
+                        y = scale == 0 ? float_of(0x7FC00000u) : v;
                     else if (bits_of(v) >> 31)
                         y = -y;
                     if (r->rounding == SNIP_ROUND_STOCHASTIC && finite_bits(v)) {
@@ -266,7 +266,7 @@ static void reference(const snip_recipe *r, const float *x, int64_t rows, int64_
                     else
                         out->codes[i * cols + j] = c;
                     out->values[i * cols + j] = value;
-                    out->stats.saturated += over;
+                    out->stats.saturated += over || (finite_bits(v) && !finite_bits(value));
                     if (!finite_bits(v)) {
                         out->stats.nonfinite++;
                         continue;
@@ -1251,6 +1251,182 @@ static void test_huge(void) {
 
 static void test_every_format(void) { test_everything(0); }
 
+// Near the largest float a scale or a code that is rounded up makes a finite element infinite: it counts as saturated,
+// once, and codes and scales stay what they are.
+static void test_infinite_values(void) {
+    static const snip_scale scales_of[] = { SNIP_SCALE_F32, SNIP_SCALE_POW2, SNIP_SCALE_UE8M0, SNIP_SCALE_UE8M0_UP,
+                                            SNIP_SCALE_UE4M3 };
+
+    enum { N = 256 };
+
+    static float v[2][N], out[2][N];
+    static uint8_t c[2 * N], sc[4 * N];
+    snip_rng_key key = { 5, 6, 7 };
+    int64_t most = 0;
+    for (int i = 0; i < N; i++) {
+        v[0][i] = float_of(0x7F7FFFFFu - (uint32_t)i * 0x9000u) * (i % 3 ? 1.0f : -1.0f);
+        v[1][i] = 1.0f;
+    }
+    v[0][7] = float_of(0x7F800000u);
+    for (int f = SNIP_E4M3; f <= SNIP_E3M2; f++)
+        for (int s = 0; s < 5; s++)
+            for (int rounding = 0; rounding < 2; rounding++)
+                for (int isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+                    snip_recipe r = { SNIP_E4M3, 1, 32, SNIP_SCALE_F32, SNIP_ROUND_NEAREST_EVEN };
+                    snip_quantize_job job;
+                    snip_quant_stats st;
+                    int64_t infinite = 0, beyond = 0;
+                    r.format = (snip_format)f;
+                    r.scale = scales_of[s];
+                    r.rounding = (snip_rounding)rounding;
+                    if ((r.scale == SNIP_SCALE_UE4M3 && f != SNIP_E2M1) || !snip_isa_available((snip_isa)isa)) continue;
+                    memset(&job, 0, sizeof job);
+                    job.x = v[0];
+                    job.rows = 2;
+                    job.cols = job.ld = job.ld_out = N;
+                    job.recipe = &r;
+                    job.codes = c;
+                    job.scales = sc;
+                    job.out = out[0];
+                    job.key = key;
+                    job.isa = (snip_isa)isa;
+                    CHECK(snip_quantize_with(&job, &st, NULL) == SNIP_OK);
+                    for (int i = 0; i < N; i++) infinite += finite_bits(v[0][i]) && !finite_bits(out[0][i]);
+                    {
+                        result expected;
+                        expected.codes = codes_ref;
+                        expected.scales = scales_ref;
+                        expected.values = values_ref;
+                        reference(&r, v[0], 2, N, N, key, NULL, &expected);
+                        beyond = expected.stats.saturated;
+                    }
+                    test_about("format %d, scale %d, rounding %d, isa %d: %d infinite, %d counted", f, r.scale,
+                               rounding, isa, (int)infinite, (int)st.saturated);
+                    CHECK(st.saturated >= infinite && st.saturated == beyond && st.nonfinite == 1);
+                    most = infinite > most ? infinite : most;
+                }
+    CHECK(most > 10);  // else the test shows nothing
+    {                  // BF16 rounds the largest floats up to infinity
+        snip_recipe bf16 = SNIP_RECIPE_BF16;
+        snip_quant_stats st;
+        float four[4] = { float_of(0x7F7F7FFFu), float_of(0x7F7F8000u), float_of(0xFF7FFFFFu), float_of(0x7F800000u) };
+        uint16_t h[4];
+        CHECK(snip_quantize(&bf16, four, 1, 4, 4, h, NULL, key, NULL, &st) == SNIP_OK && h[0] == 0x7F7F &&
+              h[1] == 0x7F80);
+        CHECK(st.saturated == 2 && st.nonfinite == 1);
+    }
+}
+
+// NVFP4: elements of a tile whose stored scale is zero are stored as zeros and are not saturated.
+static void test_zero_scale(void) {
+    enum { ROWS_HERE = 130, N = 64 };
+
+    static float v[ROWS_HERE * N];
+    static uint8_t c[ROWS_HERE * N], sc[ROWS_HERE * N];
+    snip_recipe r = SNIP_RECIPE_NVFP4;
+    snip_rng_key key = { 1, 2, 3 };
+    for (int rounding = 0; rounding < 2; rounding++)
+        for (int turned = 0; turned < 2; turned++)
+            for (int isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+                const int64_t rows = turned ? N : ROWS_HERE, cols = turned ? ROWS_HERE : N, across = (cols + 15) / 16;
+                snip_quantize_job job;
+                snip_quant_stats st;
+                int64_t wrong = 0, seen = 0;
+                if (!snip_isa_available((snip_isa)isa)) continue;
+                for (int i = 0; i < ROWS_HERE * N; i++) v[i] = (i & 1 ? -1e-8f : 1e-8f) * (float)(1 + i % 5);
+                v[0] = 1;
+                r.rounding = (snip_rounding)rounding;
+                memset(&job, 0, sizeof job);
+                job.x = v;
+                job.rows = ROWS_HERE;
+                job.cols = job.ld = N;
+                *(turned ? &job.recipe_t : &job.recipe) = &r;
+                *(turned ? &job.codes_t : &job.codes) = c;
+                *(turned ? &job.scales_t : &job.scales) = sc;
+                job.key = key;
+                job.isa = (snip_isa)isa;
+                CHECK(snip_quantize_with(&job, turned ? NULL : &st, turned ? &st : NULL) == SNIP_OK);
+                for (int64_t i = 0; i < rows; i++)
+                    for (int64_t j = 0; j < cols; j++) {
+                        const int code = c[i * ((cols + 1) / 2) + j / 2] >> (j & 1) * 4 & 7;
+                        if (sc[i * across + j / 16]) continue;
+                        wrong += code != 0;
+                        seen += j % 16 == 0;
+                    }
+                test_about("rounding %d, transposed %d, isa %d: %d wrong, %d saturated", rounding, turned, isa,
+                           (int)wrong, (int)st.saturated);
+                CHECK(seen == rows * across - 1 && wrong == 0 && st.saturated == 0);
+            }
+}
+
+static void set_mode_of_all_threads(int mode) {
+    fesetround(mode);
+#ifdef _OPENMP
+#    pragma omp parallel
+    fesetround(mode);
+#endif
+}
+
+// Codes, scales, values and statistics are the same in any rounding mode, which is the host's again afterwards.
+static void test_rounding_modes(void) {
+#if defined(FE_UPWARD) && defined(FE_DOWNWARD) && defined(FE_TOWARDZERO)
+    static const int modes[] = { FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO };
+    static const snip_recipe recipes[] = { SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_TILE_SR,
+                                           SNIP_RECIPE_NVFP4, SNIP_RECIPE_MXFP4 };
+
+    enum { R = 150, N = 260, RECIPES = sizeof recipes / sizeof recipes[0] };
+
+    static float v[R * N], out[2][R * N];
+    static uint8_t c[2][R * N], ct[2][R * N], sc[2][4 * R * N], st[2][4 * R * N];
+    snip_rng_key key = { 1, 2, 3 };
+    fill(v, R * N, GAUSS);
+    for (int k = 0; k < RECIPES; k++)
+        for (int m = 0; m < 3; m++)
+            for (int isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+                snip_quant_stats stats[2];
+                if (!snip_isa_available((snip_isa)isa)) continue;
+                for (int other = 0; other < 2; other++) {
+                    snip_quantize_job job;
+                    memset(&job, 0, sizeof job);
+                    job.x = v;
+                    job.rows = R;
+                    job.cols = job.ld = N;
+                    job.recipe = job.recipe_t = &recipes[k];
+                    job.codes = c[other];
+                    job.scales = sc[other];
+                    job.codes_t = ct[other];
+                    job.scales_t = st[other];
+                    job.key = key;
+                    job.isa = (snip_isa)isa;
+                    if (other) set_mode_of_all_threads(modes[m]);
+                    CHECK(snip_quantize_with(&job, &stats[other], NULL) == SNIP_OK);
+                    CHECK(snip_dequantize(&recipes[k], c[other], sc[other], R, N, out[other], N) == SNIP_OK);
+                    CHECK(fegetround() == (other ? modes[m] : FE_TONEAREST));
+                    set_mode_of_all_threads(FE_TONEAREST);
+                }
+                test_about("recipe %d, mode %d, isa %d", k, m, isa);
+                CHECK(!memcmp(c[0], c[1], sizeof c[0]) && !memcmp(sc[0], sc[1], sizeof sc[0]));
+                CHECK(!memcmp(ct[0], ct[1], sizeof ct[0]) && !memcmp(st[0], st[1], sizeof st[0]));
+                CHECK(!memcmp(out[0], out[1], sizeof out[0]) && !memcmp(&stats[0], &stats[1], sizeof stats[0]));
+            }
+    uint8_t (*volatile encoder)(snip_format, float) = encode;  // called each time, in the mode of the time
+    for (int m = 0; m < 3; m++)
+        for (uint32_t u = 0; u < 0x90000000u - 70001u; u += 70001u)
+            for (int f = SNIP_E4M3; f <= SNIP_E3M2; f++) {
+                const uint8_t expected = encoder((snip_format)f, float_of(u));
+                fesetround(modes[m]);
+                const uint8_t got = encoder((snip_format)f, float_of(u));
+                fesetround(FE_TONEAREST);
+                if (got != expected) {
+                    test_about("format %d, %08x, mode %d", f, (unsigned)u, m);
+                    CHECK(got == expected);
+                }
+            }
+#else
+    test_skip("no other rounding modes");
+#endif
+}
+
 int main(int argc, char **argv) {
     const int hash = argc > 1 && !strcmp(argv[1], "--hash");
     test_start(hash ? 1 : argc, argv);
@@ -1276,5 +1452,8 @@ int main(int argc, char **argv) {
     RUN(test_sums);
     RUN(test_refusals);
     RUN(test_huge);
+    RUN(test_infinite_values);
+    RUN(test_zero_scale);
+    RUN(test_rounding_modes);
     return test_end();
 }
