@@ -2500,7 +2500,8 @@ enum {
     SNIPI_CHUNK_MOST = 8,     // panels of a task, of A and of B: those of B fill half of a second cache of 2 MiB
     SNIPI_CHUNK_LEAST = 2,    // the same, where there would be fewer tasks than
     SNIPI_TASKS = 128,        // so that the last ones of 64 threads do not matter
-    SNIPI_PACK_K = 64         // k that is packed at a time, of all rows of a panel
+    SNIPI_PACK_K = 64,        // k that is packed at a time, of all rows of a panel: 8 KB of floats
+    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // of bfloat16 in so much
 };
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
@@ -2736,16 +2737,14 @@ static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_gemm_panel *
 // panel.
 static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int there, int n,
                                     uint8_t *out) {
-    enum { PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS };
-
-    float memory[PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [n / 2][rows] pairs of bfloat16
+    float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [n / 2][rows] pairs of bfloat16
     const snipi_side *side = panel->side;
     const int used = panel->used, rows = panel->rows, bf16 = side->bf16, count = panel->count && !bf16;
     const int by_rows = panel->step_distance == 4, in_place = !by_rows && used == rows;
     const int64_t line = side->ld * (bf16 ? 2 : 4);
     const char *from = snipi_side_at(side, panel->row0 + k0 * side->ld);
     float *to = in_place ? (float *)(void *)out : pairs;
-    if (used < rows || there < n) memset(pairs, 0, PAIRS * sizeof(float));
+    if (used < rows || there < n) memset(pairs, 0, SNIPI_PAIRS * sizeof(float));
     for (int i = 0; i < there; i += 2, from += 2 * line, to += rows) {
         const char *second = i + 1 < there ? from + line : NULL;
         kernels->pair(from, second, bf16, used, to);
@@ -2763,14 +2762,12 @@ static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_pan
 // The same of an operand stored [rows][k]. table: of its first 32 codes, if it has codes.
 static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel *panel, const uint16_t *table,
                                  int64_t k0, int there, int n, uint8_t *out) {
-    enum { LINE = SNIPI_PACK_K / 2 };
-
-    float memory[SNIPI_MAX_ROWS * LINE + 16], *pairs = (float *)snipi_next_line(memory);  // [rows][LINE] of bfloat16
+    float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [rows][SNIPI_PACK_K / 2] of bfloat16
     const snipi_side *side = panel->side;
     const snipi_reader *reader = &side->reader;
     const snip_format format = reader->recipe->format;
     const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->step_distance == 4;
-    const int64_t to_line = by_rows ? panel->row_distance : LINE * (int64_t)sizeof(float);
+    const int64_t to_line = by_rows ? panel->row_distance : SNIPI_PACK_K * (int64_t)sizeof(uint16_t);
     const int64_t line = side->plain ? side->ld * (side->bf16 ? 2 : 4) : (int64_t)reader->row_bytes;
     const int64_t column = side->bf16 ? 2 * k0 : side->plain ? 4 * k0 : format == SNIP_E2M1 ? k0 / 2 : k0;
     const uint8_t *from = reader->codes + panel->row0 * line + column;
@@ -2788,7 +2785,7 @@ static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel 
         } else
             kernels->look_up(format, table, reader->lut, from, there, (uint16_t *)(void *)to);
     }
-    if (!by_rows) reader->vector->transpose(pairs, LINE, rows, n / 2, (float *)(void *)out, rows);
+    if (!by_rows) reader->vector->transpose(pairs, SNIPI_PACK_K / 2, rows, n / 2, (float *)(void *)out, rows);
 }
 
 // Elements [k0, k0 + length) into `steps` steps of a BF16 panel.
@@ -5831,7 +5828,7 @@ SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_scaled_avx2(snipi_product product, int
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX2_A, SNIPI_AVX2_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX2_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX2_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX2_B : ldc;
         float *to = k > block ? tile : c;
         __m256i sum[SNIPI_AVX2_A][2];
         SNIPI_UNROLL
@@ -5862,7 +5859,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_scaled_avx512(snipi_product product,
     int64_t old_ld = from ? 0 : ldc;
     snipi_fetch_c(c, ldc, SNIPI_AVX512_A, SNIPI_AVX512_B);
     for (; k > 0; k -= block, old = tile, old_ld = SNIPI_AVX512_B) {
-        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? SNIPI_AVX512_B : ldc;
+        const int64_t steps = (snipi_min(block, k) + 3) / 4, to_ld = k > block ? (int64_t)SNIPI_AVX512_B : ldc;
         float *to = k > block ? tile : c;
         __m512i sum[SNIPI_AVX512_A][2];
         SNIPI_UNROLL
@@ -5979,47 +5976,49 @@ SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scale_amx(snipi_product product, snipi_
 SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scaled_amx(snipi_product product, int64_t k, int64_t block, const uint8_t *a,
                                                     const int8_t *b, const float *sa, const float *sb,
                                                     const int32_t *start, const float *from, float *c, int64_t ldc) {
-    __attribute__((aligned(64))) float sums[2][SNIPI_AMX_A * SNIPI_AMX_B];  // of a block and of the one before
+    __attribute__((aligned(64))) float sums[SNIPI_AMX_A * SNIPI_AMX_B];
     float tile[SNIPI_AMX_A * SNIPI_AMX_B];
     const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(k, block, piece), line = 4 * SNIPI_AMX_B;
-    snipi_amx_rows rows = { SNIPI_AMX_A, sums[1], sa, sb, from ? from : c, from ? 0 : ldc, tile, SNIPI_AMX_B };
-    int first = 1, turn = 0;
+    snipi_amx_rows rows = { SNIPI_AMX_A, sums, sa, sb, from ? from : c, from ? 0 : ldc, tile, SNIPI_AMX_B };
+    int first = 1;
     (void)start;
     snipi_fetch_c(c, ldc, SNIPI_AMX_A, SNIPI_AMX_B);
-    for (; k > 0; k -= block) {
+    for (; k > 0; k -= block, first = 0) {
+        // Rows of the last block after each product, so many that all of them are done before the sums are stored anew.
         const int64_t pieces = snipi_ceil_div(snipi_min(block, k), piece), share = snipi_ceil_div(8, pieces);
         SNIPI_TILE_ZERO(0);
         SNIPI_TILE_ZERO(1);
         SNIPI_TILE_ZERO(2);
         SNIPI_TILE_ZERO(3);
         for (int64_t p = 0; p < pieces; p++, a += piece, b += SNIPI_AMX_B * piece) {
-            SNIPI_TILE_LOAD(4, a, row_bytes);
-            SNIPI_TILE_LOAD(6, b, line);
-            SNIPI_TILE_PRODUCT(product, 0, 4, 6);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_LOAD(7, b + 64, line);
-            SNIPI_TILE_PRODUCT(product, 1, 4, 7);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);
-            SNIPI_TILE_PRODUCT(product, 2, 5, 6);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_PRODUCT(product, 3, 5, 7);
-            snipi_scale_amx(product, &rows, share);
+            SNIPI_UNROLL
+            for (int quarter = 0; quarter < 4; quarter++) {
+                if (quarter == 0) {
+                    SNIPI_TILE_LOAD(4, a, row_bytes);
+                    SNIPI_TILE_LOAD(6, b, line);
+                    SNIPI_TILE_PRODUCT(product, 0, 4, 6);
+                } else if (quarter == 1) {
+                    SNIPI_TILE_LOAD(7, b + 64, line);
+                    SNIPI_TILE_PRODUCT(product, 1, 4, 7);
+                } else if (quarter == 2) {
+                    SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);
+                    SNIPI_TILE_PRODUCT(product, 2, 5, 6);
+                } else
+                    SNIPI_TILE_PRODUCT(product, 3, 5, 7);
+                snipi_scale_amx(product, &rows, share);
+            }
         }
-        SNIPI_TILE_STORE(0, sums[turn], line);
-        SNIPI_TILE_STORE(1, sums[turn] + 16, line);
-        SNIPI_TILE_STORE(2, sums[turn] + 16 * SNIPI_AMX_B, line);
-        SNIPI_TILE_STORE(3, sums[turn] + 16 * SNIPI_AMX_B + 16, line);
+        SNIPI_TILE_STORE(0, sums, line);
+        SNIPI_TILE_STORE(1, sums + 16, line);
+        SNIPI_TILE_STORE(2, sums + 16 * SNIPI_AMX_B, line);
+        SNIPI_TILE_STORE(3, sums + 16 * SNIPI_AMX_B + 16, line);
         if (!first) {
             rows.sa += SNIPI_AMX_A;
             rows.sb += SNIPI_AMX_B;
             rows.old = tile;
             rows.old_ld = SNIPI_AMX_B;
         }
-        rows.sums = sums[turn];
         rows.row = 0;
-        first = 0;
-        turn = !turn;
     }
     rows.to = c;
     rows.to_ld = ldc;

@@ -922,6 +922,8 @@ static void test_emulation(void) {
 int main(int argc, char **argv) {
     int isa;
     if (argc > 1) rng_state = strtoull(argv[1], NULL, 10);
+    printf("seed %llu\n", (unsigned long long)rng_state);
+    fflush(stdout);  // a case that never ends has said it too
     if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
     for (isa = 0; isa < SNIP_ISA_COUNT; isa++)
         if (!snip_isa_available((snip_isa)isa))
