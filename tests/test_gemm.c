@@ -463,8 +463,8 @@ static void test_small(void) {
 // widths that a block of BF16 cannot be cut to (272, 304, 528, ...) are among them, with k beyond a tile.
 static kind random_kind(void) {
     static const snip_format formats[] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E5M2, SNIP_E2M1, SNIP_E2M3, SNIP_E3M2 };
-    static const snip_scale scales[] = { SNIP_SCALE_NONE, SNIP_SCALE_F32, SNIP_SCALE_POW2, SNIP_SCALE_UE8M0,
-                                         SNIP_SCALE_UE8M0_UP, SNIP_SCALE_UE4M3 };
+    static const snip_scale scales[] = { SNIP_SCALE_NONE,  SNIP_SCALE_F32,      SNIP_SCALE_POW2,
+                                         SNIP_SCALE_UE8M0, SNIP_SCALE_UE8M0_UP, SNIP_SCALE_UE4M3 };
     kind random;
     memset(&random, 0, sizeof random);
     random.name = "random";
@@ -499,8 +499,8 @@ static void test_random(void) {
         const long failed_before = failed;
         multiply(&a, &b, m, n, k, (int)below(2), (int)below(2), below(3) ? below(9) : 0, 2);
         if (failed > failed_before)
-            printf("random case %d, state %llu: formats %d, %d; tiles %dx%d, %dx%d; scales %d, %d; transposed %d, %d\n", i,
-                   (unsigned long long)state, (int)a.recipe.format, (int)b.recipe.format, (int)a.recipe.tile_rows,
+            printf("random case %d, state %llu: formats %d, %d; tiles %dx%d, %dx%d; scales %d, %d; transposed %d, %d\n",
+                   i, (unsigned long long)state, (int)a.recipe.format, (int)b.recipe.format, (int)a.recipe.tile_rows,
                    (int)a.recipe.tile_cols, (int)b.recipe.tile_rows, (int)b.recipe.tile_cols, (int)a.recipe.scale,
                    (int)b.recipe.scale, a.transposed, b.transposed);
     }
@@ -549,7 +549,8 @@ static void test_counts(void) {
     static const snip_recipe f32 = SNIP_RECIPE_F32;
     for (int i = 0; i < 40 / few + 4; i++) {
         const int64_t m = 1 + below(300), n = 1 + below(70), k = 1 + below(2300);
-        float *x = (float *)exact((size_t)(m * k) * sizeof(float)), *w = (float *)exact((size_t)(n * k) * sizeof(float));
+        float *x = (float *)exact((size_t)(m * k) * sizeof(float)),
+              *w = (float *)exact((size_t)(n * k) * sizeof(float));
         float *c = (float *)exact((size_t)(m * n) * sizeof(float));
         int64_t bad[2] = { 0, 0 };
         snip_operand a, b;
@@ -569,8 +570,9 @@ static void test_counts(void) {
             for (int t = 0; t < 2 && t < THREAD_COUNTS && snip_isa_available((snip_isa)isa); t++) {
                 guarded scratch = guarded_new(snip_gemm_scratch(m, n, k), (size_t)below(64));
                 int64_t counts[2] = { -1, -1 };
-                snprintf(what, sizeof what, "counts, m %lld n %lld k %lld, transposed %d %d, rounded %d, %s, %d threads",
-                         (long long)m, (long long)n, (long long)k, a.transposed, b.transposed, a.round_bf16,
+                snprintf(what, sizeof what,
+                         "counts, m %lld n %lld k %lld, transposed %d %d, rounded %d, %s, %d threads", (long long)m,
+                         (long long)n, (long long)k, a.transposed, b.transposed, a.round_bf16,
                          snip_isa_name((snip_isa)isa), thread_count[t]);
                 set_threads(thread_count[t]);
                 CHECK(snipi_gemm_with(m, n, k, &a, &b, c, n, 0, NULL, scratch.at, (snip_isa)isa, NULL, 0, counts) ==
