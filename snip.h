@@ -2853,7 +2853,7 @@ static void snipi_reader_init(snipi_reader *reader, const snip_recipe *recipe, c
     if (recipe->scale == SNIP_SCALE_UE4M3)
         memcpy(&reader->tensor_scale, snipi_tensor_scale_at(recipe, scales, rows, cols), sizeof(float));
     if (!snipi_plain(recipe->format))
-        for (c = 0; c < 1 << snip_format_bits(recipe->format); c++)
+        for (c = 0; c < (recipe->format == SNIP_E2M1 ? 16 : 256); c++)
             reader->lut[c] = snipi_decode((uint32_t)c, recipe->format);
 }
 
@@ -2978,8 +2978,11 @@ enum {
     SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several
     SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, must stay below 2^31
     SNIPI_MAX_ROWS = 32,      // rows of a panel, at most
-    SNIPI_CHUNK_PANELS = 8,   // panels of A, and of B, whose tiles are one task
-    SNIPI_PACK_K = 64         // k that is packed at a time, of all rows of a panel
+    SNIPI_CHUNK_MOST = 8,     // panels of a task, of A and of B: those of B fill half of a second cache of 2 MiB
+    SNIPI_CHUNK_LEAST = 2,    // the same, where there would be fewer tasks than
+    SNIPI_TASKS = 128,        // so that the last ones of 64 threads do not matter
+    SNIPI_PACK_K = 64,        // k that is packed at a time, of all rows of a panel: 8 KB of floats
+    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // of bfloat16 in so much
 };
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
@@ -3086,6 +3089,9 @@ static void snipi_round_floats_scalar(float *x, int n) {
 }
 
 // ---- packing
+// The next cache line: a buffer of n bytes takes n + 64.
+static void *snipi_next_line(void *at) { return (char *)at + (64 - (uintptr_t)at % 64) % 64; }
+
 typedef struct {  // an operand
     const snip_operand *operand;
     snipi_reader reader;
@@ -3104,7 +3110,7 @@ static void snipi_side_init(snipi_side *side, const snip_operand *operand, int64
 }
 
 // Element `at` of an F32 or BF16 operand.
-static const void *snipi_side_at(const snipi_side *side, int64_t at) {
+static const char *snipi_side_at(const snipi_side *side, int64_t at) {
     return (const char *)side->operand->codes + at * (side->bf16 ? 2 : 4);
 }
 
@@ -3114,7 +3120,7 @@ static void snipi_side_row(const snipi_side *side, int64_t row, int64_t k0, int 
     if (!side->plain)
         snipi_reader_row(&side->reader, row, k0, n, out, 1);
     else if (side->bf16)
-        side->reader.vector->widen((const uint16_t *)snipi_side_at(side, at), n, out);
+        side->reader.vector->widen((const uint16_t *)(const void *)snipi_side_at(side, at), n, out);
     else
         memcpy(out, snipi_side_at(side, at), (size_t)n * sizeof(float));
 }
@@ -3131,9 +3137,9 @@ typedef struct {
     int64_t nonfinite;                    // so many of them
 } snipi_gemm_panel;
 
-// Counts what is not finite, where that is asked for: x[n] has just been read.
-static void snipi_gemm_count(snipi_gemm_panel *panel, const void *x, int n) {
-    if (panel->count) panel->side->reader.vector->amax((const float *)x, n, &panel->nonfinite);
+// Counts what is not finite of x[n], which has just been read.
+static void snipi_gemm_count(snipi_gemm_panel *panel, const float *x, int n) {
+    panel->side->reader.vector->amax(x, n, &panel->nonfinite);
 }
 
 // Elements [k0, k0 + n), n <= SNIPI_PACK_K, of an operand that is stored [k][rows], to out[n][rows].
@@ -3157,15 +3163,18 @@ static void snipi_pack_f32_columns(const snipi_gemm_panel *panel, int64_t k0, in
 static void snipi_pack_f32_rows(const snipi_gemm_panel *panel, int64_t k0, int n, float *out) {
     const snipi_side *side = panel->side;
     const snipi_vector *vector = side->reader.vector;
-    float part[SNIPI_MAX_ROWS][SNIPI_PACK_K];
+    float memory[SNIPI_MAX_ROWS * SNIPI_PACK_K + 16], *part = (float *)snipi_next_line(memory);  // [rows][SNIPI_PACK_K]
     if (side->plain && !side->bf16 && panel->used == panel->rows) {
-        const float *x = (const float *)snipi_side_at(side, panel->row0 * side->ld + k0);
+        const float *x = (const float *)(const void *)snipi_side_at(side, panel->row0 * side->ld + k0);
         vector->transpose(x, side->ld, panel->rows, n, out, panel->rows);
         return;
     }
-    for (int i = 0; i < panel->used; i++) snipi_side_row(side, panel->row0 + i, k0, n, part[i]);
-    memset(part[panel->used], 0, (size_t)(panel->rows - panel->used) * sizeof part[0]);
-    vector->transpose(part[0], SNIPI_PACK_K, panel->rows, n, out, panel->rows);
+    for (int i = 0; i < panel->rows; i++, part += SNIPI_PACK_K)
+        if (i < panel->used)
+            snipi_side_row(side, panel->row0 + i, k0, n, part);
+        else
+            memset(part, 0, SNIPI_PACK_K * sizeof(float));
+    vector->transpose(part - SNIPI_PACK_K * panel->rows, SNIPI_PACK_K, panel->rows, n, out, panel->rows);
 }
 
 // Elements [k0, k0 + length) into an F32 panel.
@@ -3178,7 +3187,7 @@ static void snipi_pack_f32(const snipi_kernels *kernels, snipi_gemm_panel *panel
             snipi_pack_f32_columns(panel, k0 + k, n, out);
         else
             snipi_pack_f32_rows(panel, k0 + k, n, out);
-        if (operand->recipe->format == SNIP_F32) snipi_gemm_count(panel, out, n * panel->rows);
+        if (panel->count && operand->recipe->format == SNIP_F32) snipi_gemm_count(panel, out, n * panel->rows);
         if (operand->round_bf16) kernels->round_floats(out, n * panel->rows);
     }
 }
@@ -3206,63 +3215,59 @@ static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_gemm_panel *
         }
 }
 
-// Elements [k0, k0 + there) of an operand stored [k][rows], and zeros up to n (even, at most SNIPI_PACK_K), into a
-// BF16 panel.
+// Elements [k0, k0 + there) of an operand stored [k][rows], and zeros up to n (even, at most SNIPI_PACK_K), into a BF16
+// panel.
 static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_panel *panel, int64_t k0, int there, int n,
                                     uint8_t *out) {
-    float pairs[SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS];  // [n / 2][rows] pairs of bfloat16
+    float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [n / 2][rows] pairs of bfloat16
     const snipi_side *side = panel->side;
-    const int by_rows = panel->step_distance == 4, in_place = !by_rows && panel->used == panel->rows;
+    const int used = panel->used, rows = panel->rows, bf16 = side->bf16, count = panel->count && !bf16;
+    const int by_rows = panel->step_distance == 4, in_place = !by_rows && used == rows;
+    const int64_t line = side->ld * (bf16 ? 2 : 4);
+    const char *from = snipi_side_at(side, panel->row0 + k0 * side->ld);
     float *to = in_place ? (float *)(void *)out : pairs;
-    int i = 0;
-    if (panel->used < panel->rows || there < n) memset(pairs, 0, sizeof pairs);
-    for (; i < there; i += 2) {
-        const int64_t at = panel->row0 + (k0 + i) * side->ld;
-        const void *first = snipi_side_at(side, at);
-        const void *second = i + 1 < there ? snipi_side_at(side, at + side->ld) : NULL;
-        kernels->pair(first, second, side->bf16, panel->used, to + i / 2 * panel->rows);
-        if (!side->bf16) snipi_gemm_count(panel, first, panel->used);
-        if (!side->bf16 && second) snipi_gemm_count(panel, second, panel->used);
+    if (used < rows || there < n) memset(pairs, 0, SNIPI_PAIRS * sizeof(float));
+    for (int i = 0; i < there; i += 2, from += 2 * line, to += rows) {
+        const char *second = i + 1 < there ? from + line : NULL;
+        kernels->pair(from, second, bf16, used, to);
+        if (count) snipi_gemm_count(panel, (const float *)(const void *)from, used);
+        if (count && second) snipi_gemm_count(panel, (const float *)(const void *)second, used);
     }
     if (by_rows)
-        side->reader.vector->transpose(pairs, panel->rows, n / 2, panel->rows, (float *)(void *)out,
-                                       panel->row_distance / 4);
+        side->reader.vector->transpose(pairs, rows, n / 2, rows, (float *)(void *)out, panel->row_distance / 4);
     else if (!in_place)
-        memcpy(out, pairs, (size_t)(n / 2 * panel->rows) * sizeof(float));
-    else if (i < n)
-        memset(to + i / 2 * panel->rows, 0, (size_t)((n - i) / 2 * panel->rows) * sizeof(float));
+        memcpy(out, pairs, (size_t)(n / 2 * rows) * sizeof(float));
+    else
+        memset(to, 0, (size_t)((n - there) / 2 * rows) * sizeof(float));
 }
 
 // The same of an operand stored [rows][k]. table: of its first 32 codes, if it has codes.
 static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel *panel, const uint16_t *table,
                                  int64_t k0, int there, int n, uint8_t *out) {
-    float pairs[SNIPI_MAX_ROWS][SNIPI_PACK_K / 2];  // of bfloat16
-    const snipi_reader *reader = &panel->side->reader;
+    float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [rows][SNIPI_PACK_K / 2] of bfloat16
+    const snipi_side *side = panel->side;
+    const snipi_reader *reader = &side->reader;
     const snip_format format = reader->recipe->format;
-    const int by_rows = panel->step_distance == 4;
-    const int64_t row_distance = by_rows ? panel->row_distance : (int64_t)sizeof pairs[0];
-    uint8_t *line = by_rows ? out : (uint8_t *)pairs;
-    for (int i = 0; i < panel->rows; i++, line += row_distance) {
-        const int64_t row = panel->row0 + i, at = row * panel->side->ld + k0;
-        const int used = i < panel->used ? there : 0;
-        uint16_t *to = (uint16_t *)(void *)line;
-        if (used < n) memset(to, 0, (size_t)n * 2);
-        if (used == 0) continue;
-        if (panel->side->bf16 && used == SNIPI_PACK_K)  // a constant: the compiler's own copy
-            memcpy(to, snipi_side_at(panel->side, at), SNIPI_PACK_K * 2);
-        else if (panel->side->bf16)
-            memcpy(to, snipi_side_at(panel->side, at), (size_t)used * 2);
-        else if (panel->side->plain) {
-            const float *x = (const float *)snipi_side_at(panel->side, at);
-            kernels->round(x, used, to);
-            snipi_gemm_count(panel, x, used);
-        } else {
-            const uint8_t *codes = reader->codes + (size_t)row * reader->row_bytes;
-            kernels->look_up(format, table, reader->lut, codes + (format == SNIP_E2M1 ? k0 >> 1 : k0), used, to);
-        }
+    const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->step_distance == 4;
+    const int64_t to_line = by_rows ? panel->row_distance : SNIPI_PACK_K * (int64_t)sizeof(uint16_t);
+    const int64_t line = side->plain ? side->ld * (side->bf16 ? 2 : 4) : (int64_t)reader->row_bytes;
+    const int64_t column = side->bf16 ? 2 * k0 : side->plain ? 4 * k0 : format == SNIP_E2M1 ? k0 / 2 : k0;
+    const uint8_t *from = reader->codes + panel->row0 * line + column;
+    uint8_t *to = by_rows ? out : (uint8_t *)pairs;
+    for (int i = 0; i < rows; i++, from += line, to += to_line) {
+        if (i >= used || there < n) memset(to, 0, (size_t)n * 2);
+        if (i >= used) continue;
+        if (format == SNIP_BF16 && there == SNIPI_PACK_K)
+            memcpy(to, from, SNIPI_PACK_K * 2);  // of a constant length the compiler makes moves
+        else if (format == SNIP_BF16)
+            memcpy(to, from, (size_t)there * 2);
+        else if (format == SNIP_F32) {
+            kernels->round((const float *)(const void *)from, there, (uint16_t *)(void *)to);
+            if (panel->count) snipi_gemm_count(panel, (const float *)(const void *)from, there);
+        } else
+            kernels->look_up(format, table, reader->lut, from, there, (uint16_t *)(void *)to);
     }
-    if (!by_rows)
-        reader->vector->transpose(pairs[0], SNIPI_PACK_K / 2, panel->rows, n / 2, (float *)(void *)out, panel->rows);
+    if (!by_rows) reader->vector->transpose(pairs, SNIPI_PACK_K / 2, rows, n / 2, (float *)(void *)out, rows);
 }
 
 // Elements [k0, k0 + length) into `steps` steps of a BF16 panel.
@@ -3526,7 +3531,19 @@ static void snipi_gemm_side_begin(const snipi_gemm_job *job, snipi_gemm_side *si
     const int64_t scale_bytes = snipi_round_up(padded * job->blocks * (int64_t)sizeof(float), 64);
     side->scales_at = snipi_round_up(padded * job->row_bytes, 64);
     side->start_at = side->scales_at + scale_bytes;
-    side->bytes = side->start_at + scale_bytes;
+    side->bytes = side->start_at + (side == &job->b ? scale_bytes : 0);
+}
+
+// Cuts a pass into tasks. Where few panels of A leave them all in one chunk, B's chunks are made smaller, else A's: a
+// panel of B is best used for several of A while it is in the nearest caches.
+static void snipi_gemm_cut(snipi_gemm_job *job) {
+    int64_t *smaller = job->a.panels <= SNIPI_CHUNK_MOST ? &job->chunk_b : &job->chunk_a;
+    job->chunk_a = job->chunk_b = SNIPI_CHUNK_MOST;
+    for (;; *smaller /= 2) {
+        job->chunks_a = snipi_ceil_div(job->a.panels, job->chunk_a);
+        job->chunks_b = snipi_ceil_div(job->b.panels, job->chunk_b);
+        if (*smaller <= SNIPI_CHUNK_LEAST || job->chunks_a * job->chunks_b >= SNIPI_TASKS) return;
+    }
 }
 
 // All but the operands and where panels lie.
@@ -3554,9 +3571,7 @@ static void snipi_gemm_begin(snipi_gemm_job *job, int64_t m, int64_t n, int64_t 
     job->blocks = job->element ? snipi_ceil_div(job->pass, job->block) : 0;
     snipi_gemm_side_begin(job, &job->a, rows.a, m);
     snipi_gemm_side_begin(job, &job->b, rows.b, n);
-    job->chunk_a = job->chunk_b = SNIPI_CHUNK_PANELS;
-    job->chunks_a = snipi_ceil_div(job->a.panels, job->chunk_a);
-    job->chunks_b = snipi_ceil_div(job->b.panels, job->chunk_b);
+    snipi_gemm_cut(job);
 }
 
 // Bytes of all of B's panels, as snipi_gemm_with keeps them.
@@ -3566,8 +3581,6 @@ static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operan
     snipi_gemm_begin(&job, m, n, k, a, b, isa);
     return k ? (size_t)(snipi_ceil_div(k, job.pass) * job.b.bytes) + 64 : 1;
 }
-
-static char *snipi_gemm_align(char *at) { return at + (64 - (uintptr_t)at % 64) % 64; }
 
 // snip_gemm, its arguments checked. held: NULL, or snipi_gemm_held bytes for B's panels, which are packed if `pack` and
 // else found there: b's codes and scales are then not read. nonfinite: NULL, or to be filled with how many elements of
@@ -3591,8 +3604,8 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     job.b.packed = held && !pack;
     job.b.kept = held != NULL;
     job.b.late = job.chunks_a == 1 && !job.b.packed;
-    job.a.memory = snipi_gemm_align((char *)scratch);
-    job.b.memory = held ? snipi_gemm_align((char *)held) : job.a.memory + job.a.bytes;
+    job.a.memory = (char *)snipi_next_line(scratch);
+    job.b.memory = held ? (char *)snipi_next_line(held) : job.a.memory + job.a.bytes;
     snipi_side_init(&job.a.side, a, m, k);
     if (!job.b.packed) snipi_side_init(&job.b.side, b, n, k);
     if (nonfinite) {
@@ -7865,47 +7878,49 @@ SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scale_amx(snipi_product product, snipi_
 SNIPI_TARGET_AMX SNIPI_INLINE void snipi_scaled_amx(snipi_product product, int64_t k, int64_t block, const uint8_t *a,
                                                     const int8_t *b, const float *sa, const float *sb,
                                                     const int32_t *start, const float *from, float *c, int64_t ldc) {
-    __attribute__((aligned(64))) float sums[2][SNIPI_AMX_A * SNIPI_AMX_B];  // of a block and of the one before
+    __attribute__((aligned(64))) float sums[SNIPI_AMX_A * SNIPI_AMX_B];
     float tile[SNIPI_AMX_A * SNIPI_AMX_B];
     const int64_t piece = snipi_piece(block), row_bytes = snipi_padded(k, block, piece), line = 4 * SNIPI_AMX_B;
-    snipi_amx_rows rows = { SNIPI_AMX_A, sums[1], sa, sb, from ? from : c, from ? 0 : ldc, tile, SNIPI_AMX_B };
-    int first = 1, turn = 0;
+    snipi_amx_rows rows = { SNIPI_AMX_A, sums, sa, sb, from ? from : c, from ? 0 : ldc, tile, SNIPI_AMX_B };
+    int first = 1;
     (void)start;
     snipi_fetch_c(c, ldc, SNIPI_AMX_A, SNIPI_AMX_B);
-    for (; k > 0; k -= block) {
+    for (; k > 0; k -= block, first = 0) {
+        // Rows of the last block after each product, so many that all of them are done before the sums are stored anew.
         const int64_t pieces = snipi_ceil_div(snipi_min(block, k), piece), share = snipi_ceil_div(8, pieces);
         SNIPI_TILE_ZERO(0);
         SNIPI_TILE_ZERO(1);
         SNIPI_TILE_ZERO(2);
         SNIPI_TILE_ZERO(3);
         for (int64_t p = 0; p < pieces; p++, a += piece, b += SNIPI_AMX_B * piece) {
-            SNIPI_TILE_LOAD(4, a, row_bytes);
-            SNIPI_TILE_LOAD(6, b, line);
-            SNIPI_TILE_PRODUCT(product, 0, 4, 6);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_LOAD(7, b + 64, line);
-            SNIPI_TILE_PRODUCT(product, 1, 4, 7);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);
-            SNIPI_TILE_PRODUCT(product, 2, 5, 6);
-            snipi_scale_amx(product, &rows, share);
-            SNIPI_TILE_PRODUCT(product, 3, 5, 7);
-            snipi_scale_amx(product, &rows, share);
+            SNIPI_UNROLL
+            for (int quarter = 0; quarter < 4; quarter++) {
+                if (quarter == 0) {
+                    SNIPI_TILE_LOAD(4, a, row_bytes);
+                    SNIPI_TILE_LOAD(6, b, line);
+                    SNIPI_TILE_PRODUCT(product, 0, 4, 6);
+                } else if (quarter == 1) {
+                    SNIPI_TILE_LOAD(7, b + 64, line);
+                    SNIPI_TILE_PRODUCT(product, 1, 4, 7);
+                } else if (quarter == 2) {
+                    SNIPI_TILE_LOAD(5, a + 16 * row_bytes, row_bytes);
+                    SNIPI_TILE_PRODUCT(product, 2, 5, 6);
+                } else
+                    SNIPI_TILE_PRODUCT(product, 3, 5, 7);
+                snipi_scale_amx(product, &rows, share);
+            }
         }
-        SNIPI_TILE_STORE(0, sums[turn], line);
-        SNIPI_TILE_STORE(1, sums[turn] + 16, line);
-        SNIPI_TILE_STORE(2, sums[turn] + 16 * SNIPI_AMX_B, line);
-        SNIPI_TILE_STORE(3, sums[turn] + 16 * SNIPI_AMX_B + 16, line);
+        SNIPI_TILE_STORE(0, sums, line);
+        SNIPI_TILE_STORE(1, sums + 16, line);
+        SNIPI_TILE_STORE(2, sums + 16 * SNIPI_AMX_B, line);
+        SNIPI_TILE_STORE(3, sums + 16 * SNIPI_AMX_B + 16, line);
         if (!first) {
             rows.sa += SNIPI_AMX_A;
             rows.sb += SNIPI_AMX_B;
             rows.old = tile;
             rows.old_ld = SNIPI_AMX_B;
         }
-        rows.sums = sums[turn];
         rows.row = 0;
-        first = 0;
-        turn = !turn;
     }
     rows.to = c;
     rows.to_ld = ldc;

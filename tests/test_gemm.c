@@ -308,8 +308,8 @@ static void multiply(const kind *ka, const kind *kb, int64_t m, int64_t n, int64
             float *out = (float *)(void *)c.at;
             int gap = 1;
             test_about("%s * %s, m %lld n %lld k %lld, accumulate %d bias %d ldc +%lld, %s, %d threads", ka->name,
-                     kb->name, (long long)m, (long long)n, (long long)k, accumulate, with_bias, (long long)ldc_extra,
-                     snip_isa_name((snip_isa)isa), thread_count[t]);
+                       kb->name, (long long)m, (long long)n, (long long)k, accumulate, with_bias, (long long)ldc_extra,
+                       snip_isa_name((snip_isa)isa), thread_count[t]);
             set_threads(thread_count[t]);
             if (size) memcpy(out, c0, size);
             CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, out, ldc, accumulate, bias, scratch.at, (snip_isa)isa) ==
@@ -404,7 +404,7 @@ static void test_edges(void) {
     };
     int s, p, all = (int)(sizeof sizes / sizeof sizes[0]);
     for (p = 0; p < (int)(sizeof pairs / sizeof pairs[0]); p++)
-        for (s = test.few > 1 ? p % all : p % 3; s < all; s += test.few > 1 ? all : 3) {
+        for (s = test.few > 1 ? p % all : p % 3; s<all; s += test.few> 1 ? all : 3) {
             int64_t m = test.few > 1 && sizes[s].m > 96 ? sizes[s].m - 96 : sizes[s].m;
             multiply(&kinds[pairs[p][0]], &kinds[pairs[p][1]], m, sizes[s].n, sizes[s].k, (int)below(2), (int)below(2),
                      below(5), s % 2 ? 4 : 2);
@@ -419,6 +419,133 @@ static void test_small(void) {
         multiply(&kinds[20], &kinds[19], 41 - i, i, i, 1, 1, 1, 1);
         multiply(&kinds[0], &kinds[2], i, 1 + below(40), i, 0, 1, 2, 1);
         multiply(&kinds[9], &kinds[10], 1 + below(40), i, 1 + below(160), 1, 0, 0, 1);
+    }
+}
+
+// Operands drawn at random: every format and scale, tiles of any width along k, transposition, padding, threads. The
+// widths that a block of BF16 cannot be cut to (272, 304, 528, ...) are among them, with k beyond a tile.
+static kind random_kind(void) {
+    static const snip_format formats[] = { SNIP_F32, SNIP_BF16, SNIP_E4M3, SNIP_E5M2, SNIP_E2M1, SNIP_E2M3, SNIP_E3M2 };
+    static const snip_scale scales[] = { SNIP_SCALE_NONE,  SNIP_SCALE_F32,      SNIP_SCALE_POW2,
+                                         SNIP_SCALE_UE8M0, SNIP_SCALE_UE8M0_UP, SNIP_SCALE_UE4M3 };
+    kind random;
+    memset(&random, 0, sizeof random);
+    random.name = "random";
+    random.recipe.format = formats[below(7)];
+    if (random.recipe.format == SNIP_F32 || random.recipe.format == SNIP_BF16) {
+        static const snip_recipe f32 = SNIP_RECIPE_F32, bf16 = SNIP_RECIPE_BF16;
+        random.round_bf16 = random.recipe.format == SNIP_F32 && below(2);
+        random.recipe = random.recipe.format == SNIP_F32 ? f32 : bf16;
+        random.transposed = (int)below(2);
+        random.ld_extra = below(2) ? (int)below(9) : 0;
+        return random;
+    }
+    random.recipe.scale = scales[below(random.recipe.format == SNIP_E2M1 ? 6 : 5)];
+    random.recipe.rounding = NEAREST;
+    random.recipe.tile_rows = below(2) ? 1 : (int32_t)below(40);
+    switch (below(4)) {
+        case 0: random.recipe.tile_cols = 0; break;
+        case 1: random.recipe.tile_cols = (int32_t)(1 + below(40)); break;
+        case 2: random.recipe.tile_cols = (int32_t)(16 * (1 + below(40))); break;
+        default: random.recipe.tile_cols = (int32_t)(16 * (17 + below(17))); break;
+    }
+    return random;
+}
+
+static void test_random(void) {
+    const int cases = 400 / test.few;
+    for (int i = 0; i < cases; i++) {
+        kind a = random_kind(), b = random_kind();
+        if (below(2) && b.recipe.scale != SNIP_SCALE_NONE) b.recipe.tile_cols = a.recipe.tile_cols;
+        const uint64_t state = random_state;
+        const int64_t k = 1 + below(below(4) ? 700 : 1700), m = 1 + below(40), n = 1 + below(70);
+        const long failed_before = test.failed;
+        multiply(&a, &b, m, n, k, (int)below(2), (int)below(2), below(3) ? below(9) : 0, 2);
+        if (test.failed > failed_before)
+            printf("random case %d, state %llu: formats %d, %d; tiles %dx%d, %dx%d; scales %d, %d; transposed %d, %d\n",
+                   i, (unsigned long long)state, (int)a.recipe.format, (int)b.recipe.format, (int)a.recipe.tile_rows,
+                   (int)a.recipe.tile_cols, (int)b.recipe.tile_rows, (int)b.recipe.tile_cols, (int)a.recipe.scale,
+                   (int)b.recipe.scale, a.transposed, b.transposed);
+    }
+}
+
+// B's panels, packed once and then found, are those that snip_gemm packs, also where a pass is cut short.
+static void test_held(void) {
+    for (int i = 0; i < 60 / test.few; i++) {
+        const kind ka = random_kind(), kb = random_kind();
+        const int64_t m = 1 + below(40), n = 1 + below(70), k = 1 + below(2600);
+        operand a = operand_new(&ka, m, k, 1), b = operand_new(&kb, n, k, 2);
+        for (int isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++) {
+            if (!snip_isa_available((snip_isa)isa)) continue;
+            test_about("held, case %d, formats %d, %d, m %lld n %lld k %lld, %s", i, (int)ka.recipe.format,
+                       (int)kb.recipe.format, (long long)m, (long long)n, (long long)k, snip_isa_name((snip_isa)isa));
+            const size_t bytes = snipi_gemm_held(m, n, k, &a.operand, &b.operand, (snip_isa)isa);
+            const size_t size = (size_t)(m * n) * sizeof(float);
+            guarded held = guarded_new(bytes, (size_t)below(64));
+            guarded scratch = guarded_new(snip_gemm_scratch(m, n, k), (size_t)below(64));
+            float *once = (float *)exact(size), *again = (float *)exact(size), *plain = (float *)exact(size);
+            snip_operand bare;
+            memset(&bare, 0, sizeof bare);
+            bare.recipe = b.operand.recipe;
+            bare.round_bf16 = b.operand.round_bf16;
+            CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, plain, n, 0, NULL, scratch.at, (snip_isa)isa) == SNIP_OK);
+            CHECK(snipi_gemm_with(m, n, k, &a.operand, &b.operand, once, n, 0, NULL, scratch.at, (snip_isa)isa, held.at,
+                                  1, NULL) == SNIP_OK);
+            CHECK(snipi_gemm_with(m, n, k, &a.operand, &bare, again, n, 0, NULL, scratch.at, (snip_isa)isa, held.at, 0,
+                                  NULL) == SNIP_OK);
+            CHECK(!memcmp(once, plain, size) && !memcmp(again, plain, size));
+            CHECK(guarded_intact(&held) && guarded_intact(&scratch));
+            guarded_free(&held);
+            guarded_free(&scratch);
+            free(once);
+            free(again);
+            free(plain);
+        }
+        operand_free(&a);
+        operand_free(&b);
+    }
+}
+
+// Elements that are not finite are counted once each, whatever the panels, the passes and the threads.
+static void test_counts(void) {
+    static const snip_recipe f32 = SNIP_RECIPE_F32;
+    for (int i = 0; i < 40 / test.few + 4; i++) {
+        const int64_t m = 1 + below(300), n = 1 + below(70), k = 1 + below(2300);
+        float *x = (float *)exact((size_t)(m * k) * sizeof(float)),
+              *w = (float *)exact((size_t)(n * k) * sizeof(float));
+        float *c = (float *)exact((size_t)(m * n) * sizeof(float));
+        int64_t bad[2] = { 0, 0 };
+        snip_operand a, b;
+        memset(&a, 0, sizeof a);
+        a.recipe = &f32;
+        a.codes = x;
+        a.transposed = (int)below(2);
+        a.round_bf16 = (int)below(2);
+        b = a;
+        b.codes = w;
+        b.transposed = (int)below(2);
+        for (int64_t j = 0; j < m * k; j++) x[j] = below(500) ? 3.4e38f : below(2) ? INFINITY : NAN;
+        for (int64_t j = 0; j < n * k; j++) w[j] = below(500) ? uniform() : -INFINITY;
+        for (int64_t j = 0; j < m * k; j++) bad[0] += snipi_nonfinite(x[j]);
+        for (int64_t j = 0; j < n * k; j++) bad[1] += snipi_nonfinite(w[j]);
+        for (int isa = SNIP_ISA_SCALAR; isa < SNIP_ISA_COUNT; isa++)
+            for (int t = 0; t < 2 && t < THREAD_COUNTS && snip_isa_available((snip_isa)isa); t++) {
+                guarded scratch = guarded_new(snip_gemm_scratch(m, n, k), (size_t)below(64));
+                int64_t counts[2] = { -1, -1 };
+                test_about("counts, m %lld n %lld k %lld, transposed %d %d, rounded %d, %s, %d threads", (long long)m,
+                           (long long)n, (long long)k, a.transposed, b.transposed, a.round_bf16,
+                           snip_isa_name((snip_isa)isa), thread_count[t]);
+                set_threads(thread_count[t]);
+                CHECK(snipi_gemm_with(m, n, k, &a, &b, c, n, 0, NULL, scratch.at, (snip_isa)isa, NULL, 0, counts) ==
+                      SNIP_OK);
+                CHECK(counts[0] == bad[0] && counts[1] == bad[1]);
+                CHECK(guarded_intact(&scratch));
+                guarded_free(&scratch);
+            }
+        set_threads(1);
+        free(x);
+        free(w);
+        free(c);
     }
 }
 
@@ -521,8 +648,7 @@ static void test_nonfinite(void) {
             oa.recipe = ob.recipe = &recipes[f];
             oa.codes = f == 0 ? (void *)a : f == 1 ? (void *)a16 : (void *)a8;
             ob.codes = f == 0 ? (void *)b : f == 1 ? (void *)b16 : (void *)b8;
-            test_about("not finite, %s, %s", snip_format_name(recipes[f].format),
-                     snip_isa_name((snip_isa)isa));
+            test_about("not finite, %s, %s", snip_format_name(recipes[f].format), snip_isa_name((snip_isa)isa));
             CHECK(snip_gemm(M, N, K, &oa, &ob, c, N, 0, NULL, scratch, (snip_isa)isa) == SNIP_OK);
             for (i = 0; i < M; i++)
                 for (j = 0; j < N; j++) ok &= snipi_nonfinite(c[i * N + j]) == (i == bad_a || j == bad_b);
@@ -738,8 +864,7 @@ static void test_emulation(void) {
             void *scratch = exact(snip_gemm_scratch(3, 5, cases[i].k));
             float c[15];
             long bf16 = emulated_products[j ? 3 : 1], s8 = emulated_products[2];
-            test_about("units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name,
-                     snip_isa_name(isas[j]));
+            test_about("units of %s * %s, %s", kinds[cases[i].a].name, kinds[cases[i].b].name, snip_isa_name(isas[j]));
             CHECK(snip_gemm(3, 5, cases[i].k, &a.operand, &b.operand, c, 5, 0, NULL, scratch, isas[j]) == SNIP_OK);
             CHECK((emulated_products[j ? 3 : 1] > bf16) == (cases[i].units == 1));
             CHECK((emulated_products[2] > s8) == (cases[i].units == 2 && j == 1));
@@ -759,6 +884,8 @@ int main(int argc, char **argv) {
     int isa;
     test_start(1, argv);
     if (argc > 1) random_state = strtoull(argv[1], NULL, 10);
+    printf("seed %llu\n", (unsigned long long)random_state);
+    fflush(stdout);  // a case that never ends has said it too
     for (isa = 0; isa < SNIP_ISA_COUNT; isa++)
         if (!snip_isa_available((snip_isa)isa))
             printf("not on this machine or in this build: %s\n", snip_isa_name((snip_isa)isa));
@@ -767,6 +894,9 @@ int main(int argc, char **argv) {
     test_small();
     test_all_pairs();
     test_edges();
+    test_random();
+    test_held();
+    test_counts();
     test_largest();
     test_nonfinite();
     test_tiny();

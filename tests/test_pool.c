@@ -4,6 +4,7 @@
 #include <fenv.h>
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,6 +60,11 @@ static void *pool_thread(void *arg) {
 }
 
 static void pool_for(void (*fn)(void *, int64_t), void *arg, int64_t n) {
+    if (pool.threads == 0) {  // the last index first
+        pool.calls[0] += n;
+        while (n > 0) fn(arg, --n);
+        return;
+    }
     pthread_mutex_lock(&pool.lock);
     pool.fn = fn;
     pool.arg = arg;
@@ -172,6 +178,51 @@ static void products(void) {
     free(scratch);
 }
 
+// Every call of every phase runs once, and none before all calls of the phase before it.
+enum { PHASES = 3, TURNS = 40, MOST_CALLS = 7 };
+
+static const int64_t phase_calls[PHASES] = { 5, 0, MOST_CALLS };
+
+static struct { long done[PHASES * TURNS], seen[PHASES * TURNS][MOST_CALLS], early; } phases_run;
+
+static void phase_call(int phase, int64_t i) {
+    const int64_t turn = i / phase_calls[phase], at = turn * PHASES + phase;
+    pthread_mutex_lock(&pool.lock);
+    for (int64_t before = 0; before < at; before++)
+        phases_run.early += phases_run.done[before] < phase_calls[before % PHASES];
+    phases_run.seen[at][i % phase_calls[phase]]++;
+    pthread_mutex_unlock(&pool.lock);
+    sched_yield();
+    pthread_mutex_lock(&pool.lock);
+    phases_run.done[at]++;
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void first_phase(void *arg, int64_t i) {
+    (void)arg;
+    phase_call(0, i);
+}
+
+static void last_phase(void *arg, int64_t i) {
+    (void)arg;
+    phase_call(2, i);
+}
+
+static void phases_in_turn(void) {
+    const snipi_phase phases[PHASES] = {
+        {first_phase, NULL, phase_calls[0]},
+        { NULL,       NULL, phase_calls[1]},
+        { last_phase, NULL, phase_calls[2]}
+    };
+    long other = 0;
+    memset(&phases_run, 0, sizeof phases_run);
+    snipi_share_phases(phases, PHASES, TURNS, 1);
+    for (int at = 0; at < PHASES * TURNS; at++)
+        for (int64_t i = 0; i < MOST_CALLS; i++) other += phases_run.seen[at][i] != (i < phase_calls[at % PHASES]);
+    CHECK(phases_run.early == 0);
+    CHECK(other == 0);
+}
+
 // Two micro-batches a step, a measurement and a plan at the second.
 static void session(void) {
     enum { ROWS = 130, OUT = 96, IN = 160, STEPS = 5 };
@@ -249,11 +300,11 @@ static void rounding_modes(void) {
 }
 
 int main(void) {
-    static const int counts[] = { 1, 2, MOST_THREADS };
+    static const int counts[] = { 1, 0, 2, MOST_THREADS };  // 0: this thread alone, in reverse order
     pthread_t threads[MOST_THREADS];
     uint64_t first = 0;
     int i, t;
-    for (i = 0; i < 3; i++) {
+    for (i = 0; i < 4; i++) {
         int64_t others = 0;
         pool.threads = counts[i];
         pool.stop = 0;
@@ -269,6 +320,7 @@ int main(void) {
         products();
         session();
         rounding_modes();
+        phases_in_turn();
         pthread_mutex_lock(&pool.lock);
         pool.stop = 1;
         pthread_cond_broadcast(&pool.work);
