@@ -1632,6 +1632,12 @@ static void test_session_failures() {
             CHECK(d.s->pass == SNIP_PASS_LOSS_PROBE && d.step() == SNIP_OK);
             CHECK(snip_cuda_finish(d.c) == SNIP_OK && snip_plans(d.s) == 1 && d.s->kept.failures == 0);
         }
+    // Between steps, finish finds out that the next one is to measure.
+    machine d(session_desc(4), plainly, 2);
+    snprintf(what, sizeof what, "session, a failure that finish reads");
+    for (int step = 0; step < 6; step++) CHECK(d.step(step == 4 ? (double)snipi_float(0x7FC00000u) : 2.5) == SNIP_OK);
+    CHECK(d.s->pass == SNIP_PASS_ORDINARY && snip_cuda_finish(d.c) == SNIP_NONFINITE);
+    CHECK(d.s->pass == SNIP_PASS_LOSS_PROBE);
 }
 
 // Refused calls are told of at once and kept, by function, layer and cause.

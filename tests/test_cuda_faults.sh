@@ -72,17 +72,8 @@ try "an instruction that takes A's type for B's" 's/\(B == SNIP_E4M3 \? 0u : 1u\
 try "scales of the wrong block" 's/shared.scale\[t \/ 2 & 1\]\[0\]/shared.scale[0][0]/' gemm
 try "fragments of the wrong rows" 's/lane % 8 \+ lane \/ 16 \* 8/lane % 8 + lane \/ 8 % 2 * 8/' gemm
 try "a BF16 tile is stored where it is read" 's/\*snipi_mma_chunk\(tile\[\(t \+ 1\) & 1\]\[f/*snipi_mma_chunk(tile[t \& 1][f/' gemm
-try "a step is read before it has come" 's/if \(cudaEventSynchronize\(e->done\) != cudaSuccess\)/if (0)/' session
-try "the plan is switched a step early" 's/c->read <= c->step - 1 - c->lag/c->read <= c->step - c->lag/' session
 try "one step's random numbers for ever" 's/if \(q\.step\) key\.step = \*q\.step;//' session
 try "both orientations with one key" 's/q\.key_t\.tensor = options\.tensor_t;//' session
-try "counts of NaN are kept" 's/ \|\| cudaMemsetAsync\(c->watched, 0, watched, stream\) != cudaSuccess//' session
-try "measurements add up" 's/cudaMemsetAsync\(c->record, 0, \(size_t\)s->n_layers \* sizeof \*c->record, stream\) != cudaSuccess/0/' session
-try "sketches add up" 's/cudaMemsetAsync\(c->sketch, 0, .*stream\) != cudaSuccess\)/0)/' session
-try "statistics of the last micro-batch alone" 's/snipi_cuda_options options = \{ 0, NULL, NULL, NULL, NULL, 1 \};/snipi_cuda_options options = { 0, NULL, NULL, NULL, NULL, 0 };/' session
-try "two measurements at a time" 's/if \(s->pass == SNIP_PASS_LOSS_PROBE && c->measuring >= 0\)/if (0)/' session
-try "a sketch's signs of the next word" 's/at = \(begin \/ 32 \+ w\)/at = (begin \/ 32 + 1 - w)/' session
-try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % samples]/' session
 try "B is taken for A's format" 's/b16\[i\] = snipi_mma_half2<FORMAT_B>/b16[i] = snipi_mma_half2<FORMAT_A>/' gemm
 try "one scale where columns have their own" 's/const int one_scale = [^;]*;/const int one_scale = 1;/' gemm
 try "an empty kernel is taken for one with a body" 's/sharedSizeBytes > SNIPI_EMPTY_SHARED/sharedSizeBytes > 0/' gemm
@@ -92,19 +83,50 @@ try "INT8 bytes without padding" 's/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g
 try "zeros beyond k are not asked for" 's/g\.n, g\.k, g\.b\.reader\.row_bytes\)/g.n, g.b.reader.row_bytes, g.b.reader.row_bytes)/; s/g\.m, g\.k, g\.a\.reader\.row_bytes\)/g.m, g.a.reader.row_bytes, g.a.reader.row_bytes)/' s8
 try "INT8 bytes that TMA cannot read" 's/o->aligned = \(uintptr_t\)o->reader\.codes % 16 == 0;/o->aligned = 1;/' s8
 try "INT8 bytes of magnitudes" 's/positive \+ 0x80808080u - negative/positive + 0x80808080u + negative/' quantize
-try "INT8 bytes where no kernel takes them" 's/c->codes = snipi_tma_kernel<.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
 try "cuBLASLt's scales in our order" 's/i % blocks \* rows \+ i \/ blocks/i/' cublaslt
 try "cuBLASLt's scales without padding" 's/snipi_cublaslt_blocks\(k\) : 0;/blocks : 0;/' cublaslt
 try "cuBLASLt's A is ours" 's/A_SCALE_MODE, modes\[b->/A_SCALE_MODE, modes[a->/' cublaslt
 try "cuBLASLt gets room that it was not given" 's/ldc, scratch_bytes - scales\);/ldc, scratch_bytes);/' cublaslt
+try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
+try "saturation is not looked for" 's/ && !\(q\.straight\.counts && snipi_cuda_may_saturate\(r\)\)//' quantize
+# >>cuda-session-impl
+within() { echo "/$1\\(/,/^}/$2"; }      # a sed command in one function
+try "a step is read before it has come" 's/if \(cudaEventSynchronize\(e->done\) != cudaSuccess\)/if (0)/' session
+try "the plan is switched a step early" 's/c->read <= c->step - 1 - c->lag/c->read <= c->step - c->lag/' session
+try "counts of NaN are kept" 's/watched\[i\] = snipi_cuda_watched\(\);//' session
+try "measurements add up" 's/cudaMemsetAsync\(call->sums, 0, sizeof \*call->sums, stream\)/cudaSuccess/' session
+try "sketches add up" 's/cudaMemsetAsync\(call->sketch, 0, .*stream\);/cudaSuccess;/' session
+try "statistics of the last micro-batch alone" 's/\*err_sq \+= stats->err_sq/*err_sq = stats->err_sq/' session
+try "two measurements at a time" 's/snipi_measures_now\(s\) && c->measuring < 0/snipi_measures_now(s)/' session
+try "a sketch's signs of the next word" 's/at = \(begin \/ 32 \+ w\)/at = (begin \/ 32 + 1 - w)/' session
+try "the wrong features are sampled" 's/i % samples \* n \/ samples\]/i % samples]/' session
+try "INT8 bytes where no kernel takes them" 's/c->codes = snipi_tma_kernel<.*/c->codes = SNIP_CUDA_S8_BYTES;/' session
 try "a session does not ask cuBLASLt" 's/if \(c->lt && /if (0 \&\& /' cublaslt
 try "a session asks cuBLASLt for what is not FP8" 's/c->lt && snipi_cuda_is_fp8\(a->recipe->format\)/c->lt/' cublaslt
 try "a session's cuBLASLt forgets the bias" 's/n, accumulate \|\| bias, c->lt_scratch/n, accumulate, c->lt_scratch/' cublaslt
-try "pairs beyond the edge" 's/g->pairs = n % 2 == 0 && /g->pairs = /' gemm
-try "saturation is not looked for" 's/ && !\(q\.straight\.counts && snipi_cuda_may_saturate\(r\)\)//' quantize
-try "a held weight's counts once" 's/^( *)\*counts = c->watched.*/\1*counts = NULL;/' session
-try "a weight of the last step" 's/ \|\| h->step\[transposed\] != c->step//' session
-try "a weight that was only captured" 's/ \|\| h->capture\[transposed\] != capture//' session
-try "a weight for each micro-batch" 's/ \|\| h->of\[transposed\] != w / || 1 /' session
+try "a held weight's counts once" 's/if \(!c->uncounted\) \*counts = .*/*counts = NULL;/' session
+try "a weight of the last step" 's/ && a\.step == b\.step//' session
+try "a weight that was only captured" 's/ && a\.capture == b\.capture//' session
+try "a weight for each micro-batch" 's/a\.weight == b\.weight/0/' session
+try "a weight for each recomputed forward" 's/call->micro == 0 && !c->uncounted/call->micro == 0/' session
+try "a recomputed forward is counted" 's/c->uncounted = 1;  \/\/ counted by the forward call//' session
+try "the first micro-batch sizes the noise" 's/kept\[i\]\.input_size = .*/kept[i].input_size = 0;/' session
+try "a state's size of X does not reach the device" 's/\{ s->layers\[i\]\.kept\.input_size, 0 \}/{ 0, 0 }/' session
+try "replayed calls are not counted" 's/watched->seen_calls \+= which == 0;/watched->seen_calls = 1;/' session
+try "a frozen layer's weights move" "$(within snipi_cuda_noisy_weight 's/l->frozen/0/')" session
+try "weights of unknown size move" 's/cudaMemsetAsync\(&snipi_cuda_kept_of\(call\)->probe_step, 0, sizeof\(double\), stream\)/cudaSuccess/' session
+try "no |W| without a loss probe" 's/first \? &call->sums->weight_sq : NULL, 1/NULL, 1/' session
+try "|W| is added to" 's/if \(sum_sq && !\(once && \*sum_sq > 0\)\)/if (sum_sq)/' session
+try "m is not looked at" 's/for \(const float \*state : \{ l->m, l->v \}\)/for (const float *state : { l->v })/' session
+try "v is not looked at" 's/for \(const float \*state : \{ l->m, l->v \}\)/for (const float *state : { l->m })/' session
+try "biases are not looked at" "$(within snipi_cuda_count_nonfinite 's/return .*/return SNIP_OK;/')" session
+try "dbias is summed in float" "$(within snipi_cuda_bias_kernel 's/double sum = 0;/float sum = 0;/')" session
+try "a discarded measurement is not made anew" "$(within snipi_cuda_read 's/if \(e->measured && status\).*//')" session
+try "a message of another step" 's/^( *)snipi_show_pending\(s\);/\1;/' session
+try "finish leaves the next step as it was" 's/if \(!snipi_within_step\(c->s\)\) snipi_cuda_begin_step\(c\);//' session
+try "a step without a loss goes on" 's/^( *)s->told = 1;/\1s->told = loss != NULL;/' session
+try "blocks of rows in another bucket" "$(within snipi_cuda_scaling_kernel 's/first % SNIPI_BLOCKS/0/')" session
+try "U is left out" 's/if \(l->measurement && !l->frozen && snipi_bound\(s, l\) && !status\)/if (0)/' session
+# <<cuda-session-impl
 echo "$passed passed, $failed failed, 0 skipped"
 [ $failed -eq 0 ]
