@@ -296,10 +296,17 @@ static float shim_e4m3_value(uint32_t code) {
     return code & 128 ? -v : v;
 }
 
+static float shim_f16_value(uint32_t code) {
+    uint32_t e = code >> 10 & 31, m = code & 1023;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
+    return code & 32768 ? -v : v;
+}
+
 static struct shim_tables {
-    float e4m3[256], e5m2[256], s8[256];
+    float e4m3[256], e5m2[256], s8[256], f16[65536];
 
     shim_tables() {
+        for (uint32_t c = 0; c < 65536; c++) f16[c] = shim_f16_value(c);
         for (uint32_t c = 0; c < 256; c++) {
             e4m3[c] = shim_e4m3_value(c);
             e5m2[c] = shim_e5m2_value(c);
@@ -308,18 +315,12 @@ static struct shim_tables {
     }
 } shim_of;
 
-static inline float shim_f16(uint32_t code) {
-    uint32_t e = code >> 10 & 31, m = code & 1023;
-    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
-    return code & 32768 ? -v : v;
-}
-
 static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 1, "mma s8", [](int32_t &s, uint32_t x, uint32_t y) { s += (int8_t)x * (int8_t)y; });
 }
 
 static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_of.f16[x] * shim_of.f16[y]; });
 }
 
 static inline float shim_bf16(uint32_t code) {
