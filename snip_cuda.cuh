@@ -4113,8 +4113,20 @@ SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *c) {
 }
 
 SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, void *scratch, size_t scratch_bytes) {
-    if (!c || (lt && (!scratch || (uintptr_t)scratch % 256 || scratch_bytes < snip_cuda_cublaslt_memory(c))))
-        return SNIP_BAD_ARGUMENT;
+    static const char function[] = "snip_cuda_use_cublaslt";
+    if (!c) return SNIP_BAD_ARGUMENT;
+
+    const size_t least = snip_cuda_cublaslt_memory(c);
+    if (lt && !scratch) return snipi_fail_in(c->s, SNIP_BAD_ARGUMENT, function, "no scratch");
+    if (lt && (uintptr_t)scratch % 256)
+        return snipi_fail_in(c->s, SNIP_BAD_ARGUMENT, function, "scratch is not 256-byte aligned");
+    if (lt && scratch_bytes < least) {
+        char why[96];
+        snprintf(why, sizeof why, "scratch of %llu bytes, and %llu are wanted", (unsigned long long)scratch_bytes,
+                 (unsigned long long)least);
+        return snipi_fail_in(c->s, SNIP_BAD_ARGUMENT, function, why);
+    }
+
     c->lt = lt;
     c->lt_scratch = scratch;
     c->lt_bytes = scratch_bytes;
@@ -4123,25 +4135,31 @@ SNIP_API snip_status snip_cuda_use_cublaslt(snip_cuda *c, cublasLtHandle_t lt, v
 #endif
 
 // Seconds of the fastest of several calls, after one to warm up.
-template <class F>
-static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
-    enum { TIMES = 5 };
-
-    snip_status status = SNIP_OK;
-    for (int i = 0; i < 1 + TIMES && !status; i++) {
+template <class Call>
+static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds,
+                                   Call call) {
+    const int times = 5;
+    const double least = 1e-9;  // events may tell of less, and a plan divides by it
+    for (int i = 0; i < 1 + times; i++) {
         float ms = 0;
         if (cudaEventRecord(begin, stream) != cudaSuccess) return SNIP_DEVICE;
-        status = call();
+        const snip_status status = call();
         if (status) return status;
         if (cudaEventRecord(end, stream) != cudaSuccess || cudaEventSynchronize(end) != cudaSuccess ||
             cudaEventElapsedTime(&ms, begin, end) != cudaSuccess)
             return SNIP_DEVICE;
         if (i == 1 || (i > 1 && ms * 1e-3 < *seconds)) *seconds = ms * 1e-3;
     }
-    if (*seconds < 1e-9) *seconds = 1e-9;
-    return status;
+    if (*seconds < least) *seconds = least;
+    return SNIP_OK;
 }
 
+// Floats of a layer's made-up X, dY and W, and of the largest result.
+static int64_t snipi_cuda_timed_floats(const snipi_layer *l, int64_t rows) {
+    return rows * (l->n + l->k) + l->n * l->k + snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k);
+}
+
+// x: snipi_cuda_timed_floats
 static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t rows, float *x, cudaEvent_t begin,
                                          cudaEvent_t end, cudaStream_t stream) {
     const int64_t n = l->n, k = l->k, given = rows * (n + k) + n * k;
@@ -4167,36 +4185,51 @@ static snip_status snipi_cuda_time_layer(snip_cuda *c, snipi_layer *l, int64_t r
     return status;
 }
 
-SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
-    cudaEvent_t begin, end;
-    snip_status status = SNIP_OK;
-    if (!c || rows < 1 || rows > c->rows) return SNIP_BAD_ARGUMENT;
+// Layers of one shape are timed once.
+static snip_status snipi_cuda_time_layers(snip_cuda *c, int64_t rows, cudaEvent_t begin, cudaEvent_t end,
+                                          cudaStream_t stream) {
     snip *s = c->s;
-    if (cudaEventCreate(&begin) != cudaSuccess) return SNIP_DEVICE;
-    if (cudaEventCreate(&end) != cudaSuccess) {
-        cudaEventDestroy(begin);
-        return SNIP_DEVICE;
-    }
-    for (int i = 0, same; i < s->n_layers && !status; i++) {
+    for (int i = 0; i < s->n_layers; i++) {
         snipi_layer *l = &s->layers[i];
-        float *x;
-        for (same = 0; same < i && (s->layers[same].n != l->n || s->layers[same].k != l->k); same++) {
-        }
+        int same = 0;
+        while (s->layers[same].n != l->n || s->layers[same].k != l->k) same++;
         if (same < i) {
             memcpy(l->seconds, s->layers[same].seconds, sizeof l->seconds);
             continue;
         }
-        if (cudaMalloc(&x, (size_t)(rows * (l->n + l->k) + l->n * l->k +
-                                    snipi_max(rows * snipi_max(l->n, l->k), l->n * l->k)) *
-                               sizeof(float)) != cudaSuccess)
-            status = SNIP_OUT_OF_MEMORY;
-        else {
+
+        float *x;
+        snip_status status = SNIP_OUT_OF_MEMORY;
+        if (cudaMalloc(&x, (size_t)snipi_cuda_timed_floats(l, rows) * sizeof(float)) == cudaSuccess) {
             status = snipi_cuda_time_layer(c, l, rows, x, begin, end, stream);
             cudaFree(x);
         }
+        if (status) {
+            char where[160];
+            snprintf(where, sizeof where, "snip_cuda_measure_gains, layer %.70s", l->name);
+            return snipi_fail_in(s, status, where, snip_status_text(status));
+        }
     }
-    cudaEventDestroy(begin);
-    cudaEventDestroy(end);
+    return SNIP_OK;
+}
+
+SNIP_API snip_status snip_cuda_measure_gains(snip_cuda *c, int64_t rows, cudaStream_t stream) {
+    static const char function[] = "snip_cuda_measure_gains";
+    if (!c) return SNIP_BAD_ARGUMENT;
+    if (rows < 1 || rows > c->rows) {
+        char why[96];
+        snprintf(why, sizeof why, "%lld rows, of a session of 1 to %lld", (long long)rows, (long long)c->rows);
+        return snipi_fail_in(c->s, SNIP_BAD_ARGUMENT, function, why);
+    }
+
+    cudaEvent_t begin = NULL, end = NULL;
+    snip_status status = SNIP_DEVICE;
+    if (cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess)
+        status = snipi_cuda_time_layers(c, rows, begin, end, stream);
+    else
+        snipi_fail_in(c->s, status, function, snip_status_text(status));
+    if (begin) cudaEventDestroy(begin);
+    if (end) cudaEventDestroy(end);
     return status;
 }
 
@@ -4239,9 +4272,8 @@ SNIP_API snip_cuda *snip_cuda_create(snip *s, int64_t rows, int lag, void *memor
         return NULL;
     }
     if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) {
-        snipi_fail(
-            s, SNIP_UNSUPPORTED,
-            "snip_cuda_create: the code was not compiled for this GPU, or it has no tensor cores for it (8.0 and later)");
+        snipi_fail(s, SNIP_UNSUPPORTED,
+                   "snip_cuda_create: the code was not compiled for this GPU, or the GPU is older than 8.0");
         return NULL;
     }
     for (snip_format format : snipi_candidates) {

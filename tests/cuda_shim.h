@@ -271,9 +271,7 @@ static inline void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
 // d += A B^T of 16 x 8 elements, `size` bytes each, 32 bytes of k; multiply(d, a, b) takes elements as bits.
 template <class D, class F>
 static void shim_mma(D d[4], const uint32_t a[4], const uint32_t b[2], unsigned size, const char *site, F multiply) {
-    shim_words mine = {
-        {a[0], a[1], a[2], a[3], b[0], b[1]}
-    };
+    shim_words mine = { { a[0], a[1], a[2], a[3], b[0], b[1] } };
     const shim_words *all = shim_gather(mine, site);
     unsigned lane = shim.current % 32, mask = size == 1 ? 255 : 65535;
     for (unsigned i = 0; i < 4; i++)
@@ -810,8 +808,13 @@ static inline cudaError_t cudaFreeHost(void *p) {
     return cudaSuccess;
 }
 
+// One call fails, after so many more; negative: none does.
+static int shim_mallocs = -1, shim_events = -1;
+
+static bool shim_refuses(int *left) { return *left >= 0 && (*left)-- == 0; }
+
 template <class T> static cudaError_t cudaMalloc(T **p, size_t size) {
-    *p = (T *)malloc(size);
+    *p = shim_refuses(&shim_mallocs) ? NULL : (T *)malloc(size);
     return *p ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -821,6 +824,7 @@ static inline cudaError_t cudaFree(void *p) {
 }
 
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) {
+    if (shim_refuses(&shim_events)) return cudaErrorInvalidValue;
     *e = new shim_event();
     return cudaSuccess;
 }

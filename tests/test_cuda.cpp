@@ -1,11 +1,10 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
-// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N
-// skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [cublaslt] [session] [codec] [oracle]     --stop: at the first
-//     failure
-// s8, cublaslt: of gemm, those of INT8 bytes or by cuBLASLt alone; codec: the encoders on all 2^32 inputs (on the CPU,
-// a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT). SNIP_TEST_FEW=n in the environment: one case in n,
-// for compute-sanitizer.
+// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU.
+//     test_cuda [--stop] [PART OF A TEST'S NAME]...          --stop: at the first failure
+//     test_cuda quantize noise gemm session codec oracle     all, in groups
+// codec: the encoders on all 2^32 inputs (on the CPU, a sample). oracle: GEMMs beside cuBLASLt's (with
+// -DSNIP_CUBLASLT).
+#include "test.h"
 #ifndef __CUDACC__
 #    define SNIP_CUBLASLT
 #    include "cuda_shim.h"
@@ -13,7 +12,6 @@
 #define SNIP_IMPLEMENTATION
 #include "../snip_cuda.cuh"
 #include <math.h>
-#include <string.h>
 #include <vector>
 #include "codec_tables.h"
 #ifdef __CUDACC__
@@ -23,38 +21,22 @@
 #    endif
 #endif
 
-static long passed, failed, skipped;
-static int stop_at_failure;
-static char what[256];
+static bool stop_at_failure;
 
-static void check(int ok, const char *text, int line) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    if (failed++ < 30) printf("FAILED line %d: %s   [%s]\n", line, text, what);
-    if (stop_at_failure) exit(1);
+#undef CHECK
+#define CHECK(condition) check((condition) != 0, #condition, __LINE__)
+
+static void check(bool ok, const char *condition, int line) {
+    if (!test_check(ok, condition, __FILE__, line) && stop_at_failure) exit(1);
 }
 
-#define CHECK(x) check((x) != 0, #x, __LINE__)
-#ifdef __CUDACC__
-static void skip(const char *why) {
-    skipped++;
-    printf("skipped: %s\n", why);
+// One case in SNIP_TEST_FEW.
+static bool wanted() {
+    static long cases;
+    return cases++ % test.few == 0;
 }
-#endif
-static long cases, few = 1;
 
-static bool wanted() { return cases++ % few == 0; }
-
-static uint64_t rng_state = 0x9E3779B97F4A7C15u;
-
-static uint32_t rng() {
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return (uint32_t)(rng_state >> 32);
-}
+static uint32_t rng() { return (uint32_t)(random_bits() >> 32); }
 
 static float uniform() { return (float)(rng() >> 8) / 8388608.0f - 1.0f; }
 
@@ -81,11 +63,9 @@ struct buffer {
     }
 
     ~buffer() {
-        for (int i = 0; i < GUARD; i++)
-            if (at[size + (size_t)i] != 0xC5) {
-                CHECK(!"written beyond the end");
-                break;
-            }
+        int beyond = 0;
+        for (int i = 0; i < GUARD; i++) beyond += at[size + (size_t)i] != 0xC5;
+        CHECK(beyond == 0);
 #ifdef __CUDACC__
         cudaFree(at);
 #else
@@ -94,6 +74,15 @@ struct buffer {
     }
 
     buffer(const buffer &) = delete;
+
+    void *aligned(size_t bytes) const { return (void *)(((uintptr_t)at + bytes - 1) / bytes * bytes); }
+
+    // That a refused call has not written here.
+    void check_untouched() const {
+        size_t written = 0;
+        for (size_t i = 0; i < size; i++) written += at[i] != 0xC5;
+        CHECK(written == 0);
+    }
 
     operator void *() const { return at; }
 
@@ -141,38 +130,24 @@ static void fill(void *x, int64_t n, snip_format format, int kind) {
 }
 
 #define NEAREST SNIP_ROUND_NEAREST_EVEN
-static const snip_recipe recipes[] = {
-    SNIP_RECIPE_FP8_TILE,
-    SNIP_RECIPE_FP8_BLOCK,
-    SNIP_RECIPE_FP4_TILE,
-    SNIP_RECIPE_FP4_BLOCK,
-    SNIP_RECIPE_MXFP8,
-    SNIP_RECIPE_MXFP4,
-    SNIP_RECIPE_NVFP4,
-    {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,      NEAREST},
-    { SNIP_E4M3, 1,   64,  SNIP_SCALE_UE8M0_UP, NEAREST},
-    { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2,     NEAREST},
-    { SNIP_E4M3, 0,   0,   SNIP_SCALE_NONE,     NEAREST},
-    { SNIP_E2M1, 0,   0,   SNIP_SCALE_NONE,     NEAREST},
-    { SNIP_E4M3, 1,   16,  SNIP_SCALE_F32,      NEAREST}
-};
+static const snip_recipe recipes[] = { SNIP_RECIPE_FP8_TILE,
+                                       SNIP_RECIPE_FP8_BLOCK,
+                                       SNIP_RECIPE_FP4_TILE,
+                                       SNIP_RECIPE_FP4_BLOCK,
+                                       SNIP_RECIPE_MXFP8,
+                                       SNIP_RECIPE_MXFP4,
+                                       SNIP_RECIPE_NVFP4,
+                                       { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST },
+                                       { SNIP_E4M3, 1, 64, SNIP_SCALE_UE8M0_UP, NEAREST },
+                                       { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST },
+                                       { SNIP_E4M3, 0, 0, SNIP_SCALE_NONE, NEAREST },
+                                       { SNIP_E2M1, 0, 0, SNIP_SCALE_NONE, NEAREST },
+                                       { SNIP_E4M3, 1, 16, SNIP_SCALE_F32, NEAREST } };
 
 enum { RECIPES = sizeof recipes / sizeof recipes[0] };
 
-static const int64_t shapes[][2] = {
-    {1,    1  },
-    { 1,   127},
-    { 3,   5  },
-    { 128, 128},
-    { 129, 130},
-    { 127, 257},
-    { 256, 256},
-    { 132, 16 },
-    { 17,  300},
-    { 144, 160},
-    { 0,   7  },
-    { 7,   0  }
-};
+static const int64_t shapes[][2] = { { 1, 1 },     { 1, 127 },  { 3, 5 },    { 128, 128 }, { 129, 130 }, { 127, 257 },
+                                     { 256, 256 }, { 132, 16 }, { 17, 300 }, { 144, 160 }, { 0, 7 },     { 7, 0 } };
 
 enum { SHAPES = sizeof shapes / sizeof shapes[0] };
 
@@ -214,8 +189,8 @@ static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &th
 }
 
 // One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values; E2M1 as 8 E4M3 bytes, 16 INT8 bytes.
-static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format,
-                              int kind, int flags) {
+static void quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format,
+                         int kind, int flags) {
     snip_quantize_job job = {}, cpu;
     snip_recipe turned = *recipe;
     const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1,
@@ -228,10 +203,9 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
     size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * row_of_bytes(cols, as)),
            wide_size_t = (size_t)(cols * row_of_bytes(rows, as));
-    snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d",
-             snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols, recipe->scale,
-             recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format),
-             kind, flags, shim_order);
+    test_about("%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format),
+               recipe->tile_rows, recipe->tile_cols, recipe->scale, recipe->rounding ? "stochastic" : "nearest",
+               (int)rows, (int)cols, (int)ld, snip_format_name(x_format), kind, flags, shim_order);
     buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size),
         codes_t(wide ? wide_size_t : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
     buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)),
@@ -294,7 +268,7 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     if (measure && transposed) check_stats(device_stats[1], stats2[1]);
 }
 
-static void test_quantize() {
+static void quantize_recipes() {
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES; k++)
             for (int side = 1; side <= 3; side++) {
@@ -304,25 +278,25 @@ static void test_quantize() {
                 if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
                 shim_order = (int)(pick >> 8) % SHIM_ORDERS;
                 if (wanted())
-                    test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32,
-                                      (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
+                    quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32,
+                                 (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
             }
-    // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
+}
+
+// Blocks that are held in registers, with every recipe in every order. MIXED has a low tile among others.
+static void quantize_held_blocks() {
     for (int k = 0; k < RECIPES; k++)
         for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
             for (int flags = 0; flags < 6; flags++)
                 if ((flags < 2 || recipes[k].format == SNIP_E2M1) && wanted())
-                    test_quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32,
-                                      k % 2 ? MIXED : GAUSS, 3 | flags / 2 << 3);
+                    quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS,
+                                 3 | flags / 2 << 3);
 }
 
 // The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for
 // saturation.
-static void test_counts() {
-    static const int64_t sizes[][2] = {
-        {256,  128},
-        { 131, 200}
-    };
+static void quantize_counts() {
+    static const int64_t sizes[][2] = { { 256, 128 }, { 131, 200 } };
     for (int k = 0; k < RECIPES + 2; k++)
         for (int kind = 0; kind < KINDS; kind++)
             for (int side = 1; side <= 3; side++) {
@@ -358,7 +332,7 @@ static void test_counts() {
                     job.scales_t = scales_t;
                 }
                 snipi_cuda_options options = { job.key.tensor, NULL, n, n + 2, n + 4, 0 };
-                snprintf(what, sizeof what, "counts, recipe %d, kind %d, sides %d", k, kind, side);
+                test_about("counts, recipe %d, kind %d, sides %d", k, kind, side);
                 shim_order = (k + kind) % SHIM_ORDERS;
                 CHECK(snip_quantize_with(&job, side & 1 ? &stats[0] : NULL, side & 2 ? &stats[1] : NULL) == SNIP_OK);
                 CHECK(snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, scratch, options, 0) == SNIP_OK);
@@ -371,7 +345,7 @@ static void test_counts() {
 }
 
 // Statistics are the same bits in every order of the threads.
-static void test_stats_deterministic() {
+static void quantize_statistics_in_any_order() {
     const int64_t rows = 300, cols = 200;
     snip_recipe recipe = SNIP_RECIPE_FP4_TILE_SR;
     buffer x((size_t)(rows * cols) * 4), scratch(snip_cuda_quantize_scratch(rows, cols)),
@@ -392,7 +366,7 @@ static void test_stats_deterministic() {
 }
 
 // out may be x, also where x is wanted transposed too.
-static void test_in_place() {
+static void quantize_in_place() {
     const int64_t rows = 200, cols = 140;
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
     for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
@@ -411,7 +385,7 @@ static void test_in_place() {
         cpu.x = cpu.out = x2;
         cpu.codes_t = codes2;
         cpu.scales_t = scales2;
-        snprintf(what, sizeof what, "in place, order %d", shim_order);
+        test_about("in place, order %d", shim_order);
         CHECK(snip_quantize_with(&cpu, NULL, NULL) == SNIP_OK);
         CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_OK);
         finish();
@@ -419,13 +393,13 @@ static void test_in_place() {
     }
 }
 
-static void test_refusals() {
+static void quantize_refusals() {
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST },
                 odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
     snip_recipe nvfp4 = SNIP_RECIPE_NVFP4;
     buffer x(16 * 16 * 4), codes(256), scales(256);
     snip_quantize_job job = {};
-    snprintf(what, sizeof what, "refusals");
+    test_about("refusals");
     CHECK(snip_cuda_quantize(NULL, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     job.x = x;
     job.rows = job.cols = job.ld = 16;
@@ -451,21 +425,16 @@ static void test_refusals() {
           SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_dot(x.floats(), 5, job.key, NULL, scales, 0) == SNIP_BAD_ARGUMENT);
-    for (size_t i = 0; i < codes.size; i++)
-        if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) {
-            CHECK(!"written by a refused call");
-            break;
-        }
+    codes.check_untouched();
+    scales.check_untouched();
 }
 
-static void test_dequantize() {
-    static const snip_recipe more[] = {
-        SNIP_RECIPE_F32,
-        SNIP_RECIPE_BF16,
-        {SNIP_E2M3,  3, 7, SNIP_SCALE_F32,  NEAREST},
-        { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST},
-        { SNIP_E2M1, 1, 5, SNIP_SCALE_F32,  NEAREST}
-    };
+static void dequantize_recipes() {
+    static const snip_recipe more[] = { SNIP_RECIPE_F32,
+                                        SNIP_RECIPE_BF16,
+                                        { SNIP_E2M3, 3, 7, SNIP_SCALE_F32, NEAREST },
+                                        { SNIP_E3M2, 0, 0, SNIP_SCALE_POW2, NEAREST },
+                                        { SNIP_E2M1, 1, 5, SNIP_SCALE_F32, NEAREST } };
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES + 5; k++) {
             if (!wanted()) continue;
@@ -476,7 +445,7 @@ static void test_dequantize() {
                 scales(snip_scales_bound(r, rows, cols));
             buffer out((size_t)(rows * ld) * (format == SNIP_BF16 ? 2 : 4)), out2(out.size);
             fill(x, rows * cols, SNIP_F32, (i + 3 * k) % KINDS);
-            snprintf(what, sizeof what, "dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
+            test_about("dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
             shim_order = (i + k) % SHIM_ORDERS;
             CHECK(snip_quantize(r, x.floats(), rows, cols, cols, codes, scales, {}, NULL, NULL) == SNIP_OK);
             if (format == SNIP_BF16)
@@ -490,7 +459,7 @@ static void test_dequantize() {
         }
 }
 
-static void test_noise() {
+static void noise_bytes_and_sums() {
     static const int64_t sizes[] = { 0, 1, 3, 127, 128, 129, 4096, 5000, 40000 };
     snip_rng_key key = { 99, 5, 6 };
     for (int64_t n : sizes)
@@ -498,7 +467,7 @@ static void test_noise() {
             buffer x((size_t)n * 4), shape((size_t)n * 4), out(x.size), out2(x.size), scratch(SNIP_CUDA_NOISE_SCRATCH),
                 dots(SHIM_ORDERS * sizeof(double));
             double *dot = (double *)dots.operator void *(), dot2, size = 0;
-            snprintf(what, sizeof what, "noise n %d shaped %d", (int)n, shaped);
+            test_about("noise n %d shaped %d", (int)n, shaped);
             fill(x, n, SNIP_F32, GAUSS);
             fill(shape, n, SNIP_F32, GAUSS);
             for (int64_t i = 0; i < n; i++) size += (double)x.floats()[i] * (double)x.floats()[i];
@@ -550,8 +519,8 @@ struct matrix {  // quantized on the CPU
 enum { GEMM, GEMM_REFERENCE, GEMM_S8 };
 
 // flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
-static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call,
-                          int exact) {
+static void gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call,
+                     int exact) {
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
@@ -590,36 +559,25 @@ static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, cons
     CHECK(alike && error <= most * norm);
 }
 
-static const int64_t gemms[][3] = {
-    {1,    1,   1  },
-    { 3,   5,   7  },
-    { 16,  8,   32 },
-    { 128, 128, 128},
-    { 129, 130, 131},
-    { 65,  299, 256},
-    { 130, 127, 193},
-    { 140, 136, 288},
-    { 5,   4,   0  },
-    { 260, 100, 400}
-};
+static const int64_t gemms[][3] = { { 1, 1, 1 },       { 3, 5, 7 },      { 16, 8, 32 },     { 128, 128, 128 },
+                                    { 129, 130, 131 }, { 65, 299, 256 }, { 130, 127, 193 }, { 140, 136, 288 },
+                                    { 5, 4, 0 },       { 260, 100, 400 } };
 
 enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
 
-static void test_gemm_reference() {
-    static const snip_recipe kinds[] = {
-        SNIP_RECIPE_F32,
-        SNIP_RECIPE_BF16,
-        SNIP_RECIPE_FP8_TILE,
-        SNIP_RECIPE_FP8_BLOCK,
-        SNIP_RECIPE_MXFP8,
-        {SNIP_E2M3,  1, 32, SNIP_SCALE_UE8M0, NEAREST},
-        SNIP_RECIPE_FP4_TILE,
-        SNIP_RECIPE_FP4_BLOCK,
-        SNIP_RECIPE_MXFP4,
-        SNIP_RECIPE_NVFP4,
-        { SNIP_E2M1, 3, 7,  SNIP_SCALE_F32,   NEAREST},
-        { SNIP_E2M1, 1, 0,  SNIP_SCALE_F32,   NEAREST}
-    };
+static void gemm_reference() {
+    static const snip_recipe kinds[] = { SNIP_RECIPE_F32,
+                                         SNIP_RECIPE_BF16,
+                                         SNIP_RECIPE_FP8_TILE,
+                                         SNIP_RECIPE_FP8_BLOCK,
+                                         SNIP_RECIPE_MXFP8,
+                                         { SNIP_E2M3, 1, 32, SNIP_SCALE_UE8M0, NEAREST },
+                                         SNIP_RECIPE_FP4_TILE,
+                                         SNIP_RECIPE_FP4_BLOCK,
+                                         SNIP_RECIPE_MXFP4,
+                                         SNIP_RECIPE_NVFP4,
+                                         { SNIP_E2M1, 3, 7, SNIP_SCALE_F32, NEAREST },
+                                         { SNIP_E2M1, 1, 0, SNIP_SCALE_F32, NEAREST } };
     for (int i = 0; i < GEMM_SHAPES - 1; i++)
         for (int ka = 0; ka < 12; ka++)
             for (int kb = ka % 3; kb < 12; kb += 3) {
@@ -627,10 +585,10 @@ static void test_gemm_reference() {
                 int64_t m = gemms[i][0] / 6 + 1, n = gemms[i][1] / 6 + 1, k = gemms[i][2];
                 matrix a(&kinds[ka], m, k, GAUSS, ka < 2 && i % 2), b(&kinds[kb], n, k, GAUSS, kb < 2 && i % 3 == 0);
                 if (ka == 0) a.operand.round_bf16 = kb & 1;
-                snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
+                test_about("reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
                 shim_order = (i + ka + kb) % SHIM_ORDERS;
-                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE,
-                              k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+                gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE,
+                         k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
             }
 }
 
@@ -663,7 +621,7 @@ static void play_gpu(int gpu) {
 }
 #endif
 // F32 and BF16 operands, either way round.
-static void test_gemm_plain() {
+static void gemm_plain() {
     static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16 };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int way = 0; way < 4; way++) {
@@ -673,43 +631,55 @@ static void test_gemm_plain() {
                 b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
             if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
             shim_order = (i + way) % SHIM_ORDERS;
-            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way,
-                     shim_order);
-            test_gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
+            test_about("plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
+            gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
         }
 }
 
-static const snip_recipe fp4[] = {
-    SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, {SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST}
-};
+static const snip_recipe fp4[] = { SNIP_RECIPE_FP4_TILE,
+                                   SNIP_RECIPE_FP4_BLOCK,
+                                   { SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST } };
 
-static void test_gemm_tensor_cores() {
-    static const snip_recipe fp8[] = {
-        SNIP_RECIPE_FP8_TILE,
-        SNIP_RECIPE_FP8_BLOCK,
-        {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,  NEAREST},
-        { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST}
-    };
+static const snip_recipe fp8[] = { SNIP_RECIPE_FP8_TILE,
+                                   SNIP_RECIPE_FP8_BLOCK,
+                                   { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST },
+                                   { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST } };
+
+static void gemm_e2m1() {
     for (int i = 0; i < GEMM_SHAPES; i++)
-        for (int which = 0; which < 7; which++) {
+        for (int which = 0; which < 3; which++) {
             if (!wanted()) continue;
-            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3],
-                              *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i / 2 * 3) % 4];
-            matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
-            for (int gpu = 0; gpu < (which < 3 ? 1 : GPUS); gpu++) {
+            const int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&fp4[which], m, k, GAUSS), b(&fp4[(which + i) % 3], n, k, GAUSS);
+            shim_order = (i + 2 * which) % SHIM_ORDERS;
+            test_about("%d x %d x %d, recipes %d, order %d", (int)m, (int)n, (int)k, which, shim_order);
+            gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, 1);
+        }
+}
+
+// By each GPU's kernel.
+static void gemm_fp8() {
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int which = 0; which < 4; which++) {
+            if (!wanted()) continue;
+            const int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&fp8[which], m, k, which == 0 && i == 3 ? SPECIAL : GAUSS);
+            matrix b(&fp8[(which + 3 + i / 2 * 3) % 4], n, k, GAUSS);
+            for (int gpu = 0; gpu < GPUS; gpu++) {
                 play_gpu(gpu);
                 shim_order = (i + 2 * which + gpu) % SHIM_ORDERS;
-                snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k,
-                         which, gpu, shim_order);
-                test_gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, which < 3);
+                test_about("%d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu,
+                           shim_order);
+                gemm_one(m, n, k, a, b, (i + which + 3) & 3, GEMM, 0);
             }
             play_gpu(0);
         }
-    snip_recipe mx = SNIP_RECIPE_MXFP8;
+}
+
+static void gemm_refusals() {
+    const snip_recipe mx = SNIP_RECIPE_MXFP8;
     matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
-    snprintf(what, sizeof what, "gemm refusals");
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
@@ -720,30 +690,36 @@ static void test_gemm_tensor_cores() {
     CHECK(snip_cuda_gemm(8, 8, 128, &d.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
 #endif
+    c.check_untouched();
 }
 
-// E2M1 as INT8 bytes, on every shape in every order; SUBNORMAL: scales are too.
-static void test_gemm_s8() {
-    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
-    matrix small(&fp4[0], 8, 128, GAUSS), other(&fp8, 8, 128, GAUSS);
+static void gemm_s8_refusals() {
+    matrix small(&fp4[0], 8, 128, GAUSS), other(&fp8[0], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
     snip_operand odd = small.s8;
-    snprintf(what, sizeof what, "gemm of INT8 bytes, refusals");
     odd.codes = (const uint8_t *)odd.codes + 8;
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &other.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm_s8(8, 8, 112, &small.s8, &odd, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, NULL, c.floats(), 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
-#ifdef __CUDACC__
-    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) {
-        skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a");
-        return;
-    }
-    finish();
-#else
+#ifndef __CUDACC__
     play_gpu(2);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
+#endif
+    c.check_untouched();
+}
+
+// E2M1 as INT8 bytes, on every shape in every order. SUBNORMAL: scales are too.
+static void gemm_s8_bytes() {
+#ifdef __CUDACC__
+    matrix small(&fp4[0], 8, 128, GAUSS);
+    buffer c(8 * 8 * 4);
+    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) {
+        test_skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a");
+        return;
+    }
+    finish();
 #endif
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 3; which++) {
@@ -753,9 +729,9 @@ static void test_gemm_s8() {
             for (int gpu = 0; gpu < snipi_min(2, GPUS); gpu++)
                 for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
                     play_gpu(gpu);
-                    snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m,
-                             (int)n, (int)k, which, gpu, shim_order);
-                    test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
+                    test_about("gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k,
+                               which, gpu, shim_order);
+                    gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
                 }
             play_gpu(0);
         }
@@ -763,84 +739,78 @@ static void test_gemm_s8() {
 
 // By a cuBLASLt played on the CPU.
 #ifdef __CUDACC__
-static void test_gemm_cublaslt() {}
+static void gemm_by_cublaslt() {}
+
+static void gemm_by_cublaslt_refusals() {}
 #else
-static void test_gemm_cublaslt() {
-    static const snip_recipe kinds[] = {
-        SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, {SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST}
-    };
-    static const int64_t sizes[][3] = {
-        {16,   8,   32 },
-        { 129, 132, 400},
-        { 300, 260, 128},
-        { 5,   4,   656}
-    };
+static void gemm_by_cublaslt() {
+    static const int64_t sizes[][3] = { { 16, 8, 32 }, { 129, 132, 400 }, { 300, 260, 128 }, { 5, 4, 656 } };
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     for (const int64_t *size : sizes)
         for (int kind = 0; kind < 9; kind++) {
             const int64_t m = size[0], n = size[1], k = size[2], ldc = n + 4;
+            const size_t bytes = snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind;
             const int accumulate = kind & 1;
-            matrix a(&kinds[kind / 3], m, k, GAUSS), b(&kinds[kind % 3], n, k, GAUSS);
+            matrix a(&fp8[kind / 3], m, k, GAUSS), b(&fp8[kind % 3], n, k, GAUSS);
             buffer c((size_t)(m * ldc) * 4), c2(c.size), gemm_scratch(snip_gemm_scratch(m, n, k));
-            std::vector<char> scratch(snip_cuda_cublaslt_scratch(m, n, k) + 256 + (size_t)kind);
-            void *at = (void *)(((uintptr_t)scratch.data() + 255) / 256 * 256);
+            buffer scratch(bytes + 256);
             double error = 0, norm = 0;
+            int untouched = 1;
             lt.workspace = (size_t)kind;
             fill(c, m * ldc, SNIP_F32, GAUSS);
             memcpy(c2.at, c.at, c.size);
-            snprintf(what, sizeof what, "gemm by cuBLASLt, %d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
+            test_about("%d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
             CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, accumulate, NULL, gemm_scratch,
                             SNIP_ISA_BEST) == SNIP_OK);
-            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate, at,
-                                          snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind, 0) == SNIP_OK);
+            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate,
+                                          scratch.aligned(256), bytes, 0) == SNIP_OK);
             for (int64_t i = 0; i < m * ldc; i++) {
-                double x = c.floats()[i], y = c2.floats()[i];
+                const double x = c.floats()[i], y = c2.floats()[i];
                 if (i % ldc >= n) {
-                    CHECK(x == y);
+                    untouched &= x == y;
                     continue;
                 }
                 error += (x - y) * (x - y);
                 norm += y * y;
             }
-            CHECK(error <= 4e-12 * norm);
+            CHECK(untouched && error <= 4e-12 * norm);
         }
-    snip_recipe mx = SNIP_RECIPE_MXFP8, tall = { SNIP_E4M3, 64, 128, SNIP_SCALE_F32, NEAREST };
-    matrix a(&kinds[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&tall, 8, 128, GAUSS);
-    snip_operand odd = a.operand, without = a.operand;
-    const size_t room = snip_cuda_cublaslt_scratch(8, 8, 128);
-    buffer c(8 * 8 * 4), memory(room + 512);
-    char *at = (char *)(((uintptr_t)memory.at + 255) / 256 * 256);
+}
+
+static void gemm_by_cublaslt_refusals() {
+    const snip_recipe mx = SNIP_RECIPE_MXFP8, tall = { SNIP_E4M3, 64, 128, SNIP_SCALE_F32, NEAREST };
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&tall, 8, 128, GAUSS);
+    const size_t least = snip_cuda_cublaslt_scratch(8, 8, 128);
+    buffer c(8 * 8 * 4), memory(least + 512);
+    char *at = (char *)memory.aligned(256);
+    shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     auto gemm = [&](const snip_operand &y, float *to, int64_t ldc, void *scratch, size_t bytes, int64_t k = 128) {
         return snip_cuda_gemm_cublaslt(&lt, 8, 8, k, &a.operand, &y, to, ldc, 0, scratch, bytes, 0);
     };
+    snip_operand odd = a.operand, without = a.operand;
     odd.codes = a.codes.at + 1;
     without.scales = NULL;
-    lt.workspace = 0;
-    snprintf(what, sizeof what, "gemm by cuBLASLt, refusals");
+
     for (const snip_operand *o : { &b.operand, &d.operand, &e.operand, &odd })
-        CHECK(gemm(*o, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, c.floats() + 1, 8, at, room) == SNIP_UNSUPPORTED &&
-          gemm(a.operand, c.floats(), 9, at, room) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, c.floats(), 8, at, room, 0) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, NULL, 8, at, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 7, at, room) == SNIP_BAD_ARGUMENT &&
-          gemm(without, c.floats(), 8, at, room) == SNIP_BAD_ARGUMENT);
-    CHECK(gemm(a.operand, c.floats(), 8, NULL, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 8, at + 16, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 8, at, room - 1) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, room, 0) ==
+        CHECK(gemm(*o, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats() + 1, 8, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 9, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least, 0) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, NULL, 8, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 7, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(without, c.floats(), 8, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, NULL, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, at + 16, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, least, 0) ==
           SNIP_BAD_ARGUMENT);
     lt.workspace = 1;  // more than it was given
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
     lt = { CUBLAS_STATUS_NOT_SUPPORTED, false, 0 };
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    for (size_t i = 0; i < c.size; i++)
-        if (c.at[i] != 0xC5) {
-            CHECK(!"written by a refused call");
-            break;
-        }
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
+    c.check_untouched();
     lt = { CUBLAS_STATUS_SUCCESS, true, 0 };
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_DEVICE);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_DEVICE);
 }
 #endif
 
@@ -896,12 +866,12 @@ static uint8_t codec_expected(int format, uint32_t u, int stochastic, const code
     return (uint8_t)(a > 0x7F800000u ? e.nan : (c < e.largest ? c : e.largest) | (u >> 31) << e.sign);
 }
 
-template <int FORMAT> static void test_codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
+template <int FORMAT> static void codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
     const int64_t all = (int64_t)(4294967296 / CODEC_STRIDE), chunk = snipi_min(all / 4 * 4, (int64_t)1 << 28);
     const int workers = codec_cores();
     uint8_t *code, *host;
     int64_t wrong = 0;
-    snprintf(what, sizeof what, "codec %s, %s", name, stochastic ? "stochastic" : "nearest");
+    test_about("codec %s, %s", name, stochastic ? "stochastic" : "nearest");
     if (cudaMalloc(&code, (size_t)chunk) != cudaSuccess ||
         cudaMallocHost((void **)&host, (size_t)chunk) != cudaSuccess) {
         CHECK(!"memory");
@@ -927,7 +897,7 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
         });
         for (int w = 0; w < workers; w++) {
             if (bad[(size_t)w] && !wrong)
-                printf("%s: input 0x%08X\n", what, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
+                printf("%s: input 0x%08X\n", test.about, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
             wrong += bad[(size_t)w];
         }
     }
@@ -936,9 +906,9 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
     cudaFreeHost(host);
 }
 
-static void test_codec() {
+static void codec_every_float() {
     for (int stochastic = 0; stochastic < 2; stochastic++) {
-#define CODEC(format, table) test_codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
+#define CODEC(format, table) codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
         CODEC(SNIP_E4M3, runs_e4m3);
         CODEC(SNIP_E5M2, runs_e5m2);
         CODEC(SNIP_E2M1, runs_e2m1);
@@ -983,25 +953,15 @@ static __global__ void twice_kernel(int8_t *to, const uint8_t *packed, int64_t n
         to[i] = (int8_t)(2.0f * snipi_decode(packed[i / 2] >> i % 2 * 4 & 15u, SNIP_E2M1));
 }
 
-static void test_oracle() {
+static void oracle_products() {
     static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK,
                              e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, bf16 = SNIP_RECIPE_BF16;
     static const snip_recipe fp4 = { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, NEAREST };
-    static const snip_recipe *const pairs[][2] = {
-        {&fp8,        &fp8_block},
-        { &fp8,       &fp8      },
-        { &fp8_block, &fp8      },
-        { &e5m2,      &fp8_block},
-        { &e5m2,      &fp8      },
-        { &fp8,       &e5m2     },
-        { &bf16,      &bf16     },
-        { &fp4,       &fp4      }
-    };
+    static const snip_recipe *const pairs[][2] = { { &fp8, &fp8_block },  { &fp8, &fp8 },  { &fp8_block, &fp8 },
+                                                   { &e5m2, &fp8_block }, { &e5m2, &fp8 }, { &fp8, &e5m2 },
+                                                   { &bf16, &bf16 },      { &fp4, &fp4 } };
     static const int64_t sizes[][3] = {
-        {256,   384,  512 },
-        { 1024, 512,  2048},
-        { 144,  272,  400 },
-        { 128,  7168, 4096}
+        { 256, 384, 512 }, { 1024, 512, 2048 }, { 144, 272, 400 }, { 128, 7168, 4096 }
     };
     for (auto &pair : pairs)
         for (const int64_t *size : sizes) {
@@ -1009,11 +969,11 @@ static void test_oracle() {
             const snip_recipe *ra = pair[0], *rb = pair[1];
             const bool integers = ra->format == SNIP_E2M1;
             lt_gemm lt({ ra->format, m, ra->tile_rows }, { rb->format, n, rb->tile_rows }, k);
-            snprintf(what, sizeof what, "cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d",
-                     snip_format_name(ra->format), ra->tile_rows, ra->tile_cols, snip_format_name(rb->format),
-                     rb->tile_rows, rb->tile_cols, (int)m, (int)n, (int)k);
+            test_about("cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d", snip_format_name(ra->format),
+                       ra->tile_rows, ra->tile_cols, snip_format_name(rb->format), rb->tile_rows, rb->tile_cols, (int)m,
+                       (int)n, (int)k);
             if (!lt.exists()) {
-                skip(what);
+                test_skip("%s", test.about);
                 continue;
             }
             device_matrix a(ra, m, k), b(rb, n, k);
@@ -1066,25 +1026,24 @@ static void test_oracle() {
             }
             const double most = integers ? 0 : ra->format == SNIP_BF16 ? 1e-5 : 1e-3;
             if (!(error <= most * most * norm && norm > 0))
-                printf("%s: relative difference %.2e\n", what, sqrt(error / norm));
+                printf("%s: relative difference %.2e\n", test.about, sqrt(error / norm));
             CHECK(error <= most * most * norm && norm > 0);
             for (void *p : { (void *)c, (void *)c2, (void *)ia, (void *)ib }) cudaFree(p);
         }
 }
 #elif defined(__CUDACC__)
-static void test_oracle() { skip("cuBLASLt is not linked: FP8, INT8 and BF16 products have no oracle but snip.h's"); }
+static void oracle_products() {
+    test_skip("cuBLASLt is not linked: FP8, INT8 and BF16 products have no oracle but snip.h's");
+}
 #else
-static void test_oracle() {}
+static void oracle_products() {}
 #endif
 
 // ---- the session ----
 // Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
 enum { LAYERS = 2, MICROS = 2, ROWS = 40 };
 
-static const int64_t dims[LAYERS][2] = {
-    {24,   136},
-    { 150, 33 }
-};  // out, in
+static const int64_t dims[LAYERS][2] = { { 24, 136 }, { 150, 33 } };  // out, in
 
 struct layer_data {
     buffer x, w, bias, dy, m, v, out, dx, dw, db;
@@ -1116,10 +1075,10 @@ struct model {  // what lies above a layer answers the update probe: shift
     layer_data *l[LAYERS];
 
     model() {
-        uint64_t was = rng_state;
-        rng_state = 77;
+        const uint64_t before = random_state;
+        random_state = 77;
         for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]);
-        rng_state = was;
+        random_state = before;
     }
 
     ~model() {
@@ -1232,7 +1191,7 @@ struct device_session {
 };
 
 // Both sessions step by step: the same results, estimates, plans.
-static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
+static void session_beside_cpu(snip_desc desc, int micros, int lag, int steps) {
     model ours, theirs;
     cudaStream_t stream;
     cudaStreamCreate(&stream);
@@ -1246,8 +1205,8 @@ static void test_session_one(snip_desc desc, int micros, int lag, int steps) {
         for (int64_t step = 0; step < steps; step++) {
             snip_adamw o = adamw_of(step + 1);
             int again, plans = snip_plans(cpu);
-            snprintf(what, sizeof what, "session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer,
-                     micros, lag, (int)step);
+            test_about("session, optimizer %d, %d micro-batches, lag %d, step %d", desc.optimizer, micros, lag,
+                       (int)step);
             for (int i = 0; i < LAYERS; i++) memcpy(old[i], d.s->layers[i].format, sizeof old[i]);
             do {
                 shim_order = (int)(step + d.s->pass) % SHIM_ORDERS;
@@ -1318,7 +1277,7 @@ static snip_desc session_desc(int every) {
 }
 
 // A captured step, replayed: the bytes of the same steps without a graph, stochastic rounding included.
-static void test_session_graph() {
+static void session_in_a_graph() {
     model ours, theirs;
     snip_desc desc = session_desc(-1);
     cudaStream_t stream;
@@ -1341,7 +1300,7 @@ static void test_session_graph() {
             snip_adamw o = adamw_of(step + 1);
             buffer before(ours.l[1]->dw.size);
             memcpy(before.at, ours.l[1]->dw.at, before.size);
-            snprintf(what, sizeof what, "session in a graph, step %d", (int)step);
+            test_about("session in a graph, step %d", (int)step);
             CHECK(cudaGraphLaunch(exec, stream) == cudaSuccess);
             CHECK(snip_cuda_next_pass(a.c, NULL, stream) == 0 && snip_cuda_end_step(a.c, &o, NULL, stream) == SNIP_OK);
             session_pass(&theirs, b.s, b.c, 1, stream);
@@ -1361,13 +1320,10 @@ static void test_session_graph() {
 
 // A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a
 // capture.
-static void test_session_weights() {
+static void session_held_weights() {
     model t;
     const snip_format formats[][2] = {
-        {SNIP_E4M3,  SNIP_E4M3},
-        { SNIP_E4M3, SNIP_E2M1},
-        { SNIP_E2M1, SNIP_E2M1},
-        { SNIP_BF16, SNIP_E4M3}
+        { SNIP_E4M3, SNIP_E4M3 }, { SNIP_E4M3, SNIP_E2M1 }, { SNIP_E2M1, SNIP_E2M1 }, { SNIP_BF16, SNIP_E4M3 }
     };
     layer_data *l = t.l[1];
     const int64_t nx = ROWS * l->k, ny = ROWS * l->n, nw = l->n * l->k;
@@ -1401,8 +1357,8 @@ static void test_session_weights() {
         for (int64_t step = 1; step <= 3; step++) {
             snip_adamw o = adamw_of(step);
             const int held[2] = { format[0] != SNIP_BF16, 1 };
-            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]),
-                     snip_format_name(format[1]), (int)step);
+            test_about("session, held weights, formats %s %s, step %d", snip_format_name(format[0]),
+                       snip_format_name(format[1]), (int)step);
             fill(w, nw, SNIP_F32, GAUSS);
             l->clear();
             if (step == 3) {  // captured and never run: must not count as quantized
@@ -1437,7 +1393,7 @@ static void test_session_weights() {
 }
 
 // Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held.
-static void test_session_counts() {
+static void session_counts() {
     for (int format = 0; format < 3; format++)
         for (int micros = 1; micros <= MICROS; micros++) {
             model ours, theirs;
@@ -1457,8 +1413,7 @@ static void test_session_counts() {
                     snip_set_format(s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
                     snip_set_format(s, 1, SNIP_FWD, SNIP_E2M1);
                 }
-                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros,
-                         (int)step);
+                test_about("session counts, formats %d, %d micro-batches, step %d", format, micros, (int)step);
                 shim_order = (int)step % SHIM_ORDERS;
                 for (int i = 0; i < LAYERS; i++) {
                     ours.l[i]->clear();
@@ -1499,7 +1454,7 @@ static void test_session_counts() {
 }
 
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
-static void test_session_watch() {
+static void session_watches_losses() {
     model t;
     snip_desc desc = session_desc(9);
     device_session d(&t, desc, 2, 0);
@@ -1507,7 +1462,7 @@ static void test_session_watch() {
     char passes[64] = "";
     for (int64_t step = 0; step < 47; step++) {
         snip_adamw o = adamw_of(step + 1);
-        snprintf(what, sizeof what, "session watches, step %d", (int)step);
+        test_about("session watches, step %d", (int)step);
         passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
         loss.floats()[0] = step == 40 || step == 41 ? 100.0f : 2.5f + 0.01f * (float)(step % 3);
         if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
@@ -1523,70 +1478,100 @@ static void test_session_watch() {
     CHECK(snip_plans(d.s) == 5 && snip_share(d.s, SNIP_E2M1) >= desc.budget);
 }
 
-// NaN and infinity are told of after the lag, whatever the format; refusals at once.
-static void test_session_errors() {
+// NaN and infinity are told of after the lag, whatever the format.
+static void session_tells_of_nan() {
     static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
     model t;
-    snip_desc desc = session_desc(-1);
-    buffer loss(sizeof(float));
-    loss.floats()[0] = 1;
     for (snip_format format : formats)
         for (int where = 0; where < 3; where++) {
-            device_session d(&t, desc, 1, 0);
-            snip_adamw o = adamw_of(1), next = adamw_of(2);
-            float *bad = (where == 0 ? t.l[1]->x : where == 1 ? t.l[1]->w : t.l[1]->dy).floats() + 5, was = *bad;
-            snprintf(what, sizeof what, "session, NaN in tensor %d, %s", where, snip_format_name(format));
+            device_session d(&t, session_desc(-1), 1, 0);
+            const snip_adamw first = adamw_of(1), second = adamw_of(2);
+            float *bad = (where == 0 ? t.l[1]->x : where == 1 ? t.l[1]->w : t.l[1]->dy).floats() + 5;
+            const float good = *bad;
+            test_about("NaN in tensor %d, %s", where, snip_format_name(format));
             snip_set_format(d.s, -1, SNIP_GEMMS, format);
             *bad = snipi_float(where == 1 ? 0xFF800000u : 0x7FC00000u);
             session_pass(&t, d.s, d.c, 1, 0);
-            CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);
+            CHECK(snip_cuda_end_step(d.c, &first, NULL, 0) == SNIP_OK);
             finish();
-            *bad = was;
+            *bad = good;
             for (layer_data *l : t.l) l->clear();
             session_pass(&t, d.s, d.c, 1, 0);
-            CHECK(snip_cuda_end_step(d.c, &next, NULL, 0) == SNIP_NONFINITE && strstr(snip_message(d.s), "1.lin"));
+            CHECK(snip_cuda_end_step(d.c, &second, NULL, 0) == SNIP_NONFINITE && strstr(snip_message(d.s), "1.lin"));
             CHECK(snip_cuda_finish(d.c) == SNIP_OK);
         }
+}
+
+static void session_refusals() {
+    model t;
+    snip_desc desc = session_desc(-1);
     device_session d(&t, desc, 0, 0);
-    snip_adamw o = adamw_of(1), wrong = adamw_of(0);
+    const snip_adamw first = adamw_of(1), wrong = adamw_of(0);
     layer_data *l = t.l[0];
-    snprintf(what, sizeof what, "session, refusals");
+    const float *x = l->x.floats(), *w = l->w.floats();
+    float *out = l->out.floats();
     CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
-    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0) &&
-          !snip_cuda_create(d.s, ROWS, 0, NULL, 0));
-    CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0));
-    CHECK(snip_cuda_linear_forward(NULL, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_forward(d.c, LAYERS, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, l->x.floats(), l->w.floats(), ROWS, 0) ==
-          SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
-    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
-    CHECK(snip_cuda_end_step(NULL, &o, NULL, 0) == SNIP_BAD_ARGUMENT &&
-          snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_end_step(d.c, &o, NULL, 0) == SNIP_OK);  // the step's first error is told of once
-    CHECK(snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT && strstr(snip_message(d.s), "out of range") &&
-          snip_cuda_end_step(d.c, NULL, NULL, 0) == SNIP_OK);
+    CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, ROWS, -1, d.memory, 0));
+    CHECK(!snip_cuda_create(d.s, ROWS, 0, NULL, 0) && !snip_cuda_create(d.s, ROWS, 0, d.memory.at + 8, 0));
+    CHECK(snip_cuda_linear_forward(NULL, 0, out, x, w, NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, 0, out, x, w, NULL, ROWS + 1, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_forward(d.c, LAYERS, out, x, w, NULL, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_linear_backward(d.c, 0, NULL, NULL, NULL, NULL, x, w, ROWS, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_end_step(NULL, &first, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_end_step(d.c, &first, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_end_step(d.c, &first, NULL, 0) == SNIP_OK);  // the step's first error is told of once
+    CHECK(snip_cuda_end_step(d.c, &wrong, NULL, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(strstr(snip_message(d.s), "out of range") && snip_cuda_end_step(d.c, NULL, NULL, 0) == SNIP_OK);
+
     desc.fp4.activation = { SNIP_E2M1, 1, 32, SNIP_SCALE_UE8M0, NEAREST };
     snip *mx = session_of(&t, desc);
     CHECK(!snip_cuda_create(mx, ROWS, 0, d.memory, 0) && strstr(snip_message(mx), "no GEMM kernels"));
     snip_destroy(mx);
+    snip *lagging = session_of(&t, session_desc(2));
+    CHECK(!snip_cuda_create(lagging, ROWS, 2, d.memory, 0));
+    snip_destroy(lagging);
 #ifndef __CUDACC__
     play_gpu(4);
     CHECK(!snip_cuda_create(d.s, ROWS, 0, d.memory, 0));
     play_gpu(0);
 #endif
-    desc = session_desc(2);
-    snip *unbound = snip_create(&desc);
-    snip_add_linear(unbound, "0.a", dims[0][0], dims[0][1], 0);
-    CHECK(!snip_cuda_create(unbound, ROWS, 2, d.memory, 0));
-    buffer memory(snip_cuda_memory(unbound, ROWS));
-    snip_cuda *c = snip_cuda_create(unbound, ROWS, 0, memory, 0);
+}
+
+// Messages name the function, and where there is one the layer, and the cause.
+static void session_measures_gains() {
+    model t;
+    device_session d(&t, session_desc(-1), 0, 0);
+    CHECK(snip_cuda_measure_gains(NULL, 8, 0) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_measure_gains(d.c, ROWS + 1, 0) == SNIP_BAD_ARGUMENT && snip_plan_seconds(d.s) == 0);
+    CHECK(!strcmp(snip_message(d.s), "snip_cuda_measure_gains: 41 rows, of a session of 1 to 40"));
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OK && snip_plan_seconds(d.s) > 0);
+#ifndef __CUDACC__
+    play_gpu(4);
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_UNSUPPORTED);
+    CHECK(strstr(snip_message(d.s), "snip_cuda_measure_gains, layer 0.lin: "));
+    play_gpu(0);
+    shim_mallocs = 0;
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_OUT_OF_MEMORY);
+    CHECK(strstr(snip_message(d.s), "snip_cuda_measure_gains, layer 0.lin: "));
+    shim_mallocs = -1;
+    shim_events = 1;
+    CHECK(snip_cuda_measure_gains(d.c, 8, 0) == SNIP_DEVICE);
+    CHECK(strstr(snip_message(d.s), "snip_cuda_measure_gains: "));
+    shim_events = -1;
+#endif
+}
+
+static void session_without_optimizer_state() {
+    model t;
+    const snip_desc desc = session_desc(2);
+    layer_data *l = t.l[0];
+    snip *s = snip_create(&desc);
+    snip_add_linear(s, "0.a", dims[0][0], dims[0][1], 0);
+    buffer memory(snip_cuda_memory(s, ROWS)), loss(sizeof(float));
+    loss.floats()[0] = 1;
+    snip_cuda *c = snip_cuda_create(s, ROWS, 0, memory, 0);
     for (int64_t step = 1; step <= 3; step++) {
-        o = adamw_of(step);
+        const snip_adamw o = adamw_of(step);
         do {
             CHECK(snip_cuda_linear_forward(c, 0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS, 0) ==
                   SNIP_OK);
@@ -1597,18 +1582,12 @@ static void test_session_errors() {
     }
     finish();
     snip_cuda_destroy(c);
-    snip_destroy(unbound);
+    snip_destroy(s);
 }
 
 // The sketch's bits, at an offset and in several parts.
-static void test_sketch() {
-    static const int64_t sizes[][2] = {
-        {1,       0    },
-        { 4096,   0    },
-        { 5000,   777  },
-        { 100000, 4095 },
-        { 200000, 12345}
-    };
+static void session_sketches() {
+    static const int64_t sizes[][2] = { { 1, 0 }, { 4096, 0 }, { 5000, 777 }, { 100000, 4095 }, { 200000, 12345 } };
     model t;
     snip_desc desc = session_desc(2);
     device_session d(&t, desc, 0, 0);
@@ -1622,7 +1601,7 @@ static void test_sketch() {
             float *device = d.c->sketch + (SNIPI_SKETCHES + which) * SNIPI_SKETCH;
             fill(x, size[0], SNIP_F32, GAUSS);
             d.s->pass = pass ? SNIP_PASS_CLEAN : SNIP_PASS_UPDATE_PROBE;
-            snprintf(what, sizeof what, "sketch of %d at %d", (int)size[0], (int)size[1]);
+            test_about("sketch of %d at %d", (int)size[0], (int)size[1]);
             shim_order = (int)size[0] % SHIM_ORDERS;
             CHECK(snipi_sketch_add(d.s, l, which, x.floats(), size[0], size[1]) == SNIP_OK);
             CHECK(snipi_cuda_sketch_add(d.c, l, which, x.floats(), size[0], size[1], 0) == SNIP_OK);
@@ -1634,7 +1613,7 @@ static void test_sketch() {
         buffer x((size_t)(rows * cols) * 4), ours((size_t)(SNIPI_MIXED * cols) * 4),
             theirs((size_t)(SNIPI_MIXED * cols) * 4);
         fill(x, rows * cols, SNIP_F32, GAUSS);
-        snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)size[1]);
+        test_about("%d mixed rows at %d", (int)rows, (int)size[1]);
         snip_rng_key key = { 3, 4, 5 };
         for (int targets : { (int)SNIPI_MIXED, (int)SNIPI_PROJECTED }) {
             snipi_mix_rows(key, x.floats(), rows, cols, size[1], targets, theirs.floats());
@@ -1650,7 +1629,7 @@ static void test_sketch() {
         buffer x((size_t)(rows * cols) * 4), ours((size_t)(rows * SNIPI_PROJECTED) * 4),
             theirs((size_t)(rows * SNIPI_PROJECTED) * 4);
         fill(x, rows * cols, SNIP_F32, GAUSS);
-        snprintf(what, sizeof what, "%d mixed columns", (int)cols);
+        test_about("%d mixed columns", (int)cols);
         snip_rng_key key = { 3, 4, 6 };
         snipi_mix_columns(key, x.floats(), rows, cols, theirs.floats());
         CHECK(snipi_cuda_each(snipi_cuda_mix_columns{ key, x.floats(), cols, ours.floats() }, rows * SNIPI_PROJECTED,
@@ -1663,16 +1642,16 @@ static void test_sketch() {
 
 // The first layer's FP8 products by the cuBLASLt played on the CPU, which has none of the second's sizes.
 #ifdef __CUDACC__
-static void test_session_cublaslt() {}
+static void session_by_cublaslt() {}
 #else
-static void test_session_cublaslt() {
+static void session_by_cublaslt() {
     model t;
     layer_data *l = t.l[0];
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     device_session d(&t, session_desc(-1), 0, 0);
-    const size_t room = snip_cuda_cublaslt_memory(d.c);
-    buffer scratch(room + 512), own(l->out.size + l->dx.size + l->dw.size);
-    char *at = (char *)(((uintptr_t)scratch.at + 255) / 256 * 256);
+    const size_t least = snip_cuda_cublaslt_memory(d.c);
+    buffer scratch(least + 512), own(l->out.size + l->dx.size + l->dw.size);
+    char *at = (char *)scratch.aligned(256);
     auto both = [&](int layer) {
         layer_data *x = t.l[layer];
         const snip_status status = snip_cuda_linear_forward(d.c, layer, x->out.floats(), x->x.floats(), x->w.floats(),
@@ -1691,18 +1670,21 @@ static void test_session_cublaslt() {
             }
         return error / norm;
     };
-    snprintf(what, sizeof what, "session by cuBLASLt");
+    test_about("session by cuBLASLt");
     for (int layer = 0; layer < LAYERS; layer++)
         for (int g = 0; g < SNIP_GEMMS; g++) snip_set_format(d.s, layer, (snip_gemm_kind)g, SNIP_E4M3);
-    CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT &&
-          snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, room) == SNIP_BAD_ARGUMENT &&
-          snip_cuda_use_cublaslt(d.c, &lt, NULL, room) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at, least - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(!strncmp(snip_message(d.s), "snip_cuda_use_cublaslt: scratch of ", 35));
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at + 16, least) == SNIP_BAD_ARGUMENT);
+    CHECK(!strcmp(snip_message(d.s), "snip_cuda_use_cublaslt: scratch is not 256-byte aligned"));
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, NULL, least) == SNIP_BAD_ARGUMENT);
+    CHECK(!strcmp(snip_message(d.s), "snip_cuda_use_cublaslt: no scratch"));
     CHECK(both(0) == SNIP_OK && both(1) == SNIP_OK);
     memcpy(own.at, l->out.at, l->out.size);
     memcpy(own.at + l->out.size, l->dx.at, l->dx.size);
     memcpy(own.at + l->out.size + l->dx.size, l->dw.at, l->dw.size);
-    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at, room) == SNIP_OK);
+    CHECK(snip_cuda_use_cublaslt(d.c, &lt, at, least) == SNIP_OK);
     l->clear();
     CHECK(both(0) == SNIP_OK && compare() > 0 && compare() < 4e-12);
     CHECK(both(1) == SNIP_UNSUPPORTED);
@@ -1716,78 +1698,99 @@ static void test_session_cublaslt() {
     CHECK(both(0) == SNIP_OK && compare() == 0);
 }
 #endif
-static void test_session() {
-    snip_desc desc = session_desc(2);
-    test_sketch();
-    test_session_one(desc, MICROS, 0, 5);
-    desc.every = 3;
-    play_gpu(2);  // E2M1 operands are packed
-    test_session_one(desc, 1, 2, 7);
+static void session_micro_batches_without_lag() { session_beside_cpu(session_desc(2), MICROS, 0, 5); }
+
+static void session_with_lag() {
+    if (test.few == 1) session_beside_cpu(session_desc(3), 1, 2, 7);
+}
+
+// On a GPU without wgmma and tcgen05, E2M1 operands are packed.
+static void session_with_packed_codes() {
+    play_gpu(2);
+    session_beside_cpu(session_desc(3), 1, 2, 7);
     play_gpu(0);
-    if (few == 1) test_session_one(desc, 1, 2, 7);
+}
+
+static void session_of_lion_measured_in_bf16() {
+    snip_desc desc = session_desc(3);
     desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_LION;
-    test_session_one(desc, 1, 0, 4);
+    session_beside_cpu(desc, 1, 0, 4);
+}
+
+static void session_of_momentum_without_update_probe() {
+    snip_desc desc = session_desc(3);
+    desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_SGD_MOMENTUM;
     desc.update_weight = -1;
-    if (few == 1) test_session_one(desc, 1, 1, 5);
-    test_session_graph();
-    test_session_weights();
-    test_session_counts();
-    test_session_watch();
-    test_session_errors();
-    test_session_cublaslt();
+    if (test.few == 1) session_beside_cpu(desc, 1, 1, 5);
+}
+
+// Whether there is a GPU on which these tests can run, or a CPU that plays one.
+static bool have_gpu(bool *managed) {
+    *managed = true;
+#ifdef __CUDACC__
+    int devices = 0, value = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices == 0) {
+        test_skip("no GPU (%s)", cudaGetErrorString(error));
+        return false;
+    }
+    *managed = cudaDeviceGetAttribute(&value, cudaDevAttrConcurrentManagedAccess, 0) == cudaSuccess && value;
+    if (!*managed) test_skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
+#endif
+    return true;
+}
+
+static void run_on_managed_memory() {
+    RUN(quantize_refusals);
+    RUN(quantize_recipes);
+    RUN(quantize_held_blocks);
+    RUN(quantize_in_place);
+    RUN(quantize_counts);
+    RUN(quantize_statistics_in_any_order);
+    RUN(dequantize_recipes);
+
+    RUN(noise_bytes_and_sums);
+
+    RUN(gemm_plain);
+    RUN(gemm_e2m1);
+    RUN(gemm_fp8);
+    RUN(gemm_refusals);
+    RUN(gemm_reference);
+    RUN(gemm_s8_bytes);
+    RUN(gemm_s8_refusals);
+    RUN(gemm_by_cublaslt);
+    RUN(gemm_by_cublaslt_refusals);
+
+    RUN(session_sketches);
+    RUN(session_micro_batches_without_lag);
+    RUN(session_with_lag);
+    RUN(session_with_packed_codes);
+    RUN(session_of_lion_measured_in_bf16);
+    RUN(session_of_momentum_without_update_probe);
+    RUN(session_in_a_graph);
+    RUN(session_held_weights);
+    RUN(session_counts);
+    RUN(session_watches_losses);
+    RUN(session_tells_of_nan);
+    RUN(session_refusals);
+    RUN(session_measures_gains);
+    RUN(session_without_optimizer_state);
+    RUN(session_by_cublaslt);
 }
 
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0, s8 = 0, cublaslt = 0, session = 0, codec = 0, oracle = 0;
-    if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
-    for (int i = 1; i < argc; i++) {
-        stop_at_failure |= !strcmp(argv[i], "--stop");
-        quantize |= !strcmp(argv[i], "quantize");
-        noise |= !strcmp(argv[i], "noise");
-        gemm |= !strcmp(argv[i], "gemm");
-        s8 |= !strcmp(argv[i], "s8");
-        cublaslt |= !strcmp(argv[i], "cublaslt");
-        session |= !strcmp(argv[i], "session");
-        codec |= !strcmp(argv[i], "codec");
-        oracle |= !strcmp(argv[i], "oracle");
+    bool managed;
+    if (argc > 1 && !strcmp(argv[1], "--stop")) {
+        stop_at_failure = true;
+        argc--;
+        argv++;
     }
-    if (!quantize && !noise && !gemm && !s8 && !cublaslt && !session && !codec && !oracle)
-        quantize = noise = gemm = s8 = session = codec = oracle = 1;
-#ifdef __CUDACC__
-    int devices = 0;
-    cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error != cudaSuccess || devices == 0) {
-        printf("skipped: no GPU (%s)\n0 passed, 0 failed, 1 skipped\n", cudaGetErrorString(error));
-        return 0;
-    }
-    int managed = 0;
-    if (cudaDeviceGetAttribute(&managed, cudaDevAttrConcurrentManagedAccess, 0) != cudaSuccess || !managed) {
-        skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
-        quantize = noise = gemm = s8 = session = 0;
-    }
-#endif
-    if (quantize) {
-        test_refusals();
-        test_quantize();
-        test_in_place();
-        test_counts();
-        test_stats_deterministic();
-        test_dequantize();
-    }
-    if (noise) test_noise();
-    if (gemm) {
-        test_gemm_plain();
-        test_gemm_tensor_cores();
-        test_gemm_reference();
-    }
-    if (gemm || s8) test_gemm_s8();
-    if (gemm || cublaslt) test_gemm_cublaslt();
-    if (cublaslt) test_session_cublaslt();
-    if (session) test_session();
-    if (codec) test_codec();
-    if (oracle) test_oracle();
-    printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
-    return failed != 0;
+    test_start(argc, argv);
+    if (!have_gpu(&managed)) return test_end() && test.failed;
+    if (managed) run_on_managed_memory();
+    RUN(codec_every_float);
+    RUN(oracle_products);
+    return test_end();
 }
