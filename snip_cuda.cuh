@@ -3486,10 +3486,10 @@ static snipi_cuda_record *snipi_cuda_record_of(const snip_cuda *c, const snipi_l
     return c->record + (l - c->s->layers);
 }
 
-template <class F>
-static snip_status snipi_cuda_total(const snip_cuda *c, const F &f, int64_t n, double *total, double factor, int add,
-                                    cudaStream_t stream) {
-    return snipi_cuda_reduce(f, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
+template <class Term>
+static snip_status snipi_cuda_total(const snip_cuda *c, const Term &term, int64_t n, double *total, double factor,
+                                    int add, cudaStream_t stream) {
+    return snipi_cuda_reduce(term, n, total, factor, add, c->slot[SNIPI_CUDA_SUMS], stream);
 }
 
 static snip_status snipi_cuda_square_sum(const snip_cuda *c, const float *x, int64_t n, double *total,
