@@ -416,6 +416,11 @@ static void quantize_refusals() {
     job.codes_t = codes;
     job.scales_t = scales;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &nvfp4;  // wants scratch, and is quantized after the transposed matrix, of another format
+    job.recipe_t = &fp8;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &fp8;
+    job.recipe_t = NULL;
     job.codes_t = job.scales_t = NULL;
     job.ld = 15;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
