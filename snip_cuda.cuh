@@ -40,6 +40,9 @@
 //   that they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given
 //   step, not when its measurement happens to arrive, so that a run can be repeated.
 //
+//   nvcc's --use_fast_math flushes subnormal floats to zero. Codes, scales, values and noise keep their bytes under it;
+//   statistics take subnormal elements as zeros, and in FP4 GEMMs products of scales below 2^-126 become 0.
+//
 // WHAT WAS RUN
 //   The kernels' own source runs on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh), and is
 //   compiled for 7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. No GPU has run it yet: `make test-gpu` runs the same tests on
@@ -345,7 +348,7 @@ template <class Term> static __global__ void snipi_cuda_reduce_kernel(const Term
 }
 
 static __global__ void snipi_cuda_sum_kernel(const double *parts, int n, double *total, double factor, int add) {
-    __shared__ double sums[SNIPI_SUM_BLOCKS / SNIPI_WARP];
+    __shared__ double sums[(int)SNIPI_SUM_BLOCKS / SNIPI_WARP];
     const double sum = snipi_cuda_block_sum((int)threadIdx.x < n ? parts[threadIdx.x] : 0, sums);
     if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
 }
@@ -1555,7 +1558,7 @@ SNIPI_DEVICE uint32_t snipi_cuda_signs(const uint32_t words[4], int group) {
 
 // visit(i, sign) for this thread's elements of n; sign is 0 or the sign bit of a float.
 template <class Visit> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_key key, Visit visit) {
-    const int64_t spans = (n + SNIPI_WARP * SNIPI_SIGNS - 1) / (SNIPI_WARP * SNIPI_SIGNS);
+    const int64_t span = (int)SNIPI_WARP * (int)SNIPI_SIGNS, spans = (n + span - 1) / span;  // a warp's elements
     const int64_t warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
     const int lane = snipi_lane();
     for (int64_t s = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / SNIPI_WARP; s < spans; s += warps) {
@@ -1591,7 +1594,7 @@ static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, sn
 
 static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale,
                                         const float *shape, snip_rng_key key, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_cuda_grid(n, SNIPI_THREADS * SNIPI_SIGNS),
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_cuda_grid(n, (int)SNIPI_THREADS * SNIPI_SIGNS),
                              SNIPI_THREADS, 0, stream, out, x, n, scale, device_scale, shape, key);
 }
 
@@ -2499,7 +2502,8 @@ struct snipi_tcgen05_shared : snipi_tma_shared<SNIPI_TCGEN05_COLUMNS> {
 
 static_assert(snipi_tcgen05_shared::Stages == 4, "two stages for each accumulator");
 static_assert(SNIPI_TMA_SHARED + sizeof(snipi_tcgen05_shared) <= 232448, "a thread block's shared memory on Blackwell");
-static_assert(128 * (SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <= 65536,
+static_assert(128 * ((int)SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <=
+                  65536,
               "registers of the launch");
 
 // An instruction's descriptor.
@@ -3221,7 +3225,7 @@ static __global__ void snipi_cuda_bias_kernel(float *dbias, const float *dy, int
 enum { SNIPI_OBSERVED = 64 };  // runs of 16 elements, as in snipi_observe
 
 static __global__ void snipi_cuda_observe_kernel(snipi_cuda_watched *watched, int which, const float *x, int64_t n) {
-    __shared__ double sums[SNIPI_OBSERVED / SNIPI_WARP];
+    __shared__ double sums[(int)SNIPI_OBSERVED / SNIPI_WARP];
     int64_t i = (int64_t)((double)(threadIdx.x * 0x9E3779B9u) / 4294967296.0 * (double)n), end = snipi_min(i + 16, n);
     double seen = (double)(end - i), square = 0;
     for (; i < end; i++) square += (double)x[i] * (double)x[i];
@@ -3245,7 +3249,7 @@ static snip_status snipi_cuda_observe(const snip_cuda *c, const snipi_layer *l, 
 // the signs of the 32 from there on.
 static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int64_t n, int64_t offset, float factor,
                                                 snip_rng_key key, int64_t first, int64_t chunks, int parts) {
-    const int across = SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across,
+    const int across = (int)SNIPI_SKETCH / SNIPI_THREADS, part = (int)blockIdx.x / across,
               bucket = (int)blockIdx.x % across * SNIPI_THREADS + (int)threadIdx.x, lane = bucket % SNIPI_WARP;
     const int64_t end = first + chunks * (part + 1) / parts;
     float sum = 0;
@@ -3257,7 +3261,7 @@ static __global__ void snipi_cuda_sketch_kernel(float *own, const float *x, int6
         signs = 0;
         for (uint32_t w = 0; w < 2; w++) {  // of the two words that hold them
             at = (begin / 32 + w) % (SNIPI_SKETCH / 32);
-            snipi_philox(key, chunk * (SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
+            snipi_philox(key, chunk * ((int)SNIPI_SKETCH / SNIPI_SIGNS) + at / 4, words);
             at = at % 4 == 0 ? words[0] : at % 4 == 1 ? words[1] : at % 4 == 2 ? words[2] : words[3];
             signs |= w == 0 ? at >> begin % 32 : begin % 32 ? at << (32 - begin % 32) : 0;
         }
@@ -3294,12 +3298,12 @@ static snip_status snipi_cuda_sketch_add(snip_cuda *c, const snipi_layer *l, int
     const int parts = (int)snipi_max(1, snipi_min(SNIPI_CHUNKS, chunks / 16));
     float *own = snipi_cuda_floats(c, SNIPI_CUDA_SKETCH),
           *sketch = c->sketch + ((l - c->s->layers) * SNIPI_SKETCHES + which) * SNIPI_SKETCH;
-    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS),
+    snip_status status = snipi_cuda_launch(snipi_cuda_sketch_kernel, parts * ((int)SNIPI_SKETCH / SNIPI_THREADS),
                                            SNIPI_THREADS, 0, stream, own, x, n, offset,
                                            c->s->pass == SNIP_PASS_CLEAN ? -1.0f : 1.0f,
                                            snipi_key(c->s, l, 0, SNIPI_ROLE_SKETCH + which), first, chunks, parts);
     return status ? status
-                  : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0,
+                  : snipi_cuda_launch(snipi_cuda_sketch_sum_kernel, (int)SNIPI_SKETCH / SNIPI_THREADS, SNIPI_THREADS, 0,
                                       stream, sketch, (const float *)own, parts);
 }
 
