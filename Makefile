@@ -62,7 +62,7 @@ $(B)/test_ilp $(B)/test_report: $(B)/test_%: tests/test_%.c $(TEST_HEADERS) | $(
 	$(CC) $(TEST_LIB_CFLAGS) $(WARN) -std=c99 $< -o $@ -lm
 # snip_cuda.cuh's kernels on the CPU
 $(B)/test_cuda: tests/test_cuda.cpp $(TEST_HEADERS) snip_cuda.cuh | $(B)
-	$(CXX) $(TEST_CFLAGS) $(OPENMP) -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
+	$(CXX) $(TEST_CFLAGS) -DSNIP_NO_SIMD -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
 programs: $(PROGRAMS:%=$(B)/test_%)
 
 # What run.sh runs, JOBS at a time, the longest first. FEW: where a test draws many cases, one in so many.

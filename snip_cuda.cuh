@@ -1,6 +1,6 @@
 // snip_cuda.cuh - snip.h's quantization, noise, GEMMs and training session on NVIDIA GPUs.
-// MIT licence (see LICENSE). CUDA C++17, compute capability 7.5 and later; the CUDA runtime only, and cuBLASLt where
-// SNIP_CUBLASLT is defined (>>cuda-gemm).
+// MIT licence (see LICENSE). CUDA C++17 or later, compute capability 7.5 or later. It needs the CUDA runtime alone,
+// and cuBLASLt where SNIP_CUBLASLT is defined (>>cuda-gemm).
 //
 // QUICK START
 //   In ONE .cu file:               #define SNIP_IMPLEMENTATION         (stands for snip.h's implementation too)
@@ -9,32 +9,52 @@
 //
 //     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
 //     snip_quantize_job job = {};
-//     job.x = x; job.rows = rows; job.cols = job.ld = cols;
-//     job.recipe = &fp8; job.codes = codes; job.scales = scales;
+//     job.x = x;
+//     job.rows = rows;
+//     job.cols = job.ld = cols;
+//     job.recipe = &fp8;
+//     job.codes = codes;
+//     job.scales = scales;
 //     snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, stream);
-//   examples/minimal.cu has a layer's three GEMMs; examples/train_llama.cu a training session, see >>cuda-session.
 //
-// RULES
-//   Data pointers are device pointers; recipes, operands and jobs are read on the host before a function returns.
-//   Functions with a stream allocate nothing, wait for nothing and may be captured into a CUDA graph; the exceptions
-//   (snip_cuda_create, _measure_gains, _end_step) say so.
-//   The status tells whether the arguments are right and the launch succeeded; NaN and infinity are counted in the
-//   statistics. What has no kernel is SNIP_UNSUPPORTED, never something slower or less precise in silence.
+//   examples/minimal.cu has a layer's three GEMMs. examples/train_llama.cu has a training session (>>cuda-session).
+//
+// MEMORY
+//   Tensors, codes, scales, scratch, statistics and sums lie in device memory. Recipes, operands and jobs are read on
+//   the host before a function returns. A tensor stays in use until the stream has passed the call. Shapes, alignment
+//   and what may overlap are those of snip.h's function of the same name, unless a declaration says otherwise.
+//
+// STREAMS AND THREADS
+//   Functions that take a stream allocate nothing and wait for nothing, and may be captured into a CUDA graph. The
+//   exceptions are snip_cuda_create, snip_cuda_measure_gains and snip_cuda_end_step, which say so. Functions without a
+//   session keep no state: any thread may call them, on any stream. Calls on one session come one after another, on
+//   one stream. The current device is the caller's choice, and the same for all calls on a session.
+//
+// ERRORS
+//   The status tells whether the arguments are right and the launches have succeeded, not whether the kernels have.
+//   A refused call writes nothing. NaN and infinity are counted, as in snip.h. What has no kernel is SNIP_UNSUPPORTED,
+//   never something slower or less precise in silence.
 //
 // DETERMINISM
 //   Codes, scales, values, noise, sketches and counts are snip.h's, byte for byte. Sums are taken in a fixed order, so
 //   that they are the same on every GPU; they agree with snip.h's to 1e-6. A session's plan is switched in a given
-//   step, not when its measurement happens to arrive: a run can be repeated.
+//   step, not when its measurement happens to arrive, so that a run can be repeated.
+//
+//   nvcc's --use_fast_math flushes subnormal floats to zero. Codes, scales, values and noise keep their bytes under it;
+//   statistics take subnormal elements as zeros, and in FP4 GEMMs products of scales below 2^-126 become 0.
 //
 // WHAT WAS RUN
-//   The kernels' own source on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh); compiled
-//   for 7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. On a GPU nothing yet: `make test-gpu` runs the same tests there. The
-//   kernels for 10.x (tcgen05): compile-tested and emulated, never run on a GPU.
+//   The kernels' own source runs on the CPU, thread by thread (tests/test_cuda.cpp, tests/test_cuda_trainer.sh), and is
+//   compiled for 7.5, 8.0, 8.9, 9.0, 10.0, 10.3 and 12.0. No GPU has run it yet: `make test-gpu` runs the same tests on
+//   one. The kernels for 10.x (tcgen05) are compiled and emulated, and so far no more than that.
 //
 // INDEX (search for the tag)
 //   API:             >>cuda-quantize >>cuda-noise >>cuda-gemm >>cuda-session
-//   Implementation:  >>cuda-launch >>cuda-ptx >>cuda-quantize-impl >>cuda-noise-impl >>cuda-gemm-impl
-//   >>cuda-session-impl
+//   Implementation:  >>cuda-launch >>cuda-ptx
+//                    >>cuda-quantize-impl >>cuda-noise-impl
+//                    >>cuda-gemm-impl >>cuda-gemm-mma >>cuda-gemm-plain >>cuda-gemm-tma >>cuda-gemm-wgmma
+//                    >>cuda-gemm-tcgen05 >>cuda-gemm-choice >>cuda-gemm-cublaslt
+//                    >>cuda-session-impl
 #ifndef SNIP_CUDA_CUH
 #define SNIP_CUDA_CUH
 
@@ -51,70 +71,113 @@
 extern "C" {
 #endif
 
-// >>cuda-quantize ----------------------------------------------------------------------------------
+// >>cuda-quantize --------------------------------------------------------------------------------------------------
+// How E2M1 values are stored. FP8 codes take a byte each under any of these.
 typedef enum {
-    SNIP_CUDA_PACKED,      // E2M1 two to a byte, as in snip.h
-    SNIP_CUDA_E4M3_BYTES,  // E2M1 values as E4M3 codes, one to a byte: operands for FP8 tensor cores
-    SNIP_CUDA_S8_BYTES     // E2M1 values times 2 as INT8, each row of them padded to a multiple of 16 bytes: for
-                           // snip_cuda_gemm_s8
+    // Two codes to a byte, as in snip.h.
+    SNIP_CUDA_PACKED,
+    // The values as E4M3 codes, one to a byte: operands for FP8 tensor cores.
+    SNIP_CUDA_E4M3_BYTES,
+    // Twice the values as INT8, for snip_cuda_gemm_s8. A row takes a multiple of 16 bytes; the padding is neither
+    // written nor read.
+    SNIP_CUDA_S8_BYTES
 } snip_cuda_codes;
 
-// Bytes for snip_cuda_quantize's scratch (8-byte aligned), wanted for statistics and for SNIP_SCALE_UE4M3; else it may
-// be NULL.
+// Bytes of scratch for a matrix [rows][cols]. 0: a shape that snip_cuda_quantize refuses.
 SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols);
-// snip_quantize_with on the GPU; job->isa is ignored. E4M3, E5M2 and E2M1 with tiles of 1 x 16, 32, 64 or 128 or of
-// 128 x 128; both orientations come from one read of x (two if their formats or roundings differ). stats, transposed:
-// device memory, or NULL.
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *, snip_cuda_codes, snip_quant_stats *stats,
-                                        snip_quant_stats *transposed, void *scratch, cudaStream_t);
-// Any recipe of snip.h. x: SNIP_F32 or SNIP_BF16.
-SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *, const void *codes, const void *scales, int64_t rows,
-                                          int64_t cols, void *x, snip_format x_format, int64_t ld, cudaStream_t);
 
-// >>cuda-noise -------------------------------------------------------------------------------------
-// out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1); noise is +1 or -1 by (key, i). out may be x.
-SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
-                                         snip_rng_key, cudaStream_t);
-// *dot = sum noise[i] * x[i]. dot and scratch: device memory.
+// snip_quantize_with on the GPU, with the same bytes.
+//   job         what to quantize and where to. Its isa is ignored. Recipes are E4M3, E5M2 or E2M1, without scales or
+//               with tiles of 1 x 16, 1 x 32, 1 x 64, 1 x 128 or 128 x 128. Both orientations come from one read of
+//               x, or from two if their formats or roundings differ.
+//   form        how E2M1 is stored, in both orientations
+//   stats       statistics under job->recipe, overwritten; or NULL
+//   stats_t     statistics of the transposed matrix under job->recipe_t, overwritten; or NULL
+//   scratch     snip_cuda_quantize_scratch bytes, 8-byte aligned. It may be NULL where there are no statistics and no
+//               SNIP_SCALE_UE4M3.
+// SNIP_UNSUPPORTED: another recipe, or 2^31 blocks of 128 x 128 elements and more.
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes form, snip_quant_stats *stats,
+                                        snip_quant_stats *stats_t, void *scratch, cudaStream_t stream);
+
+// snip_dequantize and snip_dequantize_bf16 on the GPU, with the same bytes. Any recipe of snip.h.
+//   codes, scales   as in snip.h: E2M1 is SNIP_CUDA_PACKED
+//   x               [rows][cols], `ld` elements from row to row
+//   x_format        SNIP_F32 or SNIP_BF16
+SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void *codes, const void *scales,
+                                          int64_t rows, int64_t cols, void *x, snip_format x_format, int64_t ld,
+                                          cudaStream_t stream);
+
+// >>cuda-noise -----------------------------------------------------------------------------------------------------
+// Bytes of scratch for the sums below, 8-byte aligned.
 #define SNIP_CUDA_NOISE_SCRATCH 4096
-SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch,
-                                         cudaStream_t);
-// The same with snip_gauss's noise, by double-precision arithmetic.
-SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
-                                         snip_rng_key, cudaStream_t);
-SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key, double *dot, void *scratch,
-                                         cudaStream_t);
 
-// >>cuda-gemm --------------------------------------------------------------------------------------
-// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n]. Two E2M1 operands, or two of E4M3 or E5M2,
-// with scale tiles 128 wide along k and of any height (fwd and dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128);
-// or two of F32 or BF16, each as it lies or transposed.
-//   E2M1 from compute capability 8.0 on: INT8 mma, bit for bit snip_gemm's. 9.0's wgmma and 10.0's tcgen05:
-//   snip_cuda_gemm_s8. FP8 with k a multiple of 16 and codes 16-byte aligned: on 9.0 (code for sm_90a) wgmma, on 10.x
-//   (code for sm_100a, sm_103a or sm_100f) tcgen05. On 8.9 and 12.x: FP8 mma. Otherwise from 8.0 on: FP16 mma of the
-//   same values. Tensor cores keep as little as 14 bits of an FP8 sum; after every 128 of k it is added in float32.
-//   Both BF16 or rounded to it, from 8.0 on: BF16 mma. F32: no tensor cores, float32 multiply-adds.
+// snip_noise_add on the GPU, with the same bytes: out[i] = x[i] + scale * noise[i] * (shape ? shape[i] : 1), i < n.
+//   noise[i]    +1 or -1, by (key, i)
+//   out         may be x
+SNIP_API snip_status snip_cuda_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key key, cudaStream_t stream);
+
+// *dot = the sum of noise[i] * x[i], i < n, in double; 0 for n 0.
+//   dot         overwritten, in device memory
+//   scratch     SNIP_CUDA_NOISE_SCRATCH bytes
+SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch,
+                                         cudaStream_t stream);
+
+// The same with the noise of snip_gauss, which takes double-precision arithmetic.
+SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
+                                         snip_rng_key key, cudaStream_t stream);
+SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch,
+                                         cudaStream_t stream);
+
+// >>cuda-gemm ------------------------------------------------------------------------------------------------------
+// snip_gemm on tensor cores: C[m][n] (+)= A[m][k] * B[n][k]^T + bias[n].
+//   a, b        Two of E2M1, or two of E4M3 or E5M2, with scale tiles 128 wide along k and of any height. (fwd and
+//               dgrad: 1 x 128 by 128 x 128; wgrad: 1 x 128 by 1 x 128.) Or two of F32 or BF16, each as it lies or
+//               transposed.
+//   c           [m][n], `ldc` floats from row to row, ldc >= n; overlaps no operand
+//   accumulate  0: C is overwritten. Else it is added to.
+//   bias        [n], added in both cases; or NULL
+// SNIP_UNSUPPORTED: other operands, or a GPU without the instructions:
+//
+//   E2M1            8.0 and later    INT8 mma, bit for bit snip_gemm's result
+//   E4M3, E5M2      9.0              wgmma, in code for sm_90a (*)
+//                   10.x             tcgen05, in code for sm_100a, sm_103a or sm_100f (*)
+//                   8.9, 12.x        FP8 mma
+//                   others from 8.0  FP16 mma of the same values; (*) also where k is no multiple of 16, or codes are
+//                                    not 16-byte aligned
+//   BF16, or rounded to it, both     BF16 mma from 8.0 on, else as F32
+//   F32             7.5 and later    multiply-adds in float32, no tensor cores
+//
+// Tensor cores keep as little as 14 bits of an FP8 sum. After every 128 of k it is added in float32.
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
-// The same for two E2M1 operands whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned: INT8 wgmma or tcgen05, bit for
-// bit snip_gemm's too. On 9.0 (code for sm_90a) and 10.0 (sm_100a), whose tensor cores mma cannot keep busy; elsewhere
-// SNIP_UNSUPPORTED.
+                                    float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream);
+
+// The same for two operands of E2M1 whose codes are SNIP_CUDA_S8_BYTES, 16-byte aligned. Bit for bit snip_gemm's
+// result too. It is for tensor cores that mma cannot keep busy: wgmma on 9.0 (code for sm_90a), tcgen05 on 10.0 (code
+// for sm_100a). Elsewhere SNIP_UNSUPPORTED.
 SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                       float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t);
+                                       float *c, int64_t ldc, int accumulate, const float *bias, cudaStream_t stream);
+
 // The same for all operands that snip_gemm takes, a thread for each element of C: what the others are tested against.
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a,
                                               const snip_operand *b, float *c, int64_t ldc, int accumulate,
-                                              const float *bias, cudaStream_t);
-#ifdef SNIP_CUBLASLT  // in every file that includes this one; link with -lcublasLt
-// snip_cuda_gemm's FP8 products by cuBLASLt, at the caller's choice: a session goes there after snip_cuda_use_cublaslt.
-// Tiles of 1 x 128 or 128 x 128 with float scales, codes, c and rows of c 16-byte aligned, no bias, and what cuBLASLt
-// (12.9 or later, 9.0) has: not two operands of 128 x 128, nor two of E5M2. Otherwise SNIP_UNSUPPORTED. Its sums are
-// not the same on every GPU. scratch: 256-byte aligned device memory, snip_cuda_cublaslt_scratch bytes at least; what
-// is beyond, cuBLASLt may work in (32 MiB are plenty).
+                                              const float *bias, cudaStream_t stream);
+
+#ifdef SNIP_CUBLASLT  // define it in every file that includes this one, and link with -lcublasLt
+// Bytes of scratch that snip_cuda_gemm_cublaslt wants at least. 0: a shape that it refuses.
 SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k);
-SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_t n, int64_t k, const snip_operand *a,
-                                             const snip_operand *b, float *c, int64_t ldc, int accumulate,
-                                             void *scratch, size_t scratch_bytes, cudaStream_t);
+
+// snip_cuda_gemm's FP8 products by cuBLASLt 12.9 or later on 9.0, where the caller prefers it.
+//   lt             of the current device
+//   a, b           tiles of 1 x 128 or 128 x 128, not both of 128 x 128; not both of E5M2; float scales; codes 16-byte
+//                  aligned; k at least 1
+//   c, ldc         c and its rows 16-byte aligned
+//   scratch        256-byte aligned
+//   scratch_bytes  snip_cuda_cublaslt_scratch or more. cuBLASLt may work in what is beyond; 32 MiB are plenty.
+// SNIP_UNSUPPORTED: other operands, or a product that cuBLASLt lacks. Its sums are not the same on every GPU.
+SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int64_t n, int64_t k,
+                                             const snip_operand *a, const snip_operand *b, float *c, int64_t ldc,
+                                             int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t stream);
 #endif
 
 // >>cuda-session -----------------------------------------------------------------------------------
@@ -130,7 +193,7 @@ SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t, int64_t m, int64_
 //             ... snip_cuda_linear_backward(c, l, dinp, dweight, dbias, dout, inp, weight, rows, stream);
 //         } while (snip_cuda_next_pass(c, loss, stream));
 //         optimizer_step();
-//         if (snip_cuda_end_step(c, &(snip_adamw){ ... }, NULL, stream)) puts(snip_message(s));
+//         if (snip_cuda_end_step(c, &adamw, NULL, stream)) puts(snip_message(s));
 //     }
 // All calls go to one stream. m and v of snip_bind_adamw are device pointers. desc.optimizer is not SNIP_CUSTOM, and
 // the recipes are those that snip_cuda_gemm takes. desc.measure: SNIP_BF16 runs on tensor cores.
@@ -220,37 +283,58 @@ SNIP_API size_t snip_cuda_cublaslt_memory(const snip_cuda *);
 #if defined(SNIP_IMPLEMENTATION) && !defined(SNIP_CUDA_IMPLEMENTATION_DONE)
 #define SNIP_CUDA_IMPLEMENTATION_DONE
 
-// >>cuda-launch ------------------------------------------------------------------------------------
+// >>cuda-launch ----------------------------------------------------------------------------------------------------
+// Launches, loops over elements, and sums in a fixed order.
 #define SNIPI_DEVICE static __device__ __forceinline__
 
-enum { SNIPI_WARP = 32 };
+enum {
+    SNIPI_WARP = 32,      // threads of a warp
+    SNIPI_THREADS = 256,  // threads of a thread block, where a kernel does not say otherwise: eight warps
+    SNIPI_GRID = 1 << 16  // most thread blocks of a loop over elements: enough to fill any GPU
+};
 
-static const unsigned SNIPI_ALL_LANES = 0xFFFFFFFFu;
+static const unsigned SNIPI_ALL_LANES = 0xFFFFFFFFu;  // the mask of a warp operation that all 32 lanes take part in
 
-template <class... P, class... A>
-static snip_status snipi_cuda_launch(void (*kernel)(P...), int64_t blocks, int threads, size_t shared,
-                                     cudaStream_t stream, const A &...args) {
-    cudaLaunchConfig_t config = {};
+SNIPI_DEVICE int snipi_lane() { return (int)threadIdx.x % SNIPI_WARP; }
+
+SNIPI_DEVICE int snipi_warp() { return (int)threadIdx.x / SNIPI_WARP; }
+
+template <class... Parameters, class... Arguments>
+static snip_status snipi_cuda_launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+                                     cudaStream_t stream, const Arguments &...arguments) {
     if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
+
+    cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)blocks);
     config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, args...) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
+    return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess ? SNIP_OK : SNIP_DEVICE;
 }
 
-SNIPI_DEVICE uint32_t snipi_cuda_amax(uint32_t amax, float x) {  // of finite elements
-    uint32_t a = snipi_bits(x) & 0x7FFFFFFFu;
-    return a < 0x7F800000u && a > amax ? a : amax;
+// Thread blocks of a loop over n elements, `each` of them to a thread block.
+static int64_t snipi_cuda_grid(int64_t n, int64_t each) { return snipi_min(snipi_ceil_div(n, each), SNIPI_GRID); }
+
+// visit(i), i < n
+template <class Visit> static __global__ void snipi_cuda_each_kernel(const Visit visit, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
+        visit(i);
 }
 
-// The sum over a block, in thread 0. `sums` has a place for each warp.
+template <class Visit> static snip_status snipi_cuda_each(const Visit &visit, int64_t n, cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_each_kernel<Visit>, snipi_cuda_grid(n, SNIPI_THREADS), SNIPI_THREADS, 0, stream,
+                             visit, n);
+}
+
+// The sum over a thread block, in its thread 0. `sums` has a place for each warp.
 SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
-    int lane = (int)threadIdx.x % SNIPI_WARP, warp = (int)threadIdx.x / SNIPI_WARP,
-        warps = (int)blockDim.x / SNIPI_WARP;
+    const int lane = snipi_lane(), warp = snipi_warp(), warps = (int)blockDim.x / SNIPI_WARP;
     double sum = 0;
-    for (int o = SNIPI_WARP / 2; o > 0; o /= 2) x += __shfl_down_sync(SNIPI_ALL_LANES, x, o);
-    __syncthreads();  // the last sum's places have been read
+
+    for (int distance = SNIPI_WARP / 2; distance > 0; distance /= 2)
+        x += __shfl_down_sync(SNIPI_ALL_LANES, x, distance);
+
+    __syncthreads();  // the places' last sums have been read
     if (lane == 0) sums[warp] = x;
     __syncthreads();
     if (threadIdx.x == 0)
@@ -258,32 +342,97 @@ SNIPI_DEVICE double snipi_cuda_block_sum(double x, double *sums) {
     return sum;
 }
 
-// >>cuda-ptx ---------------------------------------------------------------------------------------
-#ifndef SNIP_CUDA_SHIM
-// Bytes of low (0 to 3) and high (4 to 7) by the low four nibbles of select; a nibble's top bit takes the byte's sign
-// eight times.
-SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
-    uint32_t r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(select));
-    return r;
+enum { SNIPI_SUM_BLOCKS = SNIP_CUDA_NOISE_SCRATCH / (int)sizeof(double) };  // most partial sums
+
+// Thread blocks of a sum over n elements: a function of n alone, and with it the order of the sum.
+static int64_t snipi_cuda_sum_blocks(int64_t n) {
+    return snipi_max(1, snipi_min(SNIPI_SUM_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS)));
 }
 
-// Four 8 x 8 matrices of 16 bits; lane l gives row l % 8 of matrix l / 8.
-SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
+// parts[thread block]: the sum of its terms, term(i), i < n
+template <class Term> static __global__ void snipi_cuda_reduce_kernel(const Term term, int64_t n, double *parts) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    double sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
+        sum += term(i);
+    sum = snipi_cuda_block_sum(sum, sums);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
+}
+
+static __global__ void snipi_cuda_sum_kernel(const double *parts, int n, double *total, double factor, int add) {
+    __shared__ double sums[(int)SNIPI_SUM_BLOCKS / SNIPI_WARP];
+    const double sum = snipi_cuda_block_sum((int)threadIdx.x < n ? parts[threadIdx.x] : 0, sums);
+    if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
+}
+
+// *total (+)= factor * the sum of `n` parts
+static snip_status snipi_cuda_sum(const void *parts, int64_t n, double *total, double factor, int add,
+                                  cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(n, SNIPI_WARP) * SNIPI_WARP, 0, stream,
+                             (const double *)parts, (int)n, total, factor, add);
+}
+
+// *total (+)= factor * the sum of term(i), i < n. scratch: SNIP_CUDA_NOISE_SCRATCH bytes.
+template <class Term>
+static snip_status snipi_cuda_reduce(const Term &term, int64_t n, double *total, double factor, int add, void *scratch,
+                                     cudaStream_t stream) {
+    const int64_t blocks = snipi_cuda_sum_blocks(n);
+    const snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<Term>, blocks, SNIPI_THREADS, 0, stream, term,
+                                                 n, (double *)scratch);
+    return status ? status : snipi_cuda_sum(scratch, blocks, total, factor, add, stream);
+}
+
+// >>cuda-ptx -------------------------------------------------------------------------------------------------------
+// Instructions without a name in CUDA C++, each in a function. The tests have functions of their own for the CPU.
+#ifndef SNIP_CUDA_SHIM
+// Bytes of `low` (0 to 3) and `high` (4 to 7) as the low four nibbles of `select` say. A nibble's top bit takes the
+// byte's sign eight times instead.
+SNIPI_DEVICE uint32_t snipi_ptx_prmt(uint32_t low, uint32_t high, uint32_t select) {
+    uint32_t word;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(select));
+    return word;
+}
+
+// Two floats to codes of a byte: to nearest even, saturating.
+#    if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+SNIPI_DEVICE uint32_t snipi_ptx_e4m3x2(float low, float high) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+SNIPI_DEVICE uint32_t snipi_ptx_e5m2x2(float low, float high) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+#    endif
+
+SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// The address of shared memory, as instructions take it.
+SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+SNIPI_DEVICE char *snipi_ptx_dynamic_shared() {
+    extern __shared__ char snipi_dynamic_shared[];
+    return snipi_dynamic_shared;
+}
+
+// Four 8 x 8 matrices of 16 bits. Lane l gives row l % 8 of matrix l / 8.
+SNIPI_DEVICE void snipi_ptx_ldmatrix4(uint32_t words[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"((uint32_t)__cvta_generic_to_shared(row))
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(snipi_ptx_shared(row))
                  : "memory");
 }
 
-SNIPI_DEVICE uint32_t snipi_ptx_bf16x2(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-    return r;
-}
-
-#    define SNIPI_PTX_MMA(name, shape, types, acc, constraint)                                    \
-        SNIPI_DEVICE void name(acc d[4], const uint32_t a[4], const uint32_t b[2]) {              \
+// d += A B^T, 16 x 8 from 32 bytes of k, by a warp.
+#    define SNIPI_PTX_MMA(name, shape, types, Sum, constraint)                                    \
+        SNIPI_DEVICE void name(Sum d[4], const uint32_t a[4], const uint32_t b[2]) {              \
             asm volatile("mma.sync.aligned." shape ".row.col." types                              \
                          " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                 \
                          : constraint(d[0]), constraint(d[1]), constraint(d[2]), constraint(d[3]) \
@@ -297,16 +446,10 @@ SNIPI_PTX_MMA(snipi_ptx_mma_e4m3_e5m2, "m16n8k32", "f32.e4m3.e5m2.f32", float, "
 SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e4m3, "m16n8k32", "f32.e5m2.e4m3.f32", float, "+f")
 SNIPI_PTX_MMA(snipi_ptx_mma_e5m2_e5m2, "m16n8k32", "f32.e5m2.e5m2.f32", float, "+f")
 
-// Hopper. Barriers count arrivals and bytes; wait returns once the phase of the given parity is over.
-SNIPI_DEVICE uint32_t snipi_ptx_shared(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-SNIPI_DEVICE char *snipi_ptx_dynamic_shared() {
-    extern __shared__ char snipi_dynamic_shared[];
-    return snipi_dynamic_shared;
-}
-
-SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(b)), "r"(count) : "memory");
+// ---- Hopper: barriers in shared memory, the tensor memory accelerator (TMA), wgmma ----
+// A barrier counts arrivals and bytes. Its phase is over when all that it was told to expect have come.
+SNIPI_DEVICE void snipi_ptx_barrier_init(uint64_t *barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(snipi_ptx_shared(barrier)), "r"(count) : "memory");
 }
 
 // Initialized barriers become visible to other threads, and to TMA, which is of another proxy.
@@ -314,70 +457,95 @@ SNIPI_DEVICE void snipi_ptx_barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" : : : "memory");
 }
 
-SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *b) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(b)) : "memory");
+SNIPI_DEVICE void snipi_ptx_barrier_arrive(uint64_t *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(snipi_ptx_shared(barrier)) : "memory");
 }
 
-SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *b, int bytes) {
+// Arrives, and has the phase wait for so many bytes more.
+SNIPI_DEVICE void snipi_ptx_barrier_arrive_expect(uint64_t *barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :
-                 : "r"(snipi_ptx_shared(b)), "r"(bytes)
+                 : "r"(snipi_ptx_shared(barrier)), "r"(bytes)
                  : "memory");
 }
 
-SNIPI_DEVICE void snipi_ptx_barrier_wait(uint64_t *b, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-        :
-        : "r"(snipi_ptx_shared(b)), "r"(parity)
-        : "memory");
+// Returns once the phase of this parity is over.
+SNIPI_DEVICE void snipi_ptx_barrier_wait(uint64_t *barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n"
+                 "}"
+                 :
+                 : "r"(snipi_ptx_shared(barrier)), "r"(parity)
+                 : "memory");
 }
 
-SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *b, int x, int y) {
+// A box of a map, from (x, y) on, to shared memory. Its bytes are told to the barrier.
+SNIPI_DEVICE void snipi_ptx_tma_load(void *to, const CUtensorMap *map, uint64_t *barrier, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
         :
-        : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(b)), "r"(x), "r"(y)
+        : "r"(snipi_ptx_shared(to)), "l"(map), "r"(snipi_ptx_shared(barrier)), "r"(x), "r"(y)
         : "memory");
 }
 
-template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_fewer() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+// A warpgroup gives registers back, or takes more: this many a thread from now on.
+template <int Registers> SNIPI_DEVICE void snipi_ptx_registers_fewer() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(Registers));
 }
 
-template <int REGISTERS> SNIPI_DEVICE void snipi_ptx_registers_more() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+template <int Registers> SNIPI_DEVICE void snipi_ptx_registers_more() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(Registers));
 }
 
+// Keeps the compiler from moving reads and writes of x across: an instruction still works on its register.
 SNIPI_DEVICE void snipi_ptx_settled(float &x) { asm volatile("" : "+f"(x) : : "memory"); }
 
 SNIPI_DEVICE void snipi_ptx_settled(int32_t &x) { asm volatile("" : "+r"(x) : : "memory"); }
 
-template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_begin(D d[64]) {
+// Products between begin and end run on their own. At the end they are done.
+template <class Sum> SNIPI_DEVICE void snipi_ptx_wgmma_begin(Sum d[64]) {
 #    pragma unroll
     for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
     asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
 }
 
-template <class D> SNIPI_DEVICE void snipi_ptx_wgmma_end(D d[64]) {
+template <class Sum> SNIPI_DEVICE void snipi_ptx_wgmma_end(Sum d[64]) {
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" : : : "memory");
 #    pragma unroll
     for (int i = 0; i < 64; i++) snipi_ptx_settled(d[i]);
 }
 
+// Operands 0 to 31 and 32 to 63 of an instruction; eight of them as C++ expressions.
+#    define SNIPI_PTX_FIRST_32             \
+        "%0,%1,%2,%3,%4,%5,%6,%7,"         \
+        "%8,%9,%10,%11,%12,%13,%14,%15,"   \
+        "%16,%17,%18,%19,%20,%21,%22,%23," \
+        "%24,%25,%26,%27,%28,%29,%30,%31"
+#    define SNIPI_PTX_NEXT_32              \
+        "%32,%33,%34,%35,%36,%37,%38,%39," \
+        "%40,%41,%42,%43,%44,%45,%46,%47," \
+        "%48,%49,%50,%51,%52,%53,%54,%55," \
+        "%56,%57,%58,%59,%60,%61,%62,%63"
 #    define SNIPI_PTX_8(x, d, i) \
         x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3]), x(d[i + 4]), x(d[i + 5]), x(d[i + 6]), x(d[i + 7])
-// d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup.
-#    define SNIPI_PTX_WGMMA(name, types, acc, x, signs)                                                                                             \
-        SNIPI_DEVICE void name(acc d[64], uint64_t a, uint64_t b, int add) {                                                                        \
-            asm volatile(                                                                                                                           \
-                "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k32." types                                      \
-                " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"          \
-                "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
-                " %64, %65, add" signs ";\n}"                                                                                                       \
-                : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24),                                         \
-                  SNIPI_PTX_8(x, d, 32), SNIPI_PTX_8(x, d, 40), SNIPI_PTX_8(x, d, 48), SNIPI_PTX_8(x, d, 56)                                        \
-                : "l"(a), "l"(b), "r"(add));                                                                                                        \
+#    define SNIPI_PTX_32(x, d, i) \
+        SNIPI_PTX_8(x, d, i), SNIPI_PTX_8(x, d, i + 8), SNIPI_PTX_8(x, d, i + 16), SNIPI_PTX_8(x, d, i + 24)
+
+// d (+)= A B^T, 64 x 128 from 32 bytes of k, by a warpgroup. a, b: descriptors; add 0: d is overwritten.
+#    define SNIPI_PTX_WGMMA(name, types, Sum, constraint, signs)                                  \
+        SNIPI_DEVICE void name(Sum d[64], uint64_t a, uint64_t b, int add) {                      \
+            asm volatile("{\n"                                                                    \
+                         ".reg .pred add;\n"                                                      \
+                         "setp.ne.b32 add, %66, 0;\n"                                             \
+                         "wgmma.mma_async.sync.aligned.m64n128k32." types " {" SNIPI_PTX_FIRST_32 \
+                         "," SNIPI_PTX_NEXT_32 "},"                                               \
+                         " %64, %65, add" signs ";\n"                                             \
+                         "}"                                                                      \
+                         : SNIPI_PTX_32(constraint, d, 0), SNIPI_PTX_32(constraint, d, 32)        \
+                         : "l"(a), "l"(b), "r"(add));                                             \
         }
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e4m3, "f32.e4m3.e4m3", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e4m3_e5m2, "f32.e4m3.e5m2", float, "+f", ", 1, 1")
@@ -385,199 +553,180 @@ SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e4m3, "f32.e5m2.e4m3", float, "+f", ", 1, 1
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_e5m2_e5m2, "f32.e5m2.e5m2", float, "+f", ", 1, 1")
 SNIPI_PTX_WGMMA(snipi_ptx_wgmma_s8, "s32.s8.s8", int32_t, "+r", "")
 
-// Datacenter Blackwell. Tensor memory has 128 lanes of 512 columns of 32 bits, address lane << 16 | column. A warp
-// takes all of it and gives it back.
+// ---- Datacenter Blackwell: tensor memory, tcgen05 ----
+// Tensor memory has 128 lanes of 512 columns of 32 bits; an address is lane << 16 | column. A warp takes all of it,
+// and gives it back.
 SNIPI_DEVICE void snipi_ptx_tensor_memory_alloc(uint32_t *address) {
-    asm volatile(
-        "tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 512;\ntcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
-        :
-        : "r"(snipi_ptx_shared(address))
-        : "memory");
+    asm volatile("tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%0], 512;\n"
+                 "tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;"
+                 :
+                 : "r"(snipi_ptx_shared(address))
+                 : "memory");
 }
 
 SNIPI_DEVICE void snipi_ptx_tensor_memory_free(uint32_t address) {
     asm volatile("tcgen05.dealloc.cta_group::1.sync.aligned.b32 %0, 512;" : : "r"(address) : "memory");
 }
 
-// Before a thread tells others, and after it was told, of work on tensor memory. Commit implies the first.
+// Fences: before a thread tells others of its work on tensor memory, and after it was told of theirs. Commit implies
+// the first.
 SNIPI_DEVICE void snipi_ptx_tcgen05_before() { asm volatile("tcgen05.fence::before_thread_sync;" : : : "memory"); }
 
 SNIPI_DEVICE void snipi_ptx_tcgen05_after() { asm volatile("tcgen05.fence::after_thread_sync;" : : : "memory"); }
 
-// d (+)= A B^T from 32 bytes of k, started by one thread.
-#    define SNIPI_PTX_TCGEN05(name, kind)                                                                    \
-        SNIPI_DEVICE void name(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {          \
-            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %4, 0;\ntcgen05.mma.cta_group::1.kind::" kind \
-                         " [%0], %1, %2, %3, add;\n}"                                                        \
-                         :                                                                                   \
-                         : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"(add)                                \
-                         : "memory");                                                                        \
+// d (+)= A B^T from 32 bytes of k, started by one thread. d: tensor memory.
+#    define SNIPI_PTX_TCGEN05(name, kind)                                                           \
+        SNIPI_DEVICE void name(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) { \
+            asm volatile("{\n"                                                                      \
+                         ".reg .pred add;\n"                                                        \
+                         "setp.ne.b32 add, %4, 0;\n"                                                \
+                         "tcgen05.mma.cta_group::1.kind::" kind " [%0], %1, %2, %3, add;\n"         \
+                         "}"                                                                        \
+                         :                                                                          \
+                         : "r"(d), "l"(a), "l"(b), "r"(instruction), "r"(add)                       \
+                         : "memory");                                                               \
         }
 SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_fp8, "f8f6f4")
 SNIPI_PTX_TCGEN05(snipi_ptx_tcgen05_s8, "i8")
 
 // The barrier gets an arrival when all that this thread has started is done.
-SNIPI_DEVICE void snipi_ptx_tcgen05_commit(uint64_t *b) {
+SNIPI_DEVICE void snipi_ptx_tcgen05_commit(uint64_t *barrier) {
     asm volatile("tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%0];"
                  :
-                 : "r"(snipi_ptx_shared(b))
+                 : "r"(snipi_ptx_shared(barrier))
                  : "memory");
 }
 
-// 16 lanes of 64 columns, in a warp's registers as wgmma's sums; from lane 32 * (warp % 4), or 16 further. Wait before
-// they are used.
-#    define SNIPI_PTX_LOAD(acc, x)                                                                                                                                                       \
-        SNIPI_DEVICE void snipi_ptx_tensor_memory_load(acc d[32], uint32_t address) {                                                                                                    \
-            asm volatile(                                                                                                                                                                \
-                "tcgen05.ld.sync.aligned.16x256b.x8.b32 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, [%32];" \
-                : SNIPI_PTX_8(x, d, 0), SNIPI_PTX_8(x, d, 8), SNIPI_PTX_8(x, d, 16), SNIPI_PTX_8(x, d, 24)                                                                               \
-                : "r"(address)                                                                                                                                                           \
-                : "memory");                                                                                                                                                             \
+// 16 lanes of 64 columns to a warp's registers, laid out as wgmma's sums; from lane 32 * (warp % 4), or from 16 lanes
+// further. They have come after the wait.
+#    define SNIPI_PTX_LOAD(Sum, constraint)                                           \
+        SNIPI_DEVICE void snipi_ptx_tensor_memory_load(Sum d[32], uint32_t address) { \
+            asm volatile("tcgen05.ld.sync.aligned.16x256b.x8.b32"                     \
+                         " {" SNIPI_PTX_FIRST_32 "}, [%32];"                          \
+                         : SNIPI_PTX_32(constraint, d, 0)                             \
+                         : "r"(address)                                               \
+                         : "memory");                                                 \
         }
 SNIPI_PTX_LOAD(float, "=f")
 SNIPI_PTX_LOAD(int32_t, "=r")
 
-template <class D> SNIPI_DEVICE void snipi_ptx_tensor_memory_wait(D d[32]) {
+template <class Sum> SNIPI_DEVICE void snipi_ptx_tensor_memory_wait(Sum d[32]) {
     asm volatile("tcgen05.wait::ld.sync.aligned;" : : : "memory");
 #    pragma unroll
     for (int i = 0; i < 32; i++) snipi_ptx_settled(d[i]);
 }
 
-// A map of bytes [rows][k], row_bytes from row to row, in boxes of 128 x 128, zeros beyond the edges. 1: done.
+// A map of bytes [rows][k], row_bytes from row to row, in boxes of 128 x 128 with 128-byte swizzle, zeros beyond the
+// edges. 1: done. The driver's function is asked for by name, so that programs need not link the driver's library.
 static int snipi_cuda_tensor_map(CUtensorMap *map, const void *codes, int64_t rows, int64_t k, int64_t row_bytes) {
-    cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows }, stride[1] = { (cuuint64_t)row_bytes };
-    cuuint32_t box[2] = { 128, 128 }, step[2] = { 1, 1 };
+    const cuuint64_t size[2] = { (cuuint64_t)k, (cuuint64_t)rows };
+    const cuuint64_t stride[1] = { (cuuint64_t)row_bytes };
+    const cuuint32_t box[2] = { 128, 128 };
+    const cuuint32_t step[2] = { 1, 1 };
+
     cudaDriverEntryPointQueryResult found;
     void *encode = NULL;
 #    if CUDART_VERSION >= 12050
-    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000, cudaEnableDefault,
-                                                         &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                                               cudaEnableDefault, &found);
 #    else
-    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &encode, cudaEnableDefault, &found);
 #    endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !encode) return 0;
-    return ((decltype(&cuTensorMapEncodeTiled))encode)(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes,
-                                                       size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                                       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+
+    const CUresult result = ((decltype(&cuTensorMapEncodeTiled))encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, (void *)(uintptr_t)codes, size, stride, box, step,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS;
 }
 #endif
 
-template <int A, int B> SNIPI_DEVICE void snipi_ptx_mma_fp8(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3)
-        snipi_ptx_mma_e4m3_e4m3(d, a, b);
-    else if constexpr (A == SNIP_E4M3)
-        snipi_ptx_mma_e4m3_e5m2(d, a, b);
-    else if constexpr (B == SNIP_E4M3)
-        snipi_ptx_mma_e5m2_e4m3(d, a, b);
-    else
-        snipi_ptx_mma_e5m2_e5m2(d, a, b);
-}
-
-template <int A, int B, class D> SNIPI_DEVICE void snipi_ptx_wgmma(D d[64], uint64_t a, uint64_t b, int add) {
-    if constexpr (A == SNIP_E2M1)
-        snipi_ptx_wgmma_s8(d, a, b, add);
-    else if constexpr (A == SNIP_E4M3 && B == SNIP_E4M3)
-        snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
-    else if constexpr (A == SNIP_E4M3)
-        snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
-    else if constexpr (B == SNIP_E4M3)
-        snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
-    else
-        snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
-}
-
-// Rows of 128 bytes in groups of eight, 128-byte swizzle: address / 16, 1 (not used), 1024 bytes / 16 from group to
-// group, version (wgmma 0, tcgen05 1), mode. 32 bytes of k further is the address plus 32: the hardware swizzles by
-// address bits, so that groups must lie at multiples of 1024.
-SNIPI_DEVICE uint64_t snipi_ptx_operand(const void *p, int version) {
-    return (uint64_t)((snipi_ptx_shared(p) & 0x3FFFFu) >> 4) | 1ull << 16 | 64ull << 32 | (uint64_t)version << 46 |
-           1ull << 62;
-}
-
-// tcgen05: types of D (1 float, 2 int32), A and B (E4M3 0, E5M2 1, signed bytes 1), columns / 8, rows / 16.
-template <int A, int B> SNIPI_DEVICE constexpr uint32_t snipi_ptx_instruction(int rows, int columns) {
-    return (A == SNIP_E2M1 ? 2u : 1u) << 4 | (A == SNIP_E4M3 ? 0u : 1u) << 7 | (B == SNIP_E4M3 ? 0u : 1u) << 10 |
-           (uint32_t)columns / 8 << 17 | (uint32_t)rows / 16 << 24;
-}
-
-template <int A>
-SNIPI_DEVICE void snipi_ptx_tcgen05(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
-    if constexpr (A == SNIP_E2M1)
-        snipi_ptx_tcgen05_s8(d, a, b, instruction, add);
-    else
-        snipi_ptx_tcgen05_fp8(d, a, b, instruction, add);
-}
-
-// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. Magnitudes of the positive and of the
-// negative ones (the others are 0), then their difference in every byte, kept from borrowing by 128.
-SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
-    uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes),
-             negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
-    return (positive + 0x80808080u - negative) ^ 0x80808080u;
-}
-
-// >>cuda-quantize-impl -----------------------------------------------------------------------------
-// A thread block takes 128 x 128 elements of x, as it lies (straight), transposed (turned), or both. For each: the
-// tiles' largest magnitudes by shuffles and maxima in shared memory, their scales, then the codes; turned codes pass
-// through shared memory to leave in whole rows. A thread has 16 rows: straight, of 4 columns side by side; turned, of
-// 4 columns 32 apart, so that its warp reads whole lines. Blocks in the interior that only want codes to nearest hold
-// their elements in registers (straight's columns); the others read them again, from caches.
-enum { SNIPI_BLOCK = 128, SNIPI_THREADS = 256, SNIPI_ROWS = 16, SNIPI_TILES = SNIPI_BLOCK * (SNIPI_BLOCK / 16) };
-
-enum { SNIPI_E2M1_WIDE = 64, SNIPI_E2M1_S8 };  // as a kernel's FORMAT: E2M1 values stored as E4M3; twice them as INT8
-
+// >>cuda-quantize-impl ---------------------------------------------------------------------------------------------
+// A thread block takes a block of 128 x 128 elements of x: as it lies (straight), transposed (turned), or both. For
+// each orientation come the tiles' largest magnitudes, by shuffles and by maxima in shared memory; then their scales;
+// then the codes. Turned codes pass through shared memory, to leave in whole rows.
+//
+// A thread has 16 rows: straight, of 4 columns side by side; turned, of 4 columns 32 apart, so that its warp reads
+// whole lines. Blocks in the interior that want codes to nearest and nothing else are held: a thread keeps its elements
+// (straight's columns) in registers. The others read them again, from caches.
 enum {
-    SNIPI_NEAREST,
-    SNIPI_STOCHASTIC,
-    SNIPI_MEASURE
-};  // a kernel's MODE: codes alone, or with either rounding statistics and values
+    SNIPI_BLOCK = 128,                                        // edge of a block in elements: that of the largest tile
+    SNIPI_ROWS = SNIPI_BLOCK / (SNIPI_THREADS / SNIPI_WARP),  // rows of a thread: a warp has 16, as wide as the block
+    SNIPI_TILES = SNIPI_BLOCK * (SNIPI_BLOCK / 16)            // most tiles of a block: those of 1 x 16
+};
 
-typedef struct {                    // one orientation
-    snip_recipe recipe;             // format 0: not wanted
-    int64_t rows, cols, row_bytes;  // as quantized
-    int log2_tile_cols, aligned;    // aligned: straight, four codes may be stored as a word; turned, sixteen
-    uint8_t *codes;                 // may be NULL
-    void *scales;                   // may be NULL
-    snip_quant_stats *part;         // [blocks], or NULL
-    unsigned long long *counts;     // NaN and infinity, saturated; or NULL
+// A kernel's Format is a snip_format or one of these. They stand for E2M1 and say how it is stored.
+enum {
+    SNIPI_E2M1_WIDE = 64,  // as E4M3 codes; beyond all of snip_format
+    SNIPI_E2M1_S8          // twice the values, as INT8
+};
+
+// A kernel's Mode.
+enum {
+    SNIPI_NEAREST,     // codes to nearest, and no more
+    SNIPI_STOCHASTIC,  // codes by stochastic rounding, and no more
+    SNIPI_MEASURE      // codes by either, statistics and values
+};
+
+// One orientation of a matrix: how it is quantized and where to.
+typedef struct {
+    snip_recipe recipe;  // format 0: not wanted
+    int64_t rows, cols;  // as quantized: x's, or those of x transposed
+    int64_t row_bytes;   // of codes, from row to row
+    int log2_tile_cols;
+    int aligned;                 // whether 4 codes (straight) or 16 (turned) may be stored at once
+    uint8_t *codes;              // [rows][row_bytes], or NULL
+    void *scales;                // or NULL
+    snip_quant_stats *parts;     // [thread blocks], or NULL
+    unsigned long long *counts;  // added to: NaN and infinity, saturated elements; or NULL
 } snipi_cuda_side;
 
 typedef struct {
-    const void *x;
-    const float *weight;
+    const void *x;        // [rows][cols], ld
+    const float *weight;  // [rows][cols], ld; or NULL
     int64_t rows, cols, ld;
-    int bf16, vectors, held;  // rows of x may be read four elements at a time; interior blocks may be held
+    int bf16;     // x is
+    int vectors;  // rows of x may be read four elements at a time
+    int held;     // blocks in the interior may be
     snipi_cuda_side straight, turned;
-    void *out;  // values of `straight`, or NULL
+    void *out;  // [rows][cols], ld_out: the values of `straight`; or NULL
     int64_t ld_out;
     int out_bf16;
-    snip_rng_key key, key_t;         // of straight and turned
-    const uint32_t *step;            // instead of theirs, or NULL
-    const unsigned long long *more;  // two, for straight.counts (or turned's, if alone), or NULL
-    const uint32_t *amax;            // of the tensor, for SNIP_SCALE_UE4M3
-} snipi_cuda_quantizer;
+    snip_rng_key key, key_t;         // of straight and of turned
+    const uint32_t *step;            // in place of the keys' steps, or NULL
+    const unsigned long long *more;  // two more for straight's counts (turned's, if alone), or NULL
+    const uint32_t *amax;            // of the tensor, as bits: for SNIP_SCALE_UE4M3
+} snipi_cuda_quantize_work;
 
 typedef struct {
-    uint32_t amax[SNIPI_TILES];
+    uint32_t amax[SNIPI_TILES];  // as bits, by tile
     float scale[SNIPI_TILES], inverse[SNIPI_TILES];
-    uint4 codes[SNIPI_BLOCK * SNIPI_BLOCK / 16];
+    uint4 codes[SNIPI_BLOCK * SNIPI_BLOCK / 16];  // turned's, a byte an element
     double sums[SNIPI_THREADS / SNIPI_WARP];
     int low;  // a tile is
 } snipi_cuda_shared;
 
+// Four elements side by side in the quantized matrix.
 typedef struct {
-    double sum_sq, err_sq, dot;
-    uint32_t amax;
-    int nonfinite, saturated;
-} snipi_cuda_tally;
+    float x[4];
+    uint32_t random[4];  // for stochastic rounding
+    float weight[4];     // for the statistics
+    float value[4];      // dequantized
+} snipi_cuda_four;
 
+SNIPI_DEVICE uint32_t snipi_cuda_amax(uint32_t amax, float x) {  // of finite elements
+    const uint32_t magnitude = snipi_bits(x) & 0x7FFFFFFFu;
+    return magnitude < 0x7F800000u && magnitude > amax ? magnitude : amax;
+}
+
+// ---- elements of x ----
 SNIPI_DEVICE float snipi_cuda_load(const float *x) { return *x; }
 
 SNIPI_DEVICE float snipi_cuda_load(const uint16_t *x) { return snipi_float((uint32_t)*x << 16); }
 
 SNIPI_DEVICE void snipi_cuda_load4(const float *x, float out[4]) {
-    float4 v = *(const float4 *)x;
+    const float4 v = *(const float4 *)x;
     out[0] = v.x;
     out[1] = v.y;
     out[2] = v.z;
@@ -585,142 +734,171 @@ SNIPI_DEVICE void snipi_cuda_load4(const float *x, float out[4]) {
 }
 
 SNIPI_DEVICE void snipi_cuda_load4(const uint16_t *x, float out[4]) {
-    uint2 v = *(const uint2 *)x;
+    const uint2 v = *(const uint2 *)x;
     out[0] = snipi_float(v.x << 16);
     out[1] = snipi_float(v.x & 0xFFFF0000u);
     out[2] = snipi_float(v.y << 16);
     out[3] = snipi_float(v.y & 0xFFFF0000u);
 }
 
-// Elements of x, zeros beyond its edges.
-SNIPI_DEVICE float snipi_cuda_at(const snipi_cuda_quantizer &q, int64_t r, int64_t c) {
-    int64_t at = r * q.ld + c;
-    if (r >= q.rows || c >= q.cols) return 0.0f;
-    return q.bf16 ? snipi_cuda_load((const uint16_t *)q.x + at) : ((const float *)q.x)[at];
+// Zeros beyond x's edges.
+SNIPI_DEVICE float snipi_cuda_at(const snipi_cuda_quantize_work &work, int64_t row, int64_t col) {
+    const int64_t at = row * work.ld + col;
+    if (row >= work.rows || col >= work.cols) return 0.0f;
+    return work.bf16 ? snipi_cuda_load((const uint16_t *)work.x + at) : ((const float *)work.x)[at];
 }
 
-SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
-    int64_t at = r * q.ld + c;
-    if (!q.vectors || r >= q.rows || c + 4 > q.cols)
-        for (int j = 0; j < 4; j++) out[j] = snipi_cuda_at(q, r, c + j);
-    else if (q.bf16)
-        snipi_cuda_load4((const uint16_t *)q.x + at, out);
+SNIPI_DEVICE void snipi_cuda_row4(const snipi_cuda_quantize_work &work, int64_t row, int64_t col, float out[4]) {
+    const int64_t at = row * work.ld + col;
+    if (!work.vectors || row >= work.rows || col + 4 > work.cols)
+        for (int j = 0; j < 4; j++) out[j] = snipi_cuda_at(work, row, col + j);
+    else if (work.bf16)
+        snipi_cuda_load4((const uint16_t *)work.x + at, out);
     else
-        snipi_cuda_load4((const float *)q.x + at, out);
+        snipi_cuda_load4((const float *)work.x + at, out);
 }
 
-SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantizer &q, int64_t r, int64_t c, float out[4]) {
-    for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(q, r + i, c);
+SNIPI_DEVICE void snipi_cuda_column4(const snipi_cuda_quantize_work &work, int64_t row, int64_t col, float out[4]) {
+    for (int i = 0; i < 4; i++) out[i] = snipi_cuda_at(work, row + i, col);
 }
 
-SNIPI_DEVICE snip_rng_key snipi_cuda_key(const snipi_cuda_quantizer &q, snip_rng_key key) {
-    if (q.step) key.step = *q.step;
+SNIPI_DEVICE snip_rng_key snipi_cuda_key(const snipi_cuda_quantize_work &work, snip_rng_key key) {
+    if (work.step) key.step = *work.step;
     return key;
 }
 
 // Random words of the four elements from `element` on, which may straddle two counters.
 SNIPI_DEVICE void snipi_cuda_random4(snip_rng_key key, uint64_t element, uint32_t out[4]) {
-    uint32_t w[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, skip = (uint32_t)(element & 3);
-    snipi_philox(key, element >> 2, w);
-    if (skip) snipi_philox(key, (element >> 2) + 1, w + 4);
+    const uint32_t skip = (uint32_t)(element & 3);
+    uint32_t words[8] = { 0, 0, 0, 0, 0, 0, 0, 0 };
+    snipi_philox(key, element >> 2, words);
+    if (skip) snipi_philox(key, (element >> 2) + 1, words + 4);
 #pragma unroll
-    for (int i = 0; i < 4; i++) out[i] = skip == 0 ? w[i] : skip == 1 ? w[i + 1] : skip == 2 ? w[i + 2] : w[i + 3];
+    for (int i = 0; i < 4; i++)  // an index that is not constant would put the words in local memory
+        out[i] = skip == 0 ? words[i] : skip == 1 ? words[i + 1] : skip == 2 ? words[i + 2] : words[i + 3];
 }
 
-template <int FORMAT> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() {
-    return FORMAT >= SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)FORMAT;
+// ---- codes ----
+template <int Format> SNIPI_DEVICE constexpr snip_format snipi_cuda_format() {
+    return Format >= SNIPI_E2M1_WIDE ? SNIP_E2M1 : (snip_format)Format;
 }
 
-template <int MODE> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side &side) {
-    return MODE == SNIPI_STOCHASTIC || (MODE == SNIPI_MEASURE && side.recipe.rounding == SNIP_ROUND_STOCHASTIC);
+// Bytes that four codes take.
+template <int Format> SNIPI_DEVICE constexpr int snipi_cuda_word() { return Format == SNIP_E2M1 ? 2 : 4; }
+
+template <int Mode> SNIPI_DEVICE int snipi_cuda_stochastic(const snipi_cuda_side &side) {
+    return Mode == SNIPI_STOCHASTIC || (Mode == SNIPI_MEASURE && side.recipe.rounding == SNIP_ROUND_STOCHASTIC);
 }
 
-// One code. over: 1 if rounding alone puts it beyond the largest.
-template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_encode(float y, int stochastic, uint32_t random, int *over) {
-    snipi_element e = snipi_element_of(snipi_cuda_format<FORMAT>());
-    uint32_t u = snipi_bits(y), a = u & 0x7FFFFFFFu;
-    uint32_t c = stochastic ? snipi_encode_stochastic(a, random, e.mantissa, e.bias)
-                            : snipi_encode_nearest(a, e.mantissa, e.bias);
-    *over = c > e.largest;
-    c = (c < e.largest ? c : e.largest) | (u >> 31) << e.sign;
-    return a > 0x7F800000u ? e.nan : c;
+// The code of y. *over: 1 if rounding alone puts it beyond the largest.
+template <int Format> SNIPI_DEVICE uint32_t snipi_cuda_encode(float y, int stochastic, uint32_t random, int *over) {
+    const snipi_element element = snipi_element_of(snipi_cuda_format<Format>());
+    const uint32_t bits = snipi_bits(y), magnitude = bits & 0x7FFFFFFFu;
+    uint32_t code = stochastic ? snipi_encode_stochastic(magnitude, random, element.mantissa, element.bias)
+                               : snipi_encode_nearest(magnitude, element.mantissa, element.bias);
+    *over = code > element.largest;
+    code = (code < element.largest ? code : element.largest) | (bits >> 31) << element.sign;
+    return magnitude > 0x7F800000u ? element.nan : code;
 }
 
-// Codes of four elements as they are stored: bytes, or nibbles in the low half.
-template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_pack(const uint32_t c[4]) {
+// Twice the values of four E2M1 codes, the low nibbles of `codes`, as bytes. First the magnitudes of the positive ones
+// (0 for the others) and of the negative ones; then their difference byte by byte, which 128 keeps from borrowing.
+SNIPI_DEVICE uint32_t snipi_mma_twice(uint32_t codes) {
+    const uint32_t positive = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes);
+    const uint32_t negative = snipi_ptx_prmt(0x03020100u, 0x0C080604u, codes ^ 0x8888u);
+    return (positive + 0x80808080u - negative) ^ 0x80808080u;
+}
+
+// E2M1 as E4M3: 0, 0.5, and the normal numbers 1 to 6, whose mantissa bit is E4M3's highest.
+SNIPI_DEVICE uint32_t snipi_cuda_widen(uint32_t code) {
+    const uint32_t magnitude = code & 7;
+    return (code & 8) << 4 | (magnitude > 1 ? 0x30 + 4 * magnitude : 0x30 * magnitude);
+}
+
+// Four codes as they are stored: bytes, or nibbles in the low half.
+template <int Format> SNIPI_DEVICE uint32_t snipi_cuda_pack(const uint32_t codes[4]) {
+    const int bits = Format == SNIP_E2M1 || Format == SNIPI_E2M1_S8 ? 4 : 8;
     uint32_t word = 0;
-    for (int i = 0; i < 4; i++) {
-        uint32_t code = c[i], magnitude = code & 7;
-        if (FORMAT == SNIPI_E2M1_WIDE)  // 0, .5 and the normal numbers 1 .. 6, whose mantissa bit is E4M3's highest
-            code = (code & 8) << 4 | (magnitude > 1 ? 0x30 + 4 * magnitude : 0x30 * magnitude);
-        word |= code << (FORMAT == SNIP_E2M1 || FORMAT == SNIPI_E2M1_S8 ? 4 : 8) * i;
-    }
-    return FORMAT == SNIPI_E2M1_S8 ? snipi_mma_twice(word) : word;
+    for (int i = 0; i < 4; i++) word |= (Format == SNIPI_E2M1_WIDE ? snipi_cuda_widen(codes[i]) : codes[i]) << bits * i;
+    return Format == SNIPI_E2M1_S8 ? snipi_mma_twice(word) : word;
 }
 
-// Four codes to nearest, where the tile is not low.
-template <int FORMAT> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4], float inverse) {
+template <int Format> SNIPI_DEVICE void snipi_cuda_store4(uint8_t *to, uint32_t word) {
+    if (Format == SNIP_E2M1)
+        *(uint16_t *)to = (uint16_t)word;
+    else
+        *(uint32_t *)to = word;
+}
+
+// Four codes to nearest, of a tile that is not low. Hardware rounds FP8 as snip.h does.
+template <int Format> SNIPI_DEVICE uint32_t snipi_cuda_nearest4(const float x[4], float inverse) {
+    float y[4];
+    for (int i = 0; i < 4; i++) y[i] = __fmul_rn(x[i], inverse);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    if constexpr (FORMAT == SNIP_E4M3 || FORMAT == SNIP_E5M2) {
-        uint16_t pair[2];
-        for (int i = 0; i < 2; i++) {
-            float low = __fmul_rn(x[2 * i], inverse), high = __fmul_rn(x[2 * i + 1], inverse);
-            if constexpr (FORMAT == SNIP_E4M3)
-                asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
-            else
-                asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair[i]) : "f"(high), "f"(low));
-        }
-        return pair[0] | (uint32_t)pair[1] << 16;
-    } else
+    if constexpr (Format == SNIP_E4M3)
+        return snipi_ptx_e4m3x2(y[0], y[1]) | snipi_ptx_e4m3x2(y[2], y[3]) << 16;
+    else if constexpr (Format == SNIP_E5M2)
+        return snipi_ptx_e5m2x2(y[0], y[1]) | snipi_ptx_e5m2x2(y[2], y[3]) << 16;
+    else
 #endif
     {
-        uint32_t code[4];
+        uint32_t codes[4];
         int over;
-        for (int i = 0; i < 4; i++) code[i] = snipi_cuda_encode<FORMAT>(__fmul_rn(x[i], inverse), 0, 0, &over);
-        return snipi_cuda_pack<FORMAT>(code);
+        for (int i = 0; i < 4; i++) codes[i] = snipi_cuda_encode<Format>(y[i], 0, 0, &over);
+        return snipi_cuda_pack<Format>(codes);
     }
 }
 
-// Four elements side by side in the quantized matrix, in any tile: packed codes; with MEASURE their values and tally.
-typedef struct {
-    uint32_t random[4];
-    float weight[4], value[4];
-} snipi_cuda_extras;
+// A low tile's elements and inverse scale are taken 2^64 times as large and as small: a subnormal x could matter to
+// the code, and the product would lose it. As in snipi_encode_tile.
+static const uint32_t SNIPI_LOW = (127u - 64u) << 23;  // 2^-64, as bits
 
-template <int FORMAT, int MODE>
-SNIPI_DEVICE uint32_t snipi_cuda_encode4(const float x[4], const snipi_cuda_side &side, const snipi_cuda_shared *shared,
-                                         int slot, snipi_cuda_extras *extra, snipi_cuda_tally *tally) {
-    float scale = shared->scale[slot], inverse = shared->inverse[slot];
-    int low = side.recipe.scale != SNIP_SCALE_NONE &&
-              (shared->amax[slot] < (127u - 64u) << 23 || snipi_bits(scale) == 0);  // as in snipi_encode_tile
-    const int overflows = snipi_overflows(snipi_element_of(snipi_cuda_format<FORMAT>()), scale);
-    uint32_t code[4];
-    if (low) inverse *= snipi_float((127u - 64u) << 23);
+SNIPI_DEVICE int snipi_cuda_is_low(uint32_t amax, float scale) { return amax < SNIPI_LOW || snipi_bits(scale) == 0; }
+
+// An element's part of the statistics. Its error is taken in units of the scale, where nothing overflows, unless the
+// tile is low.
+SNIPI_DEVICE void snipi_cuda_tally(float x, float y, float weight, float element, float value, float scale, int low,
+                                   snip_quant_stats *tally) {
+    const int finite = !snipi_nonfinite(x);
+    const double given = finite ? (double)x : 0;
+    const double error = !finite ? 0 : low ? (double)(value - x) : (double)(element - y) * (double)scale;
+    tally->sum_sq += given * given;
+    tally->err_sq += error * error;
+    tally->dot += (double)weight * error;
+    tally->amax = snipi_float(snipi_cuda_amax(snipi_bits(tally->amax), x));
+    tally->nonfinite += !finite;
+}
+
+// Four codes of any tile, as they are stored; with SNIPI_MEASURE their values and statistics.
+template <int Format, int Mode>
+SNIPI_DEVICE uint32_t snipi_cuda_encode4(snipi_cuda_four *four, const snipi_cuda_side &side,
+                                         const snipi_cuda_shared *shared, int tile, snip_quant_stats *tally) {
+    const float scale = shared->scale[tile];
+    const int low = side.recipe.scale != SNIP_SCALE_NONE && snipi_cuda_is_low(shared->amax[tile], scale);
+    const float inverse = low ? shared->inverse[tile] * snipi_float(SNIPI_LOW) : shared->inverse[tile];
+    const int overflows = snipi_overflows(snipi_element_of(snipi_cuda_format<Format>()), scale);
+    uint32_t codes[4];
     for (int i = 0; i < 4; i++) {
-        int over, finite = !snipi_nonfinite(x[i]);
-        float y = __fmul_rn(low ? snipi_raise(x[i]) : x[i], inverse);
-        code[i] = snipi_cuda_encode<FORMAT>(y, snipi_cuda_stochastic<MODE>(side), extra->random[i], &over);
-        if (overflows) over = snipi_nonfinite(scale * snipi_decode(code[i], snipi_cuda_format<FORMAT>()));
+        const float x = four->x[i], y = __fmul_rn(low ? snipi_raise(x) : x, inverse);
+        const int finite = !snipi_nonfinite(x);
+        int over;
+        codes[i] = snipi_cuda_encode<Format>(y, snipi_cuda_stochastic<Mode>(side), four->random[i], &over);
+        if (overflows) over = snipi_nonfinite(scale * snipi_decode(codes[i], snipi_cuda_format<Format>()));
         tally->saturated += finite & over;
-        if (MODE == SNIPI_MEASURE) {  // the error in units of the scale: there nothing overflows
-            float element = snipi_decode(code[i], snipi_cuda_format<FORMAT>()), value = snipi_value(scale, element);
-            double v = finite ? (double)x[i] : 0, d = !finite ? 0
-                                                      : low   ? (double)(value - x[i])
-                                                              : (double)(element - y) * (double)scale;
-            extra->value[i] = value;
-            tally->sum_sq += v * v;
-            tally->err_sq += d * d;
-            tally->dot += (double)extra->weight[i] * d;
-            tally->amax = snipi_cuda_amax(tally->amax, x[i]);
-            tally->nonfinite += !finite;
+        if (Mode == SNIPI_MEASURE) {
+            const float element = snipi_decode(codes[i], snipi_cuda_format<Format>());
+            four->value[i] = snipi_value(scale, element);
+            snipi_cuda_tally(x, y, four->weight[i], element, four->value[i], scale, low, tally);
         }
     }
-    return snipi_cuda_pack<FORMAT>(code);
+    return snipi_cuda_pack<Format>(codes);
 }
 
-// Tile of a block's element (r, c), as quantized.
-SNIPI_DEVICE int snipi_cuda_slot(const snipi_cuda_side &side, int r, int c) {
-    return side.recipe.tile_rows == SNIPI_BLOCK ? 0 : (r << (7 - side.log2_tile_cols)) + (c >> side.log2_tile_cols);
+// ---- tiles ----
+// The tile of a block's element (row, col), as quantized.
+SNIPI_DEVICE int snipi_cuda_tile(const snipi_cuda_side &side, int row, int col) {
+    if (side.recipe.tile_rows == SNIPI_BLOCK) return 0;
+    return (row << (7 - side.log2_tile_cols)) + (col >> side.log2_tile_cols);
 }
 
 // The largest of `lanes` neighbours, a power of two.
@@ -728,506 +906,574 @@ SNIPI_DEVICE uint32_t snipi_cuda_lanes_max(uint32_t amax, int lanes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     if (lanes == SNIPI_WARP) return __reduce_max_sync(SNIPI_ALL_LANES, amax);
 #endif
-    for (int o = 1; o < lanes; o *= 2) {
-        uint32_t other = __shfl_xor_sync(SNIPI_ALL_LANES, amax, o);
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        const uint32_t other = __shfl_xor_sync(SNIPI_ALL_LANES, amax, distance);
         amax = amax > other ? amax : other;
     }
     return amax;
 }
 
 SNIPI_DEVICE void snipi_cuda_clear(snipi_cuda_shared *shared) {
-    for (int t = (int)threadIdx.x; t < SNIPI_TILES; t += SNIPI_THREADS) shared->amax[t] = 0;
+    for (int tile = (int)threadIdx.x; tile < SNIPI_TILES; tile += SNIPI_THREADS) shared->amax[tile] = 0;
     if (threadIdx.x == 0) shared->low = 0;
     __syncthreads();
 }
 
-// Scales of the block at (r0, c0), as quantized, from its tiles' largest magnitudes.
-SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantizer &q, const snipi_cuda_side &side,
-                                    snipi_cuda_shared *shared, snip_format format, int64_t r0, int64_t c0) {
-    const int single = side.recipe.tile_rows == SNIPI_BLOCK, log2_across = 7 - side.log2_tile_cols,
-              tiles = single ? 1 : SNIPI_BLOCK << log2_across;
-    const int64_t across = (side.cols + (1 << side.log2_tile_cols) - 1) >> side.log2_tile_cols,
-                  down = single ? (side.rows + SNIPI_BLOCK - 1) / SNIPI_BLOCK : side.rows;
-    float tensor_inverse = 1.0f, tensor_scale = 1.0f;
+// NVFP4's scale of the tensor S and its inverse 1/S, which is stored behind the tiles' bytes, at a multiple of 4.
+SNIPI_DEVICE void snipi_cuda_tensor_scale(const snipi_cuda_quantize_work &work, const snipi_cuda_side &side,
+                                          int64_t tiles, float *scale, float *inverse) {
+    if (*work.amax) *inverse = snipi_divide(448.0f * 6.0f, snipi_float(*work.amax));
+    *scale = snipi_divide(1.0f, *inverse);
+    if (!side.scales || blockIdx.x != 0 || threadIdx.x != 0) return;
+    for (; tiles % 4; tiles++) ((uint8_t *)side.scales)[tiles] = 0;
+    ((float *)side.scales)[tiles / 4] = *scale;
+}
+
+// Scales of the block at (row0, col0), as quantized, from its tiles' largest magnitudes.
+SNIPI_DEVICE void snipi_cuda_scales(const snipi_cuda_quantize_work &work, const snipi_cuda_side &side,
+                                    snipi_cuda_shared *shared, snip_format format, int64_t row0, int64_t col0) {
+    const int single = side.recipe.tile_rows == SNIPI_BLOCK, log2_across = 7 - side.log2_tile_cols;
+    const int tiles = single ? 1 : SNIPI_BLOCK << log2_across;
+    const int64_t across = (side.cols + (1 << side.log2_tile_cols) - 1) >> side.log2_tile_cols;
+    const int64_t down = single ? (side.rows + SNIPI_BLOCK - 1) / SNIPI_BLOCK : side.rows;
+    float tensor_scale = 1.0f, tensor_inverse = 1.0f;
+
     __syncthreads();
-    if (side.recipe.scale == SNIP_SCALE_UE4M3) {
-        if (*q.amax) tensor_inverse = snipi_divide(448.0f * 6.0f, snipi_float(*q.amax));
-        tensor_scale = snipi_divide(1.0f, tensor_inverse);
-        if (side.scales && blockIdx.x == 0 && threadIdx.x == 0) {
-            int64_t at = down * across;
-            for (; at % 4; at++) ((uint8_t *)side.scales)[at] = 0;
-            ((float *)side.scales)[at / 4] = tensor_scale;
-        }
-    }
-    for (int t = (int)threadIdx.x; t < tiles; t += SNIPI_THREADS) {
-        int64_t tr = single ? r0 / SNIPI_BLOCK : r0 + (t >> log2_across),
-                tc = (c0 >> side.log2_tile_cols) + (t & ((1 << log2_across) - 1));
-        snipi_tile_scale s = snipi_scale_of(side.recipe.scale, snipi_element_of(format), shared->amax[t], tensor_scale,
-                                            tensor_inverse);
-        shared->scale[t] = s.scale;
-        shared->inverse[t] = s.inverse;
-        if (shared->amax[t] && (shared->amax[t] < (127u - 64u) << 23 || snipi_bits(s.scale) == 0)) shared->low = 1;
+    if (side.recipe.scale == SNIP_SCALE_UE4M3)
+        snipi_cuda_tensor_scale(work, side, down * across, &tensor_scale, &tensor_inverse);
+    for (int tile = (int)threadIdx.x; tile < tiles; tile += SNIPI_THREADS) {
+        const int64_t row = single ? row0 / SNIPI_BLOCK : row0 + (tile >> log2_across);
+        const int64_t col = (col0 >> side.log2_tile_cols) + (tile & ((1 << log2_across) - 1));
+        const uint32_t amax = shared->amax[tile];
+        const snipi_tile_scale s = snipi_scale_of(side.recipe.scale, snipi_element_of(format), amax, tensor_scale,
+                                                  tensor_inverse);
+        shared->scale[tile] = s.scale;
+        shared->inverse[tile] = s.inverse;
+        if (amax && snipi_cuda_is_low(amax, s.scale)) shared->low = 1;
         if (snipi_overflows(snipi_element_of(format), s.scale)) shared->low = 1;  // its elements are counted one by one
-        if (!side.scales || side.recipe.scale == SNIP_SCALE_NONE || tr >= down || tc >= across) continue;
+        if (!side.scales || side.recipe.scale == SNIP_SCALE_NONE || row >= down || col >= across) continue;
         if (snipi_byte_scale(side.recipe.scale))
-            ((uint8_t *)side.scales)[tr * across + tc] = (uint8_t)s.byte;
+            ((uint8_t *)side.scales)[row * across + col] = (uint8_t)s.byte;
         else
-            ((float *)side.scales)[tr * across + tc] = s.scale;
+            ((float *)side.scales)[row * across + col] = s.scale;
     }
     __syncthreads();
 }
 
-SNIPI_DEVICE void snipi_cuda_tally_end(const snipi_cuda_tally &tally, snipi_cuda_shared *shared,
-                                       snip_quant_stats *part) {
-    double sum_sq = snipi_cuda_block_sum(tally.sum_sq, shared->sums),
-           err_sq = snipi_cuda_block_sum(tally.err_sq, shared->sums);
-    double dot = snipi_cuda_block_sum(tally.dot, shared->sums),
-           nonfinite = snipi_cuda_block_sum(tally.nonfinite, shared->sums);
-    double saturated = snipi_cuda_block_sum(tally.saturated, shared->sums);
-    if (threadIdx.x == 0) shared->amax[0] = 0;
+// ---- statistics ----
+// The sum of all threads' statistics, in thread 0. sums and amax: shared memory.
+SNIPI_DEVICE snip_quant_stats snipi_cuda_stats_sum(snip_quant_stats stats, double *sums, uint32_t *amax) {
+    stats.sum_sq = snipi_cuda_block_sum(stats.sum_sq, sums);
+    if (threadIdx.x == 0) *amax = 0;  // the sum's barriers have ended its last use, and the next begin this one
+    stats.err_sq = snipi_cuda_block_sum(stats.err_sq, sums);
+    stats.dot = snipi_cuda_block_sum(stats.dot, sums);
+    stats.nonfinite = (int64_t)snipi_cuda_block_sum((double)stats.nonfinite, sums);
+    stats.saturated = (int64_t)snipi_cuda_block_sum((double)stats.saturated, sums);
+    atomicMax(amax, snipi_bits(stats.amax));
     __syncthreads();
-    atomicMax(&shared->amax[0], tally.amax);
-    __syncthreads();
-    if (threadIdx.x == 0)
-        *part = { sum_sq, err_sq, dot, snipi_float(shared->amax[0]), (int64_t)nonfinite, (int64_t)saturated };
+    stats.amax = snipi_float(*amax);
+    return stats;
 }
 
-// (r0, c0): the block's first element in x. held: its elements of this thread, if HELD.
-template <int HELD>
-SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared,
-                                           const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
-    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP,
-              lanes = 1 << (q.straight.log2_tile_cols - 2);
+// One thread block adds the others' parts.
+static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *parts, int64_t n, snip_quant_stats *stats,
+                                               int add) {
+    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
+    __shared__ uint32_t amax;
+    snip_quant_stats own = { 0, 0, 0, 0, 0, 0 };
+    if (add && threadIdx.x == 0) own = *stats;
+    for (int64_t i = threadIdx.x; i < n; i += SNIPI_THREADS) {
+        own.sum_sq += parts[i].sum_sq;
+        own.err_sq += parts[i].err_sq;
+        own.dot += parts[i].dot;
+        own.amax = own.amax > parts[i].amax ? own.amax : parts[i].amax;
+        own.nonfinite += parts[i].nonfinite;
+        own.saturated += parts[i].saturated;
+    }
+    own = snipi_cuda_stats_sum(own, sums, &amax);
+    if (threadIdx.x == 0) *stats = own;
+}
+
+SNIPI_DEVICE void snipi_cuda_count(unsigned long long *count, int64_t n) {
+    if (n) atomicAdd(count, (unsigned long long)n);
+}
+
+// A thread's counts and statistics of one orientation.
+template <int Mode>
+SNIPI_DEVICE void snipi_cuda_side_end(const snipi_cuda_side &side, const snip_quant_stats &tally,
+                                      snipi_cuda_shared *shared) {
+    if (side.counts) snipi_cuda_count(side.counts + 1, tally.saturated);
+    if (Mode != SNIPI_MEASURE || !side.parts) return;
+    const snip_quant_stats stats = snipi_cuda_stats_sum(tally, shared->sums, &shared->amax[0]);
+    if (threadIdx.x == 0) side.parts[blockIdx.x] = stats;
+}
+
+// ---- straight ----
+// (row0, col0): the block's first element in x. held: this thread's elements, if Held.
+template <int Held>
+SNIPI_DEVICE void snipi_cuda_straight_amax(const snipi_cuda_quantize_work &work, snipi_cuda_shared *shared,
+                                           const float held[SNIPI_ROWS][4], int64_t row0, int64_t col0) {
+    const int row = snipi_warp() * SNIPI_ROWS, lane = snipi_lane();
+    const int lanes = 1 << (work.straight.log2_tile_cols - 2);  // of a tile's row
     int bad = 0;
-#pragma unroll(HELD ? SNIPI_ROWS : 1)
+#pragma unroll(Held ? SNIPI_ROWS : 1)
     for (int i = 0; i < SNIPI_ROWS; i++) {
         float x[4];
         uint32_t amax = 0;
-        if (!HELD) snipi_cuda_row4(q, r0 + row + i, c0 + 4 * lane, x);
+        if (!Held) snipi_cuda_row4(work, row0 + row + i, col0 + 4 * lane, x);
         for (int j = 0; j < 4; j++) {
-            amax = snipi_cuda_amax(amax, HELD ? held[i][j] : x[j]);
-            bad += snipi_nonfinite(HELD ? held[i][j] : x[j]);
+            amax = snipi_cuda_amax(amax, Held ? held[i][j] : x[j]);
+            bad += snipi_nonfinite(Held ? held[i][j] : x[j]);
         }
         amax = snipi_cuda_lanes_max(amax, lanes);
-        if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_slot(q.straight, row + i, 4 * lane)], amax);
+        if (lane % lanes == 0) atomicMax(&shared->amax[snipi_cuda_tile(work.straight, row + i, 4 * lane)], amax);
     }
-    if (bad && q.straight.counts) atomicAdd(q.straight.counts, (unsigned long long)bad);
+    if (work.straight.counts) snipi_cuda_count(work.straight.counts, bad);
 }
 
-template <int HELD>
-SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared,
-                                         const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
-    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, lane = (int)threadIdx.x % SNIPI_WARP;
-    int bad = 0;
-#pragma unroll(HELD ? 4 : 1)
-    for (int j = 0; j < 4; j++) {
-        int col = HELD ? 4 * lane + j : lane + SNIPI_WARP * j;
-        uint32_t amax = 0;
-#pragma unroll(HELD ? SNIPI_ROWS : 4)
-        for (int i = 0; i < SNIPI_ROWS; i++) {
-            float x = HELD ? held[i][j] : snipi_cuda_at(q, r0 + row + i, c0 + col);
-            amax = snipi_cuda_amax(amax, x);
-            bad += snipi_nonfinite(x);
-        }
-        atomicMax(&shared->amax[snipi_cuda_slot(q.turned, col, row)], amax);
-    }
-    if (bad && q.turned.counts) atomicAdd(q.turned.counts, (unsigned long long)bad);
-}
-
-template <int FORMAT>
+template <int Format>
 SNIPI_DEVICE void snipi_cuda_straight_held(const snipi_cuda_side &side, const snipi_cuda_shared *shared,
-                                           const float held[SNIPI_ROWS][4], int64_t r0, int64_t c0) {
-    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
+                                           const float held[SNIPI_ROWS][4], int64_t row0, int64_t col0) {
+    const int row = snipi_warp() * SNIPI_ROWS, col = snipi_lane() * 4;
     if (!side.codes) return;
 #pragma unroll
     for (int i = 0; i < SNIPI_ROWS; i++) {
-        uint32_t word = snipi_cuda_nearest4<FORMAT>(held[i], shared->inverse[snipi_cuda_slot(side, row + i, col)]);
-        uint8_t *at = side.codes + (r0 + row + i) * side.row_bytes;
-        if (FORMAT == SNIP_E2M1)
-            ((uint16_t *)at)[(c0 + col) / 4] = (uint16_t)word;
+        const float inverse = shared->inverse[snipi_cuda_tile(side, row + i, col)];
+        uint8_t *to = side.codes + (row0 + row + i) * side.row_bytes;  // [row_bytes]
+        snipi_cuda_store4<Format>(to + (col0 + col) / 4 * snipi_cuda_word<Format>(),
+                                  snipi_cuda_nearest4<Format>(held[i], inverse));
+    }
+}
+
+// n of four codes and values to where (row, col) of x says.
+template <int Format>
+SNIPI_DEVICE void snipi_cuda_straight_codes(const snipi_cuda_side &side, int64_t row, int64_t col, int n,
+                                            uint32_t word) {
+    uint8_t *to = side.codes + row * side.row_bytes + (Format == SNIP_E2M1 ? col >> 1 : col);
+    if (side.aligned && n == 4)
+        snipi_cuda_store4<Format>(to, word);
+    else
+        for (int b = 0; b < (Format == SNIP_E2M1 ? (n + 1) / 2 : n); b++) to[b] = (uint8_t)(word >> 8 * b);
+}
+
+SNIPI_DEVICE void snipi_cuda_straight_values(const snipi_cuda_quantize_work &work, int64_t row, int64_t col, int n,
+                                             const float values[4]) {
+    const int64_t at = row * work.ld_out + col;
+    for (int j = 0; j < 4; j++) {
+        if (j >= n) continue;
+        if (work.out_bf16)
+            ((uint16_t *)work.out)[at + j] = (uint16_t)snipi_bf16_round(snipi_bits(values[j]));
         else
-            ((uint32_t *)at)[(c0 + col) / 4] = word;
+            ((float *)work.out)[at + j] = values[j];
     }
 }
 
-template <int FORMAT, int MODE>
-SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0,
-                                          int64_t c0) {
-    const snipi_cuda_side &side = q.straight;
-    const int row = (int)threadIdx.x / SNIPI_WARP * SNIPI_ROWS, col = (int)threadIdx.x % SNIPI_WARP * 4;
-    const int64_t c = c0 + col;
-    const int n = c >= side.cols ? 0 : (int)snipi_min(4, side.cols - c), bytes = FORMAT == SNIP_E2M1 ? (n + 1) / 2 : n;
-    const snip_rng_key key = snipi_cuda_key(q, q.key);
-    snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
+template <int Format, int Mode>
+SNIPI_DEVICE void snipi_cuda_straight_any(const snipi_cuda_quantize_work &work, snipi_cuda_shared *shared, int64_t row0,
+                                          int64_t col0) {
+    const snipi_cuda_side &side = work.straight;
+    const int down = snipi_warp() * SNIPI_ROWS, along = snipi_lane() * 4;
+    const int64_t col = col0 + along;
+    const int n = col >= side.cols ? 0 : (int)snipi_min(4, side.cols - col);
+    const snip_rng_key key = snipi_cuda_key(work, work.key);
+    snip_quant_stats tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
-    for (int i = 0; i < SNIPI_ROWS && n && r0 + row + i < side.rows; i++) {
-        int64_t r = r0 + row + i;
-        snipi_cuda_extras extra = {};
-        uint32_t word;
-        float x[4];
-        snipi_cuda_row4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side))
-            snipi_cuda_random4(key, (uint64_t)r * (uint64_t)side.cols + (uint64_t)c, extra.random);
-        if constexpr (MODE == SNIPI_MEASURE)
+    for (int i = 0; i < SNIPI_ROWS && n && row0 + down + i < side.rows; i++) {
+        const int64_t row = row0 + down + i;
+        snipi_cuda_four four = {};
+        snipi_cuda_row4(work, row, col, four.x);
+        if (snipi_cuda_stochastic<Mode>(side))
+            snipi_cuda_random4(key, (uint64_t)row * (uint64_t)side.cols + (uint64_t)col, four.random);
+        if constexpr (Mode == SNIPI_MEASURE)
             for (int j = 0; j < 4; j++)
-                if (j < n && q.weight) extra.weight[j] = q.weight[r * q.ld + c + j];
-        word = snipi_cuda_encode4<FORMAT, MODE>(x, side, shared, snipi_cuda_slot(side, row + i, col), &extra, &tally);
-        if (side.codes) {
-            uint8_t *at = side.codes + r * side.row_bytes + (FORMAT == SNIP_E2M1 ? c >> 1 : c);
-            if (!side.aligned || n < 4)
-                for (int b = 0; b < bytes; b++) at[b] = (uint8_t)(word >> 8 * b);
-            else if (FORMAT == SNIP_E2M1)
-                *(uint16_t *)at = (uint16_t)word;
-            else
-                *(uint32_t *)at = word;
-        }
-        if constexpr (MODE == SNIPI_MEASURE)
-            for (int j = 0; j < 4; j++) {
-                int64_t at = r * q.ld_out + c + j;
-                if (j >= n || !q.out) continue;
-                if (q.out_bf16)
-                    ((uint16_t *)q.out)[at] = (uint16_t)snipi_bf16_round(snipi_bits(extra.value[j]));
-                else
-                    ((float *)q.out)[at] = extra.value[j];
-            }
+                if (j < n && work.weight) four.weight[j] = work.weight[row * work.ld + col + j];
+
+        const int tile = snipi_cuda_tile(side, down + i, along);
+        const uint32_t word = snipi_cuda_encode4<Format, Mode>(&four, side, shared, tile, &tally);
+        if (side.codes) snipi_cuda_straight_codes<Format>(side, row, col, n, word);
+        if constexpr (Mode == SNIPI_MEASURE)
+            if (work.out) snipi_cuda_straight_values(work, row, col, n, four.value);
     }
-    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
-    if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
+    snipi_cuda_side_end<Mode>(side, tally, shared);
 }
 
-// Where 16 rows' codes of a column lie in shared memory: chunks are permuted so that neither the threads that write
-// them nor those that read them meet in one bank.
-template <int FORMAT> SNIPI_DEVICE uint8_t *snipi_cuda_chunk(snipi_cuda_shared *shared, int col, int chunk) {
-    return (uint8_t *)shared->codes + (col * 8 + (chunk ^ ((col ^ col >> 3) & 7))) * (FORMAT == SNIP_E2M1 ? 8 : 16);
+// ---- turned ----
+template <int Held>
+SNIPI_DEVICE void snipi_cuda_turned_amax(const snipi_cuda_quantize_work &work, snipi_cuda_shared *shared,
+                                         const float held[SNIPI_ROWS][4], int64_t row0, int64_t col0) {
+    const int row = snipi_warp() * SNIPI_ROWS, lane = snipi_lane();
+    int bad = 0;
+#pragma unroll(Held ? 4 : 1)
+    for (int j = 0; j < 4; j++) {
+        const int col = Held ? 4 * lane + j : lane + SNIPI_WARP * j;
+        uint32_t amax = 0;
+#pragma unroll(Held ? SNIPI_ROWS : 4)
+        for (int i = 0; i < SNIPI_ROWS; i++) {
+            const float x = Held ? held[i][j] : snipi_cuda_at(work, row0 + row + i, col0 + col);
+            amax = snipi_cuda_amax(amax, x);
+            bad += snipi_nonfinite(x);
+        }
+        atomicMax(&shared->amax[snipi_cuda_tile(work.turned, col, row)], amax);
+    }
+    if (work.turned.counts) snipi_cuda_count(work.turned.counts, bad);
 }
 
-template <int FORMAT>
+// Where a column's codes of 16 rows, the chunk-th of eight, lie in shared memory. Chunks are permuted, so that neither
+// the threads that write them nor those that read them meet in one bank.
+template <int Format> SNIPI_DEVICE uint8_t *snipi_cuda_chunk(snipi_cuda_shared *shared, int col, int chunk) {
+    const int place = col * 8 + (chunk ^ ((col ^ col >> 3) & 7));
+    return (uint8_t *)shared->codes + place * 4 * snipi_cuda_word<Format>();
+}
+
+template <int Format>
 SNIPI_DEVICE void snipi_cuda_turned_held(const snipi_cuda_side &side, snipi_cuda_shared *shared,
                                          const float held[SNIPI_ROWS][4]) {
-    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
+    const int warp = snipi_warp(), lane = snipi_lane();
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        int col = 4 * lane + j;
-        float inverse = shared->inverse[snipi_cuda_slot(side, col, SNIPI_ROWS * warp)];
-        uint32_t word[4];
-        uint8_t *to = snipi_cuda_chunk<FORMAT>(shared, col, warp);
+        const int col = 4 * lane + j;
+        const float inverse = shared->inverse[snipi_cuda_tile(side, col, SNIPI_ROWS * warp)];
+        uint8_t *to = snipi_cuda_chunk<Format>(shared, col, warp);
+        uint32_t words[4];
 #pragma unroll
         for (int g = 0; g < 4; g++) {
-            float x[4] = { held[4 * g][j], held[4 * g + 1][j], held[4 * g + 2][j], held[4 * g + 3][j] };
-            word[g] = snipi_cuda_nearest4<FORMAT>(x, inverse);
+            const float x[4] = { held[4 * g][j], held[4 * g + 1][j], held[4 * g + 2][j], held[4 * g + 3][j] };
+            words[g] = snipi_cuda_nearest4<Format>(x, inverse);
         }
-        if (FORMAT == SNIP_E2M1)
-            *(uint2 *)to = make_uint2(word[0] | word[1] << 16, word[2] | word[3] << 16);
+        if (Format == SNIP_E2M1)
+            *(uint2 *)to = make_uint2(words[0] | words[1] << 16, words[2] | words[3] << 16);
         else
-            *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+            *(uint4 *)to = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
-template <int FORMAT, int MODE>
-SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantizer &q, snipi_cuda_shared *shared, int64_t r0,
-                                        int64_t c0) {
-    const snipi_cuda_side &side = q.turned;
-    const int warp = (int)threadIdx.x / SNIPI_WARP, lane = (int)threadIdx.x % SNIPI_WARP;
-    const snip_rng_key key = snipi_cuda_key(q, q.key_t);
-    snipi_cuda_tally tally = { 0, 0, 0, 0, 0, 0 };
+template <int Format, int Mode>
+SNIPI_DEVICE void snipi_cuda_turned_any(const snipi_cuda_quantize_work &work, snipi_cuda_shared *shared, int64_t row0,
+                                        int64_t col0) {
+    const snipi_cuda_side &side = work.turned;
+    const int warp = snipi_warp(), lane = snipi_lane();
+    const snip_rng_key key = snipi_cuda_key(work, work.key_t);
+    snip_quant_stats tally = { 0, 0, 0, 0, 0, 0 };
 #pragma unroll 1
-    for (int k = 0; k < SNIPI_ROWS; k++) {
-        int col = lane + SNIPI_WARP * (k / 4), row = SNIPI_ROWS * warp + k % 4 * 4;
-        int64_t r = r0 + row, c = c0 + col;
-        uint8_t *to = snipi_cuda_chunk<FORMAT>(shared, col, warp);
-        snipi_cuda_extras extra = {};
-        uint32_t word;
-        float x[4];
-        snipi_cuda_column4(q, r, c, x);
-        if (snipi_cuda_stochastic<MODE>(side))
-            snipi_cuda_random4(key, (uint64_t)c * (uint64_t)side.cols + (uint64_t)r, extra.random);
-        if constexpr (MODE == SNIPI_MEASURE)
-            for (int i = 0; i < 4; i++)
-                if (r + i < q.rows && c < q.cols && q.weight) extra.weight[i] = q.weight[(r + i) * q.ld + c];
-        word = snipi_cuda_encode4<FORMAT, MODE>(x, side, shared, snipi_cuda_slot(side, col, row), &extra, &tally);
-        if (FORMAT == SNIP_E2M1)
-            ((uint16_t *)to)[k % 4] = (uint16_t)word;
-        else
-            ((uint32_t *)to)[k % 4] = word;
+    for (int i = 0; i < SNIPI_ROWS; i++) {  // four of a column's rows at a time
+        const int along = lane + SNIPI_WARP * (i / 4), down = SNIPI_ROWS * warp + i % 4 * 4;
+        const int64_t row = row0 + down, col = col0 + along;
+        snipi_cuda_four four = {};
+        snipi_cuda_column4(work, row, col, four.x);
+        if (snipi_cuda_stochastic<Mode>(side))
+            snipi_cuda_random4(key, (uint64_t)col * (uint64_t)side.cols + (uint64_t)row, four.random);
+        if constexpr (Mode == SNIPI_MEASURE)
+            for (int j = 0; j < 4; j++)
+                if (row + j < work.rows && col < work.cols && work.weight)
+                    four.weight[j] = work.weight[(row + j) * work.ld + col];
+
+        const int tile = snipi_cuda_tile(side, along, down);
+        const uint32_t word = snipi_cuda_encode4<Format, Mode>(&four, side, shared, tile, &tally);
+        uint8_t *to = snipi_cuda_chunk<Format>(shared, along, warp);
+        snipi_cuda_store4<Format>(to + i % 4 * snipi_cuda_word<Format>(), word);
     }
-    if (tally.saturated && side.counts) atomicAdd(side.counts + 1, (unsigned long long)tally.saturated);
-    if (MODE == SNIPI_MEASURE && side.part) snipi_cuda_tally_end(tally, shared, side.part + blockIdx.x);
+    snipi_cuda_side_end<Mode>(side, tally, shared);
 }
 
 // Out of shared memory, 16 codes a thread.
-template <int FORMAT>
-SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda_side &side, snipi_cuda_shared *shared, int64_t r0,
-                                          int64_t c0) {
-    const int size = FORMAT == SNIP_E2M1 ? 8 : 16;
+template <int Format>
+SNIPI_DEVICE void snipi_cuda_turned_store(const snipi_cuda_side &side, snipi_cuda_shared *shared, int64_t row0,
+                                          int64_t col0) {
+    const int size = 4 * snipi_cuda_word<Format>();
     __syncthreads();
     for (int t = (int)threadIdx.x; side.codes && t < SNIPI_BLOCK * 8; t += SNIPI_THREADS) {
-        const uint8_t *from = snipi_cuda_chunk<FORMAT>(shared, t / 8, t % 8);
-        int64_t byte = r0 / 16 * size + t % 8 * size, c = c0 + t / 8;
-        int n = c >= side.rows || byte >= side.row_bytes ? 0 : (int)snipi_min(size, side.row_bytes - byte);
-        uint8_t *at = side.codes + c * side.row_bytes + byte;
+        const uint8_t *from = snipi_cuda_chunk<Format>(shared, t / 8, t % 8);
+        const int64_t byte = row0 / 16 * size + t % 8 * size, col = col0 + t / 8;
+        const int n = col >= side.rows || byte >= side.row_bytes ? 0 : (int)snipi_min(size, side.row_bytes - byte);
+        uint8_t *to = side.codes + col * side.row_bytes + byte;
         if (!side.aligned || n < size)
-            for (int b = 0; b < n; b++) at[b] = from[b];
-        else if (FORMAT == SNIP_E2M1)
-            *(uint2 *)at = *(const uint2 *)from;
+            for (int b = 0; b < n; b++) to[b] = from[b];
+        else if (Format == SNIP_E2M1)
+            *(uint2 *)to = *(const uint2 *)from;
         else
-            *(uint4 *)at = *(const uint4 *)from;
+            *(uint4 *)to = *(const uint4 *)from;
     }
 }
 
-template <int FORMAT, int MODE>
-static __global__ void __launch_bounds__(SNIPI_THREADS, 2) snipi_cuda_quantize_kernel(const snipi_cuda_quantizer q) {
+// ---- the kernel ----
+template <class Element>
+SNIPI_DEVICE void snipi_cuda_hold(const snipi_cuda_quantize_work &work, int64_t row0, int64_t col0,
+                                  float held[SNIPI_ROWS][4]) {
+    const int64_t at = (row0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * work.ld + col0 + threadIdx.x % SNIPI_WARP * 4;
+#pragma unroll
+    for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const Element *)work.x + at + i * work.ld, held[i]);
+}
+
+template <int Format, int Mode>
+static __global__ void __launch_bounds__(SNIPI_THREADS, 2)
+    snipi_cuda_quantize_kernel(const snipi_cuda_quantize_work work) {
     __shared__ snipi_cuda_shared shared;
-    const snip_format format = snipi_cuda_format<FORMAT>();
-    const int64_t across = (q.cols + SNIPI_BLOCK - 1) / SNIPI_BLOCK, r0 = blockIdx.x / across * SNIPI_BLOCK,
-                  c0 = blockIdx.x % across * SNIPI_BLOCK;
-    const int straight = q.straight.recipe.format != 0, turned = q.turned.recipe.format != 0;
-    const int hold = MODE == SNIPI_NEAREST && q.held && r0 + SNIPI_BLOCK <= q.rows && c0 + SNIPI_BLOCK <= q.cols;
-    float x[SNIPI_ROWS][4];
-    if (q.more && blockIdx.x == 0 && threadIdx.x < 2)
-        atomicAdd((straight ? q.straight.counts : q.turned.counts) + threadIdx.x, q.more[threadIdx.x]);
+    const snip_format format = snipi_cuda_format<Format>();
+    const int64_t across = (work.cols + SNIPI_BLOCK - 1) / SNIPI_BLOCK;
+    const int64_t row0 = blockIdx.x / across * SNIPI_BLOCK, col0 = blockIdx.x % across * SNIPI_BLOCK;
+    const int straight = work.straight.recipe.format != 0, turned = work.turned.recipe.format != 0;
+    const int interior = row0 + SNIPI_BLOCK <= work.rows && col0 + SNIPI_BLOCK <= work.cols;
+    const int hold = Mode == SNIPI_NEAREST && work.held && interior;
+    float held[SNIPI_ROWS][4];
+
+    if (work.more && blockIdx.x == 0 && threadIdx.x < 2)
+        atomicAdd((straight ? work.straight.counts : work.turned.counts) + threadIdx.x, work.more[threadIdx.x]);
     if (hold) {
-        const int64_t at = (r0 + threadIdx.x / SNIPI_WARP * SNIPI_ROWS) * q.ld + c0 + threadIdx.x % SNIPI_WARP * 4;
-        if (q.bf16) {
-#pragma unroll
-            for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const uint16_t *)q.x + at + i * q.ld, x[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < SNIPI_ROWS; i++) snipi_cuda_load4((const float *)q.x + at + i * q.ld, x[i]);
-        }
+        if (work.bf16)
+            snipi_cuda_hold<uint16_t>(work, row0, col0, held);
+        else
+            snipi_cuda_hold<float>(work, row0, col0, held);
     }
-    if (turned) {  // first, because out may be x; nothing of it is read after the barrier in turned_store but codes
+
+    if (turned) {  // first, because out may be x; after the barrier in turned_store it reads codes alone
         snipi_cuda_clear(&shared);
         if (hold)
-            snipi_cuda_turned_amax<1>(q, &shared, x, r0, c0);
+            snipi_cuda_turned_amax<1>(work, &shared, held, row0, col0);
         else
-            snipi_cuda_turned_amax<0>(q, &shared, x, r0, c0);
-        snipi_cuda_scales(q, q.turned, &shared, format, c0, r0);
+            snipi_cuda_turned_amax<0>(work, &shared, held, row0, col0);
+        snipi_cuda_scales(work, work.turned, &shared, format, col0, row0);
         if (hold && !shared.low)
-            snipi_cuda_turned_held<FORMAT>(q.turned, &shared, x);
+            snipi_cuda_turned_held<Format>(work.turned, &shared, held);
         else
-            snipi_cuda_turned_any<FORMAT, MODE>(q, &shared, r0, c0);
-        snipi_cuda_turned_store<FORMAT>(q.turned, &shared, r0, c0);
+            snipi_cuda_turned_any<Format, Mode>(work, &shared, row0, col0);
+        snipi_cuda_turned_store<Format>(work.turned, &shared, row0, col0);
     }
+
     if (straight) {
         snipi_cuda_clear(&shared);
         if (hold)
-            snipi_cuda_straight_amax<1>(q, &shared, x, r0, c0);
+            snipi_cuda_straight_amax<1>(work, &shared, held, row0, col0);
         else
-            snipi_cuda_straight_amax<0>(q, &shared, x, r0, c0);
-        snipi_cuda_scales(q, q.straight, &shared, format, r0, c0);
+            snipi_cuda_straight_amax<0>(work, &shared, held, row0, col0);
+        snipi_cuda_scales(work, work.straight, &shared, format, row0, col0);
         if (hold && !shared.low)
-            snipi_cuda_straight_held<FORMAT>(q.straight, &shared, x, r0, c0);
+            snipi_cuda_straight_held<Format>(work.straight, &shared, held, row0, col0);
         else
-            snipi_cuda_straight_any<FORMAT, MODE>(q, &shared, r0, c0);
+            snipi_cuda_straight_any<Format, Mode>(work, &shared, row0, col0);
     }
 }
 
-// Largest magnitude of a tensor; a block takes a row at a time. *amax is 0 before.
-template <class T>
-static __global__ void snipi_cuda_amax_kernel(const T *x, int64_t rows, int64_t cols, int64_t ld, uint32_t *amax) {
+// Largest magnitude of a tensor; a thread block takes a row at a time. *amax is 0 before.
+template <class Element>
+static __global__ void snipi_cuda_amax_kernel(const Element *x, int64_t rows, int64_t cols, int64_t ld,
+                                              uint32_t *amax) {
     uint32_t largest = 0;
-    for (int64_t r = blockIdx.x; r < rows; r += gridDim.x)
-        for (int64_t c = threadIdx.x; c < cols; c += blockDim.x)
-            largest = snipi_cuda_amax(largest, snipi_cuda_load(x + r * ld + c));
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
+        for (int64_t col = threadIdx.x; col < cols; col += blockDim.x)
+            largest = snipi_cuda_amax(largest, snipi_cuda_load(x + row * ld + col));
     largest = snipi_cuda_lanes_max(largest, SNIPI_WARP);
     if (threadIdx.x % SNIPI_WARP == 0) atomicMax(amax, largest);
 }
 
-// One thread block adds the others' parts.
-static __global__ void snipi_cuda_stats_kernel(const snip_quant_stats *part, int64_t parts, snip_quant_stats *stats,
-                                               int add) {
-    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
-    __shared__ uint32_t amax;
-    snip_quant_stats s = { 0, 0, 0, 0, 0, 0 };
-    if (add && threadIdx.x == 0) s = *stats;
-    if (threadIdx.x == 0) amax = 0;
-    for (int64_t i = threadIdx.x; i < parts; i += SNIPI_THREADS) {
-        s.sum_sq += part[i].sum_sq;
-        s.err_sq += part[i].err_sq;
-        s.dot += part[i].dot;
-        s.amax = s.amax > part[i].amax ? s.amax : part[i].amax;
-        s.nonfinite += part[i].nonfinite;
-        s.saturated += part[i].saturated;
-    }
-    s.sum_sq = snipi_cuda_block_sum(s.sum_sq, sums);
-    s.err_sq = snipi_cuda_block_sum(s.err_sq, sums);
-    s.dot = snipi_cuda_block_sum(s.dot, sums);
-    s.nonfinite = (int64_t)snipi_cuda_block_sum((double)s.nonfinite, sums);
-    s.saturated = (int64_t)snipi_cuda_block_sum((double)s.saturated, sums);
-    atomicMax(&amax, snipi_bits(s.amax));
-    __syncthreads();
-    s.amax = snipi_float(amax);
-    if (threadIdx.x == 0) *stats = s;
+// ---- on the host ----
+typedef void (*snipi_cuda_quantize_fn)(const snipi_cuda_quantize_work);
+
+template <int Format> static snipi_cuda_quantize_fn snipi_cuda_quantize_of(int mode) {
+    return mode == SNIPI_NEAREST      ? snipi_cuda_quantize_kernel<Format, SNIPI_NEAREST>
+           : mode == SNIPI_STOCHASTIC ? snipi_cuda_quantize_kernel<Format, SNIPI_STOCHASTIC>
+                                      : snipi_cuda_quantize_kernel<Format, SNIPI_MEASURE>;
 }
 
-typedef void (*snipi_cuda_quantize_fn)(const snipi_cuda_quantizer);
-
-template <int FORMAT> static snipi_cuda_quantize_fn snipi_cuda_quantize_of(int mode) {
-    return mode == SNIPI_NEAREST      ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_NEAREST>
-           : mode == SNIPI_STOCHASTIC ? snipi_cuda_quantize_kernel<FORMAT, SNIPI_STOCHASTIC>
-                                      : snipi_cuda_quantize_kernel<FORMAT, SNIPI_MEASURE>;
-}
-
-static snipi_cuda_quantize_fn snipi_cuda_quantize_of(snip_format format, snip_cuda_codes codes, int mode) {
+static snipi_cuda_quantize_fn snipi_cuda_quantize_of(snip_format format, snip_cuda_codes form, int mode) {
     if (format == SNIP_E4M3) return snipi_cuda_quantize_of<SNIP_E4M3>(mode);
     if (format == SNIP_E5M2) return snipi_cuda_quantize_of<SNIP_E5M2>(mode);
-    if (codes == SNIP_CUDA_S8_BYTES) return snipi_cuda_quantize_of<SNIPI_E2M1_S8>(mode);
-    return codes == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode)
-                                     : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
+    if (form == SNIP_CUDA_S8_BYTES) return snipi_cuda_quantize_of<SNIPI_E2M1_S8>(mode);
+    return form == SNIP_CUDA_PACKED ? snipi_cuda_quantize_of<SNIP_E2M1>(mode)
+                                    : snipi_cuda_quantize_of<SNIPI_E2M1_WIDE>(mode);
 }
 
-static int snipi_cuda_recipe_ok(const snip_recipe *r) {
-    if (r->format != SNIP_E4M3 && r->format != SNIP_E5M2 && r->format != SNIP_E2M1) return 0;
-    if (r->scale == SNIP_SCALE_NONE) return 1;
-    if (r->tile_rows == SNIPI_BLOCK) return r->tile_cols == SNIPI_BLOCK;
-    return r->tile_rows == 1 && (r->tile_cols == 16 || r->tile_cols == 32 || r->tile_cols == 64 || r->tile_cols == 128);
+static int snipi_cuda_recipe_ok(const snip_recipe *recipe) {
+    const int cols = recipe->tile_cols;
+    if (recipe->format != SNIP_E4M3 && recipe->format != SNIP_E5M2 && recipe->format != SNIP_E2M1) return 0;
+    if (recipe->scale == SNIP_SCALE_NONE) return 1;
+    if (recipe->tile_rows == SNIPI_BLOCK) return cols == SNIPI_BLOCK;
+    return recipe->tile_rows == 1 && (cols == 16 || cols == 32 || cols == 64 || cols == 128);
 }
 
-// Whether rounding to nearest may put an element beyond the largest: not where the scale follows from the tile's
-// largest and is not rounded down.
-static int snipi_cuda_may_saturate(const snip_recipe *r) {
-    return r->scale != SNIP_SCALE_POW2 && r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_UE8M0_UP;
+// Whether rounding to nearest may put an element beyond the largest. It may not where the scale follows from the
+// tile's largest element and is not rounded down.
+static int snipi_cuda_may_saturate(const snip_recipe *recipe) {
+    return recipe->scale != SNIP_SCALE_POW2 && recipe->scale != SNIP_SCALE_F32 && recipe->scale != SNIP_SCALE_UE8M0_UP;
 }
 
 static int64_t snipi_cuda_blocks(int64_t rows, int64_t cols) {
     return snipi_ceil_div(rows, SNIPI_BLOCK) * snipi_ceil_div(cols, SNIPI_BLOCK);
 }
 
-static int64_t snipi_cuda_s8_row(int64_t cols) {
-    return (cols + 15) / 16 * 16;
-}  // bytes: TMA's rows begin at multiples of 16
+// Bytes of a row of SNIP_CUDA_S8_BYTES: TMA reads rows that begin at multiples of 16.
+static int64_t snipi_cuda_s8_row(int64_t cols) { return snipi_round_up(cols, 16); }
 
-// word: of codes stored at once.
-static void snipi_cuda_side_init(snipi_cuda_side *s, const snip_recipe *recipe, snip_cuda_codes codes_as, int64_t rows,
-                                 int64_t cols, void *codes, void *scales, int word) {
-    int packed = recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_PACKED;
-    s->recipe = *recipe;
-    if (recipe->scale == SNIP_SCALE_NONE) {
-        s->recipe.tile_rows = 1;
-        s->recipe.tile_cols = SNIPI_BLOCK;
+// together: how many codes are stored at once where they are aligned.
+static snipi_cuda_side snipi_cuda_side_of(const snip_recipe *recipe, snip_cuda_codes form, int64_t rows, int64_t cols,
+                                          void *codes, void *scales, int together) {
+    const int e2m1 = recipe->format == SNIP_E2M1, packed = e2m1 && form == SNIP_CUDA_PACKED;
+    const int bytes = packed ? together / 2 : together;
+    snipi_cuda_side side = {};
+    side.recipe = *recipe;
+    if (recipe->scale == SNIP_SCALE_NONE) {  // tiles of scale 1
+        side.recipe.tile_rows = 1;
+        side.recipe.tile_cols = SNIPI_BLOCK;
     }
-    while (1 << s->log2_tile_cols < s->recipe.tile_cols) s->log2_tile_cols++;
-    s->rows = rows;
-    s->cols = cols;
-    s->row_bytes = packed                                                          ? (cols + 1) / 2
-                   : recipe->format == SNIP_E2M1 && codes_as == SNIP_CUDA_S8_BYTES ? snipi_cuda_s8_row(cols)
-                                                                                   : cols;
-    s->codes = (uint8_t *)codes;
-    s->scales = scales;
-    if (packed) word /= 2;
-    s->aligned = s->row_bytes % word == 0 && (uintptr_t)codes % (uintptr_t)word == 0;
+    while (1 << side.log2_tile_cols < side.recipe.tile_cols) side.log2_tile_cols++;
+    side.rows = rows;
+    side.cols = cols;
+    side.row_bytes = packed ? (cols + 1) / 2 : e2m1 && form == SNIP_CUDA_S8_BYTES ? snipi_cuda_s8_row(cols) : cols;
+    side.codes = (uint8_t *)codes;
+    side.scales = scales;
+    side.aligned = side.row_bytes % bytes == 0 && (uintptr_t)codes % (uintptr_t)bytes == 0;
+    return side;
 }
+
+// Scratch: the tensor's largest magnitude, then from here on the thread blocks' statistics, of straight and of turned.
+enum { SNIPI_PARTS = 256 };  // bytes, a multiple of what any access wants
 
 SNIP_API size_t snip_cuda_quantize_scratch(int64_t rows, int64_t cols) {
     if (!snipi_shape_ok(rows, cols, cols)) return 0;
-    return 256 + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
+    return SNIPI_PARTS + 2 * (size_t)snipi_cuda_blocks(rows, cols) * sizeof(snip_quant_stats);
 }
 
+// What a session wants of the quantizer beyond snip_quantize_job.
 typedef struct {
-    uint32_t tensor_t;  // of the transposed one's random numbers
-    const uint32_t *step;
+    uint32_t tensor_t;                      // key.tensor of the transposed matrix
+    const uint32_t *step;                   // in place of the key's, in device memory; or NULL
     unsigned long long *counts, *counts_t;  // added to, by orientation: NaN and infinity, saturated; or NULL
-    const unsigned long long *more;         // two more for the first of these, or NULL
-    int add_stats;
+    const unsigned long long *more;         // two more for the first of these; or NULL
+    int add_stats;                          // statistics are added to
 } snipi_cuda_options;
 
-static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats,
+static int snipi_cuda_is_nvfp4(const snip_recipe *recipe) { return recipe && recipe->scale == SNIP_SCALE_UE4M3; }
+
+static snip_status snipi_cuda_quantize_check(const snip_quantize_job *job, snip_cuda_codes form,
+                                             const snip_quant_stats *stats, const snip_quant_stats *stats_t,
+                                             const void *scratch) {
+    if (!job || (form != SNIP_CUDA_PACKED && form != SNIP_CUDA_E4M3_BYTES && form != SNIP_CUDA_S8_BYTES))
+        return SNIP_BAD_ARGUMENT;
+
+    snip_quantize_job portable = *job;
+    portable.isa = SNIP_ISA_BEST;
+    const snip_status status = snipi_job_check(&portable);
+    if (status) return status;
+
+    const snip_recipe *recipe = job->recipe, *recipe_t = job->recipe_t;
+    const int64_t blocks = snipi_cuda_blocks(job->rows, job->cols);
+    if ((stats && !recipe) || (stats_t && !recipe_t)) return SNIP_BAD_ARGUMENT;
+    if (recipe && !snipi_cuda_recipe_ok(recipe)) return SNIP_UNSUPPORTED;
+    if (recipe_t && !snipi_cuda_recipe_ok(recipe_t)) return SNIP_UNSUPPORTED;
+    if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
+    if (blocks > 0 && !scratch && (stats || stats_t || snipi_cuda_is_nvfp4(recipe) || snipi_cuda_is_nvfp4(recipe_t)))
+        return SNIP_BAD_ARGUMENT;
+    return SNIP_OK;
+}
+
+static snipi_cuda_quantize_work snipi_cuda_quantize_work_of(const snip_quantize_job *job, snip_cuda_codes form,
+                                                            const snip_quant_stats *stats,
+                                                            const snip_quant_stats *stats_t, void *scratch,
+                                                            const snipi_cuda_options &options) {
+    const snip_recipe *recipe = job->recipe, *recipe_t = job->recipe_t;
+    snip_quant_stats *parts = (snip_quant_stats *)((char *)scratch + SNIPI_PARTS);
+    snipi_cuda_quantize_work work = {};
+    work.x = job->x;
+    work.weight = job->weight;
+    work.rows = job->rows;
+    work.cols = job->cols;
+    work.ld = job->ld;
+    work.bf16 = job->x_format == SNIP_BF16;
+    work.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (work.bf16 ? 8 : 16) == 0;
+    work.out = job->out;
+    work.ld_out = job->ld_out;
+    work.out_bf16 = job->out_format == SNIP_BF16;
+    work.key = work.key_t = job->key;
+    work.key_t.tensor = options.tensor_t;
+    work.step = options.step;
+    work.more = options.more;
+    work.amax = (const uint32_t *)scratch;
+    work.held = work.vectors;
+    if (recipe) {
+        work.straight = snipi_cuda_side_of(recipe, form, job->rows, job->cols, job->codes, job->scales, 4);
+        work.straight.counts = options.counts;
+        if (stats) work.straight.parts = parts;
+        work.held &= work.straight.aligned && !(options.counts && snipi_cuda_may_saturate(recipe));
+    }
+    if (recipe_t) {
+        work.turned = snipi_cuda_side_of(recipe_t, form, job->cols, job->rows, job->codes_t, job->scales_t, 16);
+        work.turned.counts = options.counts_t;
+        if (stats_t) work.turned.parts = parts + snipi_cuda_blocks(job->rows, job->cols);
+        work.held &= !(options.counts_t && snipi_cuda_may_saturate(recipe_t));
+    }
+    return work;
+}
+
+template <class Element>
+static snip_status snipi_cuda_tensor_amax(const snip_quantize_job *job, void *amax, cudaStream_t stream) {
+    const int64_t blocks = snipi_min(job->rows, 4096);  // enough for any GPU; each ends in atomics on one word
+    if (cudaMemsetAsync(amax, 0, sizeof(uint32_t), stream) != cudaSuccess) return SNIP_DEVICE;
+    return snipi_cuda_launch(snipi_cuda_amax_kernel<Element>, blocks, SNIPI_THREADS, 0, stream, (const Element *)job->x,
+                             job->rows, job->cols, job->ld, (uint32_t *)amax);
+}
+
+static snip_status snipi_cuda_stats(const snip_quant_stats *parts, int64_t n, snip_quant_stats *stats, int add,
+                                    cudaStream_t stream) {
+    return snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream, parts, n, stats, add);
+}
+
+static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes form, snip_quant_stats *stats,
+                                       snip_quant_stats *stats_t, void *scratch, const snipi_cuda_options &options,
+                                       cudaStream_t stream);
+
+// One orientation after the other. The transposed one comes first, because out may be x.
+static snip_status snipi_cuda_quantize_apart(const snip_quantize_job *job, snip_cuda_codes form,
+                                             snip_quant_stats *stats, snip_quant_stats *stats_t, void *scratch,
+                                             const snipi_cuda_options &options, cudaStream_t stream) {
+    snip_quantize_job straight = *job, turned = *job;
+    snipi_cuda_options uncounted = options;
+    uncounted.more = NULL;
+    turned.recipe = NULL;
+    turned.codes = turned.scales = turned.out = NULL;
+    straight.recipe_t = NULL;
+    straight.codes_t = straight.scales_t = NULL;
+    const snip_status status = snipi_cuda_quantize(&turned, form, NULL, stats_t, scratch, uncounted, stream);
+    return status ? status : snipi_cuda_quantize(&straight, form, stats, NULL, scratch, options, stream);
+}
+
+static snip_status snipi_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes form, snip_quant_stats *stats,
                                        snip_quant_stats *stats_t, void *scratch, const snipi_cuda_options &options,
                                        cudaStream_t stream) {
-    snipi_cuda_quantizer q = {};
-    snip_quantize_job any;
-    const snip_recipe *r, *r_t;
-    int64_t blocks;
-    int nvfp4, mode;
-    snip_status status;
-    if (!job || (codes != SNIP_CUDA_PACKED && codes != SNIP_CUDA_E4M3_BYTES && codes != SNIP_CUDA_S8_BYTES))
-        return SNIP_BAD_ARGUMENT;
-    any = *job;
-    any.isa = SNIP_ISA_BEST;
-    status = snipi_job_check(&any);
+    snip_status status = snipi_cuda_quantize_check(job, form, stats, stats_t, scratch);
     if (status) return status;
-    r = job->recipe;
-    r_t = job->recipe_t;
-    nvfp4 = (r && r->scale == SNIP_SCALE_UE4M3) || (r_t && r_t->scale == SNIP_SCALE_UE4M3);
-    if ((stats && !r) || (stats_t && !r_t)) return SNIP_BAD_ARGUMENT;
-    if ((r && !snipi_cuda_recipe_ok(r)) || (r_t && !snipi_cuda_recipe_ok(r_t))) return SNIP_UNSUPPORTED;
-    if (r && r_t &&
-        (r->format != r_t->format ||
-         r->rounding != r_t->rounding)) {  // one after the other; turned first, because out may be x
-        snipi_cuda_options uncounted = options;
-        uncounted.more = NULL;
-        any.recipe = NULL;
-        any.codes = any.scales = any.out = NULL;
-        status = snipi_cuda_quantize(&any, codes, NULL, stats_t, scratch, uncounted, stream);
-        if (status) return status;
-        any = *job;
-        any.recipe_t = NULL;
-        any.codes_t = any.scales_t = NULL;
-        return snipi_cuda_quantize(&any, codes, stats, NULL, scratch, options, stream);
-    }
-    blocks = snipi_cuda_blocks(job->rows, job->cols);
+
+    const snip_recipe *recipe = job->recipe, *recipe_t = job->recipe_t, *either = recipe ? recipe : recipe_t;
+    const int64_t blocks = snipi_cuda_blocks(job->rows, job->cols);
+    if (recipe && recipe_t && (recipe->format != recipe_t->format || recipe->rounding != recipe_t->rounding))
+        return snipi_cuda_quantize_apart(job, form, stats, stats_t, scratch, options, stream);
     if (blocks == 0) {
         if (stats && cudaMemsetAsync(stats, 0, sizeof *stats, stream) != cudaSuccess) return SNIP_DEVICE;
         if (stats_t && cudaMemsetAsync(stats_t, 0, sizeof *stats_t, stream) != cudaSuccess) return SNIP_DEVICE;
         return SNIP_OK;
     }
-    if ((stats || stats_t || nvfp4) && !scratch) return SNIP_BAD_ARGUMENT;
-    if (blocks > INT32_MAX) return SNIP_UNSUPPORTED;
-    q.x = job->x;
-    q.weight = job->weight;
-    q.rows = job->rows;
-    q.cols = job->cols;
-    q.ld = job->ld;
-    q.bf16 = job->x_format == SNIP_BF16;
-    q.vectors = job->ld % 4 == 0 && (uintptr_t)job->x % (q.bf16 ? 8 : 16) == 0;
-    q.out = job->out;
-    q.ld_out = job->ld_out;
-    q.out_bf16 = job->out_format == SNIP_BF16;
-    q.key = q.key_t = job->key;
-    q.key_t.tensor = options.tensor_t;
-    q.step = options.step;
-    q.more = options.more;
-    q.amax = (const uint32_t *)scratch;
-    if (r) snipi_cuda_side_init(&q.straight, r, codes, job->rows, job->cols, job->codes, job->scales, 4);
-    if (r_t) snipi_cuda_side_init(&q.turned, r_t, codes, job->cols, job->rows, job->codes_t, job->scales_t, 16);
-    if (r) q.straight.counts = options.counts;
-    if (r_t) q.turned.counts = options.counts_t;
-    q.held = q.vectors && (!r || q.straight.aligned) && !(q.straight.counts && snipi_cuda_may_saturate(r)) &&
-             !(q.turned.counts && snipi_cuda_may_saturate(r_t));
-    if (stats) q.straight.part = (snip_quant_stats *)((char *)scratch + 256);
-    if (stats_t) q.turned.part = (snip_quant_stats *)((char *)scratch + 256) + blocks;
-    if (nvfp4) {
-        int64_t rows = snipi_min(job->rows, 4096);
-        if (cudaMemsetAsync(scratch, 0, sizeof(uint32_t), stream) != cudaSuccess) return SNIP_DEVICE;
-        if (q.bf16)
-            status = snipi_cuda_launch(snipi_cuda_amax_kernel<uint16_t>, rows, SNIPI_THREADS, 0, stream,
-                                       (const uint16_t *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
-        else
-            status = snipi_cuda_launch(snipi_cuda_amax_kernel<float>, rows, SNIPI_THREADS, 0, stream,
-                                       (const float *)job->x, job->rows, job->cols, job->ld, (uint32_t *)scratch);
-        if (status) return status;
-    }
-    mode = stats || stats_t || job->out                       ? SNIPI_MEASURE
-           : (r ? r : r_t)->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC
-                                                              : SNIPI_NEAREST;
-    status = snipi_cuda_launch(snipi_cuda_quantize_of((r ? r : r_t)->format, codes, mode), blocks, SNIPI_THREADS, 0,
-                               stream, q);
-    if (!status && stats)
-        status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream,
-                                   (const snip_quant_stats *)q.straight.part, blocks, stats, options.add_stats);
-    if (!status && stats_t)
-        status = snipi_cuda_launch(snipi_cuda_stats_kernel, 1, SNIPI_THREADS, 0, stream,
-                                   (const snip_quant_stats *)q.turned.part, blocks, stats_t, options.add_stats);
+
+    if (snipi_cuda_is_nvfp4(recipe) || snipi_cuda_is_nvfp4(recipe_t))
+        status = job->x_format == SNIP_BF16 ? snipi_cuda_tensor_amax<uint16_t>(job, scratch, stream)
+                                            : snipi_cuda_tensor_amax<float>(job, scratch, stream);
+    const int mode = stats || stats_t || job->out                ? SNIPI_MEASURE
+                     : either->rounding == SNIP_ROUND_STOCHASTIC ? SNIPI_STOCHASTIC
+                                                                 : SNIPI_NEAREST;
+    const snipi_cuda_quantize_work work = snipi_cuda_quantize_work_of(job, form, stats, stats_t, scratch, options);
+    if (!status)
+        status = snipi_cuda_launch(snipi_cuda_quantize_of(either->format, form, mode), blocks, SNIPI_THREADS, 0, stream,
+                                   work);
+    if (!status && stats) status = snipi_cuda_stats(work.straight.parts, blocks, stats, options.add_stats, stream);
+    if (!status && stats_t) status = snipi_cuda_stats(work.turned.parts, blocks, stats_t, options.add_stats, stream);
     return status;
 }
 
-SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes codes, snip_quant_stats *stats,
+SNIP_API snip_status snip_cuda_quantize(const snip_quantize_job *job, snip_cuda_codes form, snip_quant_stats *stats,
                                         snip_quant_stats *stats_t, void *scratch, cudaStream_t stream) {
-    snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, NULL, NULL, 0 };
-    return snipi_cuda_quantize(job, codes, stats, stats_t, scratch, options, stream);
+    const snipi_cuda_options options = { job ? job->key.tensor : 0, NULL, NULL, NULL, NULL, 0 };
+    return snipi_cuda_quantize(job, form, stats, stats_t, scratch, options, stream);
 }
 
-// Reads a quantized [rows][cols] matrix, element by element.
+// ---- reading codes ----
+// Any quantized matrix [rows][cols], to be read element by element.
 typedef struct {
     snip_recipe recipe;
     const uint8_t *codes;
@@ -1236,62 +1482,66 @@ typedef struct {
     const float *tensor_scale;
 } snipi_cuda_reader;
 
-static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *r, const void *codes, const void *scales, int64_t rows,
-                                              int64_t cols) {
-    snipi_cuda_reader q = {};
-    q.recipe = *r;
-    q.codes = (const uint8_t *)codes;
-    q.scales = scales;
-    q.row_bytes = (int64_t)snipi_row_bytes(r->format, cols);
-    q.tile_rows = snipi_tile(r->tile_rows, rows);
-    q.tile_cols = snipi_tile(r->tile_cols, cols);
-    q.tiles_across = snipi_ceil_div(cols, q.tile_cols);
-    if (r->scale == SNIP_SCALE_UE4M3) q.tensor_scale = (const float *)snipi_tensor_scale_at(r, scales, rows, cols);
-    return q;
+static snipi_cuda_reader snipi_cuda_reader_of(const snip_recipe *recipe, const void *codes, const void *scales,
+                                              int64_t rows, int64_t cols) {
+    snipi_cuda_reader reader = {};
+    reader.recipe = *recipe;
+    reader.codes = (const uint8_t *)codes;
+    reader.scales = scales;
+    reader.row_bytes = (int64_t)snipi_row_bytes(recipe->format, cols);
+    reader.tile_rows = snipi_tile(recipe->tile_rows, rows);
+    reader.tile_cols = snipi_tile(recipe->tile_cols, cols);
+    reader.tiles_across = snipi_ceil_div(cols, reader.tile_cols);
+    if (recipe->scale == SNIP_SCALE_UE4M3)
+        reader.tensor_scale = (const float *)snipi_tensor_scale_at(recipe, scales, rows, cols);
+    return reader;
 }
 
-SNIPI_DEVICE float snipi_cuda_scale_at(const snipi_cuda_reader &q, int64_t i) {
-    switch (q.recipe.scale) {
+SNIPI_DEVICE float snipi_cuda_scale_at(const snipi_cuda_reader &reader, int64_t tile) {
+    const uint8_t *bytes = (const uint8_t *)reader.scales;
+    switch (reader.recipe.scale) {
         case SNIP_SCALE_NONE: break;
         case SNIP_SCALE_F32:
-        case SNIP_SCALE_POW2: return ((const float *)q.scales)[i];
+        case SNIP_SCALE_POW2: return ((const float *)reader.scales)[tile];
         case SNIP_SCALE_UE8M0:
-        case SNIP_SCALE_UE8M0_UP: return snipi_ue8m0_decode(((const uint8_t *)q.scales)[i]);
-        case SNIP_SCALE_UE4M3:
-            return snipi_multiply(snipi_decode(((const uint8_t *)q.scales)[i] & 127u, SNIP_E4M3), *q.tensor_scale);
+        case SNIP_SCALE_UE8M0_UP: return snipi_ue8m0_decode(bytes[tile]);
+        case SNIP_SCALE_UE4M3: return snipi_multiply(snipi_decode(bytes[tile] & 127u, SNIP_E4M3), *reader.tensor_scale);
     }
     return 1.0f;
 }
 
-SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &q, int64_t row, int64_t tile_col) {
-    return snipi_cuda_scale_at(q, row / q.tile_rows * q.tiles_across + tile_col);
+SNIPI_DEVICE float snipi_cuda_scale(const snipi_cuda_reader &reader, int64_t row, int64_t tile_col) {
+    return snipi_cuda_scale_at(reader, row / reader.tile_rows * reader.tiles_across + tile_col);
 }
 
-SNIPI_DEVICE uint32_t snipi_cuda_code(const snipi_cuda_reader &q, int64_t row, int64_t col) {
-    const uint8_t *at = q.codes + row * q.row_bytes;
-    return q.recipe.format == SNIP_E2M1 ? at[col >> 1] >> (col & 1) * 4 & 15u : at[col];
+SNIPI_DEVICE uint32_t snipi_cuda_code(const snipi_cuda_reader &reader, int64_t row, int64_t col) {
+    const uint8_t *codes = reader.codes + row * reader.row_bytes;
+    return reader.recipe.format == SNIP_E2M1 ? codes[col >> 1] >> (col & 1) * 4 & 15u : codes[col];
 }
 
-SNIPI_DEVICE float snipi_cuda_element(const snipi_cuda_reader &q, int64_t row, int64_t col) {
-    const uint8_t *at = q.codes + row * q.row_bytes;
-    if (q.recipe.format == SNIP_F32) return ((const float *)at)[col];
-    if (q.recipe.format == SNIP_BF16) return snipi_cuda_load((const uint16_t *)at + col);
-    return snipi_value(snipi_cuda_scale(q, row, col / q.tile_cols),
-                       snipi_decode(snipi_cuda_code(q, row, col), q.recipe.format));
+SNIPI_DEVICE float snipi_cuda_element(const snipi_cuda_reader &reader, int64_t row, int64_t col) {
+    const uint8_t *codes = reader.codes + row * reader.row_bytes;
+    if (reader.recipe.format == SNIP_F32) return ((const float *)codes)[col];
+    if (reader.recipe.format == SNIP_BF16) return snipi_cuda_load((const uint16_t *)codes + col);
+    return snipi_value(snipi_cuda_scale(reader, row, col / reader.tile_cols),
+                       snipi_decode(snipi_cuda_code(reader, row, col), reader.recipe.format));
 }
 
-static __global__ void snipi_cuda_dequantize_kernel(const snipi_cuda_reader q, int64_t rows, int64_t cols, void *x,
-                                                    int bf16, int64_t ld) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * cols;
-         i += (int64_t)gridDim.x * blockDim.x) {
-        int64_t r = i / cols, c = i % cols;
-        float value = snipi_cuda_element(q, r, c);
+struct snipi_cuda_dequantized {
+    snipi_cuda_reader reader;
+    int64_t cols, ld;
+    void *x;
+    int bf16;
+
+    __device__ void operator()(int64_t i) const {
+        const int64_t row = i / cols, col = i % cols;
+        const float value = snipi_cuda_element(reader, row, col);
         if (bf16)
-            ((uint16_t *)x)[r * ld + c] = (uint16_t)snipi_bf16_round(snipi_bits(value));
+            ((uint16_t *)x)[row * ld + col] = (uint16_t)snipi_bf16_round(snipi_bits(value));
         else
-            ((float *)x)[r * ld + c] = value;
+            ((float *)x)[row * ld + col] = value;
     }
-}
+};
 
 SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void *codes, const void *scales,
                                           int64_t rows, int64_t cols, void *x, snip_format x_format, int64_t ld,
@@ -1300,112 +1550,75 @@ SNIP_API snip_status snip_cuda_dequantize(const snip_recipe *recipe, const void 
         return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
     if (!codes || !x || (!scales && recipe->scale != SNIP_SCALE_NONE)) return SNIP_BAD_ARGUMENT;
-    return snipi_cuda_launch(snipi_cuda_dequantize_kernel,
-                             snipi_min(snipi_ceil_div(rows * cols, SNIPI_THREADS), 1 << 16), SNIPI_THREADS, 0, stream,
-                             snipi_cuda_reader_of(recipe, codes, scales, rows, cols), rows, cols, x,
-                             (int)(x_format == SNIP_BF16), ld);
+
+    const snipi_cuda_reader reader = snipi_cuda_reader_of(recipe, codes, scales, rows, cols);
+    const snipi_cuda_dequantized each = { reader, cols, ld, x, x_format == SNIP_BF16 };
+    return snipi_cuda_each(each, rows * cols, stream);
 }
 
-// >>cuda-noise-impl --------------------------------------------------------------------------------
-// A warp takes 32 groups of 128 elements: each lane makes one group's four words of signs, then they are handed round.
-// A lane's four elements of a group have their signs in word lane / 8, from bit 4 * lane % 32 on.
-enum { SNIPI_NOISE_BLOCKS = SNIP_CUDA_NOISE_SCRATCH / (int)sizeof(double) };
-
+// >>cuda-noise-impl ------------------------------------------------------------------------------------------------
+// Signs come in groups of SNIPI_SIGNS (128), one counter's four words. A warp takes 32 groups: each lane makes one
+// group's words, then they are handed round. A lane's four elements of a group have their signs in word lane / 8, from
+// bit 4 * lane % 32 on.
 SNIPI_DEVICE uint32_t snipi_cuda_signs(const uint32_t words[4], int group) {
+    const int lane = snipi_lane();
     uint32_t mine = 0;
 #pragma unroll
     for (int w = 0; w < 4; w++) {
-        uint32_t word = __shfl_sync(SNIPI_ALL_LANES, words[w], group);
-        if ((int)threadIdx.x % SNIPI_WARP / 8 == w) mine = word;
+        const uint32_t word = __shfl_sync(SNIPI_ALL_LANES, words[w], group);
+        if (lane / 8 == w) mine = word;
     }
-    return mine >> (4 * (threadIdx.x % 8));
+    return mine >> (4 * (lane % 8));
 }
 
-// Calls visit(i, sign) for this thread's elements, sign 0 or the sign bit of a float.
-template <class F> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_key key, F visit) {
-    const int64_t spans = (n + SNIPI_WARP * SNIPI_SIGNS - 1) / (SNIPI_WARP * SNIPI_SIGNS),
-                  warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
-    const int lane = (int)threadIdx.x % SNIPI_WARP;
+// visit(i, sign) for this thread's elements of n; sign is 0 or the sign bit of a float.
+template <class Visit> SNIPI_DEVICE void snipi_cuda_each_sign(int64_t n, snip_rng_key key, Visit visit) {
+    const int64_t span = (int)SNIPI_WARP * (int)SNIPI_SIGNS, spans = (n + span - 1) / span;  // a warp's elements
+    const int64_t warps = (int64_t)gridDim.x * (blockDim.x / SNIPI_WARP);
+    const int lane = snipi_lane();
     for (int64_t s = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / SNIPI_WARP; s < spans; s += warps) {
         uint32_t words[4];
         snipi_philox(key, (uint64_t)(s * SNIPI_WARP + lane), words);
-        for (int g = 0; g < SNIPI_WARP; g++) {
-            int64_t i = (s * SNIPI_WARP + g) * SNIPI_SIGNS + 4 * lane;
-            uint32_t signs = snipi_cuda_signs(words, g);
+        for (int group = 0; group < SNIPI_WARP; group++) {
+            const int64_t i = (s * SNIPI_WARP + group) * SNIPI_SIGNS + 4 * lane;
+            const uint32_t signs = snipi_cuda_signs(words, group);
             for (int j = 0; j < 4; j++)
                 if (i + j < n) visit(i + j, (signs >> j & 1u) << 31);
         }
     }
 }
 
-// device_scale: where it lies in device memory; NULL: `scale`.
+// device_scale: where the scale lies in device memory; NULL: it is `scale`.
 static __global__ void snipi_cuda_noise_add_kernel(float *out, const float *x, int64_t n, float scale,
                                                    const double *device_scale, const float *shape, snip_rng_key key) {
     if (device_scale) scale = (float)*device_scale;
     snipi_cuda_each_sign(n, key, [=](int64_t i, uint32_t sign) {
-        float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
+        const float noise = shape ? __fmul_rn(scale, shape[i]) : scale;
         out[i] = __fadd_rn(x[i], snipi_float(snipi_bits(noise) ^ sign));
     });
 }
 
-static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, snip_rng_key key, double *part) {
+static __global__ void snipi_cuda_noise_dot_kernel(const float *x, int64_t n, snip_rng_key key, double *parts) {
     __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
     double sum = 0;
     snipi_cuda_each_sign(n, key,
                          [&](int64_t i, uint32_t sign) { sum += (double)snipi_float(snipi_bits(x[i]) ^ sign); });
     sum = snipi_cuda_block_sum(sum, sums);
-    if (threadIdx.x == 0) part[blockIdx.x] = sum;
-}
-
-// Blocks of a sum over n elements: a function of n alone, and with it the order of the sum.
-static int64_t snipi_cuda_sum_blocks(int64_t n) {
-    return snipi_max(1, snipi_min(SNIPI_NOISE_BLOCKS, snipi_ceil_div(n, 4 * SNIPI_THREADS)));
-}
-
-// part[block]: the sum of f(i), i < n
-template <class F> static __global__ void snipi_cuda_reduce_kernel(const F f, int64_t n, double *part) {
-    __shared__ double sums[SNIPI_THREADS / SNIPI_WARP];
-    double sum = 0;
-    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
-        sum += f(i);
-    sum = snipi_cuda_block_sum(sum, sums);
-    if (threadIdx.x == 0) part[blockIdx.x] = sum;
-}
-
-static __global__ void snipi_cuda_sum_kernel(const double *part, int parts, double *total, double factor, int add) {
-    __shared__ double sums[SNIPI_NOISE_BLOCKS / SNIPI_WARP];
-    double sum = snipi_cuda_block_sum((int)threadIdx.x < parts ? part[threadIdx.x] : 0, sums);
-    if (threadIdx.x == 0) *total = (add ? *total : 0) + factor * sum;
-}
-
-static snip_status snipi_cuda_sum(const void *part, int64_t parts, double *total, double factor, int add,
-                                  cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_sum_kernel, 1, (int)snipi_ceil_div(parts, SNIPI_WARP) * SNIPI_WARP, 0, stream,
-                             (const double *)part, (int)parts, total, factor, add);
-}
-
-// *total (+)= factor * the sum of f(i), i < n
-template <class F>
-static snip_status snipi_cuda_reduce(const F &f, int64_t n, double *total, double factor, int add, void *scratch,
-                                     cudaStream_t stream) {
-    const int64_t blocks = snipi_cuda_sum_blocks(n);
-    snip_status status = snipi_cuda_launch(snipi_cuda_reduce_kernel<F>, blocks, SNIPI_THREADS, 0, stream, f, n,
-                                           (double *)scratch);
-    return status ? status : snipi_cuda_sum(scratch, blocks, total, factor, add, stream);
+    if (threadIdx.x == 0) parts[blockIdx.x] = sum;
 }
 
 static snip_status snipi_cuda_add_noise(float *out, const float *x, int64_t n, float scale, const double *device_scale,
                                         const float *shape, snip_rng_key key, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_noise_add_kernel,
-                             snipi_min(snipi_ceil_div(n, SNIPI_THREADS * SNIPI_SIGNS), 1 << 16), SNIPI_THREADS, 0,
-                             stream, out, x, n, scale, device_scale, shape, key);
+    return snipi_cuda_launch(snipi_cuda_noise_add_kernel, snipi_cuda_grid(n, (int)SNIPI_THREADS * SNIPI_SIGNS),
+                             SNIPI_THREADS, 0, stream, out, x, n, scale, device_scale, shape, key);
 }
 
+// *dot (+)= the sum of noise[i] * x[i]
 static snip_status snipi_cuda_dot_noise(const float *x, int64_t n, snip_rng_key key, double *dot, int add,
                                         void *scratch, cudaStream_t stream) {
     const int64_t blocks = snipi_cuda_sum_blocks(n);
-    snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n, key,
-                                           (double *)scratch);
+    const snip_status status = snipi_cuda_launch(snipi_cuda_noise_dot_kernel, blocks, SNIPI_THREADS, 0, stream, x, n,
+                                                 key, (double *)scratch);
     return status ? status : snipi_cuda_sum(scratch, blocks, dot, 1, add, stream);
 }
 
@@ -1421,31 +1634,36 @@ SNIP_API snip_status snip_cuda_noise_dot(const float *x, int64_t n, snip_rng_key
     return snipi_cuda_dot_noise(x, n, key, dot, 0, scratch, stream);
 }
 
-// A thread makes four elements' noise at a time.
-static __global__ void snipi_cuda_gauss_add_kernel(float *out, const float *x, int64_t n, float scale,
-                                                   const float *shape, snip_rng_key key) {
-    for (int64_t b = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; 4 * b < n;
-         b += (int64_t)gridDim.x * SNIPI_THREADS) {
+// Gaussian noise: a thread makes that of four elements, one counter's, at a time.
+struct snipi_cuda_gauss_added {
+    float *out;
+    const float *x;
+    int64_t n;
+    float scale;
+    const float *shape;
+    snip_rng_key key;
+
+    __device__ void operator()(int64_t counter) const {
         float noise[4];
-        snipi_gauss(key, (uint64_t)b, noise);
+        snipi_gauss(key, (uint64_t)counter, noise);
         for (int j = 0; j < 4; j++) {
-            int64_t i = 4 * b + j;
+            const int64_t i = 4 * counter + j;
             if (i < n) out[i] = __fadd_rn(x[i], __fmul_rn(noise[j], shape ? __fmul_rn(scale, shape[i]) : scale));
         }
     }
-}
+};
 
-struct snipi_cuda_gauss_dot {
+struct snipi_cuda_gauss_term {
     const float *x;
     int64_t n;
     snip_rng_key key;
 
-    __device__ double operator()(int64_t b) const {
+    __device__ double operator()(int64_t counter) const {
         float noise[4];
         double sum = 0;
-        snipi_gauss(key, (uint64_t)b, noise);
+        snipi_gauss(key, (uint64_t)counter, noise);
         for (int j = 0; j < 4; j++)
-            if (4 * b + j < n) sum += (double)x[4 * b + j] * (double)noise[j];
+            if (4 * counter + j < n) sum += (double)x[4 * counter + j] * (double)noise[j];
         return sum;
     }
 };
@@ -1454,158 +1672,369 @@ SNIP_API snip_status snip_cuda_gauss_add(float *out, const float *x, int64_t n, 
                                          snip_rng_key key, cudaStream_t stream) {
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
     if (n == 0) return SNIP_OK;
-    return snipi_cuda_launch(snipi_cuda_gauss_add_kernel, snipi_min(snipi_ceil_div(n, 4 * SNIPI_THREADS), 1 << 16),
-                             SNIPI_THREADS, 0, stream, out, x, n, scale, shape, key);
+    const snipi_cuda_gauss_added added = { out, x, n, scale, shape, key };
+    return snipi_cuda_each(added, snipi_ceil_div(n, 4), stream);
 }
 
 SNIP_API snip_status snip_cuda_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot, void *scratch,
                                          cudaStream_t stream) {
-    snipi_cuda_gauss_dot f = { x, n, key };
     if (n < 0 || !dot || !scratch || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    return snipi_cuda_reduce(f, snipi_ceil_div(n, 4), dot, 1, 0, scratch, stream);
+    const snipi_cuda_gauss_term term = { x, n, key };
+    return snipi_cuda_reduce(term, snipi_ceil_div(n, 4), dot, 1, 0, scratch, stream);
 }
 
-// >>cuda-gemm-impl ---------------------------------------------------------------------------------
+// >>cuda-gemm-impl -------------------------------------------------------------------------------------------------
+// What all GEMM kernels take, and the one that the others are tested against. All but that one make blocks of C of 128
+// rows; all add to C's float32 the partial sums of a block of k, times both scales, as snip_gemm does.
 typedef struct {
     snipi_cuda_reader reader;
-    int64_t rows, across, along;     // F32 and BF16: element (row, k) lies at row * across + k * along
-    int plain, round_bf16, aligned;  // aligned: 16 bytes of codes, or four floats of a row, may be read at once
+    int64_t rows;           // of the operand: m or n
+    int64_t across, along;  // of F32 and BF16: element (row, k) lies at row * across + k * along
+    int plain;              // F32 or BF16
+    int round_bf16;
+    int aligned;  // 16 bytes of codes, or four floats of a row, may be read at once
 } snipi_cuda_operand;
 
 typedef struct {
     snipi_cuda_operand a, b;
-    int64_t m, n, k, ldc, block;  // block: of exact sums along k, 0: float sums
+    int64_t m, n, k, ldc;
+    int64_t block;  // of exact integer sums along k; 0: float sums
     float *c;
     const float *bias;
-    int accumulate, pairs;          // pairs: two floats of a row of C may be read or written at once
-    unsigned long long *nonfinite;  // counts C's, where the operands are plain; or NULL
-} snipi_cuda_gemm_job;
+    int accumulate;
+    int pairs;                      // two floats of a row of C may be read or written at once
+    unsigned long long *nonfinite;  // counts C's where the operands are plain; or NULL
+} snipi_cuda_gemm_work;
 
-SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &o, int64_t row, int64_t k) {
-    int64_t at = row * o.across + k * o.along;
-    float x;
-    if (!o.plain) return snipi_cuda_element(o.reader, row, k);
-    x = o.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)o.reader.codes + at)
-                                            : ((const float *)o.reader.codes)[at];
-    return o.round_bf16 ? snipi_float(snipi_bf16_round(snipi_bits(x)) << 16) : x;
+SNIPI_DEVICE float snipi_cuda_operand_at(const snipi_cuda_operand &operand, int64_t row, int64_t k) {
+    if (!operand.plain) return snipi_cuda_element(operand.reader, row, k);
+    const int64_t at = row * operand.across + k * operand.along;
+    const void *x = operand.reader.codes;
+    const float value = operand.reader.recipe.format == SNIP_BF16 ? snipi_cuda_load((const uint16_t *)x + at)
+                                                                  : ((const float *)x)[at];
+    return operand.round_bf16 ? snipi_float(snipi_bf16_round(snipi_bits(value)) << 16) : value;
 }
 
-SNIPI_DEVICE int snipi_cuda_twice(const snipi_cuda_operand &o, int64_t row, int64_t k) {
-    return (int)(2.0f * snipi_decode(snipi_cuda_code(o.reader, row, k), SNIP_E2M1));
+SNIPI_DEVICE int snipi_cuda_twice(const snipi_cuda_operand &operand, int64_t row, int64_t k) {
+    return (int)(2.0f * snipi_decode(snipi_cuda_code(operand.reader, row, k), SNIP_E2M1));
 }
 
-SNIPI_DEVICE float snipi_cuda_begin_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j) {
-    return g.accumulate ? g.c[i * g.ldc + j] : g.bias ? g.bias[j] : 0.0f;
+SNIPI_DEVICE float snipi_cuda_begin_c(const snipi_cuda_gemm_work &work, int64_t row, int64_t col) {
+    return work.accumulate ? work.c[row * work.ldc + col] : work.bias ? work.bias[col] : 0.0f;
 }
 
-SNIPI_DEVICE void snipi_cuda_end_c(const snipi_cuda_gemm_job &g, int64_t i, int64_t j, float c) {
-    g.c[i * g.ldc + j] = g.accumulate && g.bias ? __fadd_rn(c, g.bias[j]) : c;
+SNIPI_DEVICE void snipi_cuda_end_c(const snipi_cuda_gemm_work &work, int64_t row, int64_t col, float c) {
+    work.c[row * work.ldc + col] = work.accumulate && work.bias ? __fadd_rn(c, work.bias[col]) : c;
 }
 
-// Of halved scales, because the exact sums are of doubled elements.
+// c + scale_a * scale_b * sum. Scales of exact sums are halved, because these are of doubled elements.
 SNIPI_DEVICE float snipi_cuda_add_block(float scale_a, float scale_b, float sum, float c) {
     return fmaf(__fmul_rn(scale_a, scale_b), sum, c);
 }
 
-static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_job g) {
-    const int64_t across = (g.n + 15) / 16, i = blockIdx.x / across * 16 + threadIdx.x / 16,
-                  j = blockIdx.x % across * 16 + threadIdx.x % 16;
-    if (i >= g.m || j >= g.n) return;
-    float c = snipi_cuda_begin_c(g, i, j);
-    for (int64_t k0 = 0, step = g.block ? g.block : (int64_t)SNIPI_KC_F32; k0 < g.k; k0 += step) {
-        int64_t end = snipi_min(g.k, k0 + step);
-        if (g.block) {
+static __global__ void snipi_cuda_gemm_reference_kernel(const snipi_cuda_gemm_work work) {  // 16 x 16 of C
+    const snipi_cuda_reader &a = work.a.reader, &b = work.b.reader;
+    const int64_t across = (work.n + 15) / 16;
+    const int64_t row = blockIdx.x / across * 16 + threadIdx.x / 16, col = blockIdx.x % across * 16 + threadIdx.x % 16;
+    const int64_t step = work.block ? work.block : (int64_t)SNIPI_KC_F32;
+    if (row >= work.m || col >= work.n) return;
+
+    float c = snipi_cuda_begin_c(work, row, col);
+    for (int64_t k0 = 0; k0 < work.k; k0 += step) {
+        const int64_t end = snipi_min(work.k, k0 + step);
+        if (work.block) {
             int32_t sum = 0;
-            for (int64_t k = k0; k < end; k++) sum += snipi_cuda_twice(g.a, i, k) * snipi_cuda_twice(g.b, j, k);
-            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(g.a.reader, i, k0 / g.a.reader.tile_cols),
-                                     0.5f * snipi_cuda_scale(g.b.reader, j, k0 / g.b.reader.tile_cols), (float)sum, c);
+            for (int64_t k = k0; k < end; k++)
+                sum += snipi_cuda_twice(work.a, row, k) * snipi_cuda_twice(work.b, col, k);
+            c = snipi_cuda_add_block(0.5f * snipi_cuda_scale(a, row, k0 / a.tile_cols),
+                                     0.5f * snipi_cuda_scale(b, col, k0 / b.tile_cols), (float)sum, c);
         } else {
             float sum = 0;
             for (int64_t k = k0; k < end; k++)
-                sum = fmaf(snipi_cuda_operand_at(g.a, i, k), snipi_cuda_operand_at(g.b, j, k), sum);
+                sum = fmaf(snipi_cuda_operand_at(work.a, row, k), snipi_cuda_operand_at(work.b, col, k), sum);
             c += sum;
         }
     }
-    snipi_cuda_end_c(g, i, j, c);
+    snipi_cuda_end_c(work, row, col, c);
 }
 
-// Tensor cores by mma.sync. A thread block makes 128 x 128 of C from 64 bytes of each row at a time, eight warps of
-// 64 x 32 each. While a warp multiplies, the next codes are on their way from memory to registers, and are then stored
-// to the other half of shared memory: E2M1 as twice its value, FP8 as it is. After every 128 elements of k the partial
-// sums are multiplied by both scales and added to C's, as snip_gemm does.
-enum { SNIPI_MMA_S8, SNIPI_MMA_FP8, SNIPI_MMA_F16 };  // products of: E2M1 as INT8; FP8; FP8 as FP16
+// The first row and column of the thread block's 128 x 128 of C.
+SNIPI_DEVICE void snipi_cuda_block_of_c(const snipi_cuda_gemm_work &work, int64_t *m0, int64_t *n0) {
+    const int64_t across = (work.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK;
+    *m0 = blockIdx.x / across * SNIPI_BLOCK;
+    *n0 = blockIdx.x % across * SNIPI_BLOCK;
+}
 
-enum { SNIPI_MMA_BYTES = 64, SNIPI_MMA_TILE = SNIPI_BLOCK * SNIPI_MMA_BYTES };
+// >>cuda-gemm-mma --------------------------------------------------------------------------------------------------
+// Tensor cores by mma.sync. A thread block makes 128 x 128 of C from tiles of 128 rows by 64 bytes of k, eight warps of
+// 64 x 32 each. While a warp multiplies, the next tiles' codes are on their way from memory to registers; then they are
+// stored to the other half of shared memory, E2M1 as twice its value, FP8 as it is. After every 128 elements of k the
+// partial sums are added to C's times both scales.
+enum {
+    SNIPI_MMA_BYTES = 64,                           // of a tile's row
+    SNIPI_MMA_TILE = SNIPI_BLOCK * SNIPI_MMA_BYTES  // bytes
+};
+
+// A kernel's Kind: what it multiplies.
+enum {
+    SNIPI_MMA_S8,   // E2M1, doubled, as INT8
+    SNIPI_MMA_FP8,  // FP8
+    SNIPI_MMA_F16   // FP8 as FP16
+};
+
+template <int Kind> using snipi_mma_sum = typename std::conditional<Kind == SNIPI_MMA_S8, int32_t, float>::type;
+
+// Integer sums begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
+template <int Kind> SNIPI_DEVICE constexpr snipi_mma_sum<Kind> snipi_mma_start() {
+    return (snipi_mma_sum<Kind>)(Kind == SNIPI_MMA_S8 ? 0x4B400000 : 0);
+}
+
+template <int Kind> SNIPI_DEVICE float snipi_mma_float(snipi_mma_sum<Kind> sum) {
+    return Kind == SNIPI_MMA_S8 ? snipi_float((uint32_t)sum) - 12582912.0f : (float)sum;  // 1.5 * 2^23
+}
 
 typedef struct {
     uint4 tile[2][2][SNIPI_MMA_TILE / 16];  // [half][A, B]
-    float scale[2][2][SNIPI_BLOCK];         // [k block % 2][A, B]
+    float scale[2][2][SNIPI_BLOCK];         // [block of k % 2][A, B][row]
 } snipi_mma_shared;
 
-// Rows are 64 bytes; the 16-byte chunks of two rows are permuted by their line, so that eight rows' chunks lie in
-// different banks.
+// What is on its way from memory: this thread's 16-byte pieces of A's and B's tile, and a row's scale.
+typedef struct {
+    uint4 codes[2][2];
+    float scale;
+} snipi_mma_next;
+
+// Where a thread works: the block's first row and column of C, and the warp's within the block.
+typedef struct {
+    int64_t m0, n0;
+    int warp_m, warp_n, lane;
+} snipi_mma_place;
+
+SNIPI_DEVICE snipi_mma_place snipi_mma_place_of(const snipi_cuda_gemm_work &work) {
+    snipi_mma_place place;
+    snipi_cuda_block_of_c(work, &place.m0, &place.n0);
+    place.warp_m = snipi_warp() % 2 * 64;
+    place.warp_n = snipi_warp() / 2 * 32;
+    place.lane = snipi_lane();
+    return place;
+}
+
+// A thread's sums are [4][4][4]: 16 rows further, 8 columns further, and mma's own four. Their rows and columns of C:
+SNIPI_DEVICE int64_t snipi_mma_row(const snipi_mma_place &place, int i, int e) {
+    return place.m0 + place.warp_m + 16 * i + place.lane / 4 + 8 * (e / 2);
+}
+
+SNIPI_DEVICE int64_t snipi_mma_col(const snipi_mma_place &place, int j, int e) {
+    return place.n0 + place.warp_n + 8 * j + place.lane % 4 * 2 + e % 2;
+}
+
+SNIPI_DEVICE void snipi_mma_begin_c(const snipi_cuda_gemm_work &work, const snipi_mma_place &place, float c[4][4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int64_t row = snipi_mma_row(place, i, e), col = snipi_mma_col(place, j, e);
+                c[i][j][e] = row < work.m && col < work.n ? snipi_cuda_begin_c(work, row, col) : 0.0f;
+            }
+}
+
+// A tile's row is four pieces of 16 bytes. Those of two rows are permuted by their line of 128 bytes, so that eight
+// rows' pieces lie in different banks.
 SNIPI_DEVICE uint4 *snipi_mma_chunk(uint4 *tile, int row, int chunk) {
     return tile + row * 4 + (chunk ^ (row >> 1 & 3));
 }
 
-// 16 bytes of codes, zeros beyond the edges. Of an odd number of E2M1 codes, the last byte holds one.
-SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &o, int64_t k, int64_t row, int64_t byte) {
-    const uint8_t *at = o.reader.codes + row * o.reader.row_bytes + byte;
-    uint32_t w[4] = { 0, 0, 0, 0 };
-    if (row < o.rows && byte < o.reader.row_bytes) {
-        if (o.aligned) return *(const uint4 *)at;
+// Operands of 32 of a tile's bytes, half 0 or 1: 64 rows of A, 32 of B.
+SNIPI_DEVICE void snipi_mma_fragments(uint4 tile[2][SNIPI_MMA_TILE / 16], const snipi_mma_place &place, int half,
+                                      uint32_t a[4][4], uint32_t b[2][4]) {
+    const int lane = place.lane;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = place.warp_m + 16 * i + lane % 16;
+        snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile[0], row, 2 * half + lane / 16));
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        const int row = place.warp_n + 16 * j + lane % 8 + lane / 16 * 8;
+        snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile[1], row, 2 * half + lane / 8 % 2));
+    }
+}
+
+// 16 bytes of a row's codes, zeros beyond the edges. Of an odd number of E2M1 codes, the last byte holds one.
+SNIPI_DEVICE uint4 snipi_mma_fetch(const snipi_cuda_operand &operand, int64_t k, int64_t row, int64_t byte) {
+    const int64_t row_bytes = operand.reader.row_bytes;
+    const uint8_t *from = operand.reader.codes + row * row_bytes + byte;
+    uint32_t words[4] = { 0, 0, 0, 0 };
+    if (row < operand.rows && byte < row_bytes) {
+        if (operand.aligned) return *(const uint4 *)from;
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            if (byte + i < o.reader.row_bytes) {
-                uint32_t code = at[i];
-                if (o.reader.recipe.format == SNIP_E2M1 && (k & 1) && byte + i == o.reader.row_bytes - 1) code &= 15;
-                w[i / 4] |= code << i % 4 * 8;
+            if (byte + i < row_bytes) {
+                uint32_t code = from[i];
+                if (operand.reader.recipe.format == SNIP_E2M1 && (k & 1) && byte + i == row_bytes - 1) code &= 15;
+                words[i / 4] |= code << i % 4 * 8;
             }
     }
-    return make_uint4(w[0], w[1], w[2], w[3]);
+    return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Two of four FP8 bytes, the even ones, as FP16: E4M3 times 2^-8, E5M2 as it is.
-template <int FORMAT> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t x) {
-    if (FORMAT == SNIP_E5M2) return (x & 0x00FF00FFu) << 8;
-    uint32_t nan = ((x & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
-    return (x & 0x00800080u) << 8 | (x & 0x007F007Fu) << 7 | nan * 0xF8u;
+template <int Format> SNIPI_DEVICE uint32_t snipi_mma_half2(uint32_t codes) {
+    if (Format == SNIP_E5M2) return (codes & 0x00FF00FFu) << 8;
+    const uint32_t nan = ((codes & 0x007F007Fu) + 0x00010001u) & 0x00800080u;
+    return (codes & 0x00800080u) << 8 | (codes & 0x007F007Fu) << 7 | nan * 0xF8u;
 }
 
-template <int FORMAT_A, int FORMAT_B>
+// What the products lack, to go into the scale: the doubled elements' half, FP16's 2^8.
+template <int Kind, int Format> SNIPI_DEVICE constexpr float snipi_mma_post() {
+    return Kind == SNIPI_MMA_S8 ? 0.5f : Kind == SNIPI_MMA_F16 && Format == SNIP_E4M3 ? 256.0f : 1.0f;
+}
+
+template <int FormatA, int FormatB>
 SNIPI_DEVICE void snipi_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {  // the same elements of k in A and B, in whatever order
         uint32_t a16[4], b16[2];
 #pragma unroll
-        for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FORMAT_A>(a[i] >> 8 * odd);
+        for (int i = 0; i < 4; i++) a16[i] = snipi_mma_half2<FormatA>(a[i] >> 8 * odd);
 #pragma unroll
-        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<FORMAT_B>(b[i] >> 8 * odd);
+        for (int i = 0; i < 2; i++) b16[i] = snipi_mma_half2<FormatB>(b[i] >> 8 * odd);
         snipi_ptx_mma_f16(d, a16, b16);
     }
 }
 
-template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_job &g) {
-    typedef typename std::conditional<KIND == SNIPI_MMA_S8, int32_t, float>::type accumulator;
+template <int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_mma_fp8(float d[4], const uint32_t a[4], const uint32_t b[2]) {
+    if constexpr (FormatA == SNIP_E4M3 && FormatB == SNIP_E4M3)
+        snipi_ptx_mma_e4m3_e4m3(d, a, b);
+    else if constexpr (FormatA == SNIP_E4M3)
+        snipi_ptx_mma_e4m3_e5m2(d, a, b);
+    else if constexpr (FormatB == SNIP_E4M3)
+        snipi_ptx_mma_e5m2_e4m3(d, a, b);
+    else
+        snipi_ptx_mma_e5m2_e5m2(d, a, b);
+}
+
+// Twice the values of 16 E2M1 codes as bytes.
+SNIPI_DEVICE uint4 snipi_mma_twice16(uint32_t low, uint32_t high) {
+    return make_uint4(snipi_mma_twice(low), snipi_mma_twice(low >> 16), snipi_mma_twice(high),
+                      snipi_mma_twice(high >> 16));
+}
+
+// A thread takes one piece of either tile from packed E2M1, two to a row, or two from FP8, four to a row.
+template <int Kind> SNIPI_DEVICE constexpr int snipi_mma_pieces() { return Kind == SNIPI_MMA_S8 ? 1 : 2; }
+
+template <int Kind> SNIPI_DEVICE constexpr int snipi_mma_across() { return Kind == SNIPI_MMA_S8 ? 2 : 4; }
+
+template <int Kind, int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_mma_fetch_tiles(const snipi_cuda_gemm_work &work, const snipi_mma_place &place, int64_t t,
+                                        snipi_mma_next *next) {
+    const int thread = (int)threadIdx.x, across = snipi_mma_across<Kind>();
+#pragma unroll
+    for (int f = 0; f < snipi_mma_pieces<Kind>(); f++) {
+        const int piece = thread + SNIPI_THREADS * f;
+        const int64_t byte = t * across * 16 + piece % across * 16;
+        next->codes[0][f] = snipi_mma_fetch(work.a, work.k, place.m0 + piece / across, byte);
+        next->codes[1][f] = snipi_mma_fetch(work.b, work.k, place.n0 + piece / across, byte);
+    }
+    if (t % 2) return;
+    // A block of 128 of k begins: half the threads fetch a scale of A's rows, half of B's.
+    if (thread < SNIPI_BLOCK) {
+        const int64_t row = place.m0 + thread;
+        const float scale = row < work.m ? snipi_cuda_scale(work.a.reader, row, t / 2) : 0.0f;
+        next->scale = snipi_mma_post<Kind, FormatA>() * scale;
+    } else {
+        const int64_t row = place.n0 + thread - SNIPI_BLOCK;
+        const float scale = row < work.n ? snipi_cuda_scale(work.b.reader, row, t / 2) : 0.0f;
+        next->scale = snipi_mma_post<Kind, FormatB>() * scale;
+    }
+}
+
+template <int Kind>
+SNIPI_DEVICE void snipi_mma_store_tiles(const snipi_mma_next &next, int64_t t, snipi_mma_shared *shared) {
+    const int thread = (int)threadIdx.x, across = snipi_mma_across<Kind>();
+#pragma unroll
+    for (int f = 0; f < snipi_mma_pieces<Kind>(); f++)
+#pragma unroll
+        for (int side = 0; side < 2; side++) {
+            const int piece = thread + SNIPI_THREADS * f, row = piece / across, chunk = piece % across;
+            const uint4 codes = next.codes[side][f];
+            uint4 *tile = shared->tile[t & 1][side];
+            if (Kind == SNIPI_MMA_S8) {  // a piece becomes two
+                uint4 *first = snipi_mma_chunk(tile, row, 2 * chunk),
+                      *second = snipi_mma_chunk(tile, row, 2 * chunk + 1);
+                *first = snipi_mma_twice16(codes.x, codes.y);
+                *second = snipi_mma_twice16(codes.z, codes.w);
+            } else
+                *snipi_mma_chunk(tile, row, chunk) = codes;
+        }
+    if (t % 2 == 0) shared->scale[t / 2 & 1][thread / SNIPI_BLOCK][thread % SNIPI_BLOCK] = next.scale;
+}
+
+template <int Kind, int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_mma_multiply(uint4 tile[2][SNIPI_MMA_TILE / 16], const snipi_mma_place &place,
+                                     snipi_mma_sum<Kind> d[4][4][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t a[4][4], b[2][4];
+        snipi_mma_fragments(tile, place, half, a, b);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const uint32_t *b_of_j = b[j / 2] + j % 2 * 2;
+                if constexpr (Kind == SNIPI_MMA_S8)
+                    snipi_ptx_mma_s8(d[i][j], a[i], b_of_j);
+                else if constexpr (Kind == SNIPI_MMA_F16)
+                    snipi_mma_f16<FormatA, FormatB>(d[i][j], a[i], b_of_j);
+                else
+                    snipi_mma_fp8<FormatA, FormatB>(d[i][j], a[i], b_of_j);
+            }
+    }
+}
+
+// C's get the partial sums times both scales, [A, B][row]; the sums begin anew.
+template <int Kind>
+SNIPI_DEVICE void snipi_mma_promote(const float scale[2][SNIPI_BLOCK], const snipi_mma_place &place,
+                                    snipi_mma_sum<Kind> d[4][4][4], float c[4][4][4]) {
+    const float *scale_a = scale[0] + place.warp_m + place.lane / 4;
+    const float *scale_b = scale[1] + place.warp_n + place.lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2],
+                                                  snipi_mma_float<Kind>(d[i][j][e]), c[i][j][e]);
+                d[i][j][e] = snipi_mma_start<Kind>();
+            }
+}
+
+template <int Kind, int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_mma_kernel_body(const snipi_cuda_gemm_work &work) {
     __shared__ snipi_mma_shared shared;
-    const int fetches = KIND == SNIPI_MMA_S8 ? 1 : 2,
-              per_row = KIND == SNIPI_MMA_S8 ? 2 : 4;  // of 16 bytes, for each operand
-    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64,
-              warp_n = thread / SNIPI_WARP / 2 * 32;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
-                  n0 = blockIdx.x % across * SNIPI_BLOCK;
-    const int64_t tiles = (g.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
-    // Sums of doubled integers begin at the bits of 1.5 * 2^23, so that as float bits they are that plus the sum.
-    const accumulator start = KIND == SNIPI_MMA_S8 ? (accumulator)0x4B400000 : (accumulator)0;
-    const float post = KIND == SNIPI_MMA_S8    ? 0.5f
-                       : KIND == SNIPI_MMA_FP8 ? 1.0f
-                                               : 256.0f;  // of the elements multiplied
-    const float post_a = KIND == SNIPI_MMA_F16 && FORMAT_A == SNIP_E5M2 ? 1.0f : post,
-                post_b = KIND == SNIPI_MMA_F16 && FORMAT_B == SNIP_E5M2 ? 1.0f : post;
-    accumulator d[4][4][4];
+    const snipi_mma_place place = snipi_mma_place_of(work);
+    const int64_t tiles = (work.k + SNIPI_MMA_BYTES - 1) / SNIPI_MMA_BYTES;
+    snipi_mma_sum<Kind> d[4][4][4];
     float c[4][4][4];
-    uint4 next[2][2];
-    float next_scale = 0;
+    snipi_mma_next next;
+
+    snipi_mma_begin_c(work, place, c);
+#pragma unroll
+    for (int i = 0; i < 64; i++) d[i / 16][i / 4 % 4][i % 4] = snipi_mma_start<Kind>();
+
+    for (int64_t t = -1; t < tiles; t++) {
+        if (t + 1 < tiles) snipi_mma_fetch_tiles<Kind, FormatA, FormatB>(work, place, t + 1, &next);
+        if (t >= 0) {
+            snipi_mma_multiply<Kind, FormatA, FormatB>(shared.tile[t & 1], place, d);
+            if ((t & 1) || t == tiles - 1) snipi_mma_promote<Kind>(shared.scale[t / 2 & 1], place, d, c);
+        }
+        if (t + 1 < tiles) snipi_mma_store_tiles<Kind>(next, t + 1, &shared);
+        __syncthreads();
+    }
 
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -1613,186 +2042,85 @@ template <int KIND, int FORMAT_A, int FORMAT_B> SNIPI_DEVICE void snipi_mma_kern
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2),
-                        col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
-                c[i][j][e] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
-                d[i][j][e] = start;
-            }
-    for (int64_t t = -1; t < tiles; t++) {
-        if (t + 1 < tiles) {
-#pragma unroll
-            for (int f = 0; f < fetches; f++) {
-                int at = thread + SNIPI_THREADS * f;
-                int64_t byte = (t + 1) * per_row * 16 + at % per_row * 16;
-                next[0][f] = snipi_mma_fetch(g.a, g.k, m0 + at / per_row, byte);
-                next[1][f] = snipi_mma_fetch(g.b, g.k, n0 + at / per_row, byte);
-            }
-            if (t & 1) {  // a block of 128 begins: half the threads fetch a row's scale of A, half of B
-                int64_t row = thread < SNIPI_BLOCK ? m0 + thread : n0 + thread - SNIPI_BLOCK;
-                if (thread < SNIPI_BLOCK)
-                    next_scale = row < g.m ? post_a * snipi_cuda_scale(g.a.reader, row, (t + 1) / 2) : 0.0f;
-                else
-                    next_scale = row < g.n ? post_b * snipi_cuda_scale(g.b.reader, row, (t + 1) / 2) : 0.0f;
-            }
-        }
-        if (t >= 0) {
-            uint4 *tile_a = shared.tile[t & 1][0], *tile_b = shared.tile[t & 1][1];
-#pragma unroll
-            for (int kk = 0; kk < 2; kk++) {
-                uint32_t a[4][4], b[2][4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    snipi_ptx_ldmatrix4(a[i], snipi_mma_chunk(tile_a, warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    snipi_ptx_ldmatrix4(b[j], snipi_mma_chunk(tile_b, warp_n + 16 * j + lane % 8 + lane / 16 * 8,
-                                                              2 * kk + lane / 8 % 2));
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const uint32_t *bj = b[j / 2] + j % 2 * 2;
-                        if constexpr (KIND == SNIPI_MMA_S8)
-                            snipi_ptx_mma_s8(d[i][j], a[i], bj);
-                        else if constexpr (KIND == SNIPI_MMA_F16)
-                            snipi_mma_f16<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
-                        else
-                            snipi_ptx_mma_fp8<FORMAT_A, FORMAT_B>(d[i][j], a[i], bj);
-                    }
-            }
-            if ((t & 1) || t == tiles - 1) {
-                const float *scale_a = shared.scale[t / 2 & 1][0] + warp_m + lane / 4,
-                            *scale_b = shared.scale[t / 2 & 1][1] + warp_n + lane % 4 * 2;
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            float sum = KIND == SNIPI_MMA_S8 ? snipi_float((uint32_t)d[i][j][e]) - 12582912.0f
-                                                             : (float)d[i][j][e];
-                            c[i][j][e] = snipi_cuda_add_block(scale_a[16 * i + 8 * (e / 2)], scale_b[8 * j + e % 2],
-                                                              sum, c[i][j][e]);
-                            d[i][j][e] = start;
-                        }
-            }
-        }
-        if (t + 1 < tiles) {
-#pragma unroll
-            for (int f = 0; f < fetches; f++)
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
-                    int at = thread + SNIPI_THREADS * f, row = at / per_row, chunk = at % per_row;
-                    uint4 *tile = shared.tile[(t + 1) & 1][side], codes = next[side][f];
-                    if (KIND == SNIPI_MMA_S8) {
-                        *snipi_mma_chunk(tile, row, 2 * chunk) = make_uint4(
-                            snipi_mma_twice(codes.x), snipi_mma_twice(codes.x >> 16), snipi_mma_twice(codes.y),
-                            snipi_mma_twice(codes.y >> 16));
-                        *snipi_mma_chunk(tile, row, 2 * chunk + 1) = make_uint4(
-                            snipi_mma_twice(codes.z), snipi_mma_twice(codes.z >> 16), snipi_mma_twice(codes.w),
-                            snipi_mma_twice(codes.w >> 16));
-                    } else
-                        *snipi_mma_chunk(tile, row, chunk) = codes;
-                }
-            if (t & 1) shared.scale[(t + 1) / 2 & 1][thread / SNIPI_BLOCK][thread % SNIPI_BLOCK] = next_scale;
-        }
-        __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int64_t row = m0 + warp_m + 16 * i + lane / 4 + 8 * (e / 2),
-                        col = n0 + warp_n + 8 * j + lane % 4 * 2 + e % 2;
-                if (row < g.m && col < g.n) snipi_cuda_end_c(g, row, col, c[i][j][e]);
+                const int64_t row = snipi_mma_row(place, i, e), col = snipi_mma_col(place, j, e);
+                if (row < work.m && col < work.n) snipi_cuda_end_c(work, row, col, c[i][j][e]);
             }
 }
 
 // Empty where the instructions are missing: snip_cuda_gemm sees that, and does not launch it.
-template <int KIND, int FORMAT_A, int FORMAT_B>
-static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_job g) {
+template <int Kind, int FormatA, int FormatB>
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_mma_kernel(const snipi_cuda_gemm_work work) {
 #if defined(__CUDA_ARCH__)
     if constexpr (__CUDA_ARCH__ >= 800 &&
-                  KIND != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
+                  Kind != (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200 ? SNIPI_MMA_F16 : SNIPI_MMA_FP8))
 #endif
-        snipi_mma_kernel_body<KIND, FORMAT_A, FORMAT_B>(g);
+        snipi_mma_kernel_body<Kind, FormatA, FormatB>(work);
 }
 
-// F32 and BF16 operands. Both kernels make 128 x 128 of C; a thread's loads run along whichever way the operand lies.
-// The n-th of a tile's pieces, `across` of them to a row: its row and place in the row.
-SNIPI_DEVICE void snipi_plain_place(const snipi_cuda_operand &o, int n, int across, int *row, int *piece) {
-    const int turned = o.along != 1;
+// >>cuda-gemm-plain ------------------------------------------------------------------------------------------------
+// F32 and BF16 operands. Both kernels make 128 x 128 of C, and a thread's loads run along whichever way the operand
+// lies.
+
+// Row, and place in the row, of the n-th of a tile's pieces, `across` of them to a row.
+SNIPI_DEVICE void snipi_plain_place(const snipi_cuda_operand &operand, int n, int across, int *row, int *piece) {
+    const int turned = operand.along != 1;
     *row = turned ? n % SNIPI_BLOCK : n / across;
     *piece = turned ? n / SNIPI_BLOCK : n % across;
 }
 
-SNIPI_DEVICE float snipi_plain_at(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end) {
-    return row < o.rows && k < k_end ? snipi_cuda_operand_at(o, row, k) : 0.0f;
+SNIPI_DEVICE float snipi_plain_at(const snipi_cuda_operand &operand, int64_t row, int64_t k, int64_t k_end) {
+    return row < operand.rows && k < k_end ? snipi_cuda_operand_at(operand, row, k) : 0.0f;
 }
 
-SNIPI_DEVICE void snipi_plain_end(const snipi_cuda_gemm_job &g, int64_t row, int64_t col, float c, int *bad) {
-    if (row >= g.m || col >= g.n) return;
-    if (g.accumulate && g.bias) c = __fadd_rn(c, g.bias[col]);
-    g.c[row * g.ldc + col] = c;
+SNIPI_DEVICE void snipi_plain_end(const snipi_cuda_gemm_work &work, int64_t row, int64_t col, float c, int *bad) {
+    if (row >= work.m || col >= work.n) return;
+    if (work.accumulate && work.bias) c = __fadd_rn(c, work.bias[col]);
+    work.c[row * work.ldc + col] = c;
     *bad += snipi_nonfinite(c);
 }
 
-SNIPI_DEVICE void snipi_plain_count(const snipi_cuda_gemm_job &g, int bad) {
-    if (bad && g.nonfinite) atomicAdd(g.nonfinite, (unsigned long long)bad);
+SNIPI_DEVICE void snipi_plain_count(const snipi_cuda_gemm_work &work, int bad) {
+    if (bad && work.nonfinite) atomicAdd(work.nonfinite, (unsigned long long)bad);
 }
 
-// BF16: as the kernel above, 32 elements of k at a time, sums kept by the tensor cores.
-SNIPI_DEVICE void snipi_bf16_fetch(const snipi_cuda_operand &o, int64_t row, int64_t k, int64_t k_end, float x[8]) {
-    if (o.aligned && row < o.rows && k + 8 <= k_end) {
-        const float *at = (const float *)o.reader.codes + row * o.across + k;
-        snipi_cuda_load4(at, x);
-        snipi_cuda_load4(at + 4, x + 4);
+// BF16: as mma's kernel, 32 elements of k at a time, with C's sums kept by the tensor cores.
+SNIPI_DEVICE void snipi_bf16_fetch(const snipi_cuda_operand &operand, int64_t row, int64_t k, int64_t k_end,
+                                   float x[8]) {
+    if (operand.aligned && row < operand.rows && k + 8 <= k_end) {
+        const float *from = (const float *)operand.reader.codes + row * operand.across + k;
+        snipi_cuda_load4(from, x);
+        snipi_cuda_load4(from + 4, x + 4);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) x[i] = snipi_plain_at(o, row, k + i, k_end);
+        for (int i = 0; i < 8; i++) x[i] = snipi_plain_at(operand, row, k + i, k_end);
     }
 }
 
-SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
+SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_work &work) {
     __shared__ uint4 tile[2][2][SNIPI_MMA_TILE / 16];  // [half][A, B]
-    const int thread = (int)threadIdx.x, lane = thread % SNIPI_WARP, warp_m = thread / SNIPI_WARP % 2 * 64,
-              warp_n = thread / SNIPI_WARP / 2 * 32;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
-                  n0 = blockIdx.x % across * SNIPI_BLOCK;
-    const int64_t tiles = (g.k + 31) / 32;
-    float c[4][4][4], next[2][2][8];
+    const snipi_mma_place place = snipi_mma_place_of(work);
+    const int thread = (int)threadIdx.x;
+    const int64_t tiles = (work.k + 31) / 32;
+    float c[4][4][4], next[2][2][8];  // next: [A, B][piece]
     int bad = 0;
-#pragma unroll
-    for (int i = 0; i < 64; i++) {
-        int64_t row = m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2),
-                col = n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2;
-        c[i / 16][i / 4 % 4][i % 4] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
-    }
+
+    snipi_mma_begin_c(work, place, c);
     for (int64_t t = -1; t < tiles; t++) {
         if (t + 1 < tiles) {
 #pragma unroll
             for (int f = 0; f < 4; f++) {
+                const snipi_cuda_operand &operand = f / 2 ? work.b : work.a;
                 int row, chunk;
-                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
-                snipi_bf16_fetch(f / 2 ? g.b : g.a, (f / 2 ? n0 : m0) + row, 32 * (t + 1) + 8 * chunk, g.k,
+                snipi_plain_place(operand, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                snipi_bf16_fetch(operand, (f / 2 ? place.n0 : place.m0) + row, 32 * (t + 1) + 8 * chunk, work.k,
                                  next[f / 2][f % 2]);
             }
         }
         if (t >= 0) {
 #pragma unroll
-            for (int kk = 0; kk < 2; kk++) {
+            for (int half = 0; half < 2; half++) {
                 uint32_t a[4][4], b[2][4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    snipi_ptx_ldmatrix4(
-                        a[i], snipi_mma_chunk(tile[t & 1][0], warp_m + 16 * i + lane % 16, 2 * kk + lane / 16));
-#pragma unroll
-                for (int j = 0; j < 2; j++)
-                    snipi_ptx_ldmatrix4(b[j],
-                                        snipi_mma_chunk(tile[t & 1][1], warp_n + 16 * j + lane % 8 + lane / 16 * 8,
-                                                        2 * kk + lane / 8 % 2));
+                snipi_mma_fragments(tile[t & 1], place, half, a, b);
 #pragma unroll
                 for (int i = 0; i < 16; i++) snipi_ptx_mma_bf16(c[i / 4][i % 4], a[i / 4], b[i % 4 / 2] + i % 2 * 2);
             }
@@ -1802,51 +2130,58 @@ SNIPI_DEVICE void snipi_bf16_kernel_body(const snipi_cuda_gemm_job &g) {
             for (int f = 0; f < 4; f++) {
                 const float *x = next[f / 2][f % 2];
                 int row, chunk;
-                snipi_plain_place(f / 2 ? g.b : g.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
-                *snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row,
-                                 chunk) = make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]),
-                                                     snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
+                snipi_plain_place(f / 2 ? work.b : work.a, thread + SNIPI_THREADS * (f % 2), 4, &row, &chunk);
+                uint4 *to = snipi_mma_chunk(tile[(t + 1) & 1][f / 2], row, chunk);
+                *to = make_uint4(snipi_ptx_bf16x2(x[0], x[1]), snipi_ptx_bf16x2(x[2], x[3]),
+                                 snipi_ptx_bf16x2(x[4], x[5]), snipi_ptx_bf16x2(x[6], x[7]));
             }
         }
         __syncthreads();
     }
+
 #pragma unroll
     for (int i = 0; i < 64; i++)
-        snipi_plain_end(g, m0 + warp_m + 16 * (i / 16) + lane / 4 + 8 * (i / 2 % 2),
-                        n0 + warp_n + 8 * (i / 4 % 4) + lane % 4 * 2 + i % 2, c[i / 16][i / 4 % 4][i % 4], &bad);
-    snipi_plain_count(g, bad);
+        snipi_plain_end(work, snipi_mma_row(place, i / 16, i % 4), snipi_mma_col(place, i / 4 % 4, i % 4),
+                        c[i / 16][i / 4 % 4][i % 4], &bad);
+    snipi_plain_count(work, bad);
 }
 
-static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(const snipi_cuda_gemm_job g) {
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_bf16_kernel(const snipi_cuda_gemm_work work) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    snipi_bf16_kernel_body(g);
+    snipi_bf16_kernel_body(work);
 #endif
 }
 
-// F32: 16 elements of k at a time; a thread has four times 4 x 4 of C, 64 apart.
-enum { SNIPI_F32_K = 16, SNIPI_F32_ROW = SNIPI_BLOCK + 4 };  // padded: a row's elements lie in different banks
+// F32: 16 elements of k at a time. A thread has four times 4 x 4 of C, 64 rows and columns apart.
+enum {
+    SNIPI_F32_K = 16,                // elements of k in a tile
+    SNIPI_F32_ROW = SNIPI_BLOCK + 4  // floats; padded, so that a row's elements lie in different banks
+};
 
-static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(const snipi_cuda_gemm_job g) {
+static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(const snipi_cuda_gemm_work work) {
     __shared__ float4 tile[2][2][SNIPI_F32_K * SNIPI_F32_ROW / 4];  // [half][A, B][k][row]
     const int thread = (int)threadIdx.x, down = thread / 16 * 4, along = thread % 16 * 4;
-    const int64_t across = (g.n + SNIPI_BLOCK - 1) / SNIPI_BLOCK, m0 = blockIdx.x / across * SNIPI_BLOCK,
-                  n0 = blockIdx.x % across * SNIPI_BLOCK;
-    const int64_t tiles = (g.k + SNIPI_F32_K - 1) / SNIPI_F32_K;
-    float c[8][8], next[2][8];
+    const int64_t tiles = (work.k + SNIPI_F32_K - 1) / SNIPI_F32_K;
+    int64_t m0, n0;
+    float c[8][8], next[2][8];  // next: [A, B][element]
     int bad = 0;
+
+    snipi_cuda_block_of_c(work, &m0, &n0);
 #pragma unroll
     for (int i = 0; i < 64; i++) {
-        int64_t row = m0 + down + i / 32 * 64 + i / 8 % 4, col = n0 + along + i % 8 / 4 * 64 + i % 4;
-        c[i / 8][i % 8] = row < g.m && col < g.n ? snipi_cuda_begin_c(g, row, col) : 0.0f;
+        const int64_t row = m0 + down + i / 32 * 64 + i / 8 % 4, col = n0 + along + i % 8 / 4 * 64 + i % 4;
+        c[i / 8][i % 8] = row < work.m && col < work.n ? snipi_cuda_begin_c(work, row, col) : 0.0f;
     }
+
     for (int64_t t = -1; t < tiles; t++) {
         if (t + 1 < tiles) {
 #pragma unroll
             for (int f = 0; f < 16; f++) {
+                const snipi_cuda_operand &operand = f / 8 ? work.b : work.a;
                 int row, k;
-                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
-                next[f / 8][f % 8] = snipi_plain_at(f / 8 ? g.b : g.a, (f / 8 ? n0 : m0) + row,
-                                                    SNIPI_F32_K * (t + 1) + k, g.k);
+                snipi_plain_place(operand, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                next[f / 8][f % 8] = snipi_plain_at(operand, (f / 8 ? n0 : m0) + row, SNIPI_F32_K * (t + 1) + k,
+                                                    work.k);
             }
         }
         if (t >= 0) {
@@ -1866,307 +2201,392 @@ static __global__ void __launch_bounds__(SNIPI_THREADS, 1) snipi_f32_kernel(cons
 #pragma unroll
             for (int f = 0; f < 16; f++) {
                 int row, k;
-                snipi_plain_place(f / 8 ? g.b : g.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
+                snipi_plain_place(f / 8 ? work.b : work.a, thread + SNIPI_THREADS * (f % 8), SNIPI_F32_K, &row, &k);
                 ((float *)tile[(t + 1) & 1][f / 8])[k * SNIPI_F32_ROW + row] = next[f / 8][f % 8];
             }
         }
         __syncthreads();
     }
+
 #pragma unroll
     for (int i = 0; i < 64; i++)
-        snipi_plain_end(g, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8],
+        snipi_plain_end(work, m0 + down + i / 32 * 64 + i / 8 % 4, n0 + along + i % 8 / 4 * 64 + i % 4, c[i / 8][i % 8],
                         &bad);
-    snipi_plain_count(g, bad);
+    snipi_plain_count(work, bad);
 }
 
-// Hopper and datacenter Blackwell: a persistent thread block a multiprocessor makes tiles of C, of 128 rows and COLUMNS
-// columns. One warpgroup produces: a thread lets TMA copy 128 bytes of each row of A and B to one of several stages of
-// shared memory, all of them fetch rows' scales of A and of B. Two warpgroups consume. Barriers: full, when both have
-// come; empty, when every consuming warp has read the stage.
-enum { SNIPI_STAGED = 192 * 1024, SNIPI_TMA_SHARED = SNIPI_STAGED + 1024, SNIPI_RASTER = 8 };
-
-template <int COLUMNS> struct snipi_tma_shared {
-    enum { STAGE_BYTES = (SNIPI_BLOCK + COLUMNS) * 128, STAGES = SNIPI_STAGED / STAGE_BYTES };
-
-    uint64_t full[STAGES], empty[STAGES];
-    float scale[STAGES][SNIPI_BLOCK + COLUMNS];  // of A's rows, of B's
+// >>cuda-gemm-tma --------------------------------------------------------------------------------------------------
+// What Hopper's and datacenter Blackwell's kernels have in common. A persistent thread block for each multiprocessor
+// makes one block of C after another, of 128 rows and Columns columns. One warpgroup produces: a thread lets TMA copy
+// 128 bytes of each row of A and B to one of several stages of shared memory, and all its threads fetch rows' scales of
+// A and of B. Two warpgroups consume. Barriers: full, when both have come; empty, when every consuming warp has read
+// the stage.
+enum {
+    SNIPI_WARPGROUP = 128,                   // threads
+    SNIPI_STAGED = 192 * 1024,               // bytes of all stages: of 227 KiB that a thread block may have
+    SNIPI_TMA_SHARED = SNIPI_STAGED + 1024,  // bytes of dynamic shared memory: the stages begin at a multiple of 1024
+    SNIPI_RASTER = 8                         // blocks of C side by side that are made at a time
 };
 
-static_assert(SNIPI_BLOCK == 128, "a tile is of TMA boxes, each at a multiple of 1024 bytes");
+template <int Columns> struct snipi_tma_shared {
+    enum { BytesOfStage = (SNIPI_BLOCK + Columns) * 128, Stages = SNIPI_STAGED / BytesOfStage };
 
-// The t-th tile: down columns of SNIPI_RASTER tiles, so that blocks at work together share rows and columns in the
-// cache.
-template <int COLUMNS>
-SNIPI_DEVICE void snipi_tma_tile(const snipi_cuda_gemm_job &g, int64_t t, int64_t *m0, int64_t *n0) {
-    int64_t down = (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (g.n + COLUMNS - 1) / COLUMNS;
-    int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down),
-            width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
-    *m0 = in / width * SNIPI_BLOCK;
-    *n0 = (column * SNIPI_RASTER + in % width) * COLUMNS;
+    uint64_t full[Stages], empty[Stages];
+    float scale[Stages][SNIPI_BLOCK + Columns];  // of A's rows, of B's
+};
+
+static_assert(SNIPI_BLOCK == 128, "a stage is of TMA's boxes, each at a multiple of 1024 bytes");
+
+// A place in the ring of stages, and the parity of its barriers' phase.
+typedef struct {
+    int stage, parity;
+} snipi_tma_ring;
+
+template <int Columns> SNIPI_DEVICE void snipi_tma_advance(snipi_tma_ring *ring) {
+    if (++ring->stage < snipi_tma_shared<Columns>::Stages) return;
+    ring->stage = 0;
+    ring->parity ^= 1;
 }
 
-template <int COLUMNS> SNIPI_DEVICE void snipi_tma_barriers(snipi_tma_shared<COLUMNS> *shared) {
-    for (int s = 0; s < shared->STAGES; s++) {
-        snipi_ptx_barrier_init(&shared->full[s], 128 + 1);
-        snipi_ptx_barrier_init(&shared->empty[s], 8);
+SNIPI_DEVICE char *snipi_tma_stages() { return (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024); }
+
+SNIPI_DEVICE int64_t snipi_tma_blocks(const snipi_cuda_gemm_work &work, int columns) {
+    return (work.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((work.n + columns - 1) / columns);
+}
+
+// The t-th block of C: down columns of SNIPI_RASTER blocks, so that those made at one time share rows and columns in
+// the cache.
+template <int Columns>
+SNIPI_DEVICE void snipi_tma_block(const snipi_cuda_gemm_work &work, int64_t t, int64_t *m0, int64_t *n0) {
+    const int64_t down = (work.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK, across = (work.n + Columns - 1) / Columns;
+    const int64_t column = t / (SNIPI_RASTER * down), in = t % (SNIPI_RASTER * down);
+    const int64_t width = snipi_min(SNIPI_RASTER, across - column * SNIPI_RASTER);
+    *m0 = in / width * SNIPI_BLOCK;
+    *n0 = (column * SNIPI_RASTER + in % width) * Columns;
+}
+
+template <int Columns> SNIPI_DEVICE void snipi_tma_barriers(snipi_tma_shared<Columns> *shared) {
+    for (int s = 0; s < shared->Stages; s++) {
+        snipi_ptx_barrier_init(&shared->full[s], SNIPI_WARPGROUP + 1);
+        snipi_ptx_barrier_init(&shared->empty[s], 2 * SNIPI_WARPGROUP / SNIPI_WARP);
     }
 }
 
-template <int COLUMNS>
-SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a, const CUtensorMap *map_b,
-                                    char *stages, snipi_tma_shared<COLUMNS> *shared, int64_t tiles, int blocks,
-                                    float post) {
-    enum { WIDE = COLUMNS / SNIPI_BLOCK };
+// Scales of one block of k: of a row of A, and of rows of B 128 apart. 0 beyond the edges.
+template <int Wide> struct snipi_tma_scales { float a, b[Wide]; };
 
-    int stage = 0, parity = 1;  // of the empty barriers: the first wait is for a phase before the first
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
-        int64_t m0, n0, at_b[WIDE];
-        float next_b[WIDE];
-        snipi_tma_tile<COLUMNS>(g, t, &m0, &n0);
-        const int64_t row_a = m0 + threadIdx.x, row_b = n0 + threadIdx.x,
-                      at_a = row_a / g.a.reader.tile_rows * g.a.reader.tiles_across;
-        float next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a) : 0.0f;
+template <int Wide>
+SNIPI_DEVICE void snipi_tma_fetch_scales(const snipi_cuda_gemm_work &work, int64_t row_a, int64_t row_b, int64_t at_a,
+                                         const int64_t at_b[Wide], int block, snipi_tma_scales<Wide> *scales) {
+    scales->a = row_a < work.m ? snipi_cuda_scale_at(work.a.reader, at_a + block) : 0.0f;
 #pragma unroll
-        for (int j = 0; j < WIDE; j++) {
-            at_b[j] = (row_b + SNIPI_BLOCK * j) / g.b.reader.tile_rows * g.b.reader.tiles_across;
-            next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j]) : 0.0f;
-        }
-        for (int kb = 0; kb < blocks; kb++) {
-            float scale_a = next_a, scale_b[WIDE];
+    for (int j = 0; j < Wide; j++)
+        scales->b[j] = row_b + SNIPI_BLOCK * j < work.n ? snipi_cuda_scale_at(work.b.reader, at_b[j] + block) : 0.0f;
+}
+
+// blocks: of C, and along k. post: what the products lack, to go into the scales.
+template <int Columns>
+SNIPI_DEVICE void snipi_tma_produce(const snipi_cuda_gemm_work &work, const CUtensorMap *map_a,
+                                    const CUtensorMap *map_b, char *stages, snipi_tma_shared<Columns> *shared,
+                                    int64_t blocks_of_c, int blocks_of_k, float post) {
+    enum { Wide = Columns / SNIPI_BLOCK };
+
+    const int thread = (int)threadIdx.x;
+    snipi_tma_ring ring = { 0, 1 };  // of the empty barriers: the first wait is for a phase before the first
+    for (int64_t t = blockIdx.x; t < blocks_of_c; t += gridDim.x) {
+        int64_t m0, n0;
+        snipi_tma_block<Columns>(work, t, &m0, &n0);
+        const int64_t row_a = m0 + thread, row_b = n0 + thread;
+        const int64_t at_a = row_a / work.a.reader.tile_rows * work.a.reader.tiles_across;
+        int64_t at_b[Wide];
 #pragma unroll
-            for (int j = 0; j < WIDE; j++) scale_b[j] = next_b[j];
-            if (kb + 1 < blocks) {
-                next_a = row_a < g.m ? snipi_cuda_scale_at(g.a.reader, at_a + kb + 1) : 0.0f;
+        for (int j = 0; j < Wide; j++)
+            at_b[j] = (row_b + SNIPI_BLOCK * j) / work.b.reader.tile_rows * work.b.reader.tiles_across;
+        snipi_tma_scales<Wide> next;
+        snipi_tma_fetch_scales<Wide>(work, row_a, row_b, at_a, at_b, 0, &next);
+
+        for (int kb = 0; kb < blocks_of_k; kb++) {
+            const snipi_tma_scales<Wide> scales = next;
+            if (kb + 1 < blocks_of_k) snipi_tma_fetch_scales<Wide>(work, row_a, row_b, at_a, at_b, kb + 1, &next);
+
+            uint64_t *full = &shared->full[ring.stage];
+            snipi_ptx_barrier_wait(&shared->empty[ring.stage], ring.parity);
+            if (thread == 0) {
+                char *to = stages + ring.stage * shared->BytesOfStage;
+                snipi_ptx_barrier_arrive_expect(full, shared->BytesOfStage);
+                snipi_ptx_tma_load(to, map_a, full, kb * SNIPI_BLOCK, (int)m0);
 #pragma unroll
-                for (int j = 0; j < WIDE; j++)
-                    next_b[j] = row_b + SNIPI_BLOCK * j < g.n ? snipi_cuda_scale_at(g.b.reader, at_b[j] + kb + 1)
-                                                              : 0.0f;
-            }
-            snipi_ptx_barrier_wait(&shared->empty[stage], parity);
-            if (threadIdx.x == 0) {
-                char *to = stages + stage * shared->STAGE_BYTES;
-                snipi_ptx_barrier_arrive_expect(&shared->full[stage], shared->STAGE_BYTES);
-                snipi_ptx_tma_load(to, map_a, &shared->full[stage], kb * SNIPI_BLOCK, (int)m0);
-#pragma unroll
-                for (int j = 0; j < WIDE; j++)
-                    snipi_ptx_tma_load(to + (1 + j) * SNIPI_BLOCK * 128, map_b, &shared->full[stage], kb * SNIPI_BLOCK,
+                for (int j = 0; j < Wide; j++)
+                    snipi_ptx_tma_load(to + (1 + j) * SNIPI_BLOCK * 128, map_b, full, kb * SNIPI_BLOCK,
                                        (int)n0 + SNIPI_BLOCK * j);
             }
-            shared->scale[stage][threadIdx.x] = post * scale_a;
+            float *scale = shared->scale[ring.stage] + thread;
+            scale[0] = post * scales.a;
 #pragma unroll
-            for (int j = 0; j < WIDE; j++)
-                shared->scale[stage][(1 + j) * SNIPI_BLOCK + threadIdx.x] = post * scale_b[j];
-            snipi_ptx_barrier_arrive(&shared->full[stage]);
-            if (++stage == shared->STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            for (int j = 0; j < Wide; j++) scale[(1 + j) * SNIPI_BLOCK] = post * scales.b[j];
+            snipi_ptx_barrier_arrive(full);
+            snipi_tma_advance<Columns>(&ring);
         }
     }
 }
 
-// A thread's part of 16 rows, the r-th and the eighth below, by 128 columns from the j-th: c[i] lies i / 4 * 8 columns
-// further, for i & 2 in the row below, for i & 1 in the next column. Two neighbours at once where g.pairs says that
-// they may be.
-SNIPI_DEVICE void snipi_tma_begin_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, float c[64]) {
+// A thread's part of 16 rows, the row-th and the eighth below, by 128 columns from the col-th: c[i] lies i / 4 * 8
+// columns further, for i & 2 in the row below, for i & 1 in the next column. Two neighbours at once where work.pairs
+// says that they may be.
+SNIPI_DEVICE void snipi_tma_begin_c(const snipi_cuda_gemm_work &work, int64_t row0, int64_t col0, float c[64]) {
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
-        int64_t r = r0 + (i & 2) * 4, j = j0 + i / 4 * 8;
+        const int64_t row = row0 + (i & 2) * 4, col = col0 + i / 4 * 8;
         c[i] = c[i + 1] = 0;
-        if (r >= g.m || j >= g.n) continue;
-        if (g.accumulate && g.pairs) {
-            float2 v = *(const float2 *)(g.c + r * g.ldc + j);
-            c[i] = v.x;
-            c[i + 1] = v.y;
+        if (row >= work.m || col >= work.n) continue;
+        if (work.accumulate && work.pairs) {
+            const float2 pair = *(const float2 *)(work.c + row * work.ldc + col);
+            c[i] = pair.x;
+            c[i + 1] = pair.y;
         } else {
-            c[i] = snipi_cuda_begin_c(g, r, j);
-            if (j + 1 < g.n) c[i + 1] = snipi_cuda_begin_c(g, r, j + 1);
+            c[i] = snipi_cuda_begin_c(work, row, col);
+            if (col + 1 < work.n) c[i + 1] = snipi_cuda_begin_c(work, row, col + 1);
         }
     }
 }
 
-SNIPI_DEVICE void snipi_tma_end_c(const snipi_cuda_gemm_job &g, int64_t r0, int64_t j0, const float c[64]) {
+SNIPI_DEVICE void snipi_tma_end_c(const snipi_cuda_gemm_work &work, int64_t row0, int64_t col0, const float c[64]) {
 #pragma unroll
     for (int i = 0; i < 64; i += 2) {
-        int64_t r = r0 + (i & 2) * 4, j = j0 + i / 4 * 8;
-        if (r >= g.m || j >= g.n) continue;
-        if (g.pairs && !(g.accumulate && g.bias))
-            *(float2 *)(g.c + r * g.ldc + j) = make_float2(c[i], c[i + 1]);
+        const int64_t row = row0 + (i & 2) * 4, col = col0 + i / 4 * 8;
+        if (row >= work.m || col >= work.n) continue;
+        if (work.pairs && !(work.accumulate && work.bias))
+            *(float2 *)(work.c + row * work.ldc + col) = make_float2(c[i], c[i + 1]);
         else {
-            snipi_cuda_end_c(g, r, j, c[i]);
-            if (j + 1 < g.n) snipi_cuda_end_c(g, r, j + 1, c[i + 1]);
+            snipi_cuda_end_c(work, row, col, c[i]);
+            if (col + 1 < work.n) snipi_cuda_end_c(work, row, col + 1, c[i + 1]);
         }
     }
 }
 
-// N of them get a block's sums times both scales. one_scale: all columns have the same.
-template <int N, class D>
-SNIPI_DEVICE void snipi_tma_promote(float *c, const D *d, float above, float below, const float *scale_b, int col,
+// Count of them get a block's sums times both scales. above, below: scales of their two rows of A. one_scale: all
+// columns have the same.
+template <int Count, class Sum>
+SNIPI_DEVICE void snipi_tma_promote(float *c, const Sum *d, float above, float below, const float *scale_b, int col,
                                     int one_scale) {
-    if (one_scale) {  // the same products of scales, two instead of N
+    if (one_scale) {  // the same products of scales, two instead of Count
         above = __fmul_rn(above, scale_b[0]);
         below = __fmul_rn(below, scale_b[0]);
 #pragma unroll
-        for (int i = 0; i < N; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
+        for (int i = 0; i < Count; i++) c[i] = fmaf(i & 2 ? below : above, (float)d[i], c[i]);
     } else {
 #pragma unroll
-        for (int i = 0; i < N; i++)
+        for (int i = 0; i < Count; i++)
             c[i] = snipi_cuda_add_block(i & 2 ? below : above, scale_b[i / 4 * 8 + col + (i & 1)], (float)d[i], c[i]);
     }
 }
 
-SNIPI_DEVICE int64_t snipi_tma_tiles(const snipi_cuda_gemm_job &g, int columns) {
-    return (g.m + SNIPI_BLOCK - 1) / SNIPI_BLOCK * ((g.n + columns - 1) / columns);
+// A descriptor of an operand: rows of 128 bytes in groups of eight, with 128-byte swizzle. 32 bytes of k further is the
+// address plus 32; the hardware swizzles by address bits, so that groups lie at multiples of 1024. Address and
+// distances are in units of 16 bytes.
+//   bits 0 to 13    address
+//   16 to 29        distance along k, not used: 1
+//   32 to 45        distance from group to group: 1024 bytes
+//   46 to 48        version: 0 for wgmma, 1 for tcgen05
+//   61 to 63        128-byte swizzle: 2 for tcgen05; wgmma has 1 in bits 62 and 63, which is the same
+SNIPI_DEVICE uint64_t snipi_tma_operand(const void *rows, int version) {
+    const uint64_t address = (snipi_ptx_shared(rows) & 0x3FFFFu) >> 4;
+    return address | 1ull << 16 | 64ull << 32 | (uint64_t)version << 46 | 1ull << 62;
 }
 
-// Hopper: tiles of 128 x 128, six stages. A consuming warpgroup multiplies 64 rows by wgmma, then adds the sums times
-// both scales to C's. While one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the tensor
-// cores 256 clocks, conversions of integer sums 128, on the integer pipe, and multiply-adds 64.
-enum { SNIPI_WGMMA_THREADS = 384, SNIPI_PRODUCER_REGISTERS = 40, SNIPI_WGMMA_REGISTERS = 232 };
+// >>cuda-gemm-wgmma ------------------------------------------------------------------------------------------------
+// Hopper: blocks of C of 128 x 128, six stages. A consuming warpgroup multiplies 64 rows by wgmma, then adds the sums
+// times both scales to C's. While one adds, the other multiplies: at nominal rates 64 x 128 x 128 products take the
+// tensor cores 256 clocks, conversions of integer sums 128, on the integer pipe, and multiply-adds 64.
+enum {
+    SNIPI_WGMMA_THREADS = 3 * SNIPI_WARPGROUP,
+    SNIPI_PRODUCER_REGISTERS = 40,  // a thread: enough not to spill, and the consumers get the rest
+    SNIPI_WGMMA_REGISTERS = 232
+};
 
 typedef snipi_tma_shared<128> snipi_wgmma_shared;
+
 static_assert(SNIPI_TMA_SHARED + sizeof(snipi_wgmma_shared) <= 232448, "a thread block's shared memory on Hopper");
 static_assert(128 * SNIPI_PRODUCER_REGISTERS + 256 * SNIPI_WGMMA_REGISTERS <=
                   SNIPI_WGMMA_THREADS * (65536 / SNIPI_WGMMA_THREADS / 8 * 8),
               "registers of the launch");
 static_assert(SNIPI_PRODUCER_REGISTERS % 8 == 0 && SNIPI_WGMMA_REGISTERS % 8 == 0, "setmaxnreg");
 
-// Formats E2M1: their values times 2, as INT8.
-template <int FORMAT_A, int FORMAT_B>
-SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_job &g, char *stages, snipi_wgmma_shared *shared,
-                                      int64_t tiles, int blocks) {
-    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP,
-              row = 64 * group + (int)threadIdx.x % 128 / SNIPI_WARP * 16 + lane / 4, col = lane % 4 * 2;
-    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a tile's columns
-    int stage = 0, parity = 0;
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+// Formats of E2M1 stand for their values times 2 as INT8, here and in tcgen05's functions.
+template <int Format> using snipi_tma_sum = typename std::conditional<Format == SNIP_E2M1, int32_t, float>::type;
+
+template <int FormatA, int FormatB, class Sum>
+SNIPI_DEVICE void snipi_wgmma_start(Sum d[64], uint64_t a, uint64_t b, int add) {
+    if constexpr (FormatA == SNIP_E2M1)
+        snipi_ptx_wgmma_s8(d, a, b, add);
+    else if constexpr (FormatA == SNIP_E4M3 && FormatB == SNIP_E4M3)
+        snipi_ptx_wgmma_e4m3_e4m3(d, a, b, add);
+    else if constexpr (FormatA == SNIP_E4M3)
+        snipi_ptx_wgmma_e4m3_e5m2(d, a, b, add);
+    else if constexpr (FormatB == SNIP_E4M3)
+        snipi_ptx_wgmma_e5m2_e4m3(d, a, b, add);
+    else
+        snipi_ptx_wgmma_e5m2_e5m2(d, a, b, add);
+}
+
+template <int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_wgmma_consume(const snipi_cuda_gemm_work &work, char *stages, snipi_wgmma_shared *shared,
+                                      int64_t blocks_of_c, int blocks_of_k) {
+    const int group = (int)threadIdx.x / SNIPI_WARPGROUP - 1, warp = (int)threadIdx.x % SNIPI_WARPGROUP / SNIPI_WARP;
+    const int lane = snipi_lane(), row = 64 * group + 16 * warp + lane / 4, col = lane % 4 * 2;
+    const int one_scale = work.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a block's columns
+    snipi_tma_ring ring = { 0, 0 };
+    for (int64_t t = blockIdx.x; t < blocks_of_c; t += gridDim.x) {
         int64_t m0, n0;
         float c[64];
-        typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[64];
-        snipi_tma_tile<128>(g, t, &m0, &n0);
-        snipi_tma_begin_c(g, m0 + row, n0 + col, c);
+        snipi_tma_sum<FormatA> d[64];
+        snipi_tma_block<128>(work, t, &m0, &n0);
+        snipi_tma_begin_c(work, m0 + row, n0 + col, c);
 #pragma unroll
         for (int i = 0; i < 64; i++) d[i] = 0;
-        for (int kb = 0; kb < blocks; kb++) {
-            const char *a = stages + stage * shared->STAGE_BYTES + group * 64 * 128,
-                       *b = stages + stage * shared->STAGE_BYTES + SNIPI_BLOCK * 128;
-            const float *scale = shared->scale[stage];
-            snipi_ptx_barrier_wait(&shared->full[stage], parity);
+
+        for (int kb = 0; kb < blocks_of_k; kb++) {
+            const char *a = stages + ring.stage * shared->BytesOfStage + group * 64 * 128;
+            const char *b = stages + ring.stage * shared->BytesOfStage + SNIPI_BLOCK * 128;
+            const float *scale = shared->scale[ring.stage];
+            snipi_ptx_barrier_wait(&shared->full[ring.stage], ring.parity);
             snipi_ptx_wgmma_begin(d);
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
-                uint64_t at_a = snipi_ptx_operand(a + 32 * kk, 0), at_b = snipi_ptx_operand(b + 32 * kk, 0);
-                snipi_ptx_wgmma<FORMAT_A, FORMAT_B>(d, at_a, at_b, kk > 0);
+                const uint64_t at_a = snipi_tma_operand(a + 32 * kk, 0), at_b = snipi_tma_operand(b + 32 * kk, 0);
+                snipi_wgmma_start<FormatA, FormatB>(d, at_a, at_b, kk > 0);
             }
             snipi_ptx_wgmma_end(d);
             snipi_tma_promote<64>(c, d, scale[row], scale[row + 8], scale + SNIPI_BLOCK, col, one_scale);
             __syncwarp();
-            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
-            if (++stage == shared->STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[ring.stage]);
+            snipi_tma_advance<128>(&ring);
         }
-        snipi_tma_end_c(g, m0 + row, n0 + col, c);
+        snipi_tma_end_c(work, m0 + row, n0 + col, c);
     }
 }
 
-template <int FORMAT_A, int FORMAT_B>
+template <int FormatA, int FormatB>
 static __global__ void __launch_bounds__(SNIPI_WGMMA_THREADS, 1)
-    snipi_wgmma_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a,
+    snipi_wgmma_kernel(const snipi_cuda_gemm_work work, const __grid_constant__ CUtensorMap map_a,
                        const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     __shared__ snipi_wgmma_shared shared;
-    char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
-    const int64_t tiles = snipi_tma_tiles(g, 128);
-    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    char *const stages = snipi_tma_stages();
+    const int64_t blocks_of_c = snipi_tma_blocks(work, 128);
+    const int blocks_of_k = (int)((work.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
     if (threadIdx.x == 0) {
         snipi_tma_barriers(&shared);
         snipi_ptx_barrier_init_fence();
     }
     __syncthreads();
-    if (threadIdx.x < 128) {
+    if (threadIdx.x < SNIPI_WARPGROUP) {
         snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
-        snipi_tma_produce<128>(g, &map_a, &map_b, stages, &shared, tiles, blocks, FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
+        snipi_tma_produce<128>(work, &map_a, &map_b, stages, &shared, blocks_of_c, blocks_of_k,
+                               FormatA == SNIP_E2M1 ? 0.5f : 1.0f);
     } else {
         snipi_ptx_registers_more<SNIPI_WGMMA_REGISTERS>();
-        snipi_wgmma_consume<FORMAT_A, FORMAT_B>(g, stages, &shared, tiles, blocks);
+        snipi_wgmma_consume<FormatA, FormatB>(work, stages, &shared, blocks_of_c, blocks_of_k);
     }
 #endif
 }
 
-// Datacenter Blackwell: tiles of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A thread of
-// a fourth warpgroup lets tcgen05 multiply; each consuming warpgroup loads the sums of 128 columns, and adds them times
-// both scales to C's, while the next block's are made in the other accumulator. At nominal rates (8192 products and 128
-// multiply-adds a clock) a block takes the tensor cores 512 clocks and the multiply-adds 256: multiplying is the limit.
-// Where columns have scales of their own, products of scales take 256 more, and adding is about as long; so are
-// conversions of integer sums, 64 a clock. 256 columns rather than 128, so that the cache has to give 96 bytes a clock,
-// not 128. Compile-tested and emulated, never run on a GPU. Barriers: summed, when a stage's products are done. The
-// stage is empty when they have been read, and so is its accumulator.
+// >>cuda-gemm-tcgen05 ----------------------------------------------------------------------------------------------
+// Datacenter Blackwell: blocks of C of 128 x 256, four stages, sums in two accumulators that fill tensor memory. A
+// thread of a fourth warpgroup lets tcgen05 multiply. Each consuming warpgroup loads the sums of 128 columns and adds
+// them times both scales to C's, while the next block's are made in the other accumulator.
+//
+// At nominal rates (8192 products and 128 multiply-adds a clock) a block of k takes the tensor cores 512 clocks and the
+// multiply-adds 256: multiplying is the limit. Where columns have scales of their own, products of scales take 256
+// more, and adding is about as long; so are conversions of integer sums, 64 a clock. 256 columns rather than 128, so
+// that the cache has to give 96 bytes a clock, not 128.
+//
+// Barriers beside full and empty: summed, when a stage's products are done. The stage is empty when they have been
+// read, and so is its accumulator.
 enum {
     SNIPI_TCGEN05_COLUMNS = 256,
-    SNIPI_TCGEN05_THREADS = 512,
-    SNIPI_MULTIPLIER_REGISTERS = 24,
-    SNIPI_TCGEN05_REGISTERS = 224
+    SNIPI_TCGEN05_THREADS = 4 * SNIPI_WARPGROUP,
+    SNIPI_MULTIPLIER_REGISTERS = 24,  // a thread
+    SNIPI_TCGEN05_REGISTERS = 224     // of a consumer: all that the others leave, less one step of 8
 };
 
 struct snipi_tcgen05_shared : snipi_tma_shared<SNIPI_TCGEN05_COLUMNS> {
-    uint64_t summed[STAGES];
+    uint64_t summed[Stages];
     uint32_t tensor_memory;
 };
 
-static_assert(snipi_tcgen05_shared::STAGES == 4, "two stages for each accumulator");
+static_assert(snipi_tcgen05_shared::Stages == 4, "two stages for each accumulator");
 static_assert(SNIPI_TMA_SHARED + sizeof(snipi_tcgen05_shared) <= 232448, "a thread block's shared memory on Blackwell");
-static_assert(128 * (SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <= 65536,
+static_assert(128 * ((int)SNIPI_PRODUCER_REGISTERS + SNIPI_MULTIPLIER_REGISTERS) + 256 * SNIPI_TCGEN05_REGISTERS <=
+                  65536,
               "registers of the launch");
 
-template <int FORMAT_A, int FORMAT_B>
-SNIPI_DEVICE void snipi_tcgen05_multiply(char *stages, snipi_tcgen05_shared *shared, int64_t tiles, int blocks) {
-    const uint32_t instruction = snipi_ptx_instruction<FORMAT_A, FORMAT_B>(SNIPI_BLOCK, SNIPI_TCGEN05_COLUMNS);
-    int stage = 0, parity = 0;
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x)
-        for (int kb = 0; kb < blocks; kb++) {
-            const char *a = stages + stage * shared->STAGE_BYTES, *b = a + SNIPI_BLOCK * 128;
-            snipi_ptx_barrier_wait(&shared->full[stage], parity);
-            snipi_ptx_barrier_wait(&shared->empty[stage ^ 2],
-                                   stage < 2 ? parity ^ 1 : parity);  // two blocks ago, the accumulator's last
+// An instruction's descriptor.
+//   bits 4 and 5    sums: 1 float, 2 int32
+//   7 to 9          A: 0 E4M3, 1 E5M2 or signed bytes
+//   10 to 12        B, likewise
+//   17 to 22        columns / 8
+//   24 to 28        rows / 16
+template <int FormatA, int FormatB> SNIPI_DEVICE constexpr uint32_t snipi_tcgen05_instruction(int rows, int columns) {
+    return (FormatA == SNIP_E2M1 ? 2u : 1u) << 4 | (FormatA == SNIP_E4M3 ? 0u : 1u) << 7 |
+           (FormatB == SNIP_E4M3 ? 0u : 1u) << 10 | (uint32_t)columns / 8 << 17 | (uint32_t)rows / 16 << 24;
+}
+
+template <int FormatA>
+SNIPI_DEVICE void snipi_tcgen05_start(uint32_t d, uint64_t a, uint64_t b, uint32_t instruction, int add) {
+    if constexpr (FormatA == SNIP_E2M1)
+        snipi_ptx_tcgen05_s8(d, a, b, instruction, add);
+    else
+        snipi_ptx_tcgen05_fp8(d, a, b, instruction, add);
+}
+
+template <int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_tcgen05_multiply(char *stages, snipi_tcgen05_shared *shared, int64_t blocks_of_c,
+                                         int blocks_of_k) {
+    const uint32_t instruction = snipi_tcgen05_instruction<FormatA, FormatB>(SNIPI_BLOCK, SNIPI_TCGEN05_COLUMNS);
+    snipi_tma_ring ring = { 0, 0 };
+    for (int64_t t = blockIdx.x; t < blocks_of_c; t += gridDim.x)
+        for (int kb = 0; kb < blocks_of_k; kb++) {
+            const char *a = stages + ring.stage * shared->BytesOfStage, *b = a + SNIPI_BLOCK * 128;
+            const uint32_t sums = shared->tensor_memory + ring.stage % 2 * SNIPI_TCGEN05_COLUMNS;
+            snipi_ptx_barrier_wait(&shared->full[ring.stage], ring.parity);
+            // The accumulator's last block, two ago, has been read.
+            snipi_ptx_barrier_wait(&shared->empty[ring.stage ^ 2], ring.stage < 2 ? ring.parity ^ 1 : ring.parity);
             snipi_ptx_tcgen05_after();
 #pragma unroll
             for (int kk = 0; kk < 4; kk++) {
-                uint64_t at_a = snipi_ptx_operand(a + 32 * kk, 1), at_b = snipi_ptx_operand(b + 32 * kk, 1);
-                snipi_ptx_tcgen05<FORMAT_A>(shared->tensor_memory + stage % 2 * SNIPI_TCGEN05_COLUMNS, at_a, at_b,
-                                            instruction, kk > 0);
+                const uint64_t at_a = snipi_tma_operand(a + 32 * kk, 1), at_b = snipi_tma_operand(b + 32 * kk, 1);
+                snipi_tcgen05_start<FormatA>(sums, at_a, at_b, instruction, kk > 0);
             }
-            snipi_ptx_tcgen05_commit(&shared->summed[stage]);
-            if (++stage == shared->STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            snipi_ptx_tcgen05_commit(&shared->summed[ring.stage]);
+            snipi_tma_advance<SNIPI_TCGEN05_COLUMNS>(&ring);
         }
 }
 
-template <int FORMAT_A>
-SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_job &g, snipi_tcgen05_shared *shared, int64_t tiles,
-                                        int blocks) {
-    const int group = (int)threadIdx.x / 128 - 1, lane = (int)threadIdx.x % SNIPI_WARP,
-              warp_row = (int)threadIdx.x % 128 / SNIPI_WARP * 32, row = warp_row + lane / 4, col = lane % 4 * 2;
-    const int one_scale = g.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a group's columns
+template <int FormatA>
+SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_work &work, snipi_tcgen05_shared *shared,
+                                        int64_t blocks_of_c, int blocks_of_k) {
+    const int group = (int)threadIdx.x / SNIPI_WARPGROUP - 1, lane = snipi_lane();
+    const int warp_row = (int)threadIdx.x % SNIPI_WARPGROUP / SNIPI_WARP * 32;
+    const int row = warp_row + lane / 4, col = lane % 4 * 2;
+    const int one_scale = work.b.reader.tile_rows % SNIPI_BLOCK == 0;  // for all of a group's columns
     const uint32_t sums = shared->tensor_memory + ((uint32_t)warp_row << 16) + (uint32_t)group * SNIPI_BLOCK;
-    int stage = 0, parity = 0;
-    for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
+    snipi_tma_ring ring = { 0, 0 };
+    for (int64_t t = blockIdx.x; t < blocks_of_c; t += gridDim.x) {
         int64_t m0, n0;
         float c[2][64];  // of two times 16 rows
-        typename std::conditional<FORMAT_A == SNIP_E2M1, int32_t, float>::type d[2][32];
-        snipi_tma_tile<SNIPI_TCGEN05_COLUMNS>(g, t, &m0, &n0);
+        snipi_tma_sum<FormatA> d[2][32];
+        snipi_tma_block<SNIPI_TCGEN05_COLUMNS>(work, t, &m0, &n0);
         n0 += group * SNIPI_BLOCK;
 #pragma unroll
-        for (int i = 0; i < 2; i++) snipi_tma_begin_c(g, m0 + row + 16 * i, n0 + col, c[i]);
-        for (int kb = 0; kb < blocks; kb++) {
-            const float *scale_a = shared->scale[stage] + row,
-                        *scale_b = shared->scale[stage] + (1 + group) * SNIPI_BLOCK;
-            const uint32_t at = sums + (uint32_t)stage % 2 * SNIPI_TCGEN05_COLUMNS;
-            snipi_ptx_barrier_wait(&shared->full[stage], parity);  // the scales
-            snipi_ptx_barrier_wait(&shared->summed[stage], parity);
+        for (int i = 0; i < 2; i++) snipi_tma_begin_c(work, m0 + row + 16 * i, n0 + col, c[i]);
+
+        for (int kb = 0; kb < blocks_of_k; kb++) {
+            const float *scale_a = shared->scale[ring.stage] + row;
+            const float *scale_b = shared->scale[ring.stage] + (1 + group) * SNIPI_BLOCK;
+            const uint32_t at = sums + (uint32_t)ring.stage % 2 * SNIPI_TCGEN05_COLUMNS;
+            snipi_ptx_barrier_wait(&shared->full[ring.stage], ring.parity);  // the scales
+            snipi_ptx_barrier_wait(&shared->summed[ring.stage], ring.parity);
             snipi_ptx_tcgen05_after();
             snipi_ptx_tensor_memory_load(d[0], at);
 #pragma unroll
@@ -2180,14 +2600,11 @@ SNIPI_DEVICE void snipi_tcgen05_consume(const snipi_cuda_gemm_job &g, snipi_tcge
             }
             snipi_ptx_tcgen05_before();
             __syncwarp();
-            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[stage]);
-            if (++stage == shared->STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
+            if (lane == 0) snipi_ptx_barrier_arrive(&shared->empty[ring.stage]);
+            snipi_tma_advance<SNIPI_TCGEN05_COLUMNS>(&ring);
         }
 #pragma unroll
-        for (int i = 0; i < 2; i++) snipi_tma_end_c(g, m0 + row + 16 * i, n0 + col, c[i]);
+        for (int i = 0; i < 2; i++) snipi_tma_end_c(work, m0 + row + 16 * i, n0 + col, c[i]);
     }
 }
 
@@ -2197,31 +2614,31 @@ SNIPI_DEVICE void snipi_tcgen05_syncthreads() {
     snipi_ptx_tcgen05_after();
 }
 
-template <int FORMAT_A, int FORMAT_B>
-SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_job &g, const CUtensorMap *map_a,
+template <int FormatA, int FormatB>
+SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_work &work, const CUtensorMap *map_a,
                                             const CUtensorMap *map_b) {
     __shared__ snipi_tcgen05_shared shared;
-    char *const stages = (char *)(((uintptr_t)snipi_ptx_dynamic_shared() + 1023) / 1024 * 1024);
-    const int64_t tiles = snipi_tma_tiles(g, SNIPI_TCGEN05_COLUMNS);
-    const int blocks = (int)((g.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK), group = (int)threadIdx.x / 128,
-              multiplier = (int)threadIdx.x / SNIPI_WARP == 12;
+    char *const stages = snipi_tma_stages();
+    const int64_t blocks_of_c = snipi_tma_blocks(work, SNIPI_TCGEN05_COLUMNS);
+    const int blocks_of_k = (int)((work.k + SNIPI_BLOCK - 1) / SNIPI_BLOCK);
+    const int group = (int)threadIdx.x / SNIPI_WARPGROUP, multiplier = snipi_warp() == 12;  // the last group's first
     if (threadIdx.x == 0) {
         snipi_tma_barriers(&shared);
-        for (int s = 0; s < shared.STAGES; s++) snipi_ptx_barrier_init(&shared.summed[s], 1);
+        for (int s = 0; s < shared.Stages; s++) snipi_ptx_barrier_init(&shared.summed[s], 1);
         snipi_ptx_barrier_init_fence();
     }
     if (multiplier) snipi_ptx_tensor_memory_alloc(&shared.tensor_memory);
     snipi_tcgen05_syncthreads();
     if (group == 0) {
         snipi_ptx_registers_fewer<SNIPI_PRODUCER_REGISTERS>();
-        snipi_tma_produce<SNIPI_TCGEN05_COLUMNS>(g, map_a, map_b, stages, &shared, tiles, blocks,
-                                                 FORMAT_A == SNIP_E2M1 ? 0.5f : 1.0f);
+        snipi_tma_produce<SNIPI_TCGEN05_COLUMNS>(work, map_a, map_b, stages, &shared, blocks_of_c, blocks_of_k,
+                                                 FormatA == SNIP_E2M1 ? 0.5f : 1.0f);
     } else if (group < 3) {
         snipi_ptx_registers_more<SNIPI_TCGEN05_REGISTERS>();
-        snipi_tcgen05_consume<FORMAT_A>(g, &shared, tiles, blocks);
+        snipi_tcgen05_consume<FormatA>(work, &shared, blocks_of_c, blocks_of_k);
     } else {
         snipi_ptx_registers_fewer<SNIPI_MULTIPLIER_REGISTERS>();
-        if (threadIdx.x == 384) snipi_tcgen05_multiply<FORMAT_A, FORMAT_B>(stages, &shared, tiles, blocks);
+        if (threadIdx.x == 384) snipi_tcgen05_multiply<FormatA, FormatB>(stages, &shared, blocks_of_c, blocks_of_k);
         __syncwarp();
     }
     snipi_tcgen05_syncthreads();
@@ -2229,72 +2646,77 @@ SNIPI_DEVICE void snipi_tcgen05_kernel_body(const snipi_cuda_gemm_job &g, const 
 }
 
 // tcgen05 multiplies bytes as integers on 10.0 alone, and only in code for sm_100a.
-template <int FORMAT_A, int FORMAT_B>
+template <int FormatA, int FormatB>
 static __global__ void __launch_bounds__(SNIPI_TCGEN05_THREADS, 1)
-    snipi_tcgen05_kernel(const snipi_cuda_gemm_job g, const __grid_constant__ CUtensorMap map_a,
+    snipi_tcgen05_kernel(const snipi_cuda_gemm_work work, const __grid_constant__ CUtensorMap map_a,
                          const __grid_constant__ CUtensorMap map_b) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
-    snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
+    snipi_tcgen05_kernel_body<FormatA, FormatB>(work, &map_a, &map_b);
 #elif defined(__CUDA_ARCH_FEAT_SM103_ALL) || \
     (__CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100 && defined(__CUDA_ARCH_FAMILY_SPECIFIC__))
-    if constexpr (FORMAT_A != SNIP_E2M1) snipi_tcgen05_kernel_body<FORMAT_A, FORMAT_B>(g, &map_a, &map_b);
+    if constexpr (FormatA != SNIP_E2M1) snipi_tcgen05_kernel_body<FormatA, FormatB>(work, &map_a, &map_b);
 #endif
 }
 
-static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *o, int64_t rows, int64_t k) {
-    snipi_cuda_operand q = {};
-    int64_t ld = o->ld ? o->ld : o->transposed ? rows : k;
-    q.reader = snipi_cuda_reader_of(o->recipe, o->codes, o->scales, rows, k);
-    q.rows = rows;
-    q.across = o->transposed ? 1 : ld;
-    q.along = o->transposed ? ld : 1;
-    q.plain = snipi_plain(o->recipe->format);
-    q.round_bf16 = o->round_bf16;
-    q.aligned = (q.plain ? o->recipe->format == SNIP_F32 && !o->transposed && ld % 4 == 0
-                         : k % 2 == 0 && q.reader.row_bytes % 16 == 0) &&
-                (uintptr_t)o->codes % 16 == 0;
-    return q;
+// >>cuda-gemm-choice -----------------------------------------------------------------------------------------------
+// Which kernel multiplies what, on the GPU at hand.
+static snipi_cuda_operand snipi_cuda_operand_of(const snip_operand *given, int64_t rows, int64_t k) {
+    const int64_t ld = given->ld ? given->ld : given->transposed ? rows : k;
+    snipi_cuda_operand operand = {};
+    operand.reader = snipi_cuda_reader_of(given->recipe, given->codes, given->scales, rows, k);
+    operand.rows = rows;
+    operand.across = given->transposed ? 1 : ld;
+    operand.along = given->transposed ? ld : 1;
+    operand.plain = snipi_plain(given->recipe->format);
+    operand.round_bf16 = given->round_bf16;
+    operand.aligned = (uintptr_t)given->codes % 16 == 0;
+    if (operand.plain)
+        operand.aligned &= given->recipe->format == SNIP_F32 && !given->transposed && ld % 4 == 0;
+    else
+        operand.aligned &= k % 2 == 0 && operand.reader.row_bytes % 16 == 0;
+    return operand;
 }
 
-static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_job *g, int64_t m, int64_t n, int64_t k, const snip_operand *a,
-                                         const snip_operand *b, float *c, int64_t ldc, int accumulate,
-                                         const float *bias) {
+static snip_status snipi_cuda_gemm_begin(snipi_cuda_gemm_work *work, int64_t m, int64_t n, int64_t k,
+                                         const snip_operand *a, const snip_operand *b, float *c, int64_t ldc,
+                                         int accumulate, const float *bias) {
     if (m < 0 || n < 0 || k < 0 || !snipi_shape_ok(m, n, ldc)) return SNIP_BAD_ARGUMENT;
     if (!snipi_operand_ok(a, m, k) || !snipi_operand_ok(b, n, k)) return SNIP_BAD_ARGUMENT;
     if (m > 0 && n > 0 && !c) return SNIP_BAD_ARGUMENT;
-    g->m = m;
-    g->n = n;
-    g->k = k;
-    g->c = c;
-    g->ldc = ldc;
-    g->bias = bias;
-    g->accumulate = accumulate != 0;
-    g->pairs = n % 2 == 0 && ldc % 2 == 0 && (uintptr_t)c % sizeof(float2) == 0;
+
+    work->m = m;
+    work->n = n;
+    work->k = k;
+    work->c = c;
+    work->ldc = ldc;
+    work->bias = bias;
+    work->accumulate = accumulate != 0;
+    work->pairs = n % 2 == 0 && ldc % 2 == 0 && (uintptr_t)c % sizeof(float2) == 0;
     if (k == 0) return SNIP_OK;
-    g->a = snipi_cuda_operand_of(a, m, k);
-    g->b = snipi_cuda_operand_of(b, n, k);
-    g->block = snipi_s8_block(a, b, k);
+    work->a = snipi_cuda_operand_of(a, m, k);
+    work->b = snipi_cuda_operand_of(b, n, k);
+    work->block = snipi_s8_block(a, b, k);
     return SNIP_OK;
 }
 
 SNIP_API snip_status snip_cuda_gemm_reference(int64_t m, int64_t n, int64_t k, const snip_operand *a,
                                               const snip_operand *b, float *c, int64_t ldc, int accumulate,
                                               const float *bias, cudaStream_t stream) {
-    snipi_cuda_gemm_job g = {};
-    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
+    snipi_cuda_gemm_work work = {};
+    const snip_status status = snipi_cuda_gemm_begin(&work, m, n, k, a, b, c, ldc, accumulate, bias);
     if (status || m == 0 || n == 0) return status;
     return snipi_cuda_launch(snipi_cuda_gemm_reference_kernel, snipi_ceil_div(m, 16) * snipi_ceil_div(n, 16), 256, 0,
-                             stream, g);
+                             stream, work);
 }
 
-// Whether the kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that
-// from 9.0 on the system adds to every kernel beside one that has some.
-enum { SNIPI_EMPTY_SHARED = 4096 };
+// Whether a kernel was compiled for this GPU with its body, which has shared memory: more than the 1024 bytes that from
+// 9.0 on the system adds to every kernel beside one that has some.
+enum { SNIPI_EMPTY_SHARED = 4096 };  // bytes: above the system's, below all bodies'
 
 static_assert(sizeof(snipi_wgmma_shared) > SNIPI_EMPTY_SHARED && sizeof(snipi_mma_shared) > SNIPI_EMPTY_SHARED,
               "a body is told by its shared memory");
 
-template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
+template <class... Parameters> static int snipi_cuda_has_body(void (*kernel)(Parameters...)) {
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess)
         return attributes.sharedSizeBytes > SNIPI_EMPTY_SHARED;
@@ -2302,92 +2724,101 @@ template <class... P> static int snipi_cuda_has_body(void (*kernel)(P...)) {
     return 0;
 }
 
-// The kernel that TMA feeds, if this GPU has one and TMA can read the operands; or NULL.
-typedef void (*snipi_tma_fn)(const snipi_cuda_gemm_job, const CUtensorMap, const CUtensorMap);
+// The kernel that TMA feeds, if this GPU has one; or NULL.
+typedef void (*snipi_tma_fn)(const snipi_cuda_gemm_work, const CUtensorMap, const CUtensorMap);
 
-template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel() {
-    if (snipi_cuda_has_body(snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>)) return snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>;
-    return snipi_cuda_has_body(snipi_wgmma_kernel<FORMAT_A, FORMAT_B>) ? snipi_wgmma_kernel<FORMAT_A, FORMAT_B> : NULL;
+template <int FormatA, int FormatB> static snipi_tma_fn snipi_tma_kernel() {
+    if (snipi_cuda_has_body(snipi_tcgen05_kernel<FormatA, FormatB>)) return snipi_tcgen05_kernel<FormatA, FormatB>;
+    return snipi_cuda_has_body(snipi_wgmma_kernel<FormatA, FormatB>) ? snipi_wgmma_kernel<FormatA, FormatB> : NULL;
 }
 
-template <int FORMAT_A, int FORMAT_B> static snipi_tma_fn snipi_tma_kernel_of(const snipi_cuda_gemm_job &g) {
-    return g.k < INT32_MAX && g.m < INT32_MAX && g.n < INT32_MAX && g.a.aligned && g.b.aligned
-               ? snipi_tma_kernel<FORMAT_A, FORMAT_B>()
-               : NULL;
+// Also NULL if TMA cannot read the operands.
+template <int FormatA, int FormatB> static snipi_tma_fn snipi_tma_kernel_of(const snipi_cuda_gemm_work &work) {
+    if (work.k >= INT32_MAX || work.m >= INT32_MAX || work.n >= INT32_MAX) return NULL;
+    return work.a.aligned && work.b.aligned ? snipi_tma_kernel<FormatA, FormatB>() : NULL;
 }
 
-static snip_status snipi_tma_launch(snipi_tma_fn kernel, bool tcgen05, const snipi_cuda_gemm_job &g,
+static snip_status snipi_tma_launch(snipi_tma_fn kernel, bool tcgen05, const snipi_cuda_gemm_work &work,
                                     cudaStream_t stream) {
-    const int columns = tcgen05 ? (int)SNIPI_TCGEN05_COLUMNS : SNIPI_BLOCK,
-              threads = tcgen05 ? (int)SNIPI_TCGEN05_THREADS : SNIPI_WGMMA_THREADS;
-    const int64_t tiles = snipi_ceil_div(g.m, SNIPI_BLOCK) * snipi_ceil_div(g.n, columns);
+    const int columns = tcgen05 ? (int)SNIPI_TCGEN05_COLUMNS : SNIPI_BLOCK;
+    const int threads = tcgen05 ? (int)SNIPI_TCGEN05_THREADS : SNIPI_WGMMA_THREADS;
+    const int64_t blocks = snipi_ceil_div(work.m, SNIPI_BLOCK) * snipi_ceil_div(work.n, columns);
     CUtensorMap map_a, map_b;
     int device, processors;
     if (cudaGetDevice(&device) != cudaSuccess ||
         cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SNIPI_TMA_SHARED) != cudaSuccess ||
-        !snipi_cuda_tensor_map(&map_a, g.a.reader.codes, g.m, g.k, g.a.reader.row_bytes) ||
-        !snipi_cuda_tensor_map(&map_b, g.b.reader.codes, g.n, g.k, g.b.reader.row_bytes))
+        !snipi_cuda_tensor_map(&map_a, work.a.reader.codes, work.m, work.k, work.a.reader.row_bytes) ||
+        !snipi_cuda_tensor_map(&map_b, work.b.reader.codes, work.n, work.k, work.b.reader.row_bytes))
         return SNIP_DEVICE;
-    return snipi_cuda_launch(kernel, snipi_min(tiles, processors), threads, SNIPI_TMA_SHARED, stream, g, map_a, map_b);
+    return snipi_cuda_launch(kernel, snipi_min(blocks, processors), threads, SNIPI_TMA_SHARED, stream, work, map_a,
+                             map_b);
 }
 
-template <int FORMAT_A, int FORMAT_B>
-static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_job &g, cudaStream_t stream) {
-    int64_t blocks = snipi_cuda_blocks(g.m, g.n);
-    snipi_tma_fn kernel = g.k > 0 ? snipi_tma_kernel_of<FORMAT_A, FORMAT_B>(g) : NULL;
-    if (kernel) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<FORMAT_A, FORMAT_B>, g, stream);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>))
-        return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream,
-                                 g);
-    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>))
-        return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_F16, FORMAT_A, FORMAT_B>, blocks, SNIPI_THREADS, 0, stream,
-                                 g);
-    return SNIP_UNSUPPORTED;
+static snip_status snipi_mma_launch(void (*kernel)(const snipi_cuda_gemm_work), const snipi_cuda_gemm_work &work,
+                                    cudaStream_t stream) {
+    if (!snipi_cuda_has_body(kernel)) return SNIP_UNSUPPORTED;
+    return snipi_cuda_launch(kernel, snipi_cuda_blocks(work.m, work.n), SNIPI_THREADS, 0, stream, work);
 }
 
-static int snipi_cuda_is_fp8(snip_format f) { return f == SNIP_E4M3 || f == SNIP_E5M2; }
+template <int FormatA, int FormatB>
+static snip_status snipi_cuda_gemm_fp8(const snipi_cuda_gemm_work &work, cudaStream_t stream) {
+    const snipi_tma_fn kernel = work.k > 0 ? snipi_tma_kernel_of<FormatA, FormatB>(work) : NULL;
+    if (kernel) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<FormatA, FormatB>, work, stream);
+    if (snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_FP8, FormatA, FormatB>))
+        return snipi_mma_launch(snipi_mma_kernel<SNIPI_MMA_FP8, FormatA, FormatB>, work, stream);
+    return snipi_mma_launch(snipi_mma_kernel<SNIPI_MMA_F16, FormatA, FormatB>, work, stream);
+}
 
-static int snipi_cuda_is_bf16(const snip_operand *o) { return o->recipe->format == SNIP_BF16 || o->round_bf16; }
-
-// codes: of E2M1 operands, packed or S8_BYTES.
-static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
-                                   snip_cuda_codes codes, float *c, int64_t ldc, int accumulate, const float *bias,
-                                   unsigned long long *nonfinite, cudaStream_t stream) {
-    snipi_cuda_gemm_job g = {};
-    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, bias);
-    if (status) return status;
-    snip_format format_a = a->recipe->format, format_b = b->recipe->format;
-    int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1,
-        fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
-    int plain = snipi_plain(format_a) && snipi_plain(format_b);
-    if (!plain && ((!fp4 && !fp8) || a->recipe->tile_cols != SNIPI_BLOCK || b->recipe->tile_cols != SNIPI_BLOCK))
-        return SNIP_UNSUPPORTED;
-    if (m == 0 || n == 0) return SNIP_OK;
-    g.nonfinite = nonfinite;
-    if (plain)
-        return snipi_cuda_launch(
-            snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b) && snipi_cuda_has_body(snipi_bf16_kernel) ? snipi_bf16_kernel
-                                                                                                     : snipi_f32_kernel,
-            snipi_cuda_blocks(m, n), SNIPI_THREADS, 0, stream, g);
-    if (fp8 && format_a == SNIP_E5M2)
-        return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(g, stream)
-                                     : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(g, stream);
-    if (fp8)
-        return format_b == SNIP_E5M2 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(g, stream)
-                                     : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(g, stream);
-    if (codes == SNIP_CUDA_S8_BYTES) {
-        for (snipi_cuda_operand *o : { &g.a, &g.b }) {
-            o->reader.row_bytes = snipi_cuda_s8_row(k);
-            o->aligned = (uintptr_t)o->reader.codes % 16 == 0;
-        }
-        snipi_tma_fn kernel = snipi_tma_kernel_of<SNIP_E2M1, SNIP_E2M1>(g);
-        if (!kernel) return SNIP_UNSUPPORTED;
-        if (k > 0) return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>, g, stream);
+static snip_status snipi_cuda_gemm_s8(snipi_cuda_gemm_work *work, cudaStream_t stream) {
+    for (snipi_cuda_operand *operand : { &work->a, &work->b }) {
+        operand->reader.row_bytes = snipi_cuda_s8_row(work->k);
+        operand->aligned = (uintptr_t)operand->reader.codes % 16 == 0;
     }
-    if (!snipi_cuda_has_body(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>)) return SNIP_UNSUPPORTED;
-    return snipi_cuda_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, snipi_cuda_blocks(m, n),
-                             SNIPI_THREADS, 0, stream, g);
+    const snipi_tma_fn kernel = snipi_tma_kernel_of<SNIP_E2M1, SNIP_E2M1>(*work);
+    if (!kernel) return SNIP_UNSUPPORTED;
+    if (work->k > 0)
+        return snipi_tma_launch(kernel, kernel == snipi_tcgen05_kernel<SNIP_E2M1, SNIP_E2M1>, *work, stream);
+    return snipi_mma_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, *work, stream);  // no codes
+}
+
+static snip_status snipi_cuda_gemm_plain(const snipi_cuda_gemm_work &work, int bf16, cudaStream_t stream) {
+    const int cores = bf16 && snipi_cuda_has_body(snipi_bf16_kernel);
+    return snipi_cuda_launch(cores ? snipi_bf16_kernel : snipi_f32_kernel, snipi_cuda_blocks(work.m, work.n),
+                             SNIPI_THREADS, 0, stream, work);
+}
+
+static int snipi_cuda_is_fp8(snip_format format) { return format == SNIP_E4M3 || format == SNIP_E5M2; }
+
+static int snipi_cuda_is_bf16(const snip_operand *operand) {
+    return operand->recipe->format == SNIP_BF16 || operand->round_bf16;
+}
+
+// form: of E2M1 operands, SNIP_CUDA_PACKED or SNIP_CUDA_S8_BYTES. nonfinite: see snipi_cuda_gemm_work.
+static snip_status snipi_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
+                                   snip_cuda_codes form, float *c, int64_t ldc, int accumulate, const float *bias,
+                                   unsigned long long *nonfinite, cudaStream_t stream) {
+    snipi_cuda_gemm_work work = {};
+    const snip_status status = snipi_cuda_gemm_begin(&work, m, n, k, a, b, c, ldc, accumulate, bias);
+    if (status) return status;
+
+    const snip_format format_a = a->recipe->format, format_b = b->recipe->format;
+    const int plain = snipi_plain(format_a) && snipi_plain(format_b);
+    const int fp4 = format_a == SNIP_E2M1 && format_b == SNIP_E2M1;
+    const int fp8 = snipi_cuda_is_fp8(format_a) && snipi_cuda_is_fp8(format_b);
+    const int blocks_of_k = a->recipe->tile_cols == SNIPI_BLOCK && b->recipe->tile_cols == SNIPI_BLOCK;
+    if (!plain && !((fp4 || fp8) && blocks_of_k)) return SNIP_UNSUPPORTED;
+    if (m == 0 || n == 0) return SNIP_OK;
+
+    work.nonfinite = nonfinite;
+    if (plain) return snipi_cuda_gemm_plain(work, snipi_cuda_is_bf16(a) && snipi_cuda_is_bf16(b), stream);
+    if (fp4 && form == SNIP_CUDA_S8_BYTES) return snipi_cuda_gemm_s8(&work, stream);
+    if (fp4) return snipi_mma_launch(snipi_mma_kernel<SNIPI_MMA_S8, SNIP_E2M1, SNIP_E2M1>, work, stream);
+    if (format_a == SNIP_E4M3)
+        return format_b == SNIP_E4M3 ? snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E4M3>(work, stream)
+                                     : snipi_cuda_gemm_fp8<SNIP_E4M3, SNIP_E5M2>(work, stream);
+    return format_b == SNIP_E4M3 ? snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E4M3>(work, stream)
+                                 : snipi_cuda_gemm_fp8<SNIP_E5M2, SNIP_E5M2>(work, stream);
 }
 
 SNIP_API snip_status snip_cuda_gemm(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
@@ -2403,7 +2834,8 @@ SNIP_API snip_status snip_cuda_gemm_s8(int64_t m, int64_t n, int64_t k, const sn
 }
 
 #ifdef SNIP_CUBLASLT
-// cuBLASLt thinks in columns: for it our B is A, and C (m, n) is (n, m).
+// >>cuda-gemm-cublaslt ---------------------------------------------------------------------------------------------
+// cuBLASLt thinks in columns: for it our B is A, and C [m][n] is (n, m).
 typedef struct {
     cudaDataType_t type;
     int64_t rows;
@@ -2425,22 +2857,31 @@ static snip_status snipi_cublaslt_status(cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS ? SNIP_OK : SNIP_DEVICE;
 }
 
+// Blocks of 128 of k, padded to the multiple of 4 that cuBLASLt wants of scales of 128 x 128.
 static int64_t snipi_cublaslt_blocks(int64_t k) { return snipi_round_up(snipi_ceil_div(k, SNIPI_BLOCK), 4); }
 
-// Scales [rows][blocks]: of 1 x 128 block after block; of 128 x 128 row after row, each padded to `padded`.
-static __global__ void snipi_cublaslt_order_kernel(float *to, const float *scales, int64_t rows, int64_t blocks,
-                                                   int64_t padded) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < rows * blocks;
-         i += (int64_t)gridDim.x * blockDim.x)
-        to[padded ? i / blocks * padded + i % blocks : i % blocks * rows + i / blocks] = scales[i];
+// Floats of scratch for an operand's scales. Rounded up, so that the next operand's are 256-byte aligned.
+static int64_t snipi_cublaslt_room(int64_t rows, int64_t k) {
+    return snipi_round_up(rows, 64) * snipi_cublaslt_blocks(k);
 }
+
+// Scales [rows][blocks]: those of 1 x 128 block after block; those of 128 x 128 row after row, each padded to `padded`.
+struct snipi_cublaslt_ordered {
+    float *to;
+    const float *scales;
+    int64_t rows, blocks, padded;
+
+    __device__ void operator()(int64_t i) const {
+        to[padded ? i / blocks * padded + i % blocks : i % blocks * rows + i / blocks] = scales[i];
+    }
+};
 
 static snip_status snipi_cublaslt_order(float *to, const void *scales, int64_t rows, int64_t k, int scale_rows,
                                         cudaStream_t stream) {
-    const int64_t down = snipi_ceil_div(rows, scale_rows), blocks = snipi_ceil_div(k, SNIPI_BLOCK),
-                  padded = scale_rows > 1 ? snipi_cublaslt_blocks(k) : 0;
-    return snipi_cuda_launch(snipi_cublaslt_order_kernel, snipi_min(1024, snipi_ceil_div(down * blocks, 256)), 256, 0,
-                             stream, to, (const float *)scales, down, blocks, padded);
+    const int64_t down = snipi_ceil_div(rows, scale_rows), blocks = snipi_ceil_div(k, SNIPI_BLOCK);
+    const int64_t padded = scale_rows > 1 ? snipi_cublaslt_blocks(k) : 0;
+    const snipi_cublaslt_ordered ordered = { to, (const float *)scales, down, blocks, padded };
+    return snipi_cuda_each(ordered, down * blocks, stream);
 }
 
 // A way to make C from rows of k elements without gaps, all of them 16-byte aligned.
@@ -2448,19 +2889,21 @@ static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, c
                                        cudaDataType_t sum, const snipi_cublaslt_matrix *a,
                                        const snipi_cublaslt_matrix *b, int64_t k, int64_t ldc, size_t workspace) {
     const cublasOperation_t transposed = CUBLAS_OP_T;
-    const uint32_t alignment = 16;
+    const uint32_t alignment = 16;  // bytes
     cublasLtMatmulPreferenceOpaque_t preference;
     int count = 0;
-#    define SNIPI_LT(call)                                   \
-        do {                                                 \
-            snip_status error = snipi_cublaslt_status(call); \
-            if (error) return error;                         \
+
+#    define SNIPI_LT(call)                                          \
+        do {                                                        \
+            const snip_status failed = snipi_cublaslt_status(call); \
+            if (failed) return failed;                              \
         } while (0)
 #    define SNIPI_LT_PRODUCT(attribute, value) \
         SNIPI_LT(cublasLtMatmulDescSetAttribute(&p->product, CUBLASLT_MATMUL_DESC_##attribute, &(value), sizeof(value)))
 #    define SNIPI_LT_PREFER(attribute, value)                                                                          \
         SNIPI_LT(cublasLtMatmulPreferenceSetAttribute(&preference, CUBLASLT_MATMUL_PREF_##attribute##_BYTES, &(value), \
                                                       sizeof(value)))
+
     SNIPI_LT(cublasLtMatmulDescInit(&p->product, compute, sum));
     SNIPI_LT_PRODUCT(TRANSA, transposed);
     if (a->scale_rows) {
@@ -2475,9 +2918,11 @@ static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, c
         return SNIP_UNSUPPORTED;
 #    endif
     }
+
     SNIPI_LT(cublasLtMatrixLayoutInit(&p->a, b->type, (uint64_t)k, (uint64_t)b->rows, k));
     SNIPI_LT(cublasLtMatrixLayoutInit(&p->b, a->type, (uint64_t)k, (uint64_t)a->rows, k));
     SNIPI_LT(cublasLtMatrixLayoutInit(&p->c, sum, (uint64_t)b->rows, (uint64_t)a->rows, ldc));
+
     SNIPI_LT(cublasLtMatmulPreferenceInit(&preference));
     SNIPI_LT_PREFER(MAX_WORKSPACE, workspace);
     SNIPI_LT_PREFER(MIN_ALIGNMENT_A, alignment);
@@ -2494,42 +2939,47 @@ static snip_status snipi_cublaslt_find(snipi_cublaslt *p, cublasLtHandle_t lt, c
 
 SNIP_API size_t snip_cuda_cublaslt_scratch(int64_t m, int64_t n, int64_t k) {
     if (!snipi_shape_ok(m, k, k) || !snipi_shape_ok(n, k, k)) return 0;
-    return (size_t)(snipi_round_up(m, 64) + snipi_round_up(n, 64)) * (size_t)snipi_cublaslt_blocks(k) * sizeof(float);
+    return (size_t)(snipi_cublaslt_room(m, k) + snipi_cublaslt_room(n, k)) * sizeof(float);
+}
+
+static int snipi_cublaslt_takes(const snip_operand *operand) {
+    const snip_recipe *recipe = operand->recipe;
+    return snipi_cuda_is_fp8(recipe->format) && (recipe->scale == SNIP_SCALE_F32 || recipe->scale == SNIP_SCALE_POW2) &&
+           recipe->tile_cols == SNIPI_BLOCK && (recipe->tile_rows == 1 || recipe->tile_rows == SNIPI_BLOCK) &&
+           (uintptr_t)operand->codes % 16 == 0;
+}
+
+static snipi_cublaslt_matrix snipi_cublaslt_matrix_of(const snip_operand *operand, int64_t rows, float *scales) {
+    const snip_recipe *recipe = operand->recipe;
+    return { recipe->format == SNIP_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2, rows, recipe->tile_rows, scales };
 }
 
 SNIP_API snip_status snip_cuda_gemm_cublaslt(cublasLtHandle_t lt, int64_t m, int64_t n, int64_t k,
                                              const snip_operand *a, const snip_operand *b, float *c, int64_t ldc,
                                              int accumulate, void *scratch, size_t scratch_bytes, cudaStream_t stream) {
-    snipi_cuda_gemm_job g = {};
-    snip_status status = snipi_cuda_gemm_begin(&g, m, n, k, a, b, c, ldc, accumulate, NULL);
     const size_t scales = snip_cuda_cublaslt_scratch(m, n, k);
+    snipi_cuda_gemm_work checked = {};
+    snip_status status = snipi_cuda_gemm_begin(&checked, m, n, k, a, b, c, ldc, accumulate, NULL);
     if (status) return status;
     if (!lt || (scales && !scratch) || scratch_bytes < scales || (uintptr_t)scratch % 256) return SNIP_BAD_ARGUMENT;
-    const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
-    snipi_cublaslt p;
-    snipi_cublaslt_matrix of[2];
-    float *to = (float *)scratch;
-    for (int i = 0; i < 2; i++) {
-        const snip_operand *o = i ? b : a;
-        const snip_recipe *r = o->recipe;
-        if (!snipi_cuda_is_fp8(r->format) || (r->scale != SNIP_SCALE_F32 && r->scale != SNIP_SCALE_POW2) ||
-            r->tile_cols != SNIPI_BLOCK || (r->tile_rows != 1 && r->tile_rows != SNIPI_BLOCK) || k == 0 ||
-            (uintptr_t)o->codes % 16)
-            return SNIP_UNSUPPORTED;
-        of[i] = { r->format == SNIP_E4M3 ? CUDA_R_8F_E4M3 : CUDA_R_8F_E5M2, i ? n : m, r->tile_rows, to };
-        to += snipi_round_up(of[i].rows, 64) * snipi_cublaslt_blocks(k);
-    }
+    if (!snipi_cublaslt_takes(a) || !snipi_cublaslt_takes(b) || k == 0) return SNIP_UNSUPPORTED;
     if (ldc % 4 || (uintptr_t)c % 16) return SNIP_UNSUPPORTED;
     if (m == 0 || n == 0) return SNIP_OK;
-    status = snipi_cublaslt_find(&p, lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, &of[0], &of[1], k, ldc,
-                                 scratch_bytes - scales);
-    for (int i = 0; i < 2 && !status; i++)
-        status = snipi_cublaslt_order((float *)of[i].scales, (i ? b : a)->scales, of[i].rows, k, of[i].scale_rows,
-                                      stream);
+
+    float *scales_a = (float *)scratch, *scales_b = scales_a + snipi_cublaslt_room(m, k);
+    char *workspace = (char *)scratch + scales;
+    const size_t workspace_bytes = scratch_bytes - scales;
+    const snipi_cublaslt_matrix our_a = snipi_cublaslt_matrix_of(a, m, scales_a);
+    const snipi_cublaslt_matrix our_b = snipi_cublaslt_matrix_of(b, n, scales_b);
+    snipi_cublaslt p;
+    status = snipi_cublaslt_find(&p, lt, CUBLAS_COMPUTE_32F, CUDA_R_32F, &our_a, &our_b, k, ldc, workspace_bytes);
+    if (!status) status = snipi_cublaslt_order(scales_a, a->scales, m, k, our_a.scale_rows, stream);
+    if (!status) status = snipi_cublaslt_order(scales_b, b->scales, n, k, our_b.scale_rows, stream);
     if (status) return status;
+
+    const float one = 1.0f, beta = accumulate ? 1.0f : 0.0f;
     return snipi_cublaslt_status(cublasLtMatmul(lt, &p.product, &one, b->codes, &p.a, a->codes, &p.b, &beta, c, &p.c, c,
-                                                &p.c, &p.found.algo, (char *)scratch + scales, scratch_bytes - scales,
-                                                stream));
+                                                &p.c, &p.found.algo, workspace, workspace_bytes, stream));
 }
 #endif
 
@@ -2748,17 +3198,6 @@ static float *snipi_cuda_scratch(const snipi_call *call, int slot, int64_t float
 }
 
 // ---- element by element
-
-// f(i) for i < n.
-template <class F> static __global__ void snipi_cuda_each_kernel(const F f, int64_t n) {
-    for (int64_t i = (int64_t)blockIdx.x * SNIPI_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * SNIPI_THREADS)
-        f(i);
-}
-
-template <class F> static snip_status snipi_cuda_each(const F &f, int64_t n, cudaStream_t stream) {
-    return snipi_cuda_launch(snipi_cuda_each_kernel<F>, snipi_min(snipi_ceil_div(n, SNIPI_THREADS), 1 << 16),
-                             SNIPI_THREADS, 0, stream, f, n);
-}
 
 // *total (+)= factor * the sum of f(i), i < n.
 template <class F>
@@ -3087,8 +3526,7 @@ static snip_status snipi_cuda_record(snipi_call *call) {
     // Where the loss probe did not call the layer, |W| is not known and W does not move.
     cudaError_t error = cudaMemsetAsync(&snipi_cuda_kept_of(call)->probe_step, 0, sizeof(double), stream);
     if (error == cudaSuccess) error = cudaMemsetAsync(call->sums, 0, sizeof *call->sums, stream);
-    if (error == cudaSuccess)
-        error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
     return snipi_cuda_status(error);
 }
 

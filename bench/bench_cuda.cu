@@ -173,8 +173,8 @@ static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_reci
         const char *name;
         lt_matrix a, b;
     } peers[] = {
-        {fp4 ? "cuBLASLt INT8" : "cuBLASLt", { ra.format, m, ra.tile_rows }, { rb.format, n, rb.tile_rows }},
-        { "cuBLASLt BF16",                   { SNIP_BF16, m, 0 },            { SNIP_BF16, n, 0 }           }
+        { fp4 ? "cuBLASLt INT8" : "cuBLASLt", { ra.format, m, ra.tile_rows }, { rb.format, n, rb.tile_rows } },
+        { "cuBLASLt BF16", { SNIP_BF16, m, 0 }, { SNIP_BF16, n, 0 } }
     };
 
     for (auto &peer : peers) {
@@ -206,10 +206,7 @@ static void bench_gemm(const char *kinds, const snip_recipe &ra, const snip_reci
 static void bench_layer(const char *name, const snip_recipe &tile, const snip_recipe &block, int64_t rows,
                         snip_cuda_codes as = SNIP_CUDA_PACKED) {
     static const int64_t dims[][2] = {
-        {6144,   4096 },
-        { 4096,  4096 },
-        { 28672, 4096 },
-        { 4096,  14336}
+        { 6144, 4096 }, { 4096, 4096 }, { 28672, 4096 }, { 4096, 14336 }
     };  // out, in: q k v, o, gate up, down
 
     struct tensor {
@@ -281,14 +278,8 @@ int main() {
     const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK, fp4 = SNIP_RECIPE_FP4_TILE,
                       fp4_sr = SNIP_RECIPE_FP4_TILE_SR, fp4_block = SNIP_RECIPE_FP4_BLOCK;
     const snip_recipe e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_POW2, SNIP_ROUND_NEAREST_EVEN };
-    static const int64_t shapes[][3] = {
-        {4096,  7168,  16384},
-        { 4096, 4096,  7168 },
-        { 4096, 24576, 1536 },
-        { 4096, 7168,  2048 },
-        { 4096, 2112,  7168 },
-        { 128,  7168,  16384}
-    };
+    static const int64_t shapes[][3] = { { 4096, 7168, 16384 }, { 4096, 4096, 7168 }, { 4096, 24576, 1536 },
+                                         { 4096, 7168, 2048 },  { 4096, 2112, 7168 }, { 128, 7168, 16384 } };
     int devices = 0;
     cudaDeviceProp device;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
@@ -305,8 +296,8 @@ int main() {
     none.codes = none.scales = memory(16);
     const bool s8 = snip_cuda_gemm_s8(1, 1, 0, &none, &none, memory<float>(4), 1, 0, NULL, 0) != SNIP_UNSUPPORTED;
     if (!s8)
-        printf(
-            "skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a\n");
+        printf("skipped: FP4 as INT8 bytes, not a GPU of compute capability 9.0 or 10.0, "
+               "or no code for sm_90a or sm_100a\n");
     flush = memory(FLUSH);
     check(cudaEventCreate(&begin) == cudaSuccess && cudaEventCreate(&end) == cudaSuccess, "event");
     for (int bf16 = 0; bf16 < 2; bf16++) {

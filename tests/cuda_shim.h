@@ -271,9 +271,7 @@ static inline void snipi_ptx_ldmatrix4(uint32_t r[4], const void *row) {
 // d += A B^T of 16 x 8 elements, `size` bytes each, 32 bytes of k; multiply(d, a, b) takes elements as bits.
 template <class D, class F>
 static void shim_mma(D d[4], const uint32_t a[4], const uint32_t b[2], unsigned size, const char *site, F multiply) {
-    shim_words mine = {
-        {a[0], a[1], a[2], a[3], b[0], b[1]}
-    };
+    shim_words mine = { { a[0], a[1], a[2], a[3], b[0], b[1] } };
     const shim_words *all = shim_gather(mine, site);
     unsigned lane = shim.current % 32, mask = size == 1 ? 255 : 65535;
     for (unsigned i = 0; i < 4; i++)
@@ -296,10 +294,17 @@ static float shim_e4m3_value(uint32_t code) {
     return code & 128 ? -v : v;
 }
 
+static float shim_f16_value(uint32_t code) {
+    uint32_t e = code >> 10 & 31, m = code & 1023;
+    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
+    return code & 32768 ? -v : v;
+}
+
 static struct shim_tables {
-    float e4m3[256], e5m2[256], s8[256];
+    float e4m3[256], e5m2[256], s8[256], f16[65536];
 
     shim_tables() {
+        for (uint32_t c = 0; c < 65536; c++) f16[c] = shim_f16_value(c);
         for (uint32_t c = 0; c < 256; c++) {
             e4m3[c] = shim_e4m3_value(c);
             e5m2[c] = shim_e5m2_value(c);
@@ -308,18 +313,12 @@ static struct shim_tables {
     }
 } shim_of;
 
-static inline float shim_f16(uint32_t code) {
-    uint32_t e = code >> 10 & 31, m = code & 1023;
-    float v = e == 31 ? (m ? NAN : INFINITY) : e ? ldexpf(1024.0f + (float)m, (int)e - 25) : ldexpf((float)m, -24);
-    return code & 32768 ? -v : v;
-}
-
 static inline void snipi_ptx_mma_s8(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) {
     shim_mma(d, a, b, 1, "mma s8", [](int32_t &s, uint32_t x, uint32_t y) { s += (int8_t)x * (int8_t)y; });
 }
 
 static inline void snipi_ptx_mma_f16(float d[4], const uint32_t a[4], const uint32_t b[2]) {
-    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_f16(x) * shim_f16(y); });
+    shim_mma(d, a, b, 2, "mma f16", [](float &s, uint32_t x, uint32_t y) { s += shim_of.f16[x] * shim_of.f16[y]; });
 }
 
 static inline float shim_bf16(uint32_t code) {
@@ -816,8 +815,13 @@ static inline cudaError_t cudaFreeHost(void *p) {
     return cudaSuccess;
 }
 
+// One call fails, after so many more; negative: none does.
+static int shim_mallocs = -1, shim_events = -1;
+
+static bool shim_refuses(int *left) { return *left >= 0 && (*left)-- == 0; }
+
 template <class T> static cudaError_t cudaMalloc(T **p, size_t size) {
-    *p = (T *)malloc(size);
+    *p = shim_refuses(&shim_mallocs) ? NULL : (T *)malloc(size);
     return *p ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -827,6 +831,7 @@ static inline cudaError_t cudaFree(void *p) {
 }
 
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) {
+    if (shim_refuses(&shim_events)) return cudaErrorInvalidValue;
     *e = new shim_event();
     return cudaSuccess;
 }

@@ -1,11 +1,10 @@
 // Tests of snip_cuda.cuh against snip.h. One source for two machines: with a C++ compiler the kernels run on the CPU
-// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU. Ends with "N passed, N failed, N
-// skipped".
-//     test_cuda [--stop] [quantize] [noise] [gemm] [s8] [cublaslt] [session] [codec] [oracle]     --stop: at the first
-//     failure
-// s8, cublaslt: of gemm, those of INT8 bytes or by cuBLASLt alone; codec: the encoders on all 2^32 inputs (on the CPU,
-// a sample); oracle: GEMMs beside cuBLASLt's (with -DSNIP_CUBLASLT). SNIP_TEST_FEW=n in the environment: one case in n,
-// for compute-sanitizer.
+// under cuda_shim.h, in three orders of their threads; with nvcc (-x cu) on a GPU.
+//     test_cuda [--stop] [PART OF A TEST'S NAME]...          --stop: at the first failure
+//     test_cuda quantize noise gemm session codec oracle     all, in groups
+// codec: the encoders on all 2^32 inputs (on the CPU, a sample). oracle: GEMMs beside cuBLASLt's (with
+// -DSNIP_CUBLASLT).
+#include "test.h"
 #ifndef __CUDACC__
 #    define SNIP_CUBLASLT
 #    include "cuda_shim.h"
@@ -13,7 +12,6 @@
 #define SNIP_IMPLEMENTATION
 #include "../snip_cuda.cuh"
 #include <math.h>
-#include <string.h>
 #include <vector>
 #include "codec_tables.h"
 #ifdef __CUDACC__
@@ -23,38 +21,22 @@
 #    endif
 #endif
 
-static long passed, failed, skipped;
-static int stop_at_failure;
-static char what[256];
+static bool stop_at_failure;
 
-static void check(int ok, const char *text, int line) {
-    if (ok) {
-        passed++;
-        return;
-    }
-    if (failed++ < 30) printf("FAILED line %d: %s   [%s]\n", line, text, what);
-    if (stop_at_failure) exit(1);
+#undef CHECK
+#define CHECK(condition) check((condition) != 0, #condition, __LINE__)
+
+static void check(bool ok, const char *condition, int line) {
+    if (!test_check(ok, condition, __FILE__, line) && stop_at_failure) exit(1);
 }
 
-#define CHECK(x) check((x) != 0, #x, __LINE__)
-#ifdef __CUDACC__
-static void skip(const char *why) {
-    skipped++;
-    printf("skipped: %s\n", why);
+// One case in SNIP_TEST_FEW.
+static bool wanted() {
+    static long cases;
+    return cases++ % test.few == 0;
 }
-#endif
-static long cases, few = 1;
 
-static bool wanted() { return cases++ % few == 0; }
-
-static uint64_t rng_state = 0x9E3779B97F4A7C15u;
-
-static uint32_t rng() {
-    rng_state ^= rng_state << 13;
-    rng_state ^= rng_state >> 7;
-    rng_state ^= rng_state << 17;
-    return (uint32_t)(rng_state >> 32);
-}
+static uint32_t rng() { return (uint32_t)(random_bits() >> 32); }
 
 static float uniform() { return (float)(rng() >> 8) / 8388608.0f - 1.0f; }
 
@@ -81,11 +63,9 @@ struct buffer {
     }
 
     ~buffer() {
-        for (int i = 0; i < GUARD; i++)
-            if (at[size + (size_t)i] != 0xC5) {
-                CHECK(!"written beyond the end");
-                break;
-            }
+        int beyond = 0;
+        for (int i = 0; i < GUARD; i++) beyond += at[size + (size_t)i] != 0xC5;
+        CHECK(beyond == 0);
 #ifdef __CUDACC__
         cudaFree(at);
 #else
@@ -94,6 +74,15 @@ struct buffer {
     }
 
     buffer(const buffer &) = delete;
+
+    void *aligned(size_t bytes) const { return (void *)(((uintptr_t)at + bytes - 1) / bytes * bytes); }
+
+    // That a refused call has not written here.
+    void check_untouched() const {
+        size_t written = 0;
+        for (size_t i = 0; i < size; i++) written += at[i] != 0xC5;
+        CHECK(written == 0);
+    }
 
     operator void *() const { return at; }
 
@@ -214,8 +203,8 @@ static void check_stats(const snip_quant_stats &ours, const snip_quant_stats &th
 }
 
 // One job on both sides. flags: 1 straight, 2 turned, 4 statistics and values; E2M1 as 8 E4M3 bytes, 16 INT8 bytes.
-static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format,
-                              int kind, int flags) {
+static void quantize_one(const snip_recipe *recipe, int64_t rows, int64_t cols, int64_t ld, snip_format x_format,
+                         int kind, int flags) {
     snip_quantize_job job = {}, cpu;
     snip_recipe turned = *recipe;
     const int straight = flags & 1, transposed = flags >> 1 & 1, measure = flags >> 2 & 1,
@@ -228,10 +217,9 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     size_t codes_size = snip_codes_bound(recipe, rows, cols), codes_t_size = snip_codes_bound(&turned, cols, rows);
     size_t n = (size_t)(rows * ld), wide_size = (size_t)(rows * row_of_bytes(cols, as)),
            wide_size_t = (size_t)(cols * row_of_bytes(rows, as));
-    snprintf(what, sizeof what, "%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d",
-             snip_format_name(recipe->format), recipe->tile_rows, recipe->tile_cols, recipe->scale,
-             recipe->rounding ? "stochastic" : "nearest", (int)rows, (int)cols, (int)ld, snip_format_name(x_format),
-             kind, flags, shim_order);
+    test_about("%s %dx%d scale %d %s, %d x %d ld %d, %s kind %d flags %d order %d", snip_format_name(recipe->format),
+               recipe->tile_rows, recipe->tile_cols, recipe->scale, recipe->rounding ? "stochastic" : "nearest",
+               (int)rows, (int)cols, (int)ld, snip_format_name(x_format), kind, flags, shim_order);
     buffer x(n * unit), weight(n * weights), codes(wide ? wide_size : codes_size),
         codes_t(wide ? wide_size_t : codes_t_size), codes2(codes_size), codes2_t(codes_t_size);
     buffer scales(snip_scales_bound(recipe, rows, cols)), scales_t(snip_scales_bound(&turned, cols, rows)),
@@ -294,7 +282,7 @@ static void test_quantize_one(const snip_recipe *recipe, int64_t rows, int64_t c
     if (measure && transposed) check_stats(device_stats[1], stats2[1]);
 }
 
-static void test_quantize() {
+static void quantize_recipes() {
     for (int i = 0; i < SHAPES; i++)
         for (int k = 0; k < RECIPES; k++)
             for (int side = 1; side <= 3; side++) {
@@ -304,21 +292,24 @@ static void test_quantize() {
                 if (pick >> 2 & 1) recipe.rounding = SNIP_ROUND_STOCHASTIC;
                 shim_order = (int)(pick >> 8) % SHIM_ORDERS;
                 if (wanted())
-                    test_quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32,
-                                      (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
+                    quantize_one(&recipe, rows, cols, ld, pick >> 3 & 1 ? SNIP_BF16 : SNIP_F32,
+                                 (int)(pick >> 16) % KINDS, side | (int)(pick >> 4 & 7) << 2);
             }
-    // Blocks that are held in registers, every recipe in every order; then one that meets a low tile among others.
+}
+
+// Blocks that are held in registers, with every recipe in every order. MIXED has a low tile among others.
+static void quantize_held_blocks() {
     for (int k = 0; k < RECIPES; k++)
         for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++)
             for (int flags = 0; flags < 6; flags++)
                 if ((flags < 2 || recipes[k].format == SNIP_E2M1) && wanted())
-                    test_quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32,
-                                      k % 2 ? MIXED : GAUSS, 3 | flags / 2 << 3);
+                    quantize_one(&recipes[k], 128, 256, 256, flags % 2 ? SNIP_BF16 : SNIP_F32, k % 2 ? MIXED : GAUSS,
+                                 3 | flags / 2 << 3);
 }
 
 // The counts that a session keeps are snip_quant_stats's, also where blocks held in registers do not look for
 // saturation.
-static void test_counts() {
+static void quantize_counts() {
     static const int64_t sizes[][2] = {
         {256,  128},
         { 131, 200}
@@ -358,7 +349,7 @@ static void test_counts() {
                     job.scales_t = scales_t;
                 }
                 snipi_cuda_options options = { job.key.tensor, NULL, n, n + 2, n + 4, 0 };
-                snprintf(what, sizeof what, "counts, recipe %d, kind %d, sides %d", k, kind, side);
+                test_about("counts, recipe %d, kind %d, sides %d", k, kind, side);
                 shim_order = (k + kind) % SHIM_ORDERS;
                 CHECK(snip_quantize_with(&job, side & 1 ? &stats[0] : NULL, side & 2 ? &stats[1] : NULL) == SNIP_OK);
                 CHECK(snipi_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, scratch, options, 0) == SNIP_OK);
@@ -371,7 +362,7 @@ static void test_counts() {
 }
 
 // Statistics are the same bits in every order of the threads.
-static void test_stats_deterministic() {
+static void quantize_statistics_in_any_order() {
     const int64_t rows = 300, cols = 200;
     snip_recipe recipe = SNIP_RECIPE_FP4_TILE_SR;
     buffer x((size_t)(rows * cols) * 4), scratch(snip_cuda_quantize_scratch(rows, cols)),
@@ -392,7 +383,7 @@ static void test_stats_deterministic() {
 }
 
 // out may be x, also where x is wanted transposed too.
-static void test_in_place() {
+static void quantize_in_place() {
     const int64_t rows = 200, cols = 140;
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
     for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
@@ -411,7 +402,7 @@ static void test_in_place() {
         cpu.x = cpu.out = x2;
         cpu.codes_t = codes2;
         cpu.scales_t = scales2;
-        snprintf(what, sizeof what, "in place, order %d", shim_order);
+        test_about("in place, order %d", shim_order);
         CHECK(snip_quantize_with(&cpu, NULL, NULL) == SNIP_OK);
         CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_OK);
         finish();
@@ -419,13 +410,13 @@ static void test_in_place() {
     }
 }
 
-static void test_refusals() {
+static void quantize_refusals() {
     snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp6 = { SNIP_E2M3, 1, 128, SNIP_SCALE_F32, NEAREST },
                 odd = { SNIP_E4M3, 1, 48, SNIP_SCALE_F32, NEAREST };
     snip_recipe nvfp4 = SNIP_RECIPE_NVFP4;
     buffer x(16 * 16 * 4), codes(256), scales(256);
     snip_quantize_job job = {};
-    snprintf(what, sizeof what, "refusals");
+    test_about("refusals");
     CHECK(snip_cuda_quantize(NULL, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
     job.x = x;
     job.rows = job.cols = job.ld = 16;
@@ -442,6 +433,11 @@ static void test_refusals() {
     job.codes_t = codes;
     job.scales_t = scales;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &nvfp4;  // wants scratch, and is quantized after the transposed matrix, of another format
+    job.recipe_t = &fp8;
+    CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
+    job.recipe = &fp8;
+    job.recipe_t = NULL;
     job.codes_t = job.scales_t = NULL;
     job.ld = 15;
     CHECK(snip_cuda_quantize(&job, SNIP_CUDA_PACKED, NULL, NULL, NULL, 0) == SNIP_BAD_ARGUMENT);
@@ -451,14 +447,11 @@ static void test_refusals() {
           SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_add(NULL, x.floats(), 5, 1, NULL, job.key, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gauss_dot(x.floats(), 5, job.key, NULL, scales, 0) == SNIP_BAD_ARGUMENT);
-    for (size_t i = 0; i < codes.size; i++)
-        if (codes.at[i] != 0xC5 || scales.at[i] != 0xC5) {
-            CHECK(!"written by a refused call");
-            break;
-        }
+    codes.check_untouched();
+    scales.check_untouched();
 }
 
-static void test_dequantize() {
+static void dequantize_recipes() {
     static const snip_recipe more[] = {
         SNIP_RECIPE_F32,
         SNIP_RECIPE_BF16,
@@ -476,7 +469,7 @@ static void test_dequantize() {
                 scales(snip_scales_bound(r, rows, cols));
             buffer out((size_t)(rows * ld) * (format == SNIP_BF16 ? 2 : 4)), out2(out.size);
             fill(x, rows * cols, SNIP_F32, (i + 3 * k) % KINDS);
-            snprintf(what, sizeof what, "dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
+            test_about("dequantize recipe %d, %d x %d", k, (int)rows, (int)cols);
             shim_order = (i + k) % SHIM_ORDERS;
             CHECK(snip_quantize(r, x.floats(), rows, cols, cols, codes, scales, {}, NULL, NULL) == SNIP_OK);
             if (format == SNIP_BF16)
@@ -490,7 +483,7 @@ static void test_dequantize() {
         }
 }
 
-static void test_noise() {
+static void noise_bytes_and_sums() {
     static const int64_t sizes[] = { 0, 1, 3, 127, 128, 129, 4096, 5000, 40000 };
     snip_rng_key key = { 99, 5, 6 };
     for (int64_t n : sizes)
@@ -498,7 +491,7 @@ static void test_noise() {
             buffer x((size_t)n * 4), shape((size_t)n * 4), out(x.size), out2(x.size), scratch(SNIP_CUDA_NOISE_SCRATCH),
                 dots(SHIM_ORDERS * sizeof(double));
             double *dot = (double *)dots.operator void *(), dot2, size = 0;
-            snprintf(what, sizeof what, "noise n %d shaped %d", (int)n, shaped);
+            test_about("noise n %d shaped %d", (int)n, shaped);
             fill(x, n, SNIP_F32, GAUSS);
             fill(shape, n, SNIP_F32, GAUSS);
             for (int64_t i = 0; i < n; i++) size += (double)x.floats()[i] * (double)x.floats()[i];
@@ -550,8 +543,8 @@ struct matrix {  // quantized on the CPU
 enum { GEMM, GEMM_REFERENCE, GEMM_S8 };
 
 // flags: 1 accumulate, 2 bias. exact: the same bits as the CPU's.
-static void test_gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call,
-                          int exact) {
+static void gemm_one(int64_t m, int64_t n, int64_t k, const matrix &a, const matrix &b, int flags, int call,
+                     int exact) {
     const int64_t ldc = n + 3;
     buffer c((size_t)(m * ldc) * 4), c2(c.size), bias((size_t)n * 4), scratch(snip_gemm_scratch(m, n, k));
     double error = 0, norm = 0;
@@ -605,7 +598,7 @@ static const int64_t gemms[][3] = {
 
 enum { GEMM_SHAPES = sizeof gemms / sizeof gemms[0] };
 
-static void test_gemm_reference() {
+static void gemm_reference() {
     static const snip_recipe kinds[] = {
         SNIP_RECIPE_F32,
         SNIP_RECIPE_BF16,
@@ -627,10 +620,10 @@ static void test_gemm_reference() {
                 int64_t m = gemms[i][0] / 6 + 1, n = gemms[i][1] / 6 + 1, k = gemms[i][2];
                 matrix a(&kinds[ka], m, k, GAUSS, ka < 2 && i % 2), b(&kinds[kb], n, k, GAUSS, kb < 2 && i % 3 == 0);
                 if (ka == 0) a.operand.round_bf16 = kb & 1;
-                snprintf(what, sizeof what, "reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
+                test_about("reference gemm %d x %d x %d, kinds %d %d", (int)m, (int)n, (int)k, ka, kb);
                 shim_order = (i + ka + kb) % SHIM_ORDERS;
-                test_gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE,
-                              k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
+                gemm_one(m, n, k, a, b, (i + ka + kb / 3) & 3, GEMM_REFERENCE,
+                         k == 0 || snipi_s8_block(&a.operand, &b.operand, k) > 0);
             }
 }
 
@@ -663,7 +656,7 @@ static void play_gpu(int gpu) {
 }
 #endif
 // F32 and BF16 operands, either way round.
-static void test_gemm_plain() {
+static void gemm_plain() {
     static const snip_recipe kinds[] = { SNIP_RECIPE_F32, SNIP_RECIPE_BF16 };
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int way = 0; way < 4; way++) {
@@ -673,9 +666,8 @@ static void test_gemm_plain() {
                 b(&kinds[i % 3 == 1], n, k, way == 3 && i == 3 ? SPECIAL : GAUSS, way >> 1);
             if (i % 3 == 2) a.operand.round_bf16 = b.operand.round_bf16 = 1;
             shim_order = (i + way) % SHIM_ORDERS;
-            snprintf(what, sizeof what, "plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way,
-                     shim_order);
-            test_gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
+            test_about("plain gemm %d x %d x %d, way %d, order %d", (int)m, (int)n, (int)k, way, shim_order);
+            gemm_one(m, n, k, a, b, (i + way) & 3, GEMM, 0);
         }
 }
 
@@ -683,33 +675,48 @@ static const snip_recipe fp4[] = {
     SNIP_RECIPE_FP4_TILE, SNIP_RECIPE_FP4_BLOCK, {SNIP_E2M1, 0, 128, SNIP_SCALE_POW2, NEAREST}
 };
 
-static void test_gemm_tensor_cores() {
-    static const snip_recipe fp8[] = {
-        SNIP_RECIPE_FP8_TILE,
-        SNIP_RECIPE_FP8_BLOCK,
-        {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,  NEAREST},
-        { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST}
-    };
+static const snip_recipe fp8[] = {
+    SNIP_RECIPE_FP8_TILE,
+    SNIP_RECIPE_FP8_BLOCK,
+    {SNIP_E5M2,  1,   128, SNIP_SCALE_F32,  NEAREST},
+    { SNIP_E5M2, 128, 128, SNIP_SCALE_POW2, NEAREST}
+};
+
+static void gemm_e2m1() {
     for (int i = 0; i < GEMM_SHAPES; i++)
-        for (int which = 0; which < 7; which++) {
+        for (int which = 0; which < 3; which++) {
             if (!wanted()) continue;
-            int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
-            const snip_recipe *ra = which < 3 ? &fp4[which] : &fp8[which - 3],
-                              *rb = which < 3 ? &fp4[(which + i) % 3] : &fp8[(which + i / 2 * 3) % 4];
-            matrix a(ra, m, k, which == 3 && i == 3 ? SPECIAL : GAUSS), b(rb, n, k, GAUSS);
-            for (int gpu = 0; gpu < (which < 3 ? 1 : GPUS); gpu++) {
+            const int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&fp4[which], m, k, GAUSS), b(&fp4[(which + i) % 3], n, k, GAUSS);
+            shim_order = (i + 2 * which) % SHIM_ORDERS;
+            test_about("%d x %d x %d, recipes %d, order %d", (int)m, (int)n, (int)k, which, shim_order);
+            gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, 1);
+        }
+}
+
+// By each GPU's kernel.
+static void gemm_fp8() {
+    for (int i = 0; i < GEMM_SHAPES; i++)
+        for (int which = 0; which < 4; which++) {
+            if (!wanted()) continue;
+            const int64_t m = gemms[i][0], n = gemms[i][1], k = gemms[i][2];
+            matrix a(&fp8[which], m, k, which == 0 && i == 3 ? SPECIAL : GAUSS);
+            matrix b(&fp8[(which + 3 + i / 2 * 3) % 4], n, k, GAUSS);
+            for (int gpu = 0; gpu < GPUS; gpu++) {
                 play_gpu(gpu);
                 shim_order = (i + 2 * which + gpu) % SHIM_ORDERS;
-                snprintf(what, sizeof what, "gemm %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k,
-                         which, gpu, shim_order);
-                test_gemm_one(m, n, k, a, b, (i + which) & 3, GEMM, which < 3);
+                test_about("%d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k, which, gpu,
+                           shim_order);
+                gemm_one(m, n, k, a, b, (i + which + 3) & 3, GEMM, 0);
             }
             play_gpu(0);
         }
-    snip_recipe mx = SNIP_RECIPE_MXFP8;
+}
+
+static void gemm_refusals() {
+    const snip_recipe mx = SNIP_RECIPE_MXFP8;
     matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
-    snprintf(what, sizeof what, "gemm refusals");
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &b.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm(8, 8, 128, &a.operand, &a.operand, NULL, 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
@@ -720,30 +727,36 @@ static void test_gemm_tensor_cores() {
     CHECK(snip_cuda_gemm(8, 8, 128, &d.operand, &d.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
 #endif
+    c.check_untouched();
 }
 
-// E2M1 as INT8 bytes, on every shape in every order; SUBNORMAL: scales are too.
-static void test_gemm_s8() {
-    snip_recipe fp8 = SNIP_RECIPE_FP8_TILE;
-    matrix small(&fp4[0], 8, 128, GAUSS), other(&fp8, 8, 128, GAUSS);
+static void gemm_s8_refusals() {
+    matrix small(&fp4[0], 8, 128, GAUSS), other(&fp8[0], 8, 128, GAUSS);
     buffer c(8 * 8 * 4);
     snip_operand odd = small.s8;
-    snprintf(what, sizeof what, "gemm of INT8 bytes, refusals");
     odd.codes = (const uint8_t *)odd.codes + 8;
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &other.operand, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm_s8(8, 8, 112, &small.s8, &odd, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, NULL, c.floats(), 8, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 7, 0, NULL, 0) == SNIP_BAD_ARGUMENT);
-#ifdef __CUDACC__
-    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) {
-        skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a");
-        return;
-    }
-    finish();
-#else
+#ifndef __CUDACC__
     play_gpu(2);
     CHECK(snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED);
     play_gpu(0);
+#endif
+    c.check_untouched();
+}
+
+// E2M1 as INT8 bytes, on every shape in every order. SUBNORMAL: scales are too.
+static void gemm_s8_bytes() {
+#ifdef __CUDACC__
+    matrix small(&fp4[0], 8, 128, GAUSS);
+    buffer c(8 * 8 * 4);
+    if (snip_cuda_gemm_s8(8, 8, 128, &small.s8, &small.s8, c.floats(), 8, 0, NULL, 0) == SNIP_UNSUPPORTED) {
+        test_skip("E2M1 as INT8 bytes: not a GPU of compute capability 9.0 or 10.0, or no code for sm_90a or sm_100a");
+        return;
+    }
+    finish();
 #endif
     for (int i = 0; i < GEMM_SHAPES; i++)
         for (int which = 0; which < 3; which++) {
@@ -753,9 +766,9 @@ static void test_gemm_s8() {
             for (int gpu = 0; gpu < snipi_min(2, GPUS); gpu++)
                 for (shim_order = 0; shim_order < SHIM_ORDERS; shim_order++) {
                     play_gpu(gpu);
-                    snprintf(what, sizeof what, "gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m,
-                             (int)n, (int)k, which, gpu, shim_order);
-                    test_gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
+                    test_about("gemm of INT8 bytes %d x %d x %d, recipes %d, gpu %d, order %d", (int)m, (int)n, (int)k,
+                               which, gpu, shim_order);
+                    gemm_one(m, n, k, a, b, (i + which + shim_order) & 3, GEMM_S8, 1);
                 }
             play_gpu(0);
         }
@@ -763,12 +776,11 @@ static void test_gemm_s8() {
 
 // By a cuBLASLt played on the CPU.
 #ifdef __CUDACC__
-static void test_gemm_cublaslt() {}
+static void gemm_by_cublaslt() {}
+
+static void gemm_by_cublaslt_refusals() {}
 #else
-static void test_gemm_cublaslt() {
-    static const snip_recipe kinds[] = {
-        SNIP_RECIPE_FP8_TILE, SNIP_RECIPE_FP8_BLOCK, {SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST}
-    };
+static void gemm_by_cublaslt() {
     static const int64_t sizes[][3] = {
         {16,   8,   32 },
         { 129, 132, 400},
@@ -778,69 +790,70 @@ static void test_gemm_cublaslt() {
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     for (const int64_t *size : sizes)
         for (int kind = 0; kind < 9; kind++) {
+            if (!wanted()) continue;
             const int64_t m = size[0], n = size[1], k = size[2], ldc = n + 4;
+            const size_t bytes = snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind;
             const int accumulate = kind & 1;
-            matrix a(&kinds[kind / 3], m, k, GAUSS), b(&kinds[kind % 3], n, k, GAUSS);
+            matrix a(&fp8[kind / 3], m, k, GAUSS), b(&fp8[kind % 3], n, k, GAUSS);
             buffer c((size_t)(m * ldc) * 4), c2(c.size), gemm_scratch(snip_gemm_scratch(m, n, k));
-            std::vector<char> scratch(snip_cuda_cublaslt_scratch(m, n, k) + 256 + (size_t)kind);
-            void *at = (void *)(((uintptr_t)scratch.data() + 255) / 256 * 256);
+            buffer scratch(bytes + 256);
             double error = 0, norm = 0;
+            int untouched = 1;
             lt.workspace = (size_t)kind;
             fill(c, m * ldc, SNIP_F32, GAUSS);
             memcpy(c2.at, c.at, c.size);
-            snprintf(what, sizeof what, "gemm by cuBLASLt, %d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
+            test_about("%d x %d x %d, kinds %d", (int)m, (int)n, (int)k, kind);
             CHECK(snip_gemm(m, n, k, &a.operand, &b.operand, c2.floats(), ldc, accumulate, NULL, gemm_scratch,
                             SNIP_ISA_BEST) == SNIP_OK);
-            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate, at,
-                                          snip_cuda_cublaslt_scratch(m, n, k) + (size_t)kind, 0) == SNIP_OK);
+            CHECK(snip_cuda_gemm_cublaslt(&lt, m, n, k, &a.operand, &b.operand, c.floats(), ldc, accumulate,
+                                          scratch.aligned(256), bytes, 0) == SNIP_OK);
             for (int64_t i = 0; i < m * ldc; i++) {
-                double x = c.floats()[i], y = c2.floats()[i];
+                const double x = c.floats()[i], y = c2.floats()[i];
                 if (i % ldc >= n) {
-                    CHECK(x == y);
+                    untouched &= x == y;
                     continue;
                 }
                 error += (x - y) * (x - y);
                 norm += y * y;
             }
-            CHECK(error <= 4e-12 * norm);
+            CHECK(untouched && error <= 4e-12 * norm);
         }
-    snip_recipe mx = SNIP_RECIPE_MXFP8, tall = { SNIP_E4M3, 64, 128, SNIP_SCALE_F32, NEAREST };
-    matrix a(&kinds[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&tall, 8, 128, GAUSS);
-    snip_operand odd = a.operand, without = a.operand;
-    const size_t room = snip_cuda_cublaslt_scratch(8, 8, 128);
-    buffer c(8 * 8 * 4), memory(room + 512);
-    char *at = (char *)(((uintptr_t)memory.at + 255) / 256 * 256);
+}
+
+static void gemm_by_cublaslt_refusals() {
+    const snip_recipe mx = SNIP_RECIPE_MXFP8, tall = { SNIP_E4M3, 64, 128, SNIP_SCALE_F32, NEAREST };
+    matrix a(&fp8[0], 8, 128, GAUSS), b(&mx, 8, 128, GAUSS), d(&fp4[0], 8, 128, GAUSS), e(&tall, 8, 128, GAUSS);
+    const size_t least = snip_cuda_cublaslt_scratch(8, 8, 128);
+    buffer c(8 * 8 * 4), memory(least + 512);
+    char *at = (char *)memory.aligned(256);
+    shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
     auto gemm = [&](const snip_operand &y, float *to, int64_t ldc, void *scratch, size_t bytes, int64_t k = 128) {
         return snip_cuda_gemm_cublaslt(&lt, 8, 8, k, &a.operand, &y, to, ldc, 0, scratch, bytes, 0);
     };
+    snip_operand odd = a.operand, without = a.operand;
     odd.codes = a.codes.at + 1;
     without.scales = NULL;
-    lt.workspace = 0;
-    snprintf(what, sizeof what, "gemm by cuBLASLt, refusals");
+
     for (const snip_operand *o : { &b.operand, &d.operand, &e.operand, &odd })
-        CHECK(gemm(*o, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, c.floats() + 1, 8, at, room) == SNIP_UNSUPPORTED &&
-          gemm(a.operand, c.floats(), 9, at, room) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, c.floats(), 8, at, room, 0) == SNIP_UNSUPPORTED);
-    CHECK(gemm(a.operand, NULL, 8, at, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 7, at, room) == SNIP_BAD_ARGUMENT &&
-          gemm(without, c.floats(), 8, at, room) == SNIP_BAD_ARGUMENT);
-    CHECK(gemm(a.operand, c.floats(), 8, NULL, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 8, at + 16, room) == SNIP_BAD_ARGUMENT &&
-          gemm(a.operand, c.floats(), 8, at, room - 1) == SNIP_BAD_ARGUMENT);
-    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, room, 0) ==
+        CHECK(gemm(*o, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats() + 1, 8, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 9, at, least) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least, 0) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, NULL, 8, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 7, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(without, c.floats(), 8, at, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, NULL, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, at + 16, least) == SNIP_BAD_ARGUMENT);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least - 1) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_cuda_gemm_cublaslt(NULL, 8, 8, 128, &a.operand, &a.operand, c.floats(), 8, 0, at, least, 0) ==
           SNIP_BAD_ARGUMENT);
     lt.workspace = 1;  // more than it was given
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
     lt = { CUBLAS_STATUS_NOT_SUPPORTED, false, 0 };
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_UNSUPPORTED);
-    for (size_t i = 0; i < c.size; i++)
-        if (c.at[i] != 0xC5) {
-            CHECK(!"written by a refused call");
-            break;
-        }
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_UNSUPPORTED);
+    c.check_untouched();
     lt = { CUBLAS_STATUS_SUCCESS, true, 0 };
-    CHECK(gemm(a.operand, c.floats(), 8, at, room) == SNIP_DEVICE);
+    CHECK(gemm(a.operand, c.floats(), 8, at, least) == SNIP_DEVICE);
 }
 #endif
 
@@ -896,12 +909,12 @@ static uint8_t codec_expected(int format, uint32_t u, int stochastic, const code
     return (uint8_t)(a > 0x7F800000u ? e.nan : (c < e.largest ? c : e.largest) | (u >> 31) << e.sign);
 }
 
-template <int FORMAT> static void test_codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
+template <int FORMAT> static void codec_one(const char *name, int stochastic, const codec_run *runs, int n_runs) {
     const int64_t all = (int64_t)(4294967296 / CODEC_STRIDE), chunk = snipi_min(all / 4 * 4, (int64_t)1 << 28);
     const int workers = codec_cores();
     uint8_t *code, *host;
     int64_t wrong = 0;
-    snprintf(what, sizeof what, "codec %s, %s", name, stochastic ? "stochastic" : "nearest");
+    test_about("codec %s, %s", name, stochastic ? "stochastic" : "nearest");
     if (cudaMalloc(&code, (size_t)chunk) != cudaSuccess ||
         cudaMallocHost((void **)&host, (size_t)chunk) != cudaSuccess) {
         CHECK(!"memory");
@@ -927,7 +940,7 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
         });
         for (int w = 0; w < workers; w++) {
             if (bad[(size_t)w] && !wrong)
-                printf("%s: input 0x%08X\n", what, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
+                printf("%s: input 0x%08X\n", test.about, (uint32_t)example[(size_t)w] * CODEC_STRIDE);
             wrong += bad[(size_t)w];
         }
     }
@@ -936,9 +949,9 @@ template <int FORMAT> static void test_codec_one(const char *name, int stochasti
     cudaFreeHost(host);
 }
 
-static void test_codec() {
+static void codec_every_float() {
     for (int stochastic = 0; stochastic < 2; stochastic++) {
-#define CODEC(format, table) test_codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
+#define CODEC(format, table) codec_one<format>(#format, stochastic, table, (int)(sizeof table / sizeof table[0]))
         CODEC(SNIP_E4M3, runs_e4m3);
         CODEC(SNIP_E5M2, runs_e5m2);
         CODEC(SNIP_E2M1, runs_e2m1);
@@ -983,7 +996,7 @@ static __global__ void twice_kernel(int8_t *to, const uint8_t *packed, int64_t n
         to[i] = (int8_t)(2.0f * snipi_decode(packed[i / 2] >> i % 2 * 4 & 15u, SNIP_E2M1));
 }
 
-static void test_oracle() {
+static void oracle_products() {
     static const snip_recipe fp8 = SNIP_RECIPE_FP8_TILE, fp8_block = SNIP_RECIPE_FP8_BLOCK,
                              e5m2 = { SNIP_E5M2, 1, 128, SNIP_SCALE_F32, NEAREST }, bf16 = SNIP_RECIPE_BF16;
     static const snip_recipe fp4 = { SNIP_E2M1, 1, 128, SNIP_SCALE_F32, NEAREST };
@@ -1009,11 +1022,11 @@ static void test_oracle() {
             const snip_recipe *ra = pair[0], *rb = pair[1];
             const bool integers = ra->format == SNIP_E2M1;
             lt_gemm lt({ ra->format, m, ra->tile_rows }, { rb->format, n, rb->tile_rows }, k);
-            snprintf(what, sizeof what, "cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d",
-                     snip_format_name(ra->format), ra->tile_rows, ra->tile_cols, snip_format_name(rb->format),
-                     rb->tile_rows, rb->tile_cols, (int)m, (int)n, (int)k);
+            test_about("cuBLASLt's product of %s %dx%d and %s %dx%d, %d x %d x %d", snip_format_name(ra->format),
+                       ra->tile_rows, ra->tile_cols, snip_format_name(rb->format), rb->tile_rows, rb->tile_cols, (int)m,
+                       (int)n, (int)k);
             if (!lt.exists()) {
-                skip(what);
+                test_skip("%s", test.about);
                 continue;
             }
             device_matrix a(ra, m, k), b(rb, n, k);
@@ -1066,18 +1079,21 @@ static void test_oracle() {
             }
             const double most = integers ? 0 : ra->format == SNIP_BF16 ? 1e-5 : 1e-3;
             if (!(error <= most * most * norm && norm > 0))
-                printf("%s: relative difference %.2e\n", what, sqrt(error / norm));
+                printf("%s: relative difference %.2e\n", test.about, sqrt(error / norm));
             CHECK(error <= most * most * norm && norm > 0);
             for (void *p : { (void *)c, (void *)c2, (void *)ia, (void *)ib }) cudaFree(p);
         }
 }
 #elif defined(__CUDACC__)
-static void test_oracle() { skip("cuBLASLt is not linked: FP8, INT8 and BF16 products have no oracle but snip.h's"); }
+static void oracle_products() {
+    test_skip("cuBLASLt is not linked: FP8, INT8 and BF16 products have no oracle but snip.h's");
+}
 #else
-static void test_oracle() {}
+static void oracle_products() {}
 #endif
 
 // ---- the session ----
+
 // Layers side by side, each with tensors of its own, so that the same numbers reach both machines' calls.
 enum { LAYERS = 2, MICROS = 2, ROWS = 40 };
 
@@ -1116,10 +1132,10 @@ struct model {  // what lies above a layer answers the update probe: shift
     layer_data *l[LAYERS];
 
     model() {
-        uint64_t was = rng_state;
-        rng_state = 77;
+        uint64_t was = random_state;
+        random_state = 77;
         for (int i = 0; i < LAYERS; i++) l[i] = new layer_data(dims[i][0], dims[i][1]);
-        rng_state = was;
+        random_state = was;
     }
 
     ~model() {
@@ -1281,11 +1297,7 @@ static bool alike(const buffer &a, const buffer &b, double most) {
     }
     return error <= most * most * norm;
 }
-#ifdef __CUDACC__
-static const double CLOSE = 1e-4;  // tensor cores cut their sums
-#else
-static const double CLOSE = 1e-5;
-#endif
+static const double CLOSE = 1e-4;  // sums in another order; tensor cores cut theirs
 static bool close_to(double a, double b, double size) { return fabs(a - b) <= CLOSE * fabs(size); }
 
 static void check_estimates(const snip *ours, const snip *theirs, const manner &how) {
@@ -1343,8 +1355,8 @@ static void test_session_one(const snip_desc &desc, const manner &how, int lag, 
         const snip_adamw o = adamw_of(step + 1);
         const int plans = snip_plans(cpu.s);
         bool exact[LAYERS];
-        snprintf(what, sizeof what, "session%s, optimizer %d, %d micro-batches, lag %d, step %d", how.name,
-                 desc.optimizer, how.micros, lag, (int)step);
+        test_about("session%s, optimizer %d, %d micro-batches, lag %d, step %d", how.name, desc.optimizer, how.micros,
+                   lag, (int)step);
         for (int i = 0; i < LAYERS; i++) {
             for (int g = 0; g < SNIP_GEMMS; g++) old[i][g] = snipi_format(&ours.s->layers[i], g);
             exact[i] = !lag && old[i][SNIP_FWD] == SNIP_E2M1;
@@ -1388,7 +1400,7 @@ static snip_desc session_desc(int every) {
 
 // A captured pass, replayed: the bytes of the same steps without a graph, stochastic rounding included; and what the
 // device sees of X in a replay sizes the next measurement's noise.
-static void test_session_graph() {
+static void session_in_a_graph() {
     const manner how = { " in a graph", MICROS, false, false, false, false, true };
     const snip_desc desc = session_desc(3);
     cudaGraph_t graph;
@@ -1404,7 +1416,7 @@ static void test_session_graph() {
         snip_adamw o = adamw_of(step + 1);
         buffer before(a.t.l[1]->dw.size);
         memcpy(before.at, a.t.l[1]->dw.at, before.size);
-        snprintf(what, sizeof what, "session in a graph, step %d", (int)step);
+        test_about("session in a graph, step %d", (int)step);
         CHECK(cudaGraphLaunch(exec, a.stream) == cudaSuccess);
         CHECK(snip_cuda_next_pass(a.c, NULL, a.stream) == 0 && a.end_step(&o) == SNIP_OK);
         CHECK(b.pass() == SNIP_OK && snip_cuda_next_pass(b.c, NULL, b.stream) == 0 && b.end_step(&o) == SNIP_OK);
@@ -1432,7 +1444,7 @@ static snipi_call call_of(const machine &m, int layer, int64_t micro = 0) {
 
 // A weight is quantized once a step, for all micro-batches and for fwd and dgrad, and anew in the next step and in a
 // capture. A recomputed forward finds it, too.
-static void test_session_weights() {
+static void session_held_weights() {
     const snip_format formats[][2] = {
         {SNIP_E4M3,  SNIP_E4M3},
         { SNIP_E4M3, SNIP_E2M1},
@@ -1465,8 +1477,8 @@ static void test_session_weights() {
         for (int64_t step = 1; step <= 3; step++) {
             snip_adamw o = adamw_of(step);
             const int held[2] = { format[0] != SNIP_BF16, 1 };
-            snprintf(what, sizeof what, "session, held weights, formats %s %s, step %d", snip_format_name(format[0]),
-                     snip_format_name(format[1]), (int)step);
+            test_about("session, held weights, formats %s %s, step %d", snip_format_name(format[0]),
+                       snip_format_name(format[1]), (int)step);
             fill(w, nw, SNIP_F32, GAUSS);
             l->clear();
             if (step == 3) {  // captured and never run: must not count as quantized
@@ -1508,7 +1520,7 @@ static void test_session_weights() {
 }
 
 // Saturated elements, NaN and infinity of a step: the CPU's counts, whatever is held or recomputed.
-static void test_session_counts() {
+static void session_counts() {
     for (int format = 0; format < 3; format++)
         for (int micros = 1; micros <= MICROS; micros++) {
             snip_desc desc = session_desc(-1);
@@ -1522,8 +1534,7 @@ static void test_session_counts() {
             machine ours(desc, how, 0), cpu(desc, how);
             for (int64_t step = 1; step <= 3; step++) {
                 snip_adamw o = adamw_of(step);
-                snprintf(what, sizeof what, "session counts, formats %d, %d micro-batches, step %d", format, micros,
-                         (int)step);
+                test_about("session counts, formats %d, %d micro-batches, step %d", format, micros, (int)step);
                 shim_order = (int)step % SHIM_ORDERS;
                 for (machine *m : { &ours, &cpu }) {
                     snip_set_format(m->s, -1, SNIP_GEMMS, format == 1 ? SNIP_E2M1 : SNIP_E4M3);
@@ -1551,12 +1562,12 @@ static void test_session_counts() {
 }
 
 // A spike's fallback and its measurement come after the lag; no measurement begins while another is on its way.
-static void test_session_watch() {
+static void session_watches_losses() {
     machine d(session_desc(9), plainly, 2);
     char passes[64] = "";
     for (int64_t step = 0; step < 47; step++) {
         snip_adamw o = adamw_of(step + 1);
-        snprintf(what, sizeof what, "session watches, step %d", (int)step);
+        test_about("session watches, step %d", (int)step);
         passes[step] = d.s->pass == SNIP_PASS_ORDINARY ? '.' : 'm';
         const double loss = step == 40 || step == 41 ? 100 : 2.5 + 0.01 * (double)(step % 3);
         if (step == 40) snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E2M1);
@@ -1573,7 +1584,7 @@ static void test_session_watch() {
 }
 
 // NaN and infinity are told of after the lag, whatever the format.
-static void test_session_nonfinite() {
+static void session_tells_of_nan() {
     static const snip_format formats[] = { SNIP_BF16, SNIP_E4M3, SNIP_E2M1 };
     for (snip_format format : formats)
         for (int where = 0; where < 4; where++) {
@@ -1582,7 +1593,7 @@ static void test_session_nonfinite() {
             const snip_adamw o = adamw_of(1), next = adamw_of(2);
             float *bad = (where == 0 ? l->x : where == 1 ? l->w : where == 2 ? l->dy : l->bias).floats() + 5;
             const float was = *bad;
-            snprintf(what, sizeof what, "session, NaN in tensor %d, %s", where, snip_format_name(format));
+            test_about("session, NaN in tensor %d, %s", where, snip_format_name(format));
             snip_set_format(d.s, -1, SNIP_GEMMS, format);
             *bad = snipi_float(where == 1 ? 0xFF800000u : 0x7FC00000u);
             CHECK(d.pass() == SNIP_OK && d.end_step(&o) == SNIP_OK);
@@ -1596,7 +1607,7 @@ static void test_session_nonfinite() {
 }
 
 // What makes a measurement fail is told of by layer and cause, after the lag, and the measurement made anew.
-static void test_session_failures() {
+static void session_failures() {
     enum { STATE_M, STATE_V, LOSS, NO_OPTIMIZER, PROBE, FAILURES };
 
     for (int failure = 0; failure < FAILURES; failure++)
@@ -1607,7 +1618,7 @@ static void test_session_failures() {
             const bool state = failure == STATE_M || failure == STATE_V;
             float *bad = (failure == STATE_M ? l->m : failure == STATE_V ? l->v : l->dy).floats() + 7, was = *bad;
             snip_status status = SNIP_OK;
-            snprintf(what, sizeof what, "session, failure %d, lag %d", failure, lag);
+            test_about("session, failure %d, lag %d", failure, lag);
             for (int step = 0; step < 4; step++) CHECK(d.step() == SNIP_OK && d.s->kept.failures == 0);
             if (failure != LOSS && failure != NO_OPTIMIZER) *bad = snipi_float(0x7FC00000u);
             if (failure == NO_OPTIMIZER) {
@@ -1634,20 +1645,20 @@ static void test_session_failures() {
         }
     // Between steps, finish finds out that the next one is to measure.
     machine d(session_desc(4), plainly, 2);
-    snprintf(what, sizeof what, "session, a failure that finish reads");
+    test_about("session, a failure that finish reads");
     for (int step = 0; step < 6; step++) CHECK(d.step(step == 4 ? (double)snipi_float(0x7FC00000u) : 2.5) == SNIP_OK);
     CHECK(d.s->pass == SNIP_PASS_ORDINARY && snip_cuda_finish(d.c) == SNIP_NONFINITE);
     CHECK(d.s->pass == SNIP_PASS_LOSS_PROBE);
 }
 
 // Refused calls are told of at once and kept, by function, layer and cause.
-static void test_session_refusals() {
+static void session_refusals() {
     machine d(session_desc(-1), plainly, 0);
     const snip_adamw o = adamw_of(1), wrong = adamw_of(0);
     layer_data *l = d.t.l[0];
     float *out = l->out.floats(), *x = l->x.floats(), *w = l->w.floats(), *dy = l->dy.floats();
     auto says = [&](const char *text) { return strstr(snip_message(d.s), text) != NULL; };
-    snprintf(what, sizeof what, "session, refusals");
+    test_about("session, refusals");
     CHECK(snip_cuda_supported());
     CHECK(snip_cuda_memory(NULL, 5) == 0 && snip_cuda_memory(d.s, 0) == 0);
     CHECK(!snip_cuda_create(NULL, 5, 0, d.memory, 0) && !snip_cuda_create(d.s, 0, 0, d.memory, 0) && says("rows"));
@@ -1705,11 +1716,11 @@ static void test_session_refusals() {
 }
 
 // Of a measuring step: a batch that is not run again, no loss, an ending in a probe pass.
-static void test_session_protocol() {
+static void session_protocol() {
     machine d(session_desc(2), plainly, 0);
     const snip_adamw o = adamw_of(1);
     auto says = [&](const char *text) { return strstr(snip_message(d.s), text) != NULL; };
-    snprintf(what, sizeof what, "session, protocol of a measuring step");
+    test_about("session, protocol of a measuring step");
     CHECK(d.step() == SNIP_OK && d.step() == SNIP_OK && d.s->pass == SNIP_PASS_LOSS_PROBE);
     CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && says("snip_cuda_end_step: in a probe pass"));
     do CHECK(d.pass() == SNIP_OK);
@@ -1732,7 +1743,7 @@ static void test_session_protocol() {
 }
 
 // What no plan could do without is said at the end of the first step.
-static void test_session_first_step() {
+static void session_first_step() {
     for (int lacks = 0; lacks < 4; lacks++) {
         snip_desc desc = session_desc(3);
         const manner how = { "", 1, false, false, lacks == 0 || lacks == 3, false, false };
@@ -1741,7 +1752,7 @@ static void test_session_first_step() {
         d.how.frozen = lacks == 3;
         if (lacks == 2) snip_allow(d.s, 0, SNIP_GEMMS, 1, 0), snip_allow(d.s, 1, SNIP_FWD, 1, 0);
         const snip_status status = d.step();
-        snprintf(what, sizeof what, "session, first step lacks %d", lacks);
+        test_about("session, first step lacks %d", lacks);
         CHECK(status == (lacks == 0   ? SNIP_NOT_BOUND
                          : lacks == 1 ? SNIP_BAD_ARGUMENT
                          : lacks == 2 ? SNIP_INFEASIBLE
@@ -1754,11 +1765,11 @@ static void test_session_first_step() {
 }
 
 // A state saved before a measuring step: the restored session goes on as this one does.
-static void test_session_resume() {
+static void session_resumes() {
     const manner how = { " resumed", MICROS, false, false, false, false, true };
     for (int lag = -1; lag < 2; lag++) {
         machine a(session_desc(3), how, lag);
-        snprintf(what, sizeof what, "session, resumed, lag %d", lag);
+        test_about("session, resumed, lag %d", lag);
         for (int step = 0; step < 3; step++) CHECK(a.step() == SNIP_OK);
         CHECK(lag < 0 || snip_cuda_finish(a.c) == SNIP_OK);
         std::vector<char> state(snip_state_size(a.s)), ours(state.size()), theirs(state.size());
@@ -1779,11 +1790,11 @@ static void test_session_resume() {
 }
 
 // dbias of many rows: the CPU's to the last place, which sums in float would miss.
-static void test_session_bias() {
+static void session_bias_gradients() {
     const int64_t rows = 100000, n = dims[0][0];
     machine d(session_desc(-1), plainly, 0);
     buffer dy((size_t)(rows * n) * 4), ours((size_t)n * 4), theirs((size_t)n * 4);
-    snprintf(what, sizeof what, "bias of %d rows", (int)rows);
+    test_about("bias of %d rows", (int)rows);
     for (int64_t i = 0; i < rows * n; i++) dy.floats()[i] = 1.0f + 0.001f * uniform();
     for (int64_t i = 0; i < n; i++) ours.floats()[i] = theirs.floats()[i] = uniform();
     snipi_call call = call_of(d, 0);
@@ -1795,7 +1806,7 @@ static void test_session_bias() {
 }
 
 // Sketches and mixed rows and columns have the CPU's bits.
-static void test_sketch() {
+static void session_sketches() {
     static const int64_t sizes[] = { 1, 4096, 5000, 100000, 200000 }, before[] = { 0, 777, 12345 };
     machine d(session_desc(2), plainly, 0);
     snipi_call call = call_of(d, 1);
@@ -1806,7 +1817,7 @@ static void test_sketch() {
         for (float sign : { 1.0f, -1.0f }) {
             buffer x((size_t)n * 4);
             fill(x, n, SNIP_F32, GAUSS);
-            snprintf(what, sizeof what, "sketch of %d", (int)n);
+            test_about("sketch of %d", (int)n);
             shim_order = (int)n % SHIM_ORDERS;
             call.sketch = (float(*)[SNIPI_SKETCH])(void *)expected.at;
             CHECK(snipi_host_sketch_add(&call, SNIPI_SKETCH_DY, x.floats(), n, sign) == SNIP_OK);
@@ -1820,7 +1831,7 @@ static void test_sketch() {
             const int64_t cols = 70, rows = sizes[2 * i] / cols + 1;
             buffer x((size_t)(rows * cols) * 4), ours((size_t)(targets * cols) * 4), theirs(ours.size);
             fill(x, rows * cols, SNIP_F32, GAUSS);
-            snprintf(what, sizeof what, "%d mixed rows at %d", (int)rows, (int)before[i]);
+            test_about("%d mixed rows at %d", (int)rows, (int)before[i]);
             const snip_rng_key key = { 3, 4, 5 };
             CHECK(snipi_host_mix_rows(&call, key, x.floats(), rows, cols, before[i], targets, theirs.floats()) ==
                   SNIP_OK);
@@ -1832,7 +1843,7 @@ static void test_sketch() {
     for (int64_t cols : { 5, 70, 1100, 2500 }) {
         buffer x((size_t)(ROWS * cols) * 4), ours((size_t)(ROWS * SNIPI_PROJECTED) * 4), theirs(ours.size);
         fill(x, ROWS * cols, SNIP_F32, GAUSS);
-        snprintf(what, sizeof what, "%d mixed columns", (int)cols);
+        test_about("%d mixed columns", (int)cols);
         const snip_rng_key key = { 3, 4, 6 };
         CHECK(snipi_host_mix_columns(&call, key, x.floats(), ROWS, cols, theirs.floats()) == SNIP_OK);
         CHECK(snipi_cuda_mix_columns(&call, key, x.floats(), ROWS, cols, ours.floats()) == SNIP_OK);
@@ -1843,9 +1854,9 @@ static void test_sketch() {
 
 // The first layer's FP8 products by the cuBLASLt played on the CPU, which has none of the second's sizes.
 #ifdef __CUDACC__
-static void test_session_cublaslt() {}
+static void session_by_cublaslt() {}
 #else
-static void test_session_cublaslt() {
+static void session_by_cublaslt() {
     machine d(session_desc(-1), plainly, 0);
     layer_data *l = d.t.l[0];
     shim_cublaslt lt = { CUBLAS_STATUS_SUCCESS, false, 0 };
@@ -1869,7 +1880,7 @@ static void test_session_cublaslt() {
             }
         return error / norm;
     };
-    snprintf(what, sizeof what, "session by cuBLASLt");
+    test_about("session by cuBLASLt");
     snip_set_format(d.s, -1, SNIP_GEMMS, SNIP_E4M3);
     CHECK(snip_cuda_use_cublaslt(NULL, &lt, at, room) == SNIP_BAD_ARGUMENT &&
           snip_cuda_use_cublaslt(d.c, &lt, at, room - 1) == SNIP_BAD_ARGUMENT);
@@ -1896,88 +1907,122 @@ static void test_session_cublaslt() {
 }
 #endif
 
-static void test_session() {
-    snip_desc desc = session_desc(2);
-    test_sketch();
-    test_session_bias();
-    test_session_one(desc, { "", MICROS, false, false, false, false, false }, 0, 5);
-    test_session_one(
-        desc, { ", a small micro-batch first, backward in reverse", MICROS, true, true, false, false, true }, 0, 3);
-    test_session_one(desc, { ", a frozen layer, a loss of 0", 1, false, false, true, false, false }, 0, 3, 0);
-    test_session_one(desc, { ", an expert", 1, false, false, false, true, false }, 0, 9);
-    desc.every = 3;
-    play_gpu(2);  // E2M1 operands are packed
-    test_session_one(desc, plainly, 2, 7);
+static void session_beside_cpu() {
+    test_session_one(session_desc(2), { "", MICROS, false, false, false, false, false }, 0, 5);
+}
+
+static void session_micro_batches_in_reverse() {
+    test_session_one(session_desc(2),
+                     { ", a small micro-batch first, backward in reverse", MICROS, true, true, false, false, true }, 0,
+                     3);
+}
+
+static void session_frozen_layer() {
+    test_session_one(session_desc(2), { ", a frozen layer, a loss of 0", 1, false, false, true, false, false }, 0, 3,
+                     0);
+}
+
+static void session_expert() {
+    test_session_one(session_desc(2), { ", an expert", 1, false, false, false, true, false }, 0, 9);
+}
+
+static void session_with_lag() {
+    if (test.few == 1) test_session_one(session_desc(3), plainly, 2, 7);
+}
+
+static void session_with_packed_codes() {
+    play_gpu(2);
+    test_session_one(session_desc(3), plainly, 2, 7);
     play_gpu(0);
-    if (few == 1) test_session_one(desc, plainly, 2, 7);
+}
+
+static void session_of_lion_measured_in_bf16() {
+    snip_desc desc = session_desc(3);
     desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_LION;
     test_session_one(desc, plainly, 0, 4);
+}
+
+static void session_of_momentum_without_update_probe() {
+    snip_desc desc = session_desc(3);
+    desc.measure = SNIP_BF16;
     desc.optimizer = SNIP_SGD_MOMENTUM;
     desc.update_weight = -1;
-    if (few == 1) test_session_one(desc, plainly, 1, 5);
-    test_session_graph();
-    test_session_weights();
-    test_session_counts();
-    test_session_watch();
-    test_session_nonfinite();
-    test_session_failures();
-    test_session_refusals();
-    test_session_protocol();
-    test_session_first_step();
-    test_session_resume();
-    test_session_cublaslt();
+    if (test.few == 1) test_session_one(desc, plainly, 1, 5);
+}
+
+// Whether there is a GPU on which these tests can run, or a CPU that plays one.
+static bool have_gpu(bool *managed) {
+    *managed = true;
+#ifdef __CUDACC__
+    int devices = 0, value = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess || devices == 0) {
+        test_skip("no GPU (%s)", cudaGetErrorString(error));
+        return false;
+    }
+    *managed = cudaDeviceGetAttribute(&value, cudaDevAttrConcurrentManagedAccess, 0) == cudaSuccess && value;
+    if (!*managed) test_skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
+#endif
+    return true;
+}
+
+static void run_on_managed_memory() {
+    RUN(quantize_refusals);
+    RUN(quantize_recipes);
+    RUN(quantize_held_blocks);
+    RUN(quantize_in_place);
+    RUN(quantize_counts);
+    RUN(quantize_statistics_in_any_order);
+    RUN(dequantize_recipes);
+
+    RUN(noise_bytes_and_sums);
+
+    RUN(gemm_plain);
+    RUN(gemm_e2m1);
+    RUN(gemm_fp8);
+    RUN(gemm_refusals);
+    RUN(gemm_reference);
+    RUN(gemm_s8_bytes);
+    RUN(gemm_s8_refusals);
+    RUN(gemm_by_cublaslt);
+    RUN(gemm_by_cublaslt_refusals);
+
+    RUN(session_sketches);
+    RUN(session_bias_gradients);
+    RUN(session_beside_cpu);
+    RUN(session_micro_batches_in_reverse);
+    RUN(session_frozen_layer);
+    RUN(session_expert);
+    RUN(session_with_lag);
+    RUN(session_with_packed_codes);
+    RUN(session_of_lion_measured_in_bf16);
+    RUN(session_of_momentum_without_update_probe);
+    RUN(session_in_a_graph);
+    RUN(session_held_weights);
+    RUN(session_counts);
+    RUN(session_watches_losses);
+    RUN(session_tells_of_nan);
+    RUN(session_failures);
+    RUN(session_refusals);
+    RUN(session_protocol);
+    RUN(session_first_step);
+    RUN(session_resumes);
+    RUN(session_by_cublaslt);
 }
 
 int main(int argc, char **argv) {
-    int quantize = 0, noise = 0, gemm = 0, s8 = 0, cublaslt = 0, session = 0, codec = 0, oracle = 0;
-    if (getenv("SNIP_TEST_FEW") && atoi(getenv("SNIP_TEST_FEW")) > 1) few = atoi(getenv("SNIP_TEST_FEW"));
-    for (int i = 1; i < argc; i++) {
-        stop_at_failure |= !strcmp(argv[i], "--stop");
-        quantize |= !strcmp(argv[i], "quantize");
-        noise |= !strcmp(argv[i], "noise");
-        gemm |= !strcmp(argv[i], "gemm");
-        s8 |= !strcmp(argv[i], "s8");
-        cublaslt |= !strcmp(argv[i], "cublaslt");
-        session |= !strcmp(argv[i], "session");
-        codec |= !strcmp(argv[i], "codec");
-        oracle |= !strcmp(argv[i], "oracle");
+    bool managed;
+    if (argc > 1 && !strcmp(argv[1], "--stop")) {
+        stop_at_failure = true;
+        argc--;
+        argv++;
     }
-    if (!quantize && !noise && !gemm && !s8 && !cublaslt && !session && !codec && !oracle)
-        quantize = noise = gemm = s8 = session = codec = oracle = 1;
-#ifdef __CUDACC__
-    int devices = 0;
-    cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error != cudaSuccess || devices == 0) {
-        printf("skipped: no GPU (%s)\n0 passed, 0 failed, 1 skipped\n", cudaGetErrorString(error));
-        return 0;
+    test_start(argc, argv);
+    if (have_gpu(&managed)) {
+        if (managed) run_on_managed_memory();
+        RUN(codec_every_float);
+        RUN(oracle_products);
     }
-    int managed = 0;
-    if (cudaDeviceGetAttribute(&managed, cudaDevAttrConcurrentManagedAccess, 0) != cudaSuccess || !managed) {
-        skip("the host cannot use managed memory while the GPU does: codec and oracle alone");
-        quantize = noise = gemm = s8 = session = 0;
-    }
-#endif
-    if (quantize) {
-        test_refusals();
-        test_quantize();
-        test_in_place();
-        test_counts();
-        test_stats_deterministic();
-        test_dequantize();
-    }
-    if (noise) test_noise();
-    if (gemm) {
-        test_gemm_plain();
-        test_gemm_tensor_cores();
-        test_gemm_reference();
-    }
-    if (gemm || s8) test_gemm_s8();
-    if (gemm || cublaslt) test_gemm_cublaslt();
-    if (cublaslt) test_session_cublaslt();
-    if (session) test_session();
-    if (codec) test_codec();
-    if (oracle) test_oracle();
-    printf("%ld passed, %ld failed, %ld skipped\n", passed, failed, skipped);
-    return failed != 0;
+    return test_end() && (test.failed || !test.skipped);  // all skipped is no failure, nothing run is one
 }
