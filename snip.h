@@ -1722,10 +1722,10 @@ static void snipi_sums_exact(const float *x, const float *values, const float *w
 
 // The same in units of the scale: y = x / scale, values = Q(x) / scale. Each product is rounded before it is added.
 static void snipi_sums_scaled(const snipi_run *run, const float *y, const float *values) {
-    enum { HALF = SNIPI_LANES, FLOATS = 2 * SNIPI_LANES };
+    enum { SNIPI_HALF_SUMS = SNIPI_LANES, SNIPI_FLOAT_SUMS = 2 * SNIPI_LANES };
 
     const double scale = (double)run->scale, square = scale * scale;
-    float y_sq[SNIPI_RUN], d_sq[SNIPI_RUN], sum_sq[FLOATS] = { 0 }, err_sq[FLOATS] = { 0 };
+    float y_sq[SNIPI_RUN], d_sq[SNIPI_RUN], sum_sq[SNIPI_FLOAT_SUMS] = { 0 }, err_sq[SNIPI_FLOAT_SUMS] = { 0 };
     double dot[SNIPI_LANES] = { 0 }, scaled[3][SNIPI_LANES];
     for (int i = 0; i < run->n; i++) {
         const float d = values[i] - y[i];
@@ -1736,12 +1736,12 @@ static void snipi_sums_scaled(const snipi_run *run, const float *y, const float 
     SNIPI_ROUNDED(y_sq);
     SNIPI_ROUNDED(d_sq);
     for (int i = 0; i < run->n; i++) {
-        sum_sq[i % FLOATS] += y_sq[i];
-        err_sq[i % FLOATS] += d_sq[i];
+        sum_sq[i % SNIPI_FLOAT_SUMS] += y_sq[i];
+        err_sq[i % SNIPI_FLOAT_SUMS] += d_sq[i];
     }
     for (int i = 0; i < SNIPI_LANES; i++) {
-        scaled[0][i] = ((double)sum_sq[i] + (double)sum_sq[i + HALF]) * square;
-        scaled[1][i] = ((double)err_sq[i] + (double)err_sq[i + HALF]) * square;
+        scaled[0][i] = ((double)sum_sq[i] + (double)sum_sq[i + SNIPI_HALF_SUMS]) * square;
+        scaled[1][i] = ((double)err_sq[i] + (double)err_sq[i + SNIPI_HALF_SUMS]) * square;
         scaled[2][i] = dot[i] * scale;
     }
     SNIPI_ROUNDED(scaled);
@@ -1875,7 +1875,7 @@ static int snipi_matrix_panel_rows(const snipi_matrix *matrix) {
 
 // A transposed source of `cols` rows, from x: `rows` elements of each.
 static void snipi_fill_turned(const snipi_matrix *matrix, const void *x, int rows, int cols, float *to) {
-    enum { AT_ONCE = 16 };
+    enum { SNIPI_WIDE_ROWS = 16 };
 
     const snipi_vector *vector = matrix->vector;
     const int64_t ld = matrix->ld;
@@ -1884,9 +1884,9 @@ static void snipi_fill_turned(const snipi_matrix *matrix, const void *x, int row
     else if (!matrix->x_bf16)
         vector->transpose((const float *)x, ld, cols, rows, to, SNIPI_PANEL_LD);
     else
-        for (int c = 0; c < cols; c += AT_ONCE) {
-            float wide[AT_ONCE][SNIPI_PANEL_ROWS];
-            const int n = (int)snipi_min(AT_ONCE, cols - c);
+        for (int c = 0; c < cols; c += SNIPI_WIDE_ROWS) {
+            float wide[SNIPI_WIDE_ROWS][SNIPI_PANEL_ROWS];
+            const int n = (int)snipi_min(SNIPI_WIDE_ROWS, cols - c);
             for (int i = 0; i < n; i++) vector->widen((const uint16_t *)x + (c + i) * ld, rows, wide[i]);
             vector->transpose(wide[0], SNIPI_PANEL_ROWS, n, rows, to + c, SNIPI_PANEL_LD);
         }

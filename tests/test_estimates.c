@@ -535,6 +535,29 @@ static void micro_batches_give_the_estimates_of_the_whole_batch(void) {
     }
 }
 
+// The optimizer's slopes and the size of its update, as the estimates use them.
+static void slopes_and_updates_are_those_of_adamw(void) {
+    model n = model_small();
+    snip_desc d = description();
+    d.every = 1;
+    snip *s = model_session(&n, &d);
+    float *slopes = floats(weights_of(&n, 0));
+    snip_adamw o = optimizer(2);
+    CHECK(snip_layer_sensitivity(s, 0, slopes) == SNIP_BAD_ARGUMENT);      // no step yet
+    CHECK(model_step(&n, s, 1) == SNIP_OK && snip_update_sq(s, &o) == 0);  // no |W| yet
+    CHECK(model_step(&n, s, 2) == SNIP_OK);
+    CHECK(snip_layer_sensitivity(s, 0, slopes) == SNIP_OK);
+    for (int i = 0; i < weights_of(&n, 0); i++) CHECK(close_to((double)slopes[i], adamw_slope(&o, n.v[0][i]), 1e-4));
+    CHECK(snip_layer_sensitivity(s, 2, slopes) == SNIP_BAD_ARGUMENT && strstr(snip_message(s), "no such layer"));
+    CHECK(snip_layer_sensitivity(s, 0, NULL) == SNIP_BAD_ARGUMENT);
+    CHECK(snip_layer_sensitivity(NULL, 0, slopes) == SNIP_BAD_ARGUMENT);
+    double expected = 0;
+    for (int l = 0; l < 2; l++)
+        expected += adamw_update_sq(&o, n.m[l], n.v[l], weights_of(&n, l)) / sum_of_squares(n.w[l], weights_of(&n, l));
+    CHECK(close_to(snip_update_sq(s, &o), expected, 0.05));  // |W|^2 is of before the update
+    CHECK(snip_update_sq(s, NULL) == 0 && snip_update_sq(NULL, &o) == 0);
+}
+
 int main(int argc, char **argv) {
     test_start(argc, argv);
     RUN(loss_estimates_are_those_of_a_quadratic_loss);
@@ -543,6 +566,7 @@ int main(int argc, char **argv) {
     RUN(backward_errors_average_out_over_the_horizon);
     RUN(update_estimates_of_operands_that_shrink);
     RUN(the_lion_slope_is_that_of_the_mean_sign);
+    RUN(slopes_and_updates_are_those_of_adamw);
     RUN(sgd_with_momentum);
     RUN(lion);
     RUN(adamw_by_callback_gives_the_estimates_of_adamw);

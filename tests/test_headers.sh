@@ -273,7 +273,7 @@ leaks() {                           # gcc or clang
     # macros: those of the header less those of the system headers it includes
     printf '#include <%s.h>\n' stddef stdint stdio > system_api.c
     { cat system_api.c
-      printf '#include <%s.h>\n' errno sys/stat math stdlib string time float limits assert
+      printf '#include <%s.h>\n' errno fenv sched sys/stat math stdlib string time float limits assert
       printf '#if defined(__x86_64__)\n#include <immintrin.h>\n#endif\n'; } > system_impl.c
     for part in api impl; do
         $cc -std=c99 -I"$root" -dM -E ${part}_twice.c 2> /dev/null | awk '{sub(/\(.*/, "", $2); print $2}' | sort -u > ours
@@ -299,7 +299,7 @@ names() {
     for header in snip.h snip_ilp.h; do
         gcc -fpreprocessed -dD -E -P -x c "$root/$header" 2> /dev/null | sed -E 's/"([^"\\]|\\.)*"//g' | words |
             grep -E '^[A-Z][A-Z0-9_]+$' | grep -vE '^SNIPI?_' |
-            grep -vE '^(NULL|FILE|EOF|GCC|S_ISREG|AT_HWCAP|(U?INT(8|16|32|64)?|PTRDIFF|SIZE|DBL|FLT)_(MAX|MIN|C|EPSILON)|CLOCK_MONOTONIC|TIME_UTC|CLOCKS_PER_SEC|INFINITY|NAN|HUGE_VAL|ARCH_[A-Z_]*|SYS_[a-z_]*)$' > "$log"
+            grep -vE '^(NULL|FILE|EOF|GCC|S_ISREG|AT_HWCAP|(U?INT(8|16|32|64)?|PTRDIFF|SIZE|DBL|FLT)_(MAX|MIN|C|EPSILON)|CLOCK_MONOTONIC|TIME_UTC|CLOCKS_PER_SEC|EIO|FE_TONEAREST|INFINITY|NAN|HUGE_VAL|ARCH_[A-Z_]*|SYS_[a-z_]*)$' > "$log"
         empty "$header: names of capitals alone without the prefix" 20
     done
     # every public function is called in the tests
