@@ -8348,7 +8348,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run
     const int past = run->stream && ((uintptr_t)strip->values & 63) == 0 && (strip->value_stride & 15) == 0;
     const int codes_past = run->stream && ((uintptr_t)strip->codes & 63) == 0 && (strip->code_stride & 63) == 0 &&
                            strip->length % 128 == 0;
-    const int far = run->stream || strip->pieces > 1;
+    const int distant = run->stream || strip->pieces > 1;
     const int form = (run->packed ? SNIPI_NIBBLES : SNIPI_BYTES) + codes_past;
     const int64_t length = strip->length, step = narrow ? 64 >> log2_width : strip->runs > 0;
     const int64_t fetched = strip->fetched * length * strip->ahead_size / 4;  // with the peaks
@@ -8368,7 +8368,7 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_strip_avx512_as(const snipi_run *run
             end = narrow ? i + 64 : snipi_min(i + width, length);
             for (int64_t first = i; first < end; first += 64, ahead += fetch) {
                 __m512i word[4];
-                if (far)
+                if (distant)
                     SNIPI_FETCH_LINES(ahead, 4, _MM_HINT_T1);
                 else
                     SNIPI_FETCH_LINES(ahead, 3, _MM_HINT_T0);
