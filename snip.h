@@ -1430,6 +1430,8 @@ enum { SNIPI_WORDS = 512 };  // random words that are made ahead of a strip: 2 K
 
 enum { SNIPI_STREAM = 1 << 23 };  // elements from which codes and values go past the caches: 32 MiB of floats
 
+enum { SNIPI_STRIP_ROWS = 8 };  // of a block to a strip: rows may share sets of the nearest cache, of 8 ways or more
+
 enum { SNIPI_BAND = 2 * SNIPI_RUN };  // rows that blocks go down before they go on to the right
 
 enum { SNIPI_AHEAD_STRIP = 8192 };  // bytes from a long strip to what is fetched meanwhile
@@ -1987,6 +1989,8 @@ static uint32_t snipi_tile_peak(const snipi_matrix *matrix, snipi_panel *panel, 
                                 int64_t *nonfinite) {
     const int64_t rows = area->r1 - area->r0, cols = area->c1 - area->c0;
     uint32_t most = 0;
+    if (rows == 1 && cols <= SNIPI_RUN)
+        return matrix->vector->amax(snipi_fetch(matrix, panel, area->r0, area->c0, (int)cols).x, (int)cols, nonfinite);
     if (matrix->transposed && rows < SNIPI_PANEL_ROWS) {
         for (int64_t c = area->c0; c < area->c1; c += SNIPI_RUN)
             for (int64_t r = area->r0; r < area->r1; r++) {
@@ -2052,14 +2056,20 @@ static void snipi_batch_scales(const snipi_matrix *matrix, snipi_batch *batch) {
 }
 
 static void snipi_batch_store(const snipi_matrix *matrix, const snipi_batch *batch) {
-    int64_t at = batch->tile_row * matrix->tiles_across + batch->tile_col;
-    const int across = batch->across, bytes = snipi_byte_scale(matrix->recipe.scale);
+    const int64_t first = batch->tile_row * matrix->tiles_across + batch->tile_col;
+    const int across = batch->across;
     if (!matrix->scales || matrix->recipe.scale == SNIP_SCALE_NONE) return;
-    for (int i = 0; i < batch->down * across; i += across, at += matrix->tiles_across)
-        if (bytes)
-            memcpy((uint8_t *)matrix->scales + at, batch->byte + i, (size_t)across);
+    uint8_t *bytes = (uint8_t *)matrix->scales + first;
+    float *floats = (float *)matrix->scales + first;
+    for (int i = 0; i < batch->down * across; i += across, bytes += matrix->tiles_across, floats += matrix->tiles_across)
+        if (snipi_byte_scale(matrix->recipe.scale) && across == 1)
+            *bytes = batch->byte[i];
+        else if (snipi_byte_scale(matrix->recipe.scale))
+            memcpy(bytes, batch->byte + i, (size_t)across);
+        else if (across == 1)
+            *floats = batch->scale[i];
         else
-            memcpy((float *)matrix->scales + at, batch->scale + i, (size_t)across * sizeof(float));
+            memcpy(floats, batch->scale + i, (size_t)across * sizeof(float));
 }
 
 // The random words of elements [c, c + n) of row r; `random` has room for n of them, rounded up to 64, and 64 more.
@@ -2246,7 +2256,11 @@ static void snipi_encode_tile(const snipi_matrix *matrix, snipi_panel *panel, co
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
     run->low = matrix->recipe.scale != SNIP_SCALE_NONE && tile.exact;
     run->inverse = run->low ? tile.inverse * snipi_float((127u - 64u) << 23) : tile.inverse;
-    snipi_encode_parts(matrix, panel, &tile);
+    if (matrix->tile_rows == 1 && tile.area.c1 - tile.area.c0 <= SNIPI_RUN)
+        snipi_encode_one_run(matrix, panel, tile.area.r0, tile.area.c0, (int)(tile.area.c1 - tile.area.c0),
+                             tile.nonfinite, tile.exact, run);
+    else
+        snipi_encode_parts(matrix, panel, &tile);
 }
 
 // Peaks, scales, codes.
@@ -2317,7 +2331,7 @@ static void snipi_quantize_straight(const snipi_matrix *matrix, snipi_panel *pan
                 batch.cols = length;
                 batch.across = (int)((length + matrix->tile_cols - 1) >> matrix->log2_cols);
                 if (length == end - tc0 * matrix->tile_cols && !row_by_row)
-                    batch.down = (int)snipi_min(SNIPI_STRIP / length, tr1 - batch.tile_row);
+                    batch.down = (int)snipi_min(matrix->blocks ? SNIPI_STRIP_ROWS : SNIPI_STRIP / length, tr1 - batch.tile_row);
             } else {
                 batch.across = snipi_batch_tiles(matrix, tc1 - batch.tile_col);
                 batch.cols = snipi_min(left, batch.across * matrix->tile_cols);
