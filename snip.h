@@ -8345,19 +8345,16 @@ SNIPI_STRIP_AS(snipi_strip_plain_avx512, 0, 0, 1, 0)
 SNIPI_STRIP_AS(snipi_strip_plain_sums_avx512, 0, 1, 1, 0)
 SNIPI_STRIP_AS(snipi_strip_wide_avx512, 0, run->want_sums, 0, 0)
 SNIPI_STRIP_AS(snipi_strip_narrow_avx512, 0, run->want_sums, 0, 1)
-SNIPI_STRIP_AS(snipi_strip_stochastic_plain_avx512, 1, run->want_sums, 1, 0)
-SNIPI_STRIP_AS(snipi_strip_stochastic_wide_avx512, 1, run->want_sums, 0, 0)
-SNIPI_STRIP_AS(snipi_strip_stochastic_narrow_avx512, 1, run->want_sums, 0, 1)
+SNIPI_STRIP_AS(snipi_strip_random_wide_avx512, 1, run->want_sums, 0, 0)
+SNIPI_STRIP_AS(snipi_strip_random_narrow_avx512, 1, run->want_sums, 0, 1)
 
 static void snipi_strip_avx512(const snipi_run *run, const snipi_strip *strip) {
     const int narrow = strip->width < 64;
     const int plain = strip->codes && !strip->values && !strip->weight && !strip->capped && !narrow;
-    if (run->stochastic && plain)
-        snipi_strip_stochastic_plain_avx512(run, strip);
-    else if (run->stochastic && narrow)
-        snipi_strip_stochastic_narrow_avx512(run, strip);
+    if (run->stochastic && narrow)
+        snipi_strip_random_narrow_avx512(run, strip);
     else if (run->stochastic)
-        snipi_strip_stochastic_wide_avx512(run, strip);
+        snipi_strip_random_wide_avx512(run, strip);
     else if (narrow)
         snipi_strip_narrow_avx512(run, strip);
     else if (!plain)
