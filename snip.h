@@ -897,10 +897,12 @@ SNIP_API const char *snip_status_text(snip_status status) {
 // >>codec-impl -------------------------------------------------------------------------------------
 // An element format is a binary float of `mantissa` bits with subnormals below 2^(1 - bias).
 typedef struct {
-    int mantissa, bias, sign;
-    uint32_t largest, nan;
-    float max;
-    int emax;
+    int mantissa, bias;
+    int sign;          // the sign's bit
+    uint32_t largest;  // code of the largest magnitude
+    uint32_t nan;      // code of NaN, or of the largest magnitude where there is none
+    float max;         // value of the largest
+    int emax;          // its exponent
 } snipi_element;
 
 SNIPI_HD SNIPI_INLINE snipi_element snipi_element_of(snip_format format) {
@@ -1154,56 +1156,56 @@ typedef struct {
 } snipi_noise;
 
 static void snipi_noise_add_chunk(void *arg, int64_t c) {
-    const snipi_noise *q = (const snipi_noise *)arg;
-    int64_t g, i0, groups = snipi_ceil_div(q->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
+    const snipi_noise *job = (const snipi_noise *)arg;
+    int64_t g, i0, groups = snipi_ceil_div(job->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
     for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
         uint32_t words[4 * SNIPI_GROUP];
         float noise[SNIPI_SIGNS];
         int b, j;
-        snipi_group_signs(q->key, (uint64_t)g * SNIPI_GROUP, words);
-        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < q->n; b++, i0 += SNIPI_SIGNS) {
-            int m = (int)snipi_min(SNIPI_SIGNS, q->n - i0);
-            snipi_sign_block(q->flip, words + 4 * b, q->shape ? q->shape + i0 : NULL, q->scale, 0, m, noise);
-            for (j = 0; j < m; j++) q->out[i0 + j] = q->x[i0 + j] + noise[j];
+        snipi_group_signs(job->key, (uint64_t)g * SNIPI_GROUP, words);
+        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < job->n; b++, i0 += SNIPI_SIGNS) {
+            int m = (int)snipi_min(SNIPI_SIGNS, job->n - i0);
+            snipi_sign_block(job->flip, words + 4 * b, job->shape ? job->shape + i0 : NULL, job->scale, 0, m, noise);
+            for (j = 0; j < m; j++) job->out[i0 + j] = job->x[i0 + j] + noise[j];
         }
     }
 }
 
 static snipi_noise snipi_noise_of(float *out, const float *x, int64_t n, float scale, const float *shape,
                                   snip_rng_key key) {
-    snipi_noise q;
-    q.out = out;
-    q.x = x;
-    q.shape = shape;
-    q.n = n;
-    q.scale = scale;
-    q.key = key;
-    q.flip = snipi_flip_of(SNIP_ISA_BEST);
-    return q;
+    snipi_noise job;
+    job.out = out;
+    job.x = x;
+    job.shape = shape;
+    job.n = n;
+    job.scale = scale;
+    job.key = key;
+    job.flip = snipi_flip_of(SNIP_ISA_BEST);
+    return job;
 }
 
 SNIP_API snip_status snip_noise_add(float *out, const float *x, int64_t n, float scale, const float *shape,
                                     snip_rng_key key) {
-    snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
+    snipi_noise job = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    snipi_share(snipi_noise_add_chunk, &q, SNIPI_CHUNKS, n);
+    snipi_share(snipi_noise_add_chunk, &job, SNIPI_CHUNKS, n);
     return SNIP_OK;
 }
 
 static void snipi_noise_dot_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
-    const snipi_noise *q = (const snipi_noise *)sum->of;
-    int64_t g, i0, groups = snipi_ceil_div(q->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
+    const snipi_noise *job = (const snipi_noise *)sum->of;
+    int64_t g, i0, groups = snipi_ceil_div(job->n, SNIPI_GROUP_SIGNS), end = groups * (c + 1) / SNIPI_CHUNKS;
     double part = 0;
     for (g = groups * c / SNIPI_CHUNKS; g < end; g++) {
         uint32_t words[4 * SNIPI_GROUP];
         float terms[SNIPI_SIGNS], lanes[16];
         int b, i, j;
-        snipi_group_signs(q->key, (uint64_t)g * SNIPI_GROUP, words);
-        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < q->n; b++, i0 += SNIPI_SIGNS) {
-            int m = (int)snipi_min(SNIPI_SIGNS, q->n - i0);
-            snipi_sign_block(q->flip, words + 4 * b, q->x + i0, 1.0f, 0, m, terms);
-            for (j = 0; q->out && j < m; j++) q->out[i0 + j] += q->x[i0 + j];
+        snipi_group_signs(job->key, (uint64_t)g * SNIPI_GROUP, words);
+        for (b = 0, i0 = g * SNIPI_GROUP_SIGNS; b < SNIPI_GROUP && i0 < job->n; b++, i0 += SNIPI_SIGNS) {
+            int m = (int)snipi_min(SNIPI_SIGNS, job->n - i0);
+            snipi_sign_block(job->flip, words + 4 * b, job->x + i0, 1.0f, 0, m, terms);
+            for (j = 0; job->out && j < m; j++) job->out[i0 + j] += job->x[i0 + j];
             memcpy(lanes, terms, sizeof lanes);
             for (i = 1; i < SNIPI_SIGNS / 16; i++)
                 for (j = 0; j < 16; j++) lanes[j] += terms[16 * i + j];
@@ -1215,9 +1217,9 @@ static void snipi_noise_dot_chunk(void *arg, int64_t c) {
 
 // <xi, x>; x is added to `to` as well, which may be NULL.
 static double snipi_noise_dot(const float *x, int64_t n, snip_rng_key key, float *to) {
-    snipi_noise q = snipi_noise_of(to, x, n, 1, NULL, key);
+    snipi_noise job = snipi_noise_of(to, x, n, 1, NULL, key);
     snipi_sum sum;
-    sum.of = &q;
+    sum.of = &job;
     sum.n = n;
     return snipi_sum_up(&sum, snipi_noise_dot_chunk);
 }
@@ -1299,45 +1301,45 @@ SNIPI_HD static void snipi_gauss(snip_rng_key key, uint64_t index, float out[4])
 SNIP_API void snip_gauss(snip_rng_key key, uint64_t index, float out[4]) { snipi_gauss(key, index, out); }
 
 static void snipi_gauss_add_chunk(void *arg, int64_t c) {
-    const snipi_noise *q = (const snipi_noise *)arg;
-    int64_t b, blocks = snipi_ceil_div(q->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
+    const snipi_noise *job = (const snipi_noise *)arg;
+    int64_t b, blocks = snipi_ceil_div(job->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
     for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
         float noise[4];
-        int j, m = (int)snipi_min(4, q->n - 4 * b);
-        snip_gauss(q->key, (uint64_t)b, noise);
-        for (j = 0; j < m; j++) noise[j] *= q->shape ? q->scale * q->shape[4 * b + j] : q->scale;
+        int j, m = (int)snipi_min(4, job->n - 4 * b);
+        snip_gauss(job->key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) noise[j] *= job->shape ? job->scale * job->shape[4 * b + j] : job->scale;
         SNIPI_ROUNDED(noise);
-        for (j = 0; j < m; j++) q->out[4 * b + j] = q->x[4 * b + j] + noise[j];
+        for (j = 0; j < m; j++) job->out[4 * b + j] = job->x[4 * b + j] + noise[j];
     }
 }
 
 SNIP_API snip_status snip_gauss_add(float *out, const float *x, int64_t n, float scale, const float *shape,
                                     snip_rng_key key) {
-    snipi_noise q = snipi_noise_of(out, x, n, scale, shape, key);
+    snipi_noise job = snipi_noise_of(out, x, n, scale, shape, key);
     if (n < 0 || (n > 0 && (!out || !x))) return SNIP_BAD_ARGUMENT;
-    snipi_share(snipi_gauss_add_chunk, &q, SNIPI_CHUNKS, n);
+    snipi_share(snipi_gauss_add_chunk, &job, SNIPI_CHUNKS, n);
     return SNIP_OK;
 }
 
 static void snipi_gauss_dot_chunk(void *arg, int64_t c) {
     snipi_sum *sum = (snipi_sum *)arg;
-    const snipi_noise *q = (const snipi_noise *)sum->of;
-    int64_t b, blocks = snipi_ceil_div(q->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
+    const snipi_noise *job = (const snipi_noise *)sum->of;
+    int64_t b, blocks = snipi_ceil_div(job->n, 4), end = blocks * (c + 1) / SNIPI_CHUNKS;
     double part = 0;
     for (b = blocks * c / SNIPI_CHUNKS; b < end; b++) {
         float noise[4];
-        int j, m = (int)snipi_min(4, q->n - 4 * b);
-        snip_gauss(q->key, (uint64_t)b, noise);
-        for (j = 0; j < m; j++) part += (double)q->x[4 * b + j] * (double)noise[j];
+        int j, m = (int)snipi_min(4, job->n - 4 * b);
+        snip_gauss(job->key, (uint64_t)b, noise);
+        for (j = 0; j < m; j++) part += (double)job->x[4 * b + j] * (double)noise[j];
     }
     sum->part[c] = part;
 }
 
 SNIP_API snip_status snip_gauss_dot(const float *x, int64_t n, snip_rng_key key, double *dot) {
-    snipi_noise q = snipi_noise_of(NULL, x, n, 1, NULL, key);
+    snipi_noise job = snipi_noise_of(NULL, x, n, 1, NULL, key);
     snipi_sum sum;
     if (n < 0 || !dot || (n > 0 && !x)) return SNIP_BAD_ARGUMENT;
-    sum.of = &q;
+    sum.of = &job;
     sum.n = n;
     *dot = snipi_sum_up(&sum, snipi_gauss_dot_chunk);
     return SNIP_OK;
@@ -1352,16 +1354,16 @@ typedef struct {
 } snipi_hadamard;
 
 static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
-    const snipi_hadamard *q = (const snipi_hadamard *)arg;
-    const int block = q->block;
-    int64_t r, c, end = q->rows * (chunk + 1) / SNIPI_CHUNKS;
-    for (r = q->rows * chunk / SNIPI_CHUNKS; r < end; r++) {
+    const snipi_hadamard *job = (const snipi_hadamard *)arg;
+    const int block = job->block;
+    int64_t r, c, end = job->rows * (chunk + 1) / SNIPI_CHUNKS;
+    for (r = job->rows * chunk / SNIPI_CHUNKS; r < end; r++) {
         uint32_t signs[4] = { 0, 0, 0, 0 };
-        for (c = 0; c < q->cols; c += block) {
+        for (c = 0; c < job->cols; c += block) {
             float v[2][SNIPI_SIGNS];
-            float *from = v[0], *to = v[1], *row = q->x + r * q->ld + c, *swap;
+            float *from = v[0], *to = v[1], *row = job->x + r * job->ld + c, *swap;
             int first = (int)(c % SNIPI_SIGNS), half = block / 2, stage, j;
-            if (first == 0) snip_philox(q->key, (uint64_t)(c / SNIPI_SIGNS), signs);
+            if (first == 0) snip_philox(job->key, (uint64_t)(c / SNIPI_SIGNS), signs);
             for (j = 0; j < block; j++) from[j] = snipi_signed(row[j], signs, first + j);
             for (stage = 1; stage < block; stage *= 2) {  // pairs half a block apart go side by side: H's rows in order
                 for (j = 0; j < half; j++) {
@@ -1372,24 +1374,24 @@ static void snipi_hadamard_chunk(void *arg, int64_t chunk) {
                 from = to;
                 to = swap;
             }
-            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * q->scale, signs, first + j);
+            for (j = 0; j < block; j++) row[j] = snipi_signed(from[j] * job->scale, signs, first + j);
         }
     }
 }
 
 SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t ld, int block, snip_rng_key key) {
-    snipi_hadamard q;
+    snipi_hadamard job;
     if (block != 16 && block != 32 && block != 64 && block != 128) return SNIP_BAD_ARGUMENT;
     if (!snipi_shape_ok(rows, cols, ld) || cols % block || (rows > 0 && cols > 0 && !x)) return SNIP_BAD_ARGUMENT;
     if (rows == 0 || cols == 0) return SNIP_OK;
-    q.x = x;
-    q.rows = rows;
-    q.cols = cols;
-    q.ld = ld;
-    q.block = block;
-    q.key = key;
-    q.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
-    snipi_share(snipi_hadamard_chunk, &q, SNIPI_CHUNKS, rows * cols);
+    job.x = x;
+    job.rows = rows;
+    job.cols = cols;
+    job.ld = ld;
+    job.block = block;
+    job.key = key;
+    job.scale = block == 16 ? 0.25f : block == 32 ? 0.17677669529663689f : block == 64 ? 0.125f : 0.088388347648318441f;
+    snipi_share(snipi_hadamard_chunk, &job, SNIPI_CHUNKS, rows * cols);
     return SNIP_OK;
 }
 
@@ -1405,45 +1407,35 @@ SNIP_API snip_status snip_hadamard(float *x, int64_t rows, int64_t cols, int64_t
 // Statistics are the same bits for every instruction set and number of threads, because their order is specified: sums
 // of a run are taken in units of its scale, in float, element i in lane i % 16. Lanes i and i + 8 are then added in
 // double and times scale^2 to lane i of the chunk's tally. Lanes are added up in order, chunk after chunk.
-enum { SNIPI_RUN = 128 };  // elements, the default tile's width
-
-enum { SNIPI_LANES = 8 };
-
-// Rows of a transposed source lie a column apart. A panel holds a few of them in sequence.
-enum { SNIPI_PANEL_LINE = 16 };  // floats of a cache line
-
-enum { SNIPI_PANEL_ROWS = 16 };  // a cache line of each row of the source
-
 enum {
-    SNIPI_PANEL_LD = SNIPI_RUN + 16
-};  // floats from row to row: 576 bytes, so that rows share no sets of the caches
+    SNIPI_RUN = 128,  // elements: the default tile's width
+    SNIPI_LANES = 8   // doubles in which a chunk sums: two vectors of four
+};
 
-enum { SNIPI_ORDER_ROWS = 64 };  // that are summed over one column of tiles before the next column comes
-
-enum { SNIPI_STRIP = 2048 };  // elements to a batch: 8 KiB, which stay in the nearest cache
-
-enum { SNIPI_BATCH_TILES = SNIPI_STRIP / 16 };  // to a batch, at most: as many as the narrowest strips have
-
-enum { SNIPI_BATCH = 16 };  // tiles to a batch where strips do not apply
-
-enum { SNIPI_BATCH_ELEMENTS = 4096 };  // of these tiles together: 16 KiB, half of the nearest cache
-
-enum { SNIPI_WORDS = 512 };  // random words that are made ahead of a strip: 2 KiB of stack
-
-enum { SNIPI_STREAM = 1 << 23 };  // elements from which codes and values go past the caches: 32 MiB of floats
-
-enum { SNIPI_BAND = 2 * SNIPI_RUN };  // rows that blocks go down before they go on to the right
-
-enum { SNIPI_AHEAD_STRIP = 8192 };  // bytes from a long strip to what is fetched meanwhile
+// How a matrix is walked. What lies in sequence here are rows of the matrix; a transposed source has them a column
+// apart and is read through panels, each a few rows in sequence.
+enum {
+    SNIPI_PANEL_LINE = 16,          // floats of a cache line
+    SNIPI_PANEL_ROWS = 16,          // a cache line of each row of the source
+    SNIPI_PANEL_LD = 128 + 16,      // floats from row to row: 576 bytes, so that rows share no sets of the caches
+    SNIPI_ORDER_ROWS = 64,          // rows of a transposed source that are summed before the next column of tiles is
+    SNIPI_STRIP = 2048,             // elements of a batch that is a strip: 8 KiB, which stay in the nearest cache
+    SNIPI_BATCH_TILES = 2048 / 16,  // of a batch, at most: as many as the narrowest tiles of a strip
+    SNIPI_BATCH_ELEMENTS = 4096,    // of a batch that is none: 16 KiB, half of the nearest cache
+    SNIPI_BATCH = 16,               // tiles of a batch that is none: more hide no more of the divisions
+    SNIPI_STRIP_ROWS = 8,      // of a block to a strip: rows may share sets of the nearest cache, of 8 ways or more
+    SNIPI_BAND = 2 * 128,      // rows that blocks go down before they go on to the right
+    SNIPI_AHEAD_STRIP = 8192,  // bytes from a long strip to what is fetched meanwhile: the next strip
+    SNIPI_STREAM = 1 << 23     // elements from which codes and values go past the caches: 32 MiB of floats
+};
 
 // Magnitudes, as bits of floats, between which sums in units of the scale neither overflow nor lose digits.
-enum { SNIPI_UNITS_LEAST = (127 - 64) << 23 };  // 2^-64: below, x * (1 / scale) would lose subnormal x
-
 enum {
-    SNIPI_UNSCALED_LEAST = (127 - 40) << 23
-};  // 2^-40, 2^40: of elements without a scale, whose squares add up in float
-
-enum { SNIPI_UNSCALED_MOST = (127 + 40) << 23 };
+    SNIPI_UNITS_LEAST = (127 - 64) << 23,     // 2^-64: below, x * (1 / scale) would lose subnormal x
+    SNIPI_UNSCALED_LEAST = (127 - 40) << 23,  // 2^-40: below, squares of elements without a scale lose digits,
+    SNIPI_UNSCALED_MOST = (127 + 40) << 23,   // 2^40: above, they may overflow
+    SNIPI_BF16_BEYOND = 0x7F7F8000            // the least that rounds to infinity in BF16
+};
 
 // Sums of a chunk; nonfinite and saturated as in snip_quant_stats.
 typedef struct {
@@ -1509,9 +1501,14 @@ typedef struct {
     int fetched;                       // quarters of it that are fetched with the peaks
 } snipi_strip;
 
-// The largest magnitudes of a strip, bits of floats, in amax[runs], rounded up to a multiple of 16.
-// Scales of `tiles` tiles as snipi_scale_of has them; 0 where the magnitudes are not ordinary.
-// 16 columns of x as rows of a panel: [rows][ld] to [16][SNIPI_PANEL_LD], rows a multiple of 16.
+// Of an instruction set, from >>simd. The last six may be NULL; run then does the work:
+//   peaks    largest magnitude of each run, as bits, in amax[runs], rounded up to a multiple of 16; returns the largest
+//   scales   of `tiles` tiles, as snipi_scale_of has them, and whether some may lie beyond the format's largest;
+//            returns 0 where a magnitude is zero, tiny, huge or not finite
+//   strip    codes and values of a strip of finite elements
+//   words    random words [rows][cols], cols a multiple of 64: first counters `step` apart, with one upper half
+//   turn     16 columns of x[rows][ld] as rows of a panel, rows a multiple of 16
+//   largest  magnitude of x[rows][ld], as bits, NaN and infinity included
 typedef struct {
     uint32_t (*amax)(const float *x, int n, int64_t *nonfinite);              // bits of the largest finite magnitude
     void (*philox)(snip_rng_key, uint64_t first, int blocks, uint32_t *out);  // may fill up to a multiple of 16 blocks
@@ -1522,7 +1519,6 @@ typedef struct {
     void (*decode)(snip_format, const float *lut, const uint8_t *codes, int n, float scale, float *out, int stream);
     void (*sums)(const float *x, const float *values, const float *weight, int n,
                  snipi_tally *);  // snipi_sums_exact of finite x
-    // The rest may be NULL; then run does the work.
     uint32_t (*peaks)(const snipi_strip *, uint32_t *amax);
     int (*scales)(snip_scale, const snipi_run *, float tensor_scale, float tensor_inverse, const uint32_t *amax,
                   int tiles, float *scale, float *inverse, uint8_t *bytes, int *capped);
@@ -1989,6 +1985,8 @@ static uint32_t snipi_tile_peak(const snipi_matrix *matrix, snipi_panel *panel, 
                                 int64_t *nonfinite) {
     const int64_t rows = area->r1 - area->r0, cols = area->c1 - area->c0;
     uint32_t most = 0;
+    if (rows == 1 && cols <= SNIPI_RUN)
+        return matrix->vector->amax(snipi_fetch(matrix, panel, area->r0, area->c0, (int)cols).x, (int)cols, nonfinite);
     if (matrix->transposed && rows < SNIPI_PANEL_ROWS) {
         for (int64_t c = area->c0; c < area->c1; c += SNIPI_RUN)
             for (int64_t r = area->r0; r < area->r1; r++) {
@@ -2054,14 +2052,21 @@ static void snipi_batch_scales(const snipi_matrix *matrix, snipi_batch *batch) {
 }
 
 static void snipi_batch_store(const snipi_matrix *matrix, const snipi_batch *batch) {
-    int64_t at = batch->tile_row * matrix->tiles_across + batch->tile_col;
-    const int across = batch->across, bytes = snipi_byte_scale(matrix->recipe.scale);
+    const int64_t first = batch->tile_row * matrix->tiles_across + batch->tile_col;
+    const int across = batch->across;
     if (!matrix->scales || matrix->recipe.scale == SNIP_SCALE_NONE) return;
-    for (int i = 0; i < batch->down * across; i += across, at += matrix->tiles_across)
-        if (bytes)
-            memcpy((uint8_t *)matrix->scales + at, batch->byte + i, (size_t)across);
+    uint8_t *bytes = (uint8_t *)matrix->scales + first;
+    float *floats = (float *)matrix->scales + first;
+    for (int i = 0; i < batch->down * across;
+         i += across, bytes += matrix->tiles_across, floats += matrix->tiles_across)
+        if (snipi_byte_scale(matrix->recipe.scale) && across == 1)
+            *bytes = batch->byte[i];
+        else if (snipi_byte_scale(matrix->recipe.scale))
+            memcpy(bytes, batch->byte + i, (size_t)across);
+        else if (across == 1)
+            *floats = batch->scale[i];
         else
-            memcpy((float *)matrix->scales + at, batch->scale + i, (size_t)across * sizeof(float));
+            memcpy(floats, batch->scale + i, (size_t)across * sizeof(float));
 }
 
 // The random words of elements [c, c + n) of row r; `random` has room for n of them, rounded up to 64, and 64 more.
@@ -2248,7 +2253,11 @@ static void snipi_encode_tile(const snipi_matrix *matrix, snipi_panel *panel, co
     // Here a subnormal x could still matter to the code, and x * inverse would lose it.
     run->low = matrix->recipe.scale != SNIP_SCALE_NONE && tile.exact;
     run->inverse = run->low ? tile.inverse * snipi_float((127u - 64u) << 23) : tile.inverse;
-    snipi_encode_parts(matrix, panel, &tile);
+    if (matrix->tile_rows == 1 && tile.area.c1 - tile.area.c0 <= SNIPI_RUN)
+        snipi_encode_one_run(matrix, panel, tile.area.r0, tile.area.c0, (int)(tile.area.c1 - tile.area.c0),
+                             tile.nonfinite, tile.exact, run);
+    else
+        snipi_encode_parts(matrix, panel, &tile);
 }
 
 // Peaks, scales, codes.
@@ -2319,7 +2328,8 @@ static void snipi_quantize_straight(const snipi_matrix *matrix, snipi_panel *pan
                 batch.cols = length;
                 batch.across = (int)((length + matrix->tile_cols - 1) >> matrix->log2_cols);
                 if (length == end - tc0 * matrix->tile_cols && !row_by_row)
-                    batch.down = (int)snipi_min(SNIPI_STRIP / length, tr1 - batch.tile_row);
+                    batch.down = (int)snipi_min(matrix->blocks ? (int64_t)SNIPI_STRIP_ROWS : SNIPI_STRIP / length,
+                                                tr1 - batch.tile_row);
             } else {
                 batch.across = snipi_batch_tiles(matrix, tc1 - batch.tile_col);
                 batch.cols = snipi_min(left, batch.across * matrix->tile_cols);
@@ -2364,9 +2374,6 @@ static void snipi_quantize_region(const snipi_matrix *matrix, snipi_panel *panel
     else
         snipi_quantize_straight(matrix, panel, tr0, tr1, tc0, tc1, tally);
 }
-
-// The least magnitude that rounds to infinity in BF16.
-enum { SNIPI_BF16_BEYOND = 0x7F7F8000 };
 
 // A run of F32 or BF16: no scale, no tiles.
 static void snipi_quantize_plain_run(const snipi_matrix *matrix, snipi_panel *panel, int64_t r, int64_t c, int n,
@@ -8412,19 +8419,16 @@ SNIPI_STRIP_AS(snipi_strip_plain_avx512, 0, 0, 1, 0)
 SNIPI_STRIP_AS(snipi_strip_plain_sums_avx512, 0, 1, 1, 0)
 SNIPI_STRIP_AS(snipi_strip_wide_avx512, 0, run->want_sums, 0, 0)
 SNIPI_STRIP_AS(snipi_strip_narrow_avx512, 0, run->want_sums, 0, 1)
-SNIPI_STRIP_AS(snipi_strip_stochastic_plain_avx512, 1, run->want_sums, 1, 0)
-SNIPI_STRIP_AS(snipi_strip_stochastic_wide_avx512, 1, run->want_sums, 0, 0)
-SNIPI_STRIP_AS(snipi_strip_stochastic_narrow_avx512, 1, run->want_sums, 0, 1)
+SNIPI_STRIP_AS(snipi_strip_random_wide_avx512, 1, run->want_sums, 0, 0)
+SNIPI_STRIP_AS(snipi_strip_random_narrow_avx512, 1, run->want_sums, 0, 1)
 
 static void snipi_strip_avx512(const snipi_run *run, const snipi_strip *strip) {
     const int narrow = strip->width < 64;
     const int plain = strip->codes && !strip->values && !strip->weight && !strip->capped && !narrow;
-    if (run->stochastic && plain)
-        snipi_strip_stochastic_plain_avx512(run, strip);
-    else if (run->stochastic && narrow)
-        snipi_strip_stochastic_narrow_avx512(run, strip);
+    if (run->stochastic && narrow)
+        snipi_strip_random_narrow_avx512(run, strip);
     else if (run->stochastic)
-        snipi_strip_stochastic_wide_avx512(run, strip);
+        snipi_strip_random_wide_avx512(run, strip);
     else if (narrow)
         snipi_strip_narrow_avx512(run, strip);
     else if (!plain)
