@@ -2488,20 +2488,22 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // S8 and BF16 panels are [step][rows], a step being four bytes of k: a lane of a vector. AMX multiplies signed bytes
 // and reads A by rows. Its panels of A are [rows][step] without the 12s, and its blocks are padded with zeros to whole
 // pieces (snipi_piece).
+//
+// Reasons that are times are of a processor with a second cache of 2 MiB (bench_gemm).
 enum {
-    SNIPI_KC_F32 = 1024,      // k of a pass
-    SNIPI_KC_S8 = 2048,       // k of a pass
-    SNIPI_KC_BF16 = 1024,     // k of a pass
+    SNIPI_KC_F32 = 512,       // k of a pass: 1024 is 2 to 6% slower
+    SNIPI_KC_S8 = 2048,       // k of a pass: on AMX 1024 is 7%, 512 16% slower, and 4096 up to 7% on all sets
+    SNIPI_KC_BF16 = 1024,     // k of a pass: on AMX 512 is up to 11% slower, 2048 no faster
     SNIPI_SUM_F32 = 256,      // k of one sum of floats: shorter sums are closer ones
-    SNIPI_BLOCK_BF16 = 256,   // k of one sum of floats
-    SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several
-    SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, must stay below 2^31
+    SNIPI_BLOCK_BF16 = 256,   // k of one sum of floats, for the same reason
+    SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several: four steps
+    SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, stay below 2^31
     SNIPI_MAX_ROWS = 32,      // rows of a panel, at most
-    SNIPI_CHUNK_MOST = 8,     // panels of a task, of A and of B: those of B fill half of a second cache of 2 MiB
-    SNIPI_CHUNK_LEAST = 2,    // the same, where there would be fewer tasks than
-    SNIPI_TASKS = 128,        // so that the last ones of 64 threads do not matter
+    SNIPI_CHUNK_MOST = 8,     // panels of A, and of B, in a task, at most: eight of B fill half of the second cache
+    SNIPI_CHUNK_LEAST = 2,    // the same where there would be fewer tasks than
+    SNIPI_TASKS = 128,        // tasks of a pass, so that 64 threads are all used
     SNIPI_PACK_K = 64,        // k that is packed at a time, of all rows of a panel: 8 KB of floats
-    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // of bfloat16 in so much
+    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // pairs of bfloat16 in so much
 };
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
@@ -3141,15 +3143,17 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     return SNIP_OK;
 }
 
-// Bytes of both operands' panels, of what stands beside them, and of the counts of what is not finite. block: of S8, 0
-// for other panels.
+// Bytes for both operands' panels of a pass with their scales and `start`, and for the counts of what is not finite.
+// block: of S8, 0 for other panels.
 static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
-    const size_t rows = (size_t)(m + n + 2 * SNIPI_MAX_ROWS);
-    const size_t blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
-    const int64_t s8_block = snipi_max(1, block);
-    const int64_t s8_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));
+    const int64_t s8_block = snipi_max(1, block), blocks = snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1;
     const int64_t f32_bytes = snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float);
-    const size_t row_bytes = (size_t)snipi_max(f32_bytes, s8_bytes) + blocks * (sizeof(float) + sizeof(int32_t));
+    const int64_t scaled_bytes = snipi_min(SNIPI_KC_S8, 2 * k) * 9 / 8 +
+                                 64;  // padded to pieces: at most an eighth more
+    const int64_t long_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));  // a block longer than a pass
+    const int64_t panel_bytes = snipi_max(f32_bytes, snipi_max(scaled_bytes, long_bytes));
+    const size_t row_bytes = (size_t)panel_bytes + (size_t)blocks * (sizeof(float) + sizeof(int32_t));
+    const size_t rows = (size_t)(m + n + 2 * SNIPI_MAX_ROWS);
     return rows * row_bytes + (rows / SNIPI_SCALAR_A + 2) * sizeof(int64_t) + 8 * 64;
 }
 
@@ -5611,7 +5615,8 @@ enum {
     SNIPI_AMX_B = 32      // two tiles
 };
 
-// Steps of k that panels are fetched ahead. They lie in the second cache, from where hardware's prefetching is late.
+// Steps of k that panels are fetched ahead. They lie in the second cache, from where hardware's prefetching is late:
+// without this F32 is 5% slower; 12 and 48 steps are as good.
 enum { SNIPI_AHEAD_PANEL = 24 };
 
 SNIPI_INLINE void snipi_fetch_panels(const void *a, int a_bytes, const void *b, int b_bytes) {
