@@ -448,7 +448,7 @@ static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n
 #    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
 
-// fn(arg, i) for every i in [0, n), about `elements` elements in all.
+// fn(arg, i) for every i in [0, n): in parallel, if they are about SNIPI_WORTH elements or more.
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
     if (elements >= SNIPI_WORTH) {
         SNIP_PARALLEL_FOR(fn, arg, n);
@@ -2489,7 +2489,7 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // and reads A by rows. Its panels of A are [rows][step] without the 12s, and its blocks are padded with zeros to whole
 // pieces (snipi_piece).
 //
-// Reasons that are times are of a processor with a second cache of 2 MiB (bench_gemm).
+// Times below are bench_gemm's on a processor with 2 MiB of second-level cache.
 enum {
     SNIPI_KC_F32 = 512,       // k of a pass: 1024 is 2 to 6% slower
     SNIPI_KC_S8 = 2048,       // k of a pass: on AMX 1024 is 7%, 512 16% slower, and 4096 up to 7% on all sets
@@ -2499,9 +2499,9 @@ enum {
     SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several: four steps
     SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, stay below 2^31
     SNIPI_MAX_ROWS = 32,      // rows of a panel, at most
-    SNIPI_CHUNK_MOST = 8,     // panels of A, and of B, in a task, at most: eight of B fill half of the second cache
-    SNIPI_CHUNK_LEAST = 2,    // the same where there would be fewer tasks than
-    SNIPI_TASKS = 128,        // tasks of a pass, so that 64 threads are all used
+    SNIPI_CHUNK_MOST = 8,     // panels of A, and of B, in a task, at most: of B's they fill a fourth of that cache
+    SNIPI_CHUNK_LEAST = 2,    // the same for one of them, where a pass would have too few tasks
+    SNIPI_TASKS = 128,        // too few: 64 threads should get two each
     SNIPI_PACK_K = 64,        // k that is packed at a time, of all rows of a panel: 8 KB of floats
     SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // pairs of bfloat16 in so much
 };
@@ -2652,9 +2652,10 @@ typedef struct {
     int used, rows;
     int element;                          // bytes: 1 S8, 2 BF16, 0 an F32 panel
     int offset;                           // of S8
-    int64_t step_distance, row_distance;  // scaled: dword t of row i lies at t * step_distance + i * row_distance
-    int count;                            // whether F32 elements that are not finite are to be counted
-    int64_t nonfinite;                    // so many of them
+    int by_rows;                          // scaled: [rows][step], for AMX; else [step][rows]
+    int64_t step_distance, row_distance;  // so step t of row i lies at t * step_distance + i * row_distance
+    int count;                            // whether F32 elements that are not finite are counted,
+    int64_t nonfinite;                    // here
 } snipi_gemm_panel;
 
 // Counts what is not finite of x[n], which has just been read.
@@ -2718,7 +2719,7 @@ static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_gemm_panel *
     const size_t row_bytes = panel->side->reader.row_bytes;
     const uint8_t *codes = panel->side->reader.codes + (size_t)panel->row0 * row_bytes + k0 / 2;
     const int64_t whole = length / 4;
-    if (panel->step_distance == 4)
+    if (panel->by_rows)
         kernels->spread_rows(codes, row_bytes, panel->used, whole, out, panel->row_distance);
     else
         kernels->spread(codes, row_bytes, panel->used, whole, panel->offset, out, panel->rows);
@@ -2742,7 +2743,7 @@ static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_pan
     float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [n / 2][rows] pairs of bfloat16
     const snipi_side *side = panel->side;
     const int used = panel->used, rows = panel->rows, bf16 = side->bf16, count = panel->count && !bf16;
-    const int by_rows = panel->step_distance == 4, in_place = !by_rows && used == rows;
+    const int by_rows = panel->by_rows, in_place = !by_rows && used == rows;
     const int64_t line = side->ld * (bf16 ? 2 : 4);
     const char *from = snipi_side_at(side, panel->row0 + k0 * side->ld);
     float *to = in_place ? (float *)(void *)out : pairs;
@@ -2768,7 +2769,7 @@ static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel 
     const snipi_side *side = panel->side;
     const snipi_reader *reader = &side->reader;
     const snip_format format = reader->recipe->format;
-    const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->step_distance == 4;
+    const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->by_rows;
     const int64_t to_line = by_rows ? panel->row_distance : SNIPI_PACK_K * (int64_t)sizeof(uint16_t);
     const int64_t line = side->plain ? side->ld * (side->bf16 ? 2 : 4) : (int64_t)reader->row_bytes;
     const int64_t column = side->bf16 ? 2 * k0 : side->plain ? 4 * k0 : format == SNIP_E2M1 ? k0 / 2 : k0;
@@ -2885,8 +2886,8 @@ typedef struct {  // A or B
     int64_t panels;
     char *memory;  // of a pass, or of all: panels, [panels][blocks][rows] of scales, and as many of `start`
     int64_t scales_at, start_at, bytes;  // of a pass: where scales and `start` lie, and the whole
-    int kept;                            // all passes have memory, so that the panels can be found again
-    int packed;                          // they are found
+    int kept;                            // each pass has memory of its own, and panels stay there for other products
+    int packed;                          // they are there
     int late;            // packed by the task that alone uses them, when it needs them: they are then in its cache
     int64_t *nonfinite;  // [panels] or NULL: how many elements are not finite
 } snipi_gemm_side;
@@ -2950,8 +2951,9 @@ static void snipi_gemm_pack(const snipi_gemm_job *job, const snipi_gemm_side *fr
     panel.rows = from->rows;
     panel.element = job->element;
     panel.offset = is_a && !signed_a ? 12 : 0;
-    panel.step_distance = is_a && signed_a ? 4 : 4 * from->rows;
-    panel.row_distance = is_a && signed_a ? pass->row_bytes : 4;
+    panel.by_rows = is_a && signed_a;
+    panel.step_distance = panel.by_rows ? 4 : 4 * from->rows;
+    panel.row_distance = panel.by_rows ? pass->row_bytes : 4;
     panel.count = from->nonfinite != NULL;
     panel.nonfinite = 0;
     if (job->element == 0)
@@ -3108,7 +3110,7 @@ static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operan
 static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                    float *c, int64_t ldc, int accumulate, const float *bias, void *scratch,
                                    snip_isa isa, void *held, int pack, int64_t nonfinite[2]) {
-    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;  // F32 products are some 32 times as fast as packing
+    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;  // 32 products take as long as an element elsewhere
     snipi_gemm_job job;
     snipi_gemm_begin(&job, m, n, k, a, b, isa);
     job.c = c;
@@ -3148,8 +3150,8 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
 static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
     const int64_t s8_block = snipi_max(1, block), blocks = snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1;
     const int64_t f32_bytes = snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float);
-    const int64_t scaled_bytes = snipi_min(SNIPI_KC_S8, 2 * k) * 9 / 8 +
-                                 64;  // padded to pieces: at most an eighth more
+    // S8 and BF16 have the same bytes in a pass; padded to pieces, they are at most an eighth more.
+    const int64_t scaled_bytes = snipi_min(SNIPI_KC_S8, 2 * k) * 9 / 8 + 64;
     const int64_t long_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));  // a block longer than a pass
     const int64_t panel_bytes = snipi_max(f32_bytes, snipi_max(scaled_bytes, long_bytes));
     const size_t row_bytes = (size_t)panel_bytes + (size_t)blocks * (sizeof(float) + sizeof(int32_t));
