@@ -39,6 +39,13 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+// The last that is available: each is better than those before it.
+static snip_isa best_isa(void) {
+    int isa = SNIP_ISA_COUNT - 1;
+    while (isa > SNIP_ISA_SCALAR && !snip_isa_available((snip_isa)isa)) isa--;
+    return (snip_isa)isa;
+}
+
 static double median(double *v, int n) {
     qsort(v, (size_t)n, sizeof *v, by_value);
     return v[n / 2];
@@ -350,7 +357,7 @@ int main(int argc, char **argv) {
     int all = 0, sizes = 0, i, isa;
     int64_t size[3] = { 0, 0, 0 };
     threads = getenv("OMP_NUM_THREADS") ? atoi(getenv("OMP_NUM_THREADS")) : 2;
-    best = snipi_best_isa();
+    best = best_isa();
     for (i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--all"))
             all = 1;
