@@ -682,7 +682,7 @@ static void snipi_parallel_for(void (*fn)(void *, int64_t), void *arg, int64_t n
 #    define SNIPI_WORTH 32768  // elements, some 20 us: less would not pay for waking other threads
 #endif
 
-// fn(arg, i) for every i in [0, n), about `elements` elements in all.
+// fn(arg, i) for every i in [0, n): in parallel, if they are about SNIPI_WORTH elements or more.
 static void snipi_share(void (*fn)(void *, int64_t), void *arg, int64_t n, int64_t elements) {
     if (elements >= SNIPI_WORTH) {
         SNIP_PARALLEL_FOR(fn, arg, n);
@@ -2976,20 +2976,23 @@ SNIP_API snip_status snip_dequantize_bf16(const snip_recipe *recipe, const void 
 // S8 and BF16 panels are [step][rows], a step being four bytes of k: a lane of a vector. AMX multiplies signed bytes
 // and reads A by rows. Its panels of A are [rows][step] without the 12s, and its blocks are padded with zeros to whole
 // pieces (snipi_piece).
+//
+// Times below are bench_gemm's on a processor with 2 MiB of second-level cache.
 enum {
-    SNIPI_KC_F32 = 1024,      // k of a pass
-    SNIPI_KC_S8 = 2048,       // k of a pass
-    SNIPI_KC_BF16 = 1024,     // k of a pass
+    SNIPI_KC_F32 = 1024,      // k of a pass: 512 is 9% slower for FP8 codes
+    SNIPI_KC_PLAIN = 512,     // k of a pass where both operands are F32 or BF16: 1024 is 2 to 6% slower
+    SNIPI_KC_S8 = 2048,       // k of a pass: on AMX 1024 is 7%, 512 16% slower, and 4096 up to 7% on all sets
+    SNIPI_KC_BF16 = 1024,     // k of a pass: on AMX 512 is up to 11% slower, 2048 no faster
     SNIPI_SUM_F32 = 256,      // k of one sum of floats: shorter sums are closer ones
-    SNIPI_BLOCK_BF16 = 256,   // k of one sum of floats
-    SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several
-    SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, must stay below 2^31
+    SNIPI_BLOCK_BF16 = 256,   // k of one sum of floats, for the same reason
+    SNIPI_MIN_BLOCK = 16,     // k of a scale block, at least, where there are several: four steps
+    SNIPI_S8_MOST = 1 << 23,  // k for S8, at most: its sums, up to 144 k, stay below 2^31
     SNIPI_MAX_ROWS = 32,      // rows of a panel, at most
-    SNIPI_CHUNK_MOST = 8,     // panels of a task, of A and of B: those of B fill half of a second cache of 2 MiB
-    SNIPI_CHUNK_LEAST = 2,    // the same, where there would be fewer tasks than
-    SNIPI_TASKS = 128,        // so that the last ones of 64 threads do not matter
+    SNIPI_CHUNK_MOST = 8,     // panels of A, and of B, in a task, at most: of B's they fill a fourth of that cache
+    SNIPI_CHUNK_LEAST = 2,    // the same for one of them, where a pass would have too few tasks
+    SNIPI_TASKS = 128,        // too few: 64 threads should get two each
     SNIPI_PACK_K = 64,        // k that is packed at a time, of all rows of a panel: 8 KB of floats
-    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // of bfloat16 in so much
+    SNIPI_PAIRS = SNIPI_PACK_K / 2 * SNIPI_MAX_ROWS  // pairs of bfloat16 in so much
 };
 
 // The tile c[rows of a][rows of b], with `from` as each of its rows before the product, or with c itself where `from`
@@ -3139,9 +3142,10 @@ typedef struct {
     int used, rows;
     int element;                          // bytes: 1 S8, 2 BF16, 0 an F32 panel
     int offset;                           // of S8
-    int64_t step_distance, row_distance;  // scaled: dword t of row i lies at t * step_distance + i * row_distance
-    int count;                            // whether F32 elements that are not finite are to be counted
-    int64_t nonfinite;                    // so many of them
+    int by_rows;                          // scaled: [rows][step], for AMX; else [step][rows]
+    int64_t step_distance, row_distance;  // so step t of row i lies at t * step_distance + i * row_distance
+    int count;                            // whether F32 elements that are not finite are counted,
+    int64_t nonfinite;                    // here
 } snipi_gemm_panel;
 
 // Counts what is not finite of x[n], which has just been read.
@@ -3205,7 +3209,7 @@ static void snipi_pack_s8(const snipi_kernels *kernels, const snipi_gemm_panel *
     const size_t row_bytes = panel->side->reader.row_bytes;
     const uint8_t *codes = panel->side->reader.codes + (size_t)panel->row0 * row_bytes + k0 / 2;
     const int64_t whole = length / 4;
-    if (panel->step_distance == 4)
+    if (panel->by_rows)
         kernels->spread_rows(codes, row_bytes, panel->used, whole, out, panel->row_distance);
     else
         kernels->spread(codes, row_bytes, panel->used, whole, panel->offset, out, panel->rows);
@@ -3229,7 +3233,7 @@ static void snipi_pack_bf16_columns(const snipi_kernels *kernels, snipi_gemm_pan
     float memory[SNIPI_PAIRS + 16], *pairs = (float *)snipi_next_line(memory);  // [n / 2][rows] pairs of bfloat16
     const snipi_side *side = panel->side;
     const int used = panel->used, rows = panel->rows, bf16 = side->bf16, count = panel->count && !bf16;
-    const int by_rows = panel->step_distance == 4, in_place = !by_rows && used == rows;
+    const int by_rows = panel->by_rows, in_place = !by_rows && used == rows;
     const int64_t line = side->ld * (bf16 ? 2 : 4);
     const char *from = snipi_side_at(side, panel->row0 + k0 * side->ld);
     float *to = in_place ? (float *)(void *)out : pairs;
@@ -3255,7 +3259,7 @@ static void snipi_pack_bf16_rows(const snipi_kernels *kernels, snipi_gemm_panel 
     const snipi_side *side = panel->side;
     const snipi_reader *reader = &side->reader;
     const snip_format format = reader->recipe->format;
-    const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->step_distance == 4;
+    const int used = there ? panel->used : 0, rows = panel->rows, by_rows = panel->by_rows;
     const int64_t to_line = by_rows ? panel->row_distance : SNIPI_PACK_K * (int64_t)sizeof(uint16_t);
     const int64_t line = side->plain ? side->ld * (side->bf16 ? 2 : 4) : (int64_t)reader->row_bytes;
     const int64_t column = side->bf16 ? 2 * k0 : side->plain ? 4 * k0 : format == SNIP_E2M1 ? k0 / 2 : k0;
@@ -3372,8 +3376,8 @@ typedef struct {  // A or B
     int64_t panels;
     char *memory;  // of a pass, or of all: panels, [panels][blocks][rows] of scales, and as many of `start`
     int64_t scales_at, start_at, bytes;  // of a pass: where scales and `start` lie, and the whole
-    int kept;                            // all passes have memory, so that the panels can be found again
-    int packed;                          // they are found
+    int kept;                            // each pass has memory of its own, and panels stay there for other products
+    int packed;                          // they are there
     int late;            // packed by the task that alone uses them, when it needs them: they are then in its cache
     int64_t *nonfinite;  // [panels] or NULL: how many elements are not finite
 } snipi_gemm_side;
@@ -3437,8 +3441,9 @@ static void snipi_gemm_pack(const snipi_gemm_job *job, const snipi_gemm_side *fr
     panel.rows = from->rows;
     panel.element = job->element;
     panel.offset = is_a && !signed_a ? 12 : 0;
-    panel.step_distance = is_a && signed_a ? 4 : 4 * from->rows;
-    panel.row_distance = is_a && signed_a ? pass->row_bytes : 4;
+    panel.by_rows = is_a && signed_a;
+    panel.step_distance = panel.by_rows ? 4 : 4 * from->rows;
+    panel.row_distance = panel.by_rows ? pass->row_bytes : 4;
     panel.count = from->nonfinite != NULL;
     panel.nonfinite = 0;
     if (job->element == 0)
@@ -3566,9 +3571,10 @@ static void snipi_gemm_begin(snipi_gemm_job *job, int64_t m, int64_t n, int64_t 
     job->k = k;
     job->block = s8_block ? s8_block : bf16_block;
     job->element = s8_block ? 1 : bf16_block ? 2 : 0;
-    job->pass = s8_block ? SNIPI_KC_S8 : bf16_block ? SNIPI_KC_BF16 : SNIPI_KC_F32;
+    job->pass = snipi_plain(a->recipe->format) && snipi_plain(b->recipe->format) ? SNIPI_KC_PLAIN : SNIPI_KC_F32;
     rows = s8_block ? job->kernels.s8_rows : bf16_block ? job->kernels.bf16_rows : job->kernels.f32_rows;
     if (job->element) {
+        job->pass = job->element == 1 ? SNIPI_KC_S8 : SNIPI_KC_BF16;
         job->piece = job->kernels.begin ? snipi_piece(job->block * job->element) : 4;
         job->pass = job->block >= job->pass ? job->block : job->pass / job->block * job->block;
     }
@@ -3595,7 +3601,7 @@ static size_t snipi_gemm_held(int64_t m, int64_t n, int64_t k, const snip_operan
 static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_operand *a, const snip_operand *b,
                                    float *c, int64_t ldc, int accumulate, const float *bias, void *scratch,
                                    snip_isa isa, void *held, int pack, int64_t nonfinite[2]) {
-    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;  // F32 products are some 32 times as fast as packing
+    const int64_t work = m * n < 1 << 20 ? m * n * k / 32 : m * n;  // 32 products take as long as an element elsewhere
     snipi_gemm_job job;
     snipi_gemm_begin(&job, m, n, k, a, b, isa);
     job.c = c;
@@ -3630,15 +3636,17 @@ static snip_status snipi_gemm_with(int64_t m, int64_t n, int64_t k, const snip_o
     return SNIP_OK;
 }
 
-// Bytes of both operands' panels, of what stands beside them, and of the counts of what is not finite. block: of S8, 0
-// for other panels.
+// Bytes for both operands' panels of a pass with their scales and `start`, and for the counts of what is not finite.
+// block: of S8, 0 for other panels.
 static size_t snipi_gemm_scratch(int64_t m, int64_t n, int64_t k, int64_t block) {
-    const size_t rows = (size_t)(m + n + 2 * SNIPI_MAX_ROWS);
-    const size_t blocks = (size_t)(snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1);
-    const int64_t s8_block = snipi_max(1, block);
-    const int64_t s8_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));
+    const int64_t s8_block = snipi_max(1, block), blocks = snipi_min(SNIPI_KC_S8, k) / SNIPI_MIN_BLOCK + 1;
     const int64_t f32_bytes = snipi_min(SNIPI_KC_F32, k) * (int64_t)sizeof(float);
-    const size_t row_bytes = (size_t)snipi_max(f32_bytes, s8_bytes) + blocks * (sizeof(float) + sizeof(int32_t));
+    // S8 and BF16 have the same bytes in a pass; padded to pieces, they are at most an eighth more.
+    const int64_t scaled_bytes = snipi_min(SNIPI_KC_S8, 2 * k) * 9 / 8 + 64;
+    const int64_t long_bytes = snipi_padded(block, s8_block, snipi_piece(s8_block));  // a block longer than a pass
+    const int64_t panel_bytes = snipi_max(f32_bytes, snipi_max(scaled_bytes, long_bytes));
+    const size_t row_bytes = (size_t)panel_bytes + (size_t)blocks * (sizeof(float) + sizeof(int32_t));
+    const size_t rows = (size_t)(m + n + 2 * SNIPI_MAX_ROWS);
     return rows * row_bytes + (rows / SNIPI_SCALAR_A + 2) * sizeof(int64_t) + 8 * 64;
 }
 
@@ -7520,7 +7528,8 @@ enum {
     SNIPI_AMX_B = 32      // two tiles
 };
 
-// Steps of k that panels are fetched ahead. They lie in the second cache, from where hardware's prefetching is late.
+// Steps of k that panels are fetched ahead. They lie in the second cache, from where hardware's prefetching is late:
+// without this F32 is 5% slower; 12 and 48 steps are as good.
 enum { SNIPI_AHEAD_PANEL = 24 };
 
 SNIPI_INLINE void snipi_fetch_panels(const void *a, int a_bytes, const void *b, int b_bytes) {
