@@ -196,7 +196,7 @@ SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
 
 // Reads all steps ended so far, and waits for them: before snip_state_save, and at the end of the training. Returns the
-// first error among them.
+// first error among them. Ask snip_current_pass after it: what was read may have the next step measure.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 
 // snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device.
@@ -3084,8 +3084,7 @@ static snip_status snipi_cuda_record(snipi_call *call) {
     // Where the loss probe did not call the layer, |W| is not known and W does not move.
     cudaError_t error = cudaMemsetAsync(&snipi_cuda_kept_of(call)->probe_step, 0, sizeof(double), stream);
     if (error == cudaSuccess) error = cudaMemsetAsync(call->sums, 0, sizeof *call->sums, stream);
-    if (error == cudaSuccess)
-        error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
+    if (error == cudaSuccess) error = cudaMemsetAsync(call->sketch, 0, SNIPI_SKETCHES * sizeof *call->sketch, stream);
     return snipi_cuda_status(error);
 }
 
