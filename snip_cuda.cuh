@@ -259,7 +259,7 @@ SNIP_API int snip_cuda_next_pass(snip_cuda *, const float *loss, cudaStream_t);
 SNIP_API snip_status snip_cuda_end_step(snip_cuda *, const snip_adamw *, const float *grad_scale, cudaStream_t);
 
 // Reads all steps ended so far, and waits for them: before snip_state_save, and at the end of the training. Returns the
-// first error among them.
+// first error among them. Ask snip_current_pass after it: what was read may have the next step measure.
 SNIP_API snip_status snip_cuda_finish(snip_cuda *);
 
 // snip_measure_gains on this GPU, by CUDA events. Allocates, and waits for the device.

@@ -1604,6 +1604,18 @@ static void session_tells_of_nan() {
             CHECK(strstr(snip_message(d.s), "1.lin") && snip_failed_layer(d.s) == 1);
             CHECK(snip_cuda_finish(d.c) == SNIP_OK);
         }
+    // An error of this step goes before that of the step read, and keeps its message.
+    machine d(session_desc(-1), plainly, 1);
+    layer_data *l = d.t.l[0];
+    float *bad = d.t.l[1]->x.floats() + 5, was = *bad;
+    snprintf(what, sizeof what, "session, an error beside a late one");
+    *bad = snipi_float(0x7FC00000u);
+    CHECK(d.step() == SNIP_OK);
+    finish();
+    *bad = was;
+    const snip_adamw o = adamw_of(2);
+    CHECK(d.forward(0, l->out.floats(), l->x.floats(), l->w.floats(), NULL, ROWS + 1) == SNIP_BAD_ARGUMENT);
+    CHECK(d.end_step(&o) == SNIP_BAD_ARGUMENT && strstr(snip_message(d.s), "more rows") && snip_failed_layer(d.s) == 0);
 }
 
 // What makes a measurement fail is told of by layer and cause, after the lag, and the measurement made anew.
