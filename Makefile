@@ -45,7 +45,7 @@ demo: $(B)/train_llama
 # ---- tests: of the implementation's interface alone, LINKED; of its inside too, WHOLE ----
 LINKED = codec linear calls errors protocol estimates plan state unusual stack train
 WHOLE = quant gemm vector inside pool
-PROGRAMS = $(LINKED) $(WHOLE) ilp report cuda
+TEST_PROGRAMS = $(LINKED) $(WHOLE) ilp report cuda
 # -O1 compiles faster; the implementation is as slow at -O1 as it is quick at -O2
 TEST_CFLAGS ?= -O1
 TEST_LIB_CFLAGS ?= -O2
@@ -63,13 +63,13 @@ $(B)/test_ilp $(B)/test_report: $(B)/test_%: tests/test_%.c $(TEST_HEADERS) | $(
 # snip_cuda.cuh's kernels on the CPU
 $(B)/test_cuda: tests/test_cuda.cpp $(TEST_HEADERS) snip_cuda.cuh | $(B)
 	$(CXX) $(TEST_CFLAGS) -DSNIP_NO_SIMD -Wall -Wextra -Wno-unknown-pragmas -std=c++17 $< -o $@ -lm
-programs: $(PROGRAMS:%=$(B)/test_%)
+programs: $(TEST_PROGRAMS:%=$(B)/test_%)
 
 # What run.sh runs, JOBS at a time, the longest first. FEW: where a test draws many cases, one in so many.
 FEW_CUDA = SNIP_TEST_FEW=$${SNIP_TEST_FEW:-16}
 FEW_QUANT = SNIP_TEST_FEW=$${SNIP_TEST_FEW:-4}
 RUN_PROGRAMS = '$(FEW_CUDA) $(B)/test_cuda' '$(FEW_QUANT) $(B)/test_quant' \
-               $(patsubst %,'$(B)/test_%',$(filter-out cuda quant,$(PROGRAMS)))
+               $(patsubst %,'$(B)/test_%',$(filter-out cuda quant,$(TEST_PROGRAMS)))
 RUN_SCRIPTS = 'ROUNDS=2 tests/test_trainer.sh $(B)/train_llama' tests/test_headers.sh tests/test_bench.sh \
               'tests/test_readme.sh $(B)/minimal' tests/test_style.sh tests/test_reference.sh
 RUN = CC="$(CC)" CXX="$(CXX)" BUILD=$(B) JOBS=$(JOBS) tests/run.sh

@@ -3200,8 +3200,8 @@ static float *snipi_cuda_scratch(const snipi_call *call, int slot, int64_t float
 // ---- element by element
 
 // *total (+)= factor * the sum of f(i), i < n.
-template <class F>
-static snip_status snipi_cuda_total(const snipi_call *call, const F &f, int64_t n, double *total, double factor,
+template <class Term>
+static snip_status snipi_cuda_total(const snipi_call *call, const Term &f, int64_t n, double *total, double factor,
                                     int add) {
     return snipi_cuda_reduce(f, n, total, factor, add, snipi_cuda_of(call)->slot[SNIPI_CUDA_PARTS],
                              snipi_cuda_stream(call));
@@ -4251,8 +4251,8 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
 // ---- seconds of GEMMs on this GPU
 
 // Seconds of the fastest of several calls, after one to warm up.
-template <class F>
-static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, F call) {
+template <class Call>
+static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, Call call) {
     double best = 0;
     for (int i = 0; i < 1 + SNIPI_TIMES; i++) {
         float milliseconds = 0;
