@@ -7630,7 +7630,8 @@ SNIPI_TARGET_AVX2 SNIPI_INLINE void snipi_sum_pairs_avx2(int64_t steps, const ui
                                                          __m256i sum[SNIPI_AVX2_A][2]) {
     while (steps > 0) {
         const int64_t stop = snipi_max(0, steps - SNIPI_PAIR_STEPS);
-        __m256i part[SNIPI_AVX2_A][2], pairs;
+        __m256i part[SNIPI_AVX2_A][2];
+        __m256i pairs __attribute__((unused));  // a register that the instructions overwrite
         SNIPI_UNROLL
         for (int i = 0; i < SNIPI_AVX2_A; i++) part[i][0] = part[i][1] = _mm256_setzero_si256();
         for (; steps > stop; steps--, a += 4 * SNIPI_AVX2_A, b += 4 * SNIPI_AVX2_B) {
@@ -7656,7 +7657,8 @@ SNIPI_TARGET_AVX512 SNIPI_INLINE void snipi_sum_pairs_avx512(int64_t steps, cons
                                                              __m512i sum[SNIPI_AVX512_A][2]) {
     while (steps > 0) {
         const int64_t stop = snipi_max(0, steps - SNIPI_PAIR_STEPS);
-        __m512i part[SNIPI_AVX512_A][2], pairs;
+        __m512i part[SNIPI_AVX512_A][2];
+        __m512i pairs __attribute__((unused));  // a register that the instructions overwrite
         SNIPI_UNROLL
         for (int i = 0; i < SNIPI_AVX512_A; i++) part[i][0] = part[i][1] = _mm512_setzero_si512();
         for (; steps > stop; steps--, a += 4 * SNIPI_AVX512_A, b += 4 * SNIPI_AVX512_B) {

@@ -3158,7 +3158,7 @@ static void snipi_cuda_want_layer(snip_cuda *c, const snipi_layer *l) {
     snipi_cuda_want_floats(c, SNIPI_SLOT_SAMPLE_OUT, snipi_max(samples * k, SNIPI_SKETCH));
     snipi_cuda_want_floats(c, SNIPI_SLOT_PROJECT, wider * SNIPI_PROJECTED);
     snipi_cuda_want_floats(c, SNIPI_SLOT_MIXED, wider * SNIPI_MIXED);
-    snipi_cuda_want_floats(c, SNIPI_SLOT_SKETCH, SNIPI_CHUNKS * SNIPI_SKETCH);
+    snipi_cuda_want_floats(c, SNIPI_SLOT_SKETCH, (int64_t)SNIPI_CHUNKS * (int64_t)SNIPI_SKETCH);
     snipi_cuda_want(c, SNIPI_CUDA_STATS, sizeof(snip_quant_stats));
     snipi_cuda_want(c, SNIPI_CUDA_PARTS, SNIP_CUDA_NOISE_SCRATCH);
     snipi_cuda_want(c, SNIPI_CUDA_ROWS, (size_t)(SNIPI_ROW_SUMS * rows) * sizeof(double));
