@@ -3739,8 +3739,8 @@ static snip_status snipi_cuda_sketch_add(const snipi_call *call, int which, cons
     float *own = snipi_cuda_scratch(call, SNIPI_SLOT_SKETCH, parts * SNIPI_SKETCH);
     if (!own) return SNIP_OUT_OF_MEMORY;
     const snip_status status = snipi_cuda_launch(
-        snipi_cuda_sketch_kernel, parts * (SNIPI_SKETCH / SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n, factor,
-        snipi_key(call->s, call->l, 0, SNIPI_ROLE_SKETCH + which), chunks, parts);
+        snipi_cuda_sketch_kernel, parts * ((int)SNIPI_SKETCH / (int)SNIPI_THREADS), SNIPI_THREADS, 0, stream, own, x, n,
+        factor, snipi_key(call->s, call->l, 0, SNIPI_ROLE_SKETCH + which), chunks, parts);
     return status ? status
                   : snipi_cuda_each(snipi_cuda_add_parts{ call->sketch[which], own, parts }, SNIPI_SKETCH, stream);
 }
@@ -4252,7 +4252,8 @@ SNIP_API snip_status snip_cuda_finish(snip_cuda *c) {
 
 // Seconds of the fastest of several calls, after one to warm up.
 template <class Call>
-static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds, Call call) {
+static snip_status snipi_cuda_time(cudaEvent_t begin, cudaEvent_t end, cudaStream_t stream, double *seconds,
+                                   Call call) {
     double best = 0;
     for (int i = 0; i < 1 + SNIPI_TIMES; i++) {
         float milliseconds = 0;
