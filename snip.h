@@ -66,14 +66,15 @@
 //
 // DETERMINISM
 //   Codes, scales and stochastic rounding depend on the input and the key alone: not on threads, tiling or instruction
-//   set, nor on -Ofast. GEMMs are deterministic for any number of threads; between instruction sets FP4 GEMMs are equal
-//   bit for bit (exact integer sums, one fused multiply-add per scale block; the operands' tiles along k must nest and
-//   be multiples of 16), the others within rounding.
+//   set, nor on -Ofast. Codes, scales, dequantized values and statistics are rounded to nearest in whatever mode the
+//   host has set; noise and GEMMs round in the host's mode. GEMMs are deterministic for any number of threads; between
+//   instruction sets FP4 GEMMs are equal bit for bit (exact integer sums, one fused multiply-add per scale block; the
+//   operands' tiles along k must nest and be multiples of 16), the others within rounding.
 //
 // THREADS
 //   One call chain at a time on a session; different sessions are independent, and all other functions may be called
-//   from any thread. A thread of 64 KB of stack is enough. OpenMP does not survive fork(): a child that goes on using
-//   it may hang, so fork before the first call.
+//   from any thread. A thread of 64 KB of stack is enough. GCC's OpenMP does not survive fork(): where the parent has
+//   used snip, the child calls omp_set_num_threads(1) before its first call, or the program has another pool.
 //
 // CONFIGURATION (define before the implementation)
 //   SNIP_STATIC            all functions static to the including file
@@ -264,8 +265,9 @@ SNIP_API uint8_t snip_e5m2_from_f32_nosat(float);
 // Codes: [rows][cols] without padding; for E2M1 a row takes (cols + 1) / 2 bytes.
 // Scales: [ceil(rows / tile_rows)][ceil(cols / tile_cols)], dequantizing (x ~ scale * code): float for F32 and POW2, a
 // byte for UE8M0 and UE4M3. UE4M3 is followed, at the next multiple of 4 bytes, by the tensor's float scale.
-// amax is over finite elements. No scale is smaller than 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3). A tile of
-// zeros has scale 1 (POW2, F32) or the smallest one (UE8M0, UE4M3).
+// amax is over finite elements. A tile of zeros has scale 1 (F32, POW2), 2^-127 (UE8M0, byte 0) or 0 (UE4M3, byte 0). No
+// other scale is below 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3); under a scale of 0 finite elements are stored as
+// zeros.
 // The code of x is that of x * (largest / amax), each rounded to float32.
 // Codes, scales and out must not overlap x, but for `out`, which may be x itself where a function says so.
 
@@ -282,7 +284,7 @@ typedef struct {
     double dot;         // <weight, d>; 0 without a weight
     float amax;         // largest magnitude
     int64_t nonfinite;  // NaN and infinity
-    int64_t saturated;  // elements that rounding alone puts beyond the largest
+    int64_t saturated;  // elements that rounding alone puts beyond the largest, or whose value is infinite
 } snip_quant_stats;
 
 // Bytes for the codes, and for the scales, of a [rows][cols] matrix; 0 for arguments that snip_quantize refuses.

@@ -120,7 +120,9 @@
 #define si_value @
 #define sigmask(a) @
 #define sv_onstack @
+#undef unix  // GNU C has it
 #define unix @
+#undef linux  // GNU C has it
 #define linux @
 
 // X11
