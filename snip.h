@@ -265,11 +265,10 @@ SNIP_API uint8_t snip_e5m2_from_f32_nosat(float);
 // Codes: [rows][cols] without padding; for E2M1 a row takes (cols + 1) / 2 bytes.
 // Scales: [ceil(rows / tile_rows)][ceil(cols / tile_cols)], dequantizing (x ~ scale * code): float for F32 and POW2, a
 // byte for UE8M0 and UE4M3. UE4M3 is followed, at the next multiple of 4 bytes, by the tensor's float scale.
-// amax is over finite elements. A tile of zeros has scale 1 (F32, POW2), 2^-127 (UE8M0, byte 0) or 0 (UE4M3, byte 0). No
-// other scale is below 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3); under a scale of 0 finite elements are stored as
-// zeros.
-// The code of x is that of x * (largest / amax), each rounded to float32.
-// Codes, scales and out must not overlap x, but for `out`, which may be x itself where a function says so.
+// amax is over finite elements. A tile of zeros has scale 1 (F32, POW2), 2^-127 (UE8M0, byte 0) or 0 (UE4M3, byte 0).
+// No other scale is below 2^-126 (POW2, F32), 2^-127 (UE8M0) or 0 (UE4M3); under a scale of 0 finite elements are
+// stored as zeros. The code of x is that of x * (largest / amax), each rounded to float32. Codes, scales and out must
+// not overlap x, but for `out`, which may be x itself where a function says so.
 
 // Random numbers: a key and the element's index r * cols + c in the quantized matrix.
 typedef struct {

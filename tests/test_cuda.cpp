@@ -1297,7 +1297,9 @@ static bool alike(const buffer &a, const buffer &b, double most) {
     }
     return error <= most * most * norm;
 }
+
 static const double CLOSE = 1e-4;  // sums in another order; tensor cores cut theirs
+
 static bool close_to(double a, double b, double size) { return fabs(a - b) <= CLOSE * fabs(size); }
 
 static void check_estimates(const snip *ours, const snip *theirs, const manner &how) {
@@ -1608,7 +1610,7 @@ static void session_tells_of_nan() {
     machine d(session_desc(-1), plainly, 1);
     layer_data *l = d.t.l[0];
     float *bad = d.t.l[1]->x.floats() + 5, was = *bad;
-    snprintf(what, sizeof what, "session, an error beside a late one");
+    test_about("session, an error beside a late one");
     *bad = snipi_float(0x7FC00000u);
     CHECK(d.step() == SNIP_OK);
     finish();
